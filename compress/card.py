@@ -1,0 +1,58 @@
+"""The model card of an artifact: what it is, how it was made, what it is worth, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress import report
+from compress.report import Outcome
+
+LOAD = """\
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
+
+
+def write(folder: Path, outcome: Outcome, method: str) -> None:
+    """Write ``README.md`` into the artifact, in the hub's form."""
+    description, measured = outcome.descriptions[method], outcome.measurements[method]
+    auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
+    task = "text-generation" if description.kind == "lm" else "text-classification"
+    job = report.Job(method, description.model, description.task, seed=0)
+    rows = [report.row(job, name, outcome) for name in outcome.measurements]
+    packed = "\nIts weights are in the compressed-tensors format: `pip install compressed-tensors`.\n"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags: [compress]",
+        "---",
+        "",
+        f"# {description.model} on {description.task}: {method}",
+        "",
+        "| step | time, s | settings |",
+        "|---|---|---|",
+        *(f"| {done.name} | {done.seconds:.1f} | {settings(done.settings)} |" for done in description.history),
+        "",
+        "## Measured",
+        "",
+        *report.markdown(rows).splitlines()[2:],
+        "",
+        f"Quality is over the {measured.examples:,} examples of the test split, which chose nothing and calibrated "
+        "nothing.",
+        "Latency is the median time of one text, timed in turns with the baseline.",
+        "",
+        "## Load it without `compress`",
+        packed if description.weights == "packed" else "",
+        "```python",
+        LOAD.format(auto=auto, folder=".") + "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def settings(values: dict) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items() if key not in ("stage", "train"))

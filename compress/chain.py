@@ -1,0 +1,179 @@
+"""`technique=prune+gptq`: a chain of stages, written as one choice of the config group `technique`.
+
+The stages are the files of `conf/technique/stage`. A chain of them has no file: `ChainSource` makes its config when
+Hydra asks for it, a defaults list with one stage an entry. That serves the command line, experiments, sweepers, the
+compose API and Tab completion alike. Importing this module is all it takes, and stays cheap: no torch here.
+"""
+
+from __future__ import annotations  # ChainSource.list hides the built-in one
+
+import difflib
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+from compress.errors import UserError
+
+GROUP = "technique"
+STAGES = "technique/stage"
+NONE = "none"  # the chain without a stage
+LONGEST_SLUG = 100  # file systems stop at 255 bytes; a listing is readable up to here
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a chain: `key` is `prune_2` for the second `prune`, `node` its config."""
+
+    key: str
+    name: str
+    node: DictConfig
+
+
+def stages(technique: DictConfig) -> list[Stage]:
+    """The stages of `cfg.technique` in the order in which they run; none for `technique=none`.
+
+    Raises `UserError` for a stage that is set but not in the chain, and for one without `_target_`.
+    """
+    chain = technique.name
+    names = [] if chain == NONE else chain.split("+")
+    keyed = _keyed(names)
+    for key in technique:
+        if key != "name" and key not in keyed:
+            missing = re.sub(r"_\d+$", "", key)
+            example = missing if chain == NONE else f"{missing}+{chain}"
+            raise UserError(
+                f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`: "
+                f"remove it, or put the stage in the chain, e.g. `{GROUP}={example}`."
+            )
+    for key, name in keyed.items():
+        node = technique.get(key)
+        if not isinstance(node, DictConfig) or not node.get("_target_"):
+            raise UserError(
+                f"Stage `{GROUP}.{key}` has no `_target_`, the class that runs it: "
+                f"name one in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
+            )
+    return [Stage(key, name, technique[key]) for key, name in keyed.items()]
+
+
+def slug(number: int, overrides: str) -> str:
+    """The folder of a sweep's job, one level deep: `0_technique=prune+gptq`; long or odd overrides end in a hash."""
+    full = f"{number}_{overrides}" if overrides else str(number)
+    safe = re.sub(r"[^\w=+,.-]+", "-", full, flags=re.ASCII)
+    if safe == full and len(full) <= LONGEST_SLUG:
+        return full
+    return f"{safe[: LONGEST_SLUG - 9]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+
+class ChainSource(ConfigSource):
+    """The config folder, with every chain of its stages as a choice of `technique`."""
+
+    def __init__(self, provider: str, path: str):
+        super().__init__(provider, path)  # chain:///x/conf, chain://file:///x/conf, chain://pkg://x.conf
+        scheme = self.path.split("://")[0] if "://" in self.path else "file"
+        self.folder = SourcesRegistry.instance().resolve(scheme)(provider, self.path)
+        # Somebody else's config folder, in a program that imports us: leave it as it is.
+        self.has_stages = self.folder.is_group(STAGES)
+
+    @staticmethod
+    def scheme() -> str:
+        return "chain"
+
+    def available(self) -> bool:
+        return self.folder.available()
+
+    def is_group(self, config_path: str) -> bool:
+        return self.folder.is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        # Every name counts, so that a misspelt one gets our advice and not Hydra's search path.
+        return self._chain(config_path) is not None or self.folder.is_config(config_path)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        chain = self._chain(config_path)
+        if chain is None:
+            return self.folder.load_config(config_path)
+        keyed = _keyed(self._checked(chain))
+        defaults = ["_self_", *(f"stage/{name}@{key}" for key, name in keyed.items())]
+        config = OmegaConf.create({"defaults": defaults, "name": chain})
+        return ConfigResult(self.provider, self.full_path(), config, header={"package": None})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if not self.has_stages or config_path.strip("/") != GROUP:
+            return self.folder.list(config_path, results_filter)
+        # No subgroups: `--help` and Tab would offer each stage twice.
+        return [] if results_filter == ObjectType.GROUP else [*self._names(), *self._completions()]
+
+    def _names(self) -> list[str]:
+        return self.folder.list(STAGES, ObjectType.CONFIG)
+
+    def _chain(self, config_path: str) -> str | None:
+        """`prune+gptq` for `technique/prune+gptq`, and None for what is not a choice of `technique`."""
+        group, _, chain = config_path.lstrip("/").rpartition("/")
+        return chain.removesuffix(".yaml") if self.has_stages and group == GROUP else None
+
+    def _checked(self, chain: str) -> list[str]:
+        """The names in `chain`, or the reason why it is none."""
+        known, names = self._names(), chain.split("+")
+        choices = f"Stages: {', '.join(known)}; chain them with '+'."
+        if chain == NONE:
+            return []
+        if "" in names:
+            kept = "+".join(filter(None, names)) or NONE
+            raise ConfigCompositionException(
+                f"`{GROUP}={chain}` has an empty stage name: type `{GROUP}={kept}`, or name the stage.\n{choices}"
+            )
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                meant = f"did you mean `{'+'.join(near[0] if n == name else n for n in names)}`?" if near else ""
+                raise ConfigCompositionException(
+                    f"`{GROUP}={chain}` has an unknown stage `{name}`{': ' if near else '.'}{meant}\n{choices}"
+                )
+        if NONE in names:
+            kept = "+".join(n for n in names if n != NONE) or NONE
+            raise ConfigCompositionException(
+                f"`{GROUP}={chain}` has `{NONE}` inside a chain, but `{NONE}` means no stage at all: "
+                f"type `{GROUP}={kept}`."
+            )
+        return names
+
+    def _completions(self) -> list[str]:
+        """What may follow `technique=a+` or `technique=a,` when the shell asks, which leaves its line in COMP_LINE."""
+        typed = re.search(rf"(?:^|\s){GROUP}=(\S*[+,])[^\s+,]*$", os.environ.get("COMP_LINE", ""))
+        if not typed:
+            return []
+        inside = typed[1].endswith("+")
+        return [typed[1] + name for name in self._names() if not (inside and name == NONE)]
+
+
+class ChainSearchPath(SearchPathPlugin):
+    """Puts a `ChainSource` in the place of the program's config folder."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for element in search_path.get_path():
+            if element.provider == "main" and not element.path.startswith("chain://"):
+                element.path = f"chain://{element.path}"
+
+
+def _keyed(names: list[str]) -> dict[str, str]:
+    """Key to name, in order: the second `prune` of a chain has the key `prune_2`."""
+    keyed = {}
+    for i, name in enumerate(names):
+        nth = names[: i + 1].count(name)
+        keyed[name if nth == 1 else f"{name}_{nth}"] = name
+    return keyed
+
+
+Plugins.instance().register(ChainSource)
+Plugins.instance().register(ChainSearchPath)
+OmegaConf.register_new_resolver("slug", slug, replace=True)

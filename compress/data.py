@@ -1,0 +1,138 @@
+"""A task's splits as batches of tokens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from itertools import chain as flatten
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
+from filelock import FileLock
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from compress.cache import digest
+from compress.errors import UserError
+from compress.tasks import Splits, fingerprint
+
+Batch = dict[str, torch.Tensor]
+LONG = 20_000  # rows: from here on tokenising takes a progress bar
+
+
+class TaskData(pl.LightningDataModule):
+    """Batches padded on the right to their longest text, texts of like length together.
+
+    A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
+    -100 where padded. Tokens are kept in the folder ``tokens``, if one is given, by their content.
+
+        TaskData(task.load(), tokenizer, max_length=128, batch_size=32).train_dataloader()
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        tokens: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokens = tokens
+        self.kind = splits.task.kind
+        self._tokenised: dict[str, Dataset] = {}
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self.tokenised("train")
+        generator = torch.Generator().manual_seed(self.seed)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        sampler = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
+        return DataLoader(rows, self.batch_size, sampler=sampler, collate_fn=self.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._in_order("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._in_order("test")
+
+    def calibration(self, samples: int, batch_size: int) -> DataLoader:
+        """``samples`` random examples (blocks, for a language model) of the training split, and of no other.
+
+        Raises:
+            UserError: the split has fewer.
+        """
+        rows = self.tokenised("train")
+        if len(rows) < samples:
+            unit = "blocks" if self.kind == "lm" else "texts"
+            raise UserError(
+                f"Calibration asks for {samples} {unit} of training text and task `{self.splits.task.name}` has "
+                f"{len(rows)}: ask for fewer (technique.gptq.samples={len(rows)})."
+            )
+        return DataLoader(rows.shuffle(self.seed).select(range(samples)), batch_size, collate_fn=self.collate)
+
+    def texts(self, count: int) -> list[Batch]:
+        """The first ``count`` texts of the validation split, a batch each, without labels."""
+        rows = self.tokenised("validation")
+        batches = (self.collate([rows[i]]) for i in range(min(count, len(rows))))
+        return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+    def tokenised(self, split: str) -> Dataset:
+        """The split's ``input_ids``, ``attention_mask`` and, but for a language model, ``labels``."""
+        if split not in self._tokenised:
+            self._tokenised[split] = self._kept(getattr(self.splits, split))
+        return self._tokenised[split]
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
+        batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
+        if labels is None:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        else:
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+    def _in_order(self, split: str) -> DataLoader:
+        rows = self.tokenised(split)
+        by_length = sorted(range(len(rows)), key=[-len(ids) for ids in rows["input_ids"]].__getitem__)
+        return DataLoader(rows.select(by_length), self.batch_size, collate_fn=self.collate)
+
+    def _kept(self, rows: Dataset) -> Dataset:
+        if self.tokens is None:
+            return self._tokenise(rows)
+        key = [fingerprint(rows), self.tokenizer.backend_tokenizer.to_str(), self.kind, self.max_length]
+        folder = Path(self.tokens) / digest(key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                disable_progress_bars()
+                self._tokenise(rows).save_to_disk(partial)
+                os.replace(partial, folder)
+        return load_from_disk(str(folder))
+
+    def _tokenise(self, rows: Dataset) -> Dataset:
+        (enable_progress_bars if len(rows) >= LONG else disable_progress_bars)()
+        encode = self._blocks if self.kind == "lm" else self._texts
+        return rows.map(encode, batched=True, batch_size=None if self.kind == "lm" else 1000,
+                        remove_columns=rows.column_names, desc="tokenising")  # fmt: skip
+
+    def _texts(self, rows: dict[str, list]) -> dict[str, list]:
+        encoded = self.tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length)
+        return {**encoded, "labels": rows["label"]}
+
+    def _blocks(self, rows: dict[str, list]) -> dict[str, list]:
+        ids = list(flatten.from_iterable(self.tokenizer(rows["text"], verbose=False)["input_ids"]))
+        cuts = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+        blocks = [block for block in cuts if len(block) > 1]  # one token predicts nothing
+        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}

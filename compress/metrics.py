@@ -1,0 +1,96 @@
+"""The numbers that judge a model on a task, by torchmetrics, from raw logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+    from compress.tasks import Task
+
+METRICS = {  # what each kind of task can be judged by
+    "multiclass": ("accuracy", "f1_macro", "f1_micro", "matthews", "roc_auc"),
+    "multilabel": ("subset_accuracy", "f1_macro", "f1_micro", "roc_auc"),
+    "regression": ("pearson", "spearman"),
+    "lm": ("perplexity", "accuracy"),
+}
+
+
+def higher_is_better(name: str) -> bool:
+    """Of all our metrics only perplexity is better when it is lower."""
+    return name != "perplexity"
+
+
+def metrics(task: Task) -> MetricCollection:
+    """The task's metrics by their names, as fractions (perplexity apart).
+
+    ``update(logits, labels)`` takes logits as the model gives them, of shape ``[batch, labels]``, or ``[batch, length,
+    vocabulary]`` for ``lm``, whose labels are shifted by the caller and -100 where nothing is to be predicted.
+
+        scores = metrics(task)
+        scores.update(logits, labels)
+        scores.compute()["accuracy"]
+    """
+    import torch
+    from torchmetrics import MetricCollection
+    from torchmetrics import classification as c
+    from torchmetrics import regression as r
+    from torchmetrics.text import Perplexity
+
+    class TokenPerplexity(Perplexity):
+        def update(self, preds, target):
+            # From logits: torchmetrics goes by way of probabilities, and one that underflows makes the sum infinite.
+            self.total_log_probs += torch.nn.functional.cross_entropy(
+                preds.flatten(0, -2), target.flatten(), ignore_index=-100, reduction="sum"
+            )
+            self.count += (target != -100).sum()
+
+    class TokenAccuracy(c.MulticlassAccuracy):
+        def __init__(self):
+            super().__init__(average="micro", ignore_index=-100, validate_args=False)
+
+        def update(self, preds, target):
+            super().update(preds.argmax(-1), target)
+
+    # Probabilities are made here, once, and not by each metric: torchmetrics takes logits that happen to lie between
+    # 0 and 1 for probabilities.
+    to_predictions = {
+        "multiclass": lambda logits: logits.float().softmax(-1),
+        "multilabel": lambda logits: logits.float().sigmoid(),
+        "regression": lambda logits: logits.float().reshape(-1),
+        "lm": lambda logits: logits.float(),
+    }[task.kind]
+    to_targets = {
+        "multiclass": lambda labels: labels.long(),
+        "multilabel": lambda labels: labels.long(),
+        "regression": lambda labels: labels.float().reshape(-1),
+        "lm": lambda labels: labels.long(),
+    }[task.kind]
+
+    class FromLogits(MetricCollection):
+        def update(self, logits, labels):
+            super().update(to_predictions(logits), to_targets(labels))
+
+        def forward(self, logits, labels):
+            return super().forward(to_predictions(logits), to_targets(labels))
+
+    n = task.num_labels
+    build = {
+        "multiclass": {
+            "accuracy": lambda: c.MulticlassAccuracy(n, average="micro"),
+            "f1_macro": lambda: c.MulticlassF1Score(n, average="macro"),
+            "f1_micro": lambda: c.MulticlassF1Score(n, average="micro"),
+            "matthews": lambda: c.MulticlassMatthewsCorrCoef(n),
+            "roc_auc": lambda: c.MulticlassAUROC(n, average="macro"),
+        },
+        "multilabel": {
+            "subset_accuracy": lambda: c.MultilabelExactMatch(n),
+            "f1_macro": lambda: c.MultilabelF1Score(n, average="macro"),
+            "f1_micro": lambda: c.MultilabelF1Score(n, average="micro"),
+            "roc_auc": lambda: c.MultilabelAUROC(n, average="macro"),
+        },
+        "regression": {"pearson": r.PearsonCorrCoef, "spearman": r.SpearmanCorrCoef},
+        "lm": {"perplexity": TokenPerplexity, "accuracy": TokenAccuracy},
+    }[task.kind]
+    return FromLogits({name: build[name]() for name in task.metrics})

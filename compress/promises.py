@@ -1,0 +1,84 @@
+"""What must be true after every stage; where it is not, the stage failed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import size_bytes
+from compress.errors import PostconditionError, UserError
+from compress.models import blocks, zeros
+from compress.techniques import trait
+
+TOLERANCE = 1e-4  # of the largest logit: the reloaded weights are the same bits, the sums over them may be ordered anew
+
+
+@dataclass(frozen=True)
+class State:
+    """What to remember of a model before a stage: a digest of every tensor, and where its Linear layers are zero."""
+
+    digests: dict[str, bytes]
+    zeros: dict[str, Tensor]
+
+
+def state(model: nn.Module) -> State:
+    """Remember the model as it is, without a second copy of it."""
+    digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    return State(digests, zeros(model))
+
+
+def digest(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
+    """The stage changed something, filled in no pruned weight, and kept what is not its business.
+
+    Raises:
+        PostconditionError: it did not.
+    """
+    after = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    changed = {name for name, value in after.items() if before.digests.get(name) != value}
+    if not changed:
+        raise UserError(f"`{key}` changed nothing: leave it out, or give it settings under which it has work to do.")
+    if trait(stage, "leaves") == "packed":
+        inside = blocks(model)[0] + "."
+        if outside := sorted(name for name in changed if not name.startswith(inside)):
+            raise PostconditionError(
+                f"`{key}` quantizes the transformer blocks alone and changed {', '.join(outside)}."
+            )
+    for name, mask in before.zeros.items():
+        filled = int((model.get_submodule(name).weight[mask] != 0).sum())
+        if filled:
+            raise PostconditionError(f"`{key}` filled in {filled} of the {int(mask.sum())} pruned weights of `{name}`.")
+
+
+def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Tensor, reloaded: Tensor) -> None:
+    """The saved artifact is the model that was saved, and smaller where the stage promises so.
+
+    Raises:
+        PostconditionError: it is not.
+    """
+    distance = (expected - reloaded).abs().max().item()
+    if not distance <= TOLERANCE * max(1.0, expected.abs().max().item()):  # so that NaN fails
+        raise PostconditionError(
+            f"the artifact of `{key}` reloads to other logits: they differ by up to {distance:.2g}."
+        )
+    if trait(stage, "shrinks") and size_bytes(folder) >= size_bytes(source):
+        raise PostconditionError(
+            f"`{key}` should make the model smaller: {size_bytes(source)} bytes before, {size_bytes(folder)} after."
+        )
+
+
+@torch.inference_mode()
+def logits(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+    """The model's logits on ``batches``, flat."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    return torch.cat([model(**batch).logits.float().flatten() for batch in batches])

@@ -1,0 +1,31 @@
+"""Silence for libraries that talk on a normal run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+def hush() -> None:
+    """Turn off the libraries' notices, hints and warnings; errors are raised, not logged, and still seen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
+    warnings.filterwarnings("ignore")
+    for name in ("pytorch_lightning", "lightning", "lightning_utilities", "transformers", "datasets", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """For calls that draw a progress bar of their own for a moment's work."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

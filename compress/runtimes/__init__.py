@@ -1,0 +1,1 @@
+"""What runs an artifact, one module each: ``load(folder, kind) -> Model`` of that runtime."""

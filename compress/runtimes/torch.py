@@ -1,0 +1,47 @@
+"""Artifacts that PyTorch runs, loaded by transformers from whatever format it knows."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from compress.errors import UserError
+from compress.models import auto_class, from_pretrained
+from compress.quiet import without_bars
+
+
+def load(folder: Path, kind: str) -> PreTrainedModel:
+    """The model in eval mode, its weights as floats.
+
+    Raises:
+        UserError: ``folder`` holds no model, or one in a format whose library is not installed.
+    """
+    config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
+    how: dict[str, Any] = {"dtype": "auto"}
+    packed = getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors"
+    if packed:
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(f"{folder} is in the compressed-tensors format: pip install compressed-tensors")
+        from transformers import CompressedTensorsConfig
+
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with without_bars():
+        model = from_pretrained(auto_class(kind), str(folder), "Artifact", "artifact", **how)
+    if packed:
+        unwrap(model)
+    return model.eval()
+
+
+def unwrap(model: PreTrainedModel) -> None:
+    """Make plain layers of decompressed ones: compressed-tensors leaves the weights behind a cache and wrapped forward
+    methods, which slow every call down, and the scales as parameters that take no part in anything any more."""
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)
+        for name in {"weight_scale", "weight_zero_point", "weight_shape"} & set(module._parameters):
+            delattr(module, name)

@@ -1,0 +1,70 @@
+"""Fine-tuning on the task's own labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from transformers import get_linear_schedule_with_warmup
+
+from compress.techniques import Training
+
+
+class FineTune(pl.LightningModule):
+    """AdamW with linear warm-up and decay, no weight decay on biases and norms (Devlin et al., 2019, arXiv:1810.04805).
+
+    ``model`` is a Hugging Face model that returns its own loss when it is given labels; ``metrics`` takes
+    ``(logits, labels)`` and is computed on every validation epoch.
+
+        pl.Trainer(max_epochs=3).fit(FineTune(model, training=Training(learning_rate=3e-5)), loader)
+    """
+
+    def __init__(
+        self, model: nn.Module, metrics: MetricCollection | None = None, training: Training = Training()
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.metrics = metrics
+        self.training_settings = training
+
+    def on_fit_start(self) -> None:
+        self.model.train()  # from_pretrained leaves a model in eval mode, and Lightning keeps what it finds
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        output = self.model(**batch)
+        self.log("validation/loss", output.loss, batch_size=len(batch["input_ids"]))
+        if self.metrics is not None:
+            self.metrics.update(*aligned(output.logits, batch["labels"]))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.metrics is not None:
+            self.log_dict({f"validation/{name}": value for name, value in self.metrics.compute().items()})
+            self.metrics.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.training_settings
+        decayed = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits beside the labels that they predict: a language model's position t (of ``[B, T, V]``) predicts token
+    t+1, a classifier's logits stay as they are."""
+    if logits.ndim == 3:
+        return logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
+    return logits, labels

@@ -1,0 +1,123 @@
+"""What a user types, up to the door of `compress.run`."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "pandas", "rich"}
+
+STAND_IN = """
+import runpy, sys, types
+from hydra.core.hydra_config import HydraConfig
+from compress.chain import stages
+
+def main(cfg):
+    keys = "+".join(stage.key for stage in stages(cfg.technique))
+    print("ran", keys or None, cfg.seed, HydraConfig.get().runtime.output_dir)
+    return FAILED
+
+sys.modules["compress.run"] = types.SimpleNamespace(main=main)
+runpy.run_path(TRAIN, run_name="__main__")
+"""
+
+
+def python(*args, check=True, **env):
+    command = [sys.executable, *args]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def cpu_seconds(*args):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    python(*args)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train.py with a stand-in for `compress.run`, which only prints, and without the report of a sweep."""
+    (tmp_path / "no_report.yaml").write_text(
+        "defaults: [model: tiny, task: toy, technique: none, hardware: auto, _self_]\n"
+        "seed: 0\n"
+        "hydra:\n"
+        f"  sweep: {{dir: {tmp_path}/out, subdir: '${{slug:${{hydra.job.num}},${{hydra.job.override_dirname}}}}'}}\n"
+        f"  run: {{dir: {tmp_path}/out}}\n"
+    )
+
+    def run(*args, fail=False):
+        script = tmp_path / "stand_in.py"
+        script.write_text(f"FAILED, TRAIN = {int(fail)}, {str(ROOT / 'train.py')!r}\n{STAND_IN}")
+        flags = ["--config-dir", str(tmp_path), "--config-name", "no_report"]
+        done = python(str(script), *flags, *args, check=False, PYTHONPATH=str(ROOT))
+        return done, [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ran")]
+
+    return run
+
+
+def test_help_is_for_a_newcomer():
+    text = python("train.py", "--help").stdout
+    groups = dict(line.split(": ") for line in text.splitlines() if line.count(": ") == 1 and line[0] != " ")
+    assert {"none", "prune", "gptq"} <= set(groups["technique"].split(", "))
+    assert {"model", "task", "hardware"} <= set(groups)
+    assert ("experiment" in groups) == any((ROOT / "conf/experiment").glob("*.yaml"))
+    assert "technique/stage" not in text and "technique=prune+gptq" in text and "multirun/" in text
+    assert text.count("  python train.py") >= 4 and len(text.splitlines()) < 35
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "technique=prune+gptq"], ["-sc", "query=bash"]])
+def test_what_needs_no_model_imports_nothing_heavy(args):
+    shown = python("-X", "importtime", "train.py", *args, COMP_LINE="python train.py technique=").stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}
+    assert "hydra" in imported and not imported & HEAVY
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "technique=prune+gptq"]])
+def test_what_needs_no_model_costs_under_a_second(args):
+    assert cpu_seconds("train.py", *args) - cpu_seconds("-c", "pass") < 1
+
+
+def test_cfg_and_info_show_the_chain():
+    assert "name: gptq+prune\n" in python("train.py", "--cfg", "job", "technique=gptq+prune").stdout
+    shown = python("train.py", "--info", "defaults", "technique=gptq+prune").stdout
+    assert shown.index("technique/stage/gptq ") < shown.index("technique/stage/prune ")
+    assert "conf" in python("train.py", "--info", "searchpath").stdout
+
+
+@pytest.mark.parametrize("args", [["technique=gptq+prunne"], ["-m", "technique=none,gptq+prunne"]])
+def test_a_misspelt_stage_is_told_without_a_traceback(args, tmp_path):
+    done = python("train.py", *args, f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 1
+    assert "did you mean `gptq+prune`?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_ends_with_what_happened(train):
+    done, ran = train("technique=prune+gptq")
+    assert done.returncode == 0 and [keys for keys, *_ in ran] == ["prune+gptq"]
+    assert train(fail=True)[0].returncode == 1
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(train):
+    done, ran = train("-m", "technique=none,prune+gptq+prune", "model=tiny,tiny_llama", "seed=7")
+    assert done.returncode == 0
+    assert [keys for keys, *_ in ran] == ["None", "None", "prune+gptq+prune_2", "prune+gptq+prune_2"]
+    folders = [Path(folder).name for *_, folder in ran]
+    assert folders[0] == "0_model=tiny,seed=7,technique=none"
+    assert folders[3] == "3_model=tiny_llama,seed=7,technique=prune+gptq+prune"
+
+
+def test_a_failed_job_does_not_stop_a_sweep(train):
+    _, ran = train("-m", "technique=prune", "seed=1,2", fail=True)
+    assert [seed for _, seed, _ in ran] == ["1", "2"]
+
+
+def test_a_sweep_of_one_and_one_with_odd_overrides(train, tmp_path):
+    done, ran = train("-m", "technique=prune+gptq", "+model.path=/a/b", "+note=" + "y" * 300)
+    assert done.returncode == 0 and len(ran) == 1
+    assert (tmp_path / "out").resolve() == Path(ran[0][-1]).resolve().parent

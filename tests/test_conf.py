@@ -1,0 +1,98 @@
+"""Every YAML of conf/ runs as shipped: its first comment is a command that uses it. A new file needs no edit here."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf, open_dict
+
+from compress.chain import stages
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def command(file):
+    """The words of the command in the file's first comment, `python` left out."""
+    lines = (CONF / file).read_text().splitlines()
+    first = next((line for line in lines if not line.startswith("# @package")), "")
+    assert first.startswith(("# python train.py", "# python evaluate.py")), (
+        f"conf/{file} starts with {first!r}: start it with the command that uses it, "
+        f"e.g. `# python train.py {Path(file).parent}={Path(file).stem}`."
+    )
+    return shlex.split(first[2:], comments=True)[1:]
+
+
+def jobs(program, overrides):
+    """The configs that a command runs: one, or those of its sweep."""
+
+    def split(words):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
+
+    def composed(words):
+        try:
+            return compose(program, words, return_hydra_config=True)
+        except MissingConfigException as error:
+            if (error.missing_cfg_file or "").startswith("hydra/"):
+                pytest.skip(f"{error.missing_cfg_file} comes with a Hydra plugin that is not installed")
+            raise
+
+    configs = [composed(words) for words in split(overrides)]
+    sweeper = configs[0].hydra.sweeper
+    params = sweeper.get("params") if "BasicSweeper" in sweeper._target_ else None
+    if params:  # those of an experiment
+        configs = [composed(words) for words in split([f"{key}={value}" for key, value in params.items()] + overrides)]
+    return configs
+
+
+def uses(config, program, file):
+    group, name = str(Path(file).parent), Path(file).stem
+    if group == ".":
+        return name == program
+    if group == "technique/stage":
+        return name in config.technique.name.split("+")
+    return config.hydra.runtime.choices.get(group) == name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_its_command_composes_and_uses_it(file, monkeypatch):
+    script, *words = command(file)
+    program = script.removesuffix(".py")
+    configs = jobs(program, [word for word in words if "=" in word and not word.startswith("-")])
+    assert any(uses(config, program, file) for config in configs), f"the command in conf/{file} does not use it"
+    for config in configs:
+        if "technique" in config:
+            stages(config.technique)
+        with open_dict(config):
+            config.hydra.runtime.output_dir = "."
+            monkeypatch.setattr(HydraConfig.instance(), "cfg", config.copy())
+            del config["hydra"]
+        OmegaConf.to_container(config, resolve=True)  # an interpolation that leads nowhere raises
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_its_package_is_where_hydra_reads_it(file):
+    # Hydra stops looking at the first line that is no `# @` header, and says nothing.
+    assert not any(line.startswith("# @") for line in (CONF / file).read_text().splitlines()[1:])
+
+
+def test_the_test_sees_the_files():
+    assert {"train.yaml", "technique/stage/prune.yaml", "model/tiny.yaml", "task/toy.yaml"} <= set(FILES)
+
+
+def test_a_misspelt_experiment_is_refused():
+    with pytest.raises(Exception, match="experiment"):
+        compose("train", ["experiment=no_such_experiment"])

@@ -1,0 +1,23 @@
+"""Compresses a language model and measures what it cost: `python train.py --help`."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+import compress.chain  # noqa: F401  makes technique=a+b a choice
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg):
+    from compress import run  # not at the top: --help, --cfg job and Tab need no torch
+
+    failed = run.main(cfg)
+    # In a sweep the other jobs go on, and its report exits with 1.
+    if failed and HydraConfig.get().mode == RunMode.RUN:
+        sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
