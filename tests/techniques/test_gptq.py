@@ -1,0 +1,190 @@
+import json
+
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from test_prune import fit
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from compress.errors import UserError
+from compress.models import blocks, linears, zeros
+from compress.techniques.gptq import GPTQ, calibrate, gptq, inverse_factor, minmax_grid, to_grid
+from compress.techniques.prune import Prune
+
+
+def problem(rows=24, columns=64, tokens=400):
+    torch.manual_seed(0)
+    inputs = torch.randn(tokens, columns) @ torch.randn(columns, columns)  # correlated, as activations are
+    return torch.randn(rows, columns), inputs
+
+
+def error(weight, quantized, inputs):
+    return ((weight - quantized) @ inputs.T).pow(2).mean().item()
+
+
+def test_two_columns_worked_by_hand():
+    # Inputs always equal: what rounding the first column loses, the second can make up for.
+    weight = torch.tensor([[1.0, -0.6, 0.3]])
+    inputs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    quantized, _ = gptq(weight, inputs.T @ inputs, bits=3, symmetric=True, damping=1e-6)
+    scale = 2 / 7  # the widest weight reaches the end of seven steps
+    assert quantized[0, 0].item() == pytest.approx(3 * scale)  # 1 / scale = 3.5, and 3 is the last integer
+    assert quantized[0, 1].item() == pytest.approx(-2 * scale)  # nearest to -0.6; loses 0.02857
+    assert quantized[0, 2].item() == pytest.approx(scale)  # nearest to 0.3 - 0.02857
+    alone = to_grid(weight, minmax_grid(weight, 3, True, torch.float32), 3, True)
+    assert error(weight, quantized, inputs) <= error(weight, alone, inputs)
+
+
+def test_an_error_moves_to_a_column_that_can_take_it():
+    weight = torch.tensor([[0.4, 0.4, 1.0]])
+    inputs = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two columns see one input
+    quantized, _ = gptq(weight, inputs.T @ inputs, bits=3, damping=1e-6)
+    scale = 2 / 7
+    # 0.4 is nearest to one step, 0.286; the 0.114 that are lost move to the second, where 0.514 is nearest to two.
+    assert quantized[0, :2].tolist() == pytest.approx([scale, 2 * scale])
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_it_beats_rounding_to_nearest(bits, group_size, symmetric):
+    weight, inputs = problem()
+    quantized, _ = gptq(weight, inputs.T @ inputs, bits, group_size, symmetric)
+    nearest, _ = gptq(weight, torch.eye(64), bits, group_size, symmetric)  # no correlation, nothing to make up
+    assert error(weight, quantized, inputs) < 0.8 * error(weight, nearest, inputs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_value_is_on_the_grid(symmetric):
+    weight, inputs = problem()
+    quantized, grid = gptq(weight, inputs.T @ inputs, 4, 16, symmetric)
+    scale, zero = (part.repeat_interleave(16, 1) for part in grid)
+    integers = quantized / scale + zero
+    assert torch.allclose(integers, integers.round(), atol=1e-4)
+    assert integers.min() >= -8.001 and integers.max() <= 7.001
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_zeros_stay_zero_and_are_made_up_for(group_size, symmetric):
+    weight, inputs = problem()
+    hessian = inputs.T @ inputs
+    pruned = weight * (weight.abs() > 0.7)
+    quantized, _ = gptq(pruned, hessian, 4, group_size, symmetric)
+    assert (quantized[pruned == 0] == 0).all()
+    # The control: quantize without a mask and cut the zeros out again afterwards.
+    unmasked, _ = gptq(pruned + (pruned == 0) * 1e-12, hessian, 4, group_size, symmetric)
+    assert error(pruned, quantized, inputs) < error(pruned, unmasked * (pruned != 0), inputs)
+
+
+def test_how_many_columns_wait_changes_nothing():
+    weight, inputs = problem()
+    hessian = inputs.T @ inputs
+    reference, _ = gptq(weight, hessian, 4, 16, lazy=1)
+    for lazy in (7, 24, 64):
+        assert torch.allclose(gptq(weight, hessian, 4, 16, lazy=lazy)[0], reference, atol=1e-4)
+
+
+def test_dead_inputs_are_rounded_and_not_pruned():
+    weight, inputs = problem()
+    inputs[:, 5] = 0
+    quantized, _ = gptq(weight, inputs.T @ inputs)
+    assert quantized.isfinite().all() and (quantized[:, 5] != 0).any()
+
+
+def test_damping_grows_until_the_hessian_can_be_inverted():
+    rank_one = torch.ones(8, 8) * 1e6
+    assert inverse_factor(rank_one, 1e-12).isfinite().all()
+    with pytest.raises(UserError, match="NaN or infinity"):
+        inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+def test_calibration_sees_every_layer_once_and_no_padding(build):
+    model = build()
+    batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
+    seen, inputs = {}, {}
+    stack = blocks(model)[0]
+    first = dict(linears(model))
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+        for name, layer in first.items()
+    ]
+    with torch.no_grad():
+        for one in batches:
+            model(**one)
+    for hook in hooks:
+        hook.remove()
+    for block, layers, hessian in calibrate(model, batches):
+        for name in layers:
+            assert f"{block}.{name}" not in seen
+            seen[f"{block}.{name}"] = hessian
+    assert set(seen) == set(first) and all(name.startswith(stack) for name in seen)
+    for name, hessian in seen.items():  # nothing was changed, so the streamed inputs are the model's own
+        tokens = torch.cat([x[one["attention_mask"].bool()] for x, one in zip(inputs[name], batches)])
+        assert torch.allclose(hessian, tokens.T @ tokens, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build, symmetric, group_size, tmp_path):
+    model = build()
+    causal = build is tiny.llama_lm
+    head = next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.Linear)).weight.clone()
+    fit(model, Prune(sparsity=0.4))
+    masks = zeros(model)
+    stage = GPTQ(bits=4, group_size=group_size, symmetric=symmetric, samples=8)
+    fit(model, stage)
+    assert all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
+    one = {k: v for k, v in tiny.batch(seed=9).items() if k != "labels"}
+    with torch.no_grad():
+        expected = model.eval()(**one).logits
+    stage.save(model, tmp_path)
+    auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    reloaded = auto.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(reloaded(**one).logits, expected, atol=1e-6)
+    assert torch.equal(next(m for m in reversed(list(reloaded.modules())) if type(m) is torch.nn.Linear).weight, head)
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert described["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+
+
+def test_bfloat16_weights_reload_exactly(tmp_path):
+    model = tiny.llama().bfloat16()
+    stage = GPTQ(group_size=16, samples=8)
+    fit(model, stage)
+    one = {k: v for k, v in tiny.batch().items() if k != "labels"}
+    with torch.no_grad():
+        expected = model.eval()(**one).logits
+    stage.save(model, tmp_path)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(reloaded(**one).logits, expected)
+
+
+def test_a_group_that_does_not_divide_a_width_is_told_from_the_shapes_alone():
+    with torch.device("meta"):
+        skeleton = tiny.bert()
+    with pytest.raises(UserError, match=r"group_size=48 does not divide the 32 inputs of `bert.encoder.layer.0"):
+        GPTQ(group_size=48).check(skeleton)
+    GPTQ(group_size=-1).check(skeleton)
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 5}, {"damping": 0}, {"samples": 0}, {"group_size": -2}, {"bits": "four"}])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        GPTQ(**wrong)
+    with pytest.raises(UserError):
+        GPTQ(group_size=0)
+
+
+def test_after_training_it_quantizes_what_was_trained():
+    model, untrained = tiny.bert(), tiny.bert()
+    fit(untrained, GPTQ(group_size=16, samples=8))
+    fit(model, GPTQ(group_size=16, samples=8), epochs=1)
+    name, layer = next(linears(model))
+    assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
+    for row in layer.weight.view(32, 2, 16).flatten(0, 1):
+        assert len(row.unique()) <= 16
