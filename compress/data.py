@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 from itertools import chain as flatten
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from compress.errors import UserError
 from compress.tasks import Splits, fingerprint
 
 Batch = dict[str, torch.Tensor]
-LONG = 20_000  # rows: from here on tokenising takes a progress bar
+LONG = 100_000  # rows, some seconds of tokenising: from here on it shows a progress bar
 
 
 class TaskData(pl.LightningDataModule):
@@ -78,7 +80,9 @@ class TaskData(pl.LightningDataModule):
                 f"Calibration asks for {samples} {unit} of training text and task `{self.splits.task.name}` has "
                 f"{len(rows)}: ask for fewer (technique.gptq.samples={len(rows)})."
             )
-        return DataLoader(rows.shuffle(self.seed).select(range(samples)), batch_size, collate_fn=self.collate)
+        return DataLoader(
+            rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
+        )
 
     def texts(self, count: int) -> list[Batch]:
         """The first ``count`` texts of the validation split, a batch each, without labels."""
@@ -109,20 +113,23 @@ class TaskData(pl.LightningDataModule):
     def _kept(self, rows: Dataset) -> Dataset:
         if self.tokens is None:
             return self._tokenise(rows)
-        key = [fingerprint(rows), self.tokenizer.backend_tokenizer.to_str(), self.kind, self.max_length]
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
+        key = [fingerprint(rows), rules, self.kind, self.max_length]
         folder = Path(self.tokens) / digest(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 partial = folder.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
+                tokenised = self._tokenise(rows)
                 disable_progress_bars()
-                self._tokenise(rows).save_to_disk(partial)
+                tokenised.save_to_disk(partial)
                 os.replace(partial, folder)
         return load_from_disk(str(folder))
 
     def _tokenise(self, rows: Dataset) -> Dataset:
-        (enable_progress_bars if len(rows) >= LONG else disable_progress_bars)()
+        (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
         encode = self._blocks if self.kind == "lm" else self._texts
         return rows.map(encode, batched=True, batch_size=None if self.kind == "lm" else 1000,
                         remove_columns=rows.column_names, desc="tokenising")  # fmt: skip

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import sys
 from dataclasses import asdict, dataclass, replace
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 from torch import nn
 
 from compress import chain
+from compress.cache import digest
 from compress.errors import UserError
 from compress.measure import Latency
 from compress.models import Backbone
@@ -35,12 +36,18 @@ class Step:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides what the stage does."""
+        """Everything that was chosen for the stage."""
         return {"stage": self.name, **self.arguments, "train": plain(self.training)}
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """What decides the result of the stage: its settings, and its source, which may be the user's own."""
+        source = inspect.getsource(sys.modules[self.technique.__module__])
+        return {**self.settings, "class": self.technique.__qualname__, "source": digest(source)}
 
     def build(self, model: nn.Module, metrics: Any) -> Any:
         """The callback or LightningModule; only a module takes the model, its metrics and how it is trained."""
-        takes = signature(self.technique).parameters
+        takes = inspect.signature(self.technique).parameters
         offered = {"model": model, "metrics": metrics, "training": self.training}
         given = {name: value for name, value in offered.items() if name in takes}
         return parse(self.technique, self.arguments, f"technique.{self.key}", **given)
@@ -114,9 +121,10 @@ def step(stage: chain.Stage) -> Step:
     """A stage of the config with its class found and what it imports at hand."""
     arguments = plain(stage.node)
     target = arguments.pop("_target_")
+    module, _, name = target.rpartition(".")
     try:
-        technique = get_class(target)
-    except Exception as error:
+        technique = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"Stage `{stage.key}` names the class {target}, which cannot be imported ({error}): correct `_target_` in "
             f"conf/technique/stage/{stage.name}.yaml."
@@ -166,12 +174,12 @@ def parse(schema: type[T], values: dict[str, Any], key: str, **given: Any) -> T:
         where = ".".join(str(part) for part in (key, *wrong["loc"]))
         if wrong["type"] in ("unexpected_keyword_argument", "unexpected_keyword_arguments"):
             raise UserError(
-                f"{where} is no setting of `{key}`: it has {', '.join(signature(schema).parameters)}."
+                f"{where} is no setting of `{key}`: it has {', '.join(inspect.signature(schema).parameters)}."
             ) from None
         reason = wrong["msg"][:1].lower() + wrong["msg"][1:]
         raise UserError(f"{where} is {wrong.get('input')!r}: {reason}.") from None
     except TypeError as error:
-        raise UserError(f"{key}: {error}: it has {', '.join(signature(schema).parameters)}.") from None
+        raise UserError(f"{key}: {error}: it has {', '.join(inspect.signature(schema).parameters)}.") from None
 
 
 def plain(node: Any) -> dict[str, Any]:

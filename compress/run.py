@@ -93,7 +93,7 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
     steps: list[Any] = [planned.address(fingerprint(planned.backbone.path), splits.fingerprint), planned.training]
     entries = [cache.get(steps, partial(start, planned, splits), "baseline")]
     for step in planned.steps:
-        steps.append(step.settings)
+        steps.append(step.address)
         entries.append(cache.get(steps, partial(apply, planned, splits, step, entries[-1]), step.key))
 
     into = folder / "artifact"

@@ -168,15 +168,18 @@ def _separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Tab
     import pandas as pd
 
     options |= {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    first = [str(value).rstrip("\r") for value in pd.read_csv(path, nrows=1, **options).iloc[0]]
+    frame = pd.read_csv(path, **options)  # the first line says how many fields a line has
+    last = frame.columns[-1]
+    frame[last] = frame[last].str.rstrip("\r")
+    first = frame.iloc[0]
     if names and len(names) != len(first):
         raise UserError(
             f"{path.name} has {len(first)} columns in its first line and {len(names)} are named ({', '.join(names)}): "
             "set task.files."
         )
-    frame = pd.read_csv(path, names=names or first, skiprows=0 if names else 1, index_col=False, **options)
-    last = frame.columns[-1]
-    frame[last] = frame[last].str.rstrip("\r")
+    frame.columns = list(names or first)
+    if not names:
+        frame = frame[1:]
     return frame.to_dict("list")
 
 
@@ -190,7 +193,9 @@ def _json(path: Path, _: object) -> Table:
 
 
 def _records(records: list[dict[str, Any]]) -> Table:
-    names = dict.fromkeys(name for record in records for name in record.keys())
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("expected a list of objects")
+    names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
 
 

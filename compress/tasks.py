@@ -83,26 +83,26 @@ class Task:
             )
         if self.primary not in self.metrics:
             raise UserError(
-                f"Task `{self.name}` has the primary metric {self.primary}, which it does not measure: set task.primary "
-                f"to one of {', '.join(self.metrics)}."
+                f"Task `{self.name}` has the primary metric {self.primary}, which it does not measure: set "
+                f"task.primary to one of {', '.join(self.metrics)}."
             )
-        if self.labels is not None and self.kind in ("multiclass", "multilabel"):
-            if len(set(self.labels)) < max(len(self.labels), 2 if self.kind == "multiclass" else 1):
-                raise UserError(
-                    f"Task `{self.name}` has the labels {', '.join(self.labels) or 'none'}: set task.labels to the "
-                    "name of each label, once."
-                )
+        fewest = 2 if self.kind in ("multiclass", "multilabel") else 0
+        if self.labels is not None and len(set(self.labels)) < max(len(self.labels), fewest):
+            raise UserError(
+                f"Task `{self.name}` has the labels {', '.join(self.labels) or 'none'}: set task.labels to the name of "
+                "each label, once."
+            )
         if self.kind == "multilabel" and self.labels is None and self.columns.label is None:
             raise UserError(
-                f"Task `{self.name}` names neither its labels nor their column: set task.labels to the names of the 0/1 "
-                "columns, or task.columns.label to a column of lists."
+                f"Task `{self.name}` names neither its labels nor their column: set task.labels to the names of the "
+                "0/1 columns, or task.columns.label to a column of lists."
             )
         for splits in (self.hub, *self.files):
             named = [name for split in SPLITS if (name := getattr(splits, split, None))]
             if any(count > 1 for count in Counter(map(str, named)).values()):
                 raise UserError(
-                    f"Task `{self.name}` uses one set of rows for two of its splits ({', '.join(map(str, named))}): give "
-                    "each its own, or null and task.holdout."
+                    f"Task `{self.name}` uses one set of rows for two of its splits ({', '.join(map(str, named))}): "
+                    "give each its own, or null and task.holdout."
                 )
 
     @property
@@ -173,8 +173,8 @@ class Task:
         if self.hub is not None:
             return self._read_hub()
         raise UserError(
-            f"Task `{self.name}` has no data yet: set task.path to a folder with {self._expected()}, or task.hub.id to "
-            "a data set of the hub."
+            f"Task `{self.name}` has no data yet: set task.path to a folder with {self._expected()}, or task.hub to "
+            "'{id: owner/name, train: train, test: test}'."
         )
 
     def _read_hub(self) -> dict[str, Table]:
@@ -208,8 +208,8 @@ class Task:
         if "train" in missing:
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
             raise UserError(
-                f"Task `{self.name}` needs {self._expected()} and {folder} has {found}: set task.path, or name the files "
-                "in task.files."
+                f"Task `{self.name}` needs {self._expected()} and {folder} has {found}: set task.path, or name the "
+                "files in task.files."
             )
         present = {split: file for split, file in files.items() if split not in missing}
         self._check_holdout(present, str(folder), files)
@@ -236,8 +236,8 @@ class Task:
             return {"table": dict, "dialogues": sources.dialogues, "articles": sources.articles}[self.rows](table)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"Task `{self.name}` expected {self.rows} and found columns {', '.join(table)} that do not hold them: set "
-                "task.path to other data, or task.rows=table."
+                f"Task `{self.name}` expected {self.rows} and found columns {', '.join(table)} that do not hold them: "
+                "set task.path to other data, or task.rows=table."
             ) from error
 
     def _select(self, table: Table, columns: Columns, where: str, label_base: int = 0) -> Table:
@@ -246,8 +246,8 @@ class Task:
         def column(name: str, key: str) -> list[Any]:
             if name not in table:
                 raise UserError(
-                    f"Task `{self.name}` found no column `{name}` in {where}, which has {', '.join(table) or 'none'}: set "
-                    f"{key} to one of them."
+                    f"Task `{self.name}` found no column `{name}` in {where}, which has {', '.join(table) or 'none'}: "
+                    f"set {key} to one of them."
                 )
             return table[name]
 

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+
+from compress.measure import Latency, speedup, spread, stack, take_turns
+
+
+def test_statistics_of_known_times():
+    found = spread([np.array([1.0, 2.0]), np.array([3.0, 4.0, 100.0])])
+    assert (found.median_ms, found.mean_ms, found.repeats) == (3.0, 22.0, 5)
+    assert found.p95_ms == pytest.approx(80.8)
+
+
+def test_a_speedup_is_the_ratio_of_neighbouring_blocks():
+    # The machine gets slower all the time, the variant is always twice as fast.
+    baseline = [np.array([10.0, 11.0]) * slow for slow in (1, 2, 3, 4)]
+    variant = [block / 2 for block in baseline]
+    found = speedup(baseline, variant)
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_calls_take_turns_in_whole_cycles():
+    order = []
+    calls = {name: lambda i, name=name: order.append((name, i)) for name in ("baseline", "variant")}
+    blocks = take_turns(calls, Latency(seconds=0.004, block_s=0.001, warmup=1), cycle=3)
+    assert len(blocks["baseline"]) == len(blocks["variant"]) == 4
+    assert all(len(block) % 3 == 0 for block in blocks["variant"])
+    warm = order[:6]
+    assert warm == [(name, i) for name in ("baseline", "variant") for i in range(3)]
+    turns = [name for previous, (name, _) in zip([("", 0), *order[6:]], order[6:]) if name != previous[0]]
+    assert turns == ["baseline", "variant"] * 4
+
+
+def test_a_throughput_batch_holds_no_padding():
+    texts = [{"input_ids": torch.arange(n)[None], "attention_mask": torch.ones(1, n)} for n in (5, 3, 9)]
+    batch = stack(texts, 4)
+    assert batch["input_ids"].tolist() == [[0, 1, 2]] * 4 and batch["attention_mask"].min() == 1

@@ -1,0 +1,79 @@
+"""What is wrong is told in one sentence, before anything is loaded or trained."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from compress import plan
+from compress.errors import UserError
+from test_conf import CONF
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the check loaded something")
+
+    monkeypatch.setattr("compress.tasks.Task.load", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+
+def check(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan.check(compose("train", list(overrides)))
+
+
+def test_a_chain_becomes_steps_in_its_order():
+    planned = check("technique=prune+finetune+prune+gptq", "technique.prune_2.sparsity=0.6")
+    assert [step.key for step in planned.steps] == ["prune", "finetune", "prune_2", "gptq"]
+    assert planned.steps[2].arguments["sparsity"] == 0.6 and planned.steps[0].arguments["sparsity"] == 0.2
+    assert planned.steps[1].training.epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
+        (["technique=gptq+gptq"], r"`gptq_2` works on float weights"),
+        (["technique=prune", "technique.prune.sparsity=1.5"], r"technique.prune.sparsity is 1.5: .* less than 1"),
+        (["technique=prune", "technique.prune.sparsity=lots"], r"technique.prune.sparsity is 'lots': .* number"),
+        (["technique=prune", "+technique.prune.sparsty=0.5"], r"technique.prune.sparsty is no setting .* sparsity"),
+        (["technique=prune", "technique.prune.scope=row"], r"scope is 'row': .*'global' or 'layer'"),
+        (["technique=prune", "technique.prune.train.epochs=-1"], r"technique.prune.train.epochs is -1"),
+        (["technique=gptq", "technique.gptq.bits=5"], r"technique.gptq.bits is 5: .* 2, 3, 4 or 8"),
+        (["technique=gptq", "technique.gptq.group_size=100"], r"group_size=100 does not divide the 128 inputs of"),
+        (["technique=gptq", "technique.gptq._target_=compress.techniques.gptq.Nothing"], r"cannot be imported"),
+        (["+baseline.momentum=1"], r"baseline.momentum is no setting of `baseline`: it has epochs"),
+        (["task.epochs=-3"], r"task.epochs is -3"),
+        (["task.primary=matthews"], r"primary metric matthews, which it does not measure"),
+        (["model=tiny", "task=toy_lm"], r"`bert` is an encoder: choose a decoder"),
+        (["model.dtype=int8"], r"model.dtype is 'int8'"),
+        (["hardware.accelerator=tpu"], r"hardware.accelerator is tpu: set it to auto, cpu or gpu"),
+        (["hardware.latency.seconds=0"], r"hardware.latency.seconds is 0"),
+    ],
+)
+def test_a_mistake_is_told_with_its_key(overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        check(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_extra_is_told_with_its_command(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"`gptq` needs compressed_tensors.*pip install -e '\.\[gptq\]'"):
+        check("technique=gptq")
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here: set hardware=cpu"):
+        check("hardware=gpu")
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta", "roberta_large", "distilbert", "minilm", "tinyllama", "llama"])
+def test_every_model_can_be_planned_from_its_architecture(model):
+    check(f"model={model}", "model.path=null", "technique=prune+gptq")
+
+
+def test_where_the_data_lies_is_no_part_of_the_address():
+    here, there = (check("task=sst2", f"task.path={path}").address(None, "same rows") for path in ("here", "there"))
+    assert here == there != check("task=sst2", "task.path=here", "seed=1").address(None, "same rows")

@@ -1,0 +1,98 @@
+import csv
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from compress import report
+from compress.artifact import Description, Done
+from compress.measure import Interval, Measurement, Spread
+from compress.report import Job, Outcome
+
+
+def measured(accuracy, size, speedup=None):
+    latency = Spread(median_ms=2.0, mean_ms=2.5, p95_ms=4.0, repeats=9)
+    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, latency, 50.0, speedup, "cpu", 2)
+
+
+BASELINE = Done("baseline", {}, 10.0, trained=True)
+PRUNE = Done("prune", {}, 2.0, trained=False)
+OUTCOME = Outcome(
+    primary="accuracy",
+    descriptions={
+        "none": Description("multiclass", "tiny", "toy", history=(BASELINE,)),
+        "prune": Description("multiclass", "tiny", "toy", limits=("prune: no speed",), history=(BASELINE, PRUNE)),
+    },
+    measurements={"none": measured(0.9, 4_000_000), "prune": measured(0.88, 1_000_000, Interval(1.5, 1.4, 1.6))},
+)
+JOB = Job("prune", "tiny", "toy", 0)
+
+
+def read(folder):
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_starts_with_the_columns_that_people_compare(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
+    none, prune = read(tmp_path)
+    assert (none["method"], none["size_mb"], none["accuracy"], none["speedup"]) == ("none", "4.0", "0.9", "")
+    assert (prune["method"], prune["training_time_s"], prune["compression_time_s"]) == ("prune", "10.0", "2.0")
+    assert (prune["compression_ratio"], prune["speedup"], float(prune["change"])) == ("4.0", "1.5", 0.88 - 0.9)
+
+
+def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    text = (tmp_path / "results.md").read_text()
+    assert "| prune  |   0.8800 | -2.00 pt | 1.00 |   4.00x | 2.00 | 1.50x [1.40, 1.60] |" in text
+    assert "100 test examples, cpu, 2 threads" in text and "- prune: no speed" in text
+
+
+def test_perplexity_is_no_fraction():
+    row = {**report.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
+    assert report.drawn_figures(row)[:2] == ["5.500", "+0.250"]
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones():
+    rows = [report.row(JOB, name, OUTCOME) for name in OUTCOME.measurements]
+    assert len(report.table(rows, narrow=True).columns) < len(report.table(rows).columns)
+
+
+def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
+    report.fail(tmp_path, JOB, "no such thing")
+    (row,) = read(tmp_path)
+    assert (row["method"], row["status"], row["reason"]) == ("prune", "failed", "no such thing")
+    assert "prune failed: no such thing" in (tmp_path / "results.md").read_text()
+
+
+def test_a_sweep_keeps_one_baseline_of_each_setting():
+    def rows(*overrides, seed=0):
+        job = Job("prune", "tiny", "toy", seed, overrides)
+        return [report.row(job, name, OUTCOME) for name in OUTCOME.measurements]
+
+    many = rows("technique.prune.sparsity=0.2") + rows("technique.prune.sparsity=0.5") + rows("task.epochs=1")
+    kept = report.without_repeated_baselines(many + rows(seed=1))
+    assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
+        ("none", "", 0),
+        ("prune", "technique.prune.sparsity=0.2", 0),
+        ("prune", "technique.prune.sparsity=0.5", 0),
+        ("none", "task.epochs=1", 0),
+        ("prune", "task.epochs=1", 0),
+        ("none", "", 1),
+        ("prune", "", 1),
+    ]
+
+
+def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("final/size_mb")] == [1.0]
+    assert metadata.SESSION_END_INFO_TAG in events.PluginTagToContent("hparams")
+    content = events.PluginTagToContent("hparams")[metadata.SESSION_END_INFO_TAG]
+    assert metadata.parse_session_end_info_plugin_data(content).status == 1  # success
+
+
+def test_tensorboard_marks_a_failed_run(tmp_path):
+    report.fail(tmp_path, JOB, "no such thing")
+    content = EventAccumulator(str(tmp_path / "tensorboard")).Reload().PluginTagToContent("hparams")
+    assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure

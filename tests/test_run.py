@@ -1,0 +1,160 @@
+"""A run from its config to its artifact, on the built-in model and data."""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import compress
+from compress import artifact, promises, run
+from compress.errors import PostconditionError, UserError
+from compress.models import linears, zeros
+from compress.techniques.prune import Prune, measured_sparsity
+from test_conf import CONF
+
+SMALL = [
+    "hardware=cpu",
+    "task.limit.train=256",
+    "task.limit.validation=64",
+    "task.limit.test=128",
+    "baseline.epochs=1",
+    "hardware.latency.seconds=0.05",
+    "hardware.latency.block_s=0.01",
+    "hardware.latency.throughput_batch_size=4",
+    "+technique.gptq.samples=16",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def carry_out(cache, tmp_path):
+    def carry_out(*overrides, model="tiny", task="toy"):
+        chosen = [f"model={model}", f"task={task}", f"cache.dir={cache}", *overrides]
+        small = [o.lstrip("+") if "gptq" in str(overrides) else o for o in SMALL if "gptq" not in o or "gptq" in str(overrides)]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", chosen + small)
+        return run.run(cfg, tmp_path)
+
+    return carry_out
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy"), ("tiny_llama", "toy_lm")])
+def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, model, task):
+    outcome = carry_out("technique=prune+gptq", model=model, task=task)
+    none, both = outcome.measurements.values()
+    assert list(outcome.measurements) == ["none", "prune+gptq"]
+    assert both.size_bytes < 0.6 * none.size_bytes and both.parameters == none.parameters
+    assert both.nonzeros < none.nonzeros and both.speedup.low <= both.speedup.value <= both.speedup.high
+    loaded = compress.load(tmp_path / "artifact")
+    assert loaded.description.method == "prune+gptq" and loaded.description.weights == "packed"
+    sparsity = measured_sparsity(linear.weight for _, linear in linears(loaded.model))
+    assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # integers that round to zero come on top
+
+
+def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeypatch):
+    first = carry_out("technique=prune")
+    monkeypatch.setattr(run, "start", lambda *args: pytest.fail("trained the baseline again"))
+    again = carry_out("technique=prune+prune", "technique.prune_2.sparsity=0.5")
+    assert again.measurements["none"].quality == first.measurements["none"].quality
+    assert again.descriptions["prune+prune"].history[:2] == first.descriptions["prune"].history
+
+
+def test_a_fresh_run_gives_the_same_weights(carry_out, cache, tmp_path):
+    carry_out("technique=prune", "technique.prune.train.epochs=1", f"cache.dir={tmp_path / 'one'}")
+    first = compress.load(tmp_path / "artifact").model.state_dict()
+    carry_out("technique=prune", "technique.prune.train.epochs=1", f"cache.dir={tmp_path / 'two'}")
+    second = compress.load(tmp_path / "artifact").model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("chain", ["prune+finetune", "finetune+prune+finetune+gptq"])
+def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
+    carry_out(f"technique={chain}", "technique.prune.sparsity=0.5")
+    model = compress.load(tmp_path / "artifact").model
+    assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+
+
+def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
+    carry_out("technique=prune")
+    folder = tmp_path / "artifact"
+    model, tokenizer, description = compress.load(folder)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)("the soup was not very tasty .", return_tensors="pt")
+    with torch.inference_mode():
+        assert torch.equal(theirs(**batch).logits, model(**batch).logits)
+    assert theirs.config.id2label == {0: "awful", 1: "bad", 2: "good", 3: "great"}
+    assert json.loads((folder / "compress.json").read_text())["history"][1]["settings"]["sparsity"] == 0.2
+    card = (folder / "README.md").read_text()
+    assert "# tiny on toy: prune" in card and "from_pretrained" in card and "dense runtime" in card
+    assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
+    assert artifact.size_bytes(folder) == (folder / "model.safetensors").stat().st_size
+    assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
+
+
+def test_without_a_stage_the_baseline_is_measured_alone(carry_out):
+    assert list(carry_out("technique=none").measurements) == ["none"]
+
+
+def test_labels_found_in_the_users_own_files(carry_out, tmp_path):
+    rows = ["review,stars"] + [f"a {word} meal {i},{word}" for i in range(40) for word in ("good", "bad", "odd")]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    own = ["task.columns.text=review", "task.columns.label=stars", f"task.path={tmp_path}", "technique=prune"]
+    outcome = carry_out(*own, task="files")
+    assert compress.load(tmp_path / "artifact").model.config.id2label == {0: "bad", 1: "good", 2: "odd"}
+    assert outcome.measurements["prune"].examples == 12
+
+
+class Idle(Prune):
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+
+class FillsIn(Prune):
+    def on_fit_start(self, trainer, pl_module):
+        for _, linear in linears(pl_module):
+            linear.weight.data += 0.01
+
+
+class Boasts(Prune):
+    shrinks = True
+
+
+class Loses(Prune):
+    def save(self, model, folder):
+        next(linears(model))[1].weight.data.neg_()
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("technique", "error", "sentence"),
+    [
+        (Idle, UserError, "`prune_2` changed nothing"),
+        (FillsIn, PostconditionError, "`prune_2` filled in .* pruned weights of"),
+        (Boasts, PostconditionError, "`prune_2` should make the model smaller"),
+        (Loses, PostconditionError, "the artifact of `prune_2` reloads to other logits"),
+    ],
+)
+def test_a_stage_that_breaks_its_promise_fails(carry_out, technique, error, sentence):
+    target = f"technique.prune_2._target_={__name__}.{technique.__name__}"
+    with pytest.raises(error, match=sentence):
+        carry_out("technique=prune+prune", target, "technique.prune_2.sparsity=0.5")
+
+
+def test_quantization_must_leave_the_head_alone(carry_out):
+    import tiny
+
+    class Packs:
+        leaves = "packed"
+
+    model = tiny.bert()
+    before = promises.state(model)
+    model.classifier.weight.data += 1
+    with pytest.raises(PostconditionError, match=r"blocks alone and changed classifier.weight"):
+        promises.check_model("gptq", Packs(), before, model)
+    assert not zeros(model)
