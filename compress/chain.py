@@ -5,7 +5,7 @@ Hydra asks for it, a defaults list with one stage an entry. That serves the comm
 compose API and Tab completion alike. Importing this module is all it takes, and stays cheap: no torch here.
 """
 
-from __future__ import annotations  # ChainSource.list hides the built-in one
+from __future__ import annotations
 
 import difflib
 import hashlib
@@ -27,6 +27,7 @@ from compress.errors import UserError
 GROUP = "technique"
 STAGES = "technique/stage"
 NONE = "none"  # the chain without a stage
+Names = list[str]  # ChainSource.list hides the built-in one
 LONGEST_SLUG = 100  # file systems stop at 255 bytes; a listing is readable up to here
 
 
@@ -47,7 +48,7 @@ def stages(technique: DictConfig) -> list[Stage]:
     chain = technique.name
     names = [] if chain == NONE else chain.split("+")
     keyed = _keyed(names)
-    for key in technique:
+    for key in map(str, technique):
         if key != "name" and key not in keyed:
             missing = re.sub(r"_\d+$", "", key)
             example = missing if chain == NONE else f"{missing}+{chain}"
@@ -107,13 +108,13 @@ class ChainSource(ConfigSource):
         config = OmegaConf.create({"defaults": defaults, "name": chain})
         return ConfigResult(self.provider, self.full_path(), config, header={"package": None})
 
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+    def list(self, config_path: str, results_filter: ObjectType | None) -> Names:
         if not self.has_stages or config_path.strip("/") != GROUP:
             return self.folder.list(config_path, results_filter)
         # No subgroups: `--help` and Tab would offer each stage twice.
         return [] if results_filter == ObjectType.GROUP else [*self._names(), *self._completions()]
 
-    def _names(self) -> list[str]:
+    def _names(self) -> Names:
         return self.folder.list(STAGES, ObjectType.CONFIG)
 
     def _chain(self, config_path: str) -> str | None:
@@ -121,7 +122,7 @@ class ChainSource(ConfigSource):
         group, _, chain = config_path.lstrip("/").rpartition("/")
         return chain.removesuffix(".yaml") if self.has_stages and group == GROUP else None
 
-    def _checked(self, chain: str) -> list[str]:
+    def _checked(self, chain: str) -> Names:
         """The names in `chain`, or the reason why it is none."""
         known, names = self._names(), chain.split("+")
         choices = f"Stages: {', '.join(known)}; chain them with '+'."
@@ -147,7 +148,7 @@ class ChainSource(ConfigSource):
             )
         return names
 
-    def _completions(self) -> list[str]:
+    def _completions(self) -> Names:
         """What may follow `technique=a+` or `technique=a,` when the shell asks, which leaves its line in COMP_LINE."""
         typed = re.search(rf"(?:^|\s){GROUP}=(\S*[+,])[^\s+,]*$", os.environ.get("COMP_LINE", ""))
         if not typed:

@@ -69,7 +69,7 @@ def metrics(task: Task) -> MetricCollection:
     }[task.kind]
 
     class FromLogits(MetricCollection):
-        def update(self, logits, labels):
+        def update(self, logits, labels):  # type: ignore[override]
             super().update(to_predictions(logits), to_targets(labels))
 
         def forward(self, logits, labels):

@@ -168,6 +168,7 @@ def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTok
     """WordPiece for encoders, byte-level BPE for decoders, of at most ``config.vocab_size`` tokens."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    trainer: Any
     if is_decoder(config):
         special = ["<unk>", "<s>", "</s>", "<pad>"]
         tokenizer = Tokenizer(models.BPE())

@@ -34,7 +34,7 @@ def state(model: nn.Module) -> State:
 
 def digest(tensor: Tensor) -> bytes:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content.data, digest_size=16).digest()
 
 
 def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:

@@ -220,7 +220,7 @@ def fit(
         max_epochs=training.epochs,
         accelerator=planned.hardware.device.type,
         devices=1,
-        precision=planned.hardware.precision,
+        precision=planned.hardware.precision,  # type: ignore[arg-type]
         callbacks=[*callbacks, *filter(None, [best]), *([StageBar(name)] if bar else [])],
         logger=TensorBoardLogger(into, name="tensorboard", version=""),
         default_root_dir=into,

@@ -178,6 +178,7 @@ class Task:
         )
 
     def _read_hub(self) -> dict[str, Table]:
+        assert self.hub is not None
         named = {split: name for split in SPLITS if (name := getattr(self.hub, split))}
         self._check_holdout(named, f"the hub's {self.hub.id}")
         tables = {}
@@ -202,6 +203,7 @@ class Task:
         return " and ".join(file.file for file in self.files[0].files().values()) if self.files else "its files"
 
     def _read_folder(self) -> dict[str, Table]:
+        assert self.path is not None
         folder, layout = sources.lay_out(self.files, Path(self.path).expanduser())
         files = layout.files()
         missing = set(layout.missing(folder))
@@ -253,7 +255,7 @@ class Task:
 
         names = (columns.text,) if isinstance(columns.text, str) else columns.text
         texts = [column(name, "task.columns.text") for name in names]
-        selected = {"text": [" ".join(str(part) for part in row if part is not None) for row in zip(*texts)]}
+        selected: Table = {"text": [" ".join(str(part) for part in row if part is not None) for row in zip(*texts)]}
         if columns.text_pair:
             pairs = column(columns.text_pair, "task.columns.text_pair")
             selected["text_pair"] = ["" if text is None else str(text) for text in pairs]
@@ -261,6 +263,7 @@ class Task:
             filled = [i for i, text in enumerate(selected["text"]) if text.strip()]
             return _take(selected, filled)
         if columns.label is None and self.kind == "multilabel":
+            assert self.labels is not None  # the constructor has checked it
             flags = [column(label, "task.labels") for label in self.labels]
             selected["label"] = [[label for label, flag in zip(self.labels, row) if _flag(flag)] for row in zip(*flags)]
         else:
@@ -285,7 +288,7 @@ class Task:
             )
         if self.kind == "lm" and "group" not in table:
             # Neighbouring documents may tell one story, so that only the end of train is sure not to be known.
-            held = range(total - size, total)
+            held: Sequence[int] = range(total - size, total)
         else:
             held = held_out(table.get("group", table["text"]), size, seed)
         kept = sorted(set(range(total)) - set(held))
@@ -311,6 +314,7 @@ class Task:
                     f"Task `{self.name}` is regression and {split} has labels that are no numbers ({error}): set "
                     "task.kind=multiclass, or task.columns.label to a column of numbers."
                 ) from error
+        assert self.labels is not None  # given, or found in train
         index = {name: i for i, name in enumerate(self.labels)}
 
         @functools.cache
@@ -352,7 +356,7 @@ class Splits:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of all rows and the names of the labels."""
-        parts = [*self.task.labels, *(fingerprint(getattr(self, split)) for split in SPLITS)]
+        parts = [*(self.task.labels or ()), *(fingerprint(getattr(self, split)) for split in SPLITS)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

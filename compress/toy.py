@@ -39,7 +39,7 @@ def splits() -> dict[str, dict[str, list[Any]]]:
         text, score = opinion(rng)
         labels[text] = verdict(score)
     texts = list(labels)
-    tables = {}
+    tables: dict[str, dict[str, list[Any]]] = {}
     for split, size in SIZES.items():
         taken, texts = texts[:size], texts[size:]
         tables[split] = {"text": taken, "label": [labels[text] for text in taken]}

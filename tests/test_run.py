@@ -23,7 +23,6 @@ SMALL = [
     "hardware.latency.seconds=0.05",
     "hardware.latency.block_s=0.01",
     "hardware.latency.throughput_batch_size=4",
-    "+technique.gptq.samples=16",
 ]
 
 
@@ -35,10 +34,11 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def carry_out(cache, tmp_path):
     def carry_out(*overrides, model="tiny", task="toy"):
-        chosen = [f"model={model}", f"task={task}", f"cache.dir={cache}", *overrides]
-        small = [o.lstrip("+") if "gptq" in str(overrides) else o for o in SMALL if "gptq" not in o or "gptq" in str(overrides)]
+        chosen = [f"model={model}", f"task={task}", f"cache.dir={cache}", *SMALL, *overrides]
+        if "gptq" in overrides[0]:
+            chosen.append("technique.gptq.samples=16")
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", chosen + small)
+            cfg = compose("train", chosen)
         return run.run(cfg, tmp_path)
 
     return carry_out

@@ -1,0 +1,70 @@
+"""`evaluate.py` measures what a run measured, again, and what others made."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from compress import evaluate
+from compress.errors import UserError
+from test_conf import CONF
+from test_run import SMALL, cache, carry_out  # noqa: F401
+
+
+@pytest.fixture
+def measure_again(cache):  # noqa: F811
+    def measure_again(*overrides):
+        small = [o for o in SMALL if o.startswith("hardware")]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return evaluate.evaluate(compose("evaluate", [f"cache.dir={cache}", *small, *overrides]))
+
+    return measure_again
+
+
+def test_an_artifact_is_worth_the_same_again(carry_out, measure_again, tmp_path):  # noqa: F811
+    outcome = carry_out("technique=prune+gptq")
+    (row,) = measure_again(f"artifact={tmp_path / 'artifact'}")
+    first = outcome.measurements["prune+gptq"]
+    assert row["method"] == "prune+gptq" and row["value"] == first.quality["accuracy"]
+    assert row["size_mb"] * 1e6 == first.size_bytes and row["examples"] == first.examples
+    assert row["speedup"] is None
+
+
+def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):  # noqa: F811
+    carry_out("technique=prune")
+    (tmp_path / "artifact").rename(tmp_path / "pruned")
+    carry_out("technique=none")
+    rows = measure_again(f"artifact={tmp_path / 'pruned'}", f"baseline={tmp_path / 'artifact'}")
+    assert [row["method"] for row in rows] == ["none", "prune"] and rows[1]["speedup"] > 0
+
+
+def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_path):  # noqa: F811
+    carry_out("technique=none")
+    folder = tmp_path / "artifact"
+    for name in ("compress.json", "config.yaml"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"says nothing of its task: name one as well \(task=sst2\)"):
+        measure_again(f"artifact={folder}")
+    (row,) = measure_again(f"artifact={folder}", "task=toy", "task.limit.test=100")
+    assert row["method"] == "artifact" and row["examples"] == 100
+    with pytest.raises(UserError, match="tells 4 labels apart and task `augesc` has 8"):
+        evaluate.fits(folder, evaluate.artifact.load(folder, "multiclass"), task_named("augesc"))
+
+
+def task_named(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return evaluate.plan.parse(evaluate.Task, evaluate.plan.plain(compose("train", [f"task={name}"]).task), "task")
+
+
+def test_what_is_not_there_is_told(measure_again, tmp_path):
+    with pytest.raises(UserError, match="No artifact is named: type artifact=FOLDER"):
+        measure_again()
+    with pytest.raises(UserError, match="There is no folder nowhere"):
+        measure_again("artifact=nowhere", "task=toy")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        measure_again(f"artifact={tmp_path}", "task=toy")
+
+
+def test_real_weights_are_measured_by_their_folder(measure_again, shared_models, shared_data):
+    folder, data = shared_models("stories260K"), shared_data("tinystories-sample")
+    (row,) = measure_again(f"artifact={folder}", "task=tinystories", f"task.path={data}")
+    assert row["metric"] == "perplexity" and 4 < row["value"] < 7
+    assert row["parameters"] == 260_032

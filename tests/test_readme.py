@@ -1,0 +1,108 @@
+"""The README's promises, by the commands that it prints."""
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+QUICK = (
+    "hardware=cpu task.limit.train=128 task.limit.validation=32 task.limit.test=64 baseline.epochs=1 "
+    "hardware.latency.seconds=0.05 hardware.latency.block_s=0.01"
+).split()
+
+
+def line_after(mark):
+    """The one line of the code block under a mark."""
+    (line,) = re.findall(rf"<!-- {mark} -->\n```bash\n(.+)\n```", README)
+    return line
+
+
+def run(*words, folder, cwd=ROOT):
+    """A command of the README, its results in ``folder``."""
+    command = [sys.executable, *words, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def rows(folder):
+    with (folder / "results.csv").open() as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_the_main_job(tmp_path):
+    *setup, command = line_after("main job").split(" && ")
+    assert setup[-1].startswith("pip install -e")
+    _, *words = shlex.split(command)
+    done = run(*words, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path)
+    assert list(found) == ["none", "prune", "gptq", "prune+gptq"]
+    accuracy = {method: float(row["accuracy"]) for method, row in found.items()}
+    assert accuracy["none"] > 0.85  # four classes, the most common a third
+    assert accuracy["prune+gptq"] > accuracy["none"] - 0.03
+    assert float(found["prune+gptq"]["size_mb"]) < 0.5 * float(found["none"]["size_mb"])
+    assert float(found["prune"]["size_mb"]) == pytest.approx(float(found["none"]["size_mb"]), rel=0.01)
+    assert "tiny on toy: 2,000 test examples, cpu" in done.stdout
+    for noise in ("Warning", "warn(", "Traceback", "it/s"):
+        assert noise not in done.stdout + done.stderr
+
+
+def test_the_test_command_runs_these_tests():
+    *setup, command = line_after("test command").split(" && ")
+    assert command == "pytest" and "pip install -e '.[dev]'" in setup
+
+
+def test_a_failed_job_leaves_the_others_running_and_is_told(tmp_path):
+    chains = "technique=gptq+prune,none"
+    done = run("train.py", "-m", chains, *QUICK, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path)
+    assert done.returncode == 1
+    found = rows(tmp_path)
+    assert found["gptq+prune"]["status"] == "failed" and "try technique=prune+gptq" in found["gptq+prune"]["reason"]
+    assert found["none"]["status"] == "completed"
+    assert "Traceback" not in done.stderr and "gptq+prune failed: " in done.stdout.replace("\n", " ")
+
+
+def test_a_users_mistake_is_one_sentence_and_exit_status_1(tmp_path):
+    done = run("train.py", "technique=prune", "technique.prune.sparsity=2", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert "technique.prune.sparsity is 2: input should be less than 1." in done.stdout + done.stderr
+
+
+def test_a_run_then_its_artifact_again(tmp_path):
+    done = run("train.py", "technique=prune", *QUICK, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    again = run(
+        "evaluate.py",
+        f"artifact={tmp_path / 'run' / 'artifact'}",
+        f"cache.dir={tmp_path / 'cache'}",
+        "hardware.latency.seconds=0.05",
+        "hardware.latency.block_s=0.01",
+        folder=tmp_path / "again",
+    )
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path / "again")["prune"]["accuracy"] == rows(tmp_path / "run")["prune"]["accuracy"]
+
+
+def test_what_the_readme_names_is_there():
+    for choice in ("experiment", "hardware", "model", "task"):
+        for file in (ROOT / "conf" / choice).glob("*.yaml"):
+            assert re.search(rf"\b{file.stem}\b", README), f"{choice}={file.stem} is not in the README"
+    for file in (ROOT / "conf" / "technique" / "stage").glob("*.yaml"):
+        assert f"`{file.stem}`" in README
+    for name in re.findall(r"^  (\w+\.py|\w+/)  ", README, re.MULTILINE):
+        assert (ROOT / "compress" / name).exists()
+
+
+def test_the_snippet_for_anybodys_lightning_script(monkeypatch):
+    (snippet,) = re.findall(r"```python\n(import pytorch_lightning.+?)```", README, re.DOTALL)
+    import tiny
+
+    from compress.techniques.finetune import FineTune
+
+    names = {"your_module": FineTune(tiny.bert()), "your_loader": tiny.loader()}
+    exec(snippet.replace("bits=4", "bits=4, group_size=16, samples=8"), names)

@@ -1,0 +1,67 @@
+"""Real weights on real data: what compression costs there."""
+
+import pytest
+
+import compress
+from compress.models import linears, zeros
+from test_run import cache, carry_out  # noqa: F401
+
+FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
+
+
+def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
+    carry_out,  # noqa: F811
+    shared_models,
+    shared_data,
+    tmp_path,
+):
+    outcome = carry_out(
+        "technique=prune+gptq",
+        f"model.path={shared_models('minilm-l6')}",
+        f"task.path={shared_data('glue-sst2')}",
+        *FULL_TEST,
+        "task.limit.train=12000",
+        "technique.gptq.samples=128",
+        model="minilm",
+        task="sst2",
+    )
+    none, both = outcome.measurements.values()
+    assert none.examples == 872 and none.quality["accuracy"] > 0.86  # a sixth of the training text, once
+    assert both.quality["accuracy"] > none.quality["accuracy"] - 0.015
+    assert both.size_bytes < 0.65 * none.size_bytes
+    assert sum(int(zero.sum()) for zero in zeros(compress.load(tmp_path / "artifact").model).values()) >= 0.2 * sum(
+        linear.weight.numel() for _, linear in linears(compress.load(tmp_path / "artifact").model)
+    )
+
+
+def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):  # noqa: F811
+    outcome = carry_out(
+        "technique=prune+gptq",
+        "technique.gptq.group_size=-1",
+        f"model.path={shared_models('stories260K')}",
+        f"task.path={shared_data('tinystories-sample')}",
+        *FULL_TEST,
+        "task.limit.train=null",
+        "baseline.epochs=0",
+        "technique.gptq.samples=64",
+        model="llama",
+        task="tinystories",
+    )
+    none, both = (m.quality["perplexity"] for m in outcome.measurements.values())
+    assert 4 < none < 7 and none < both < 1.25 * none
+
+
+@pytest.mark.parametrize("epochs", [6])
+def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, epochs):  # noqa: F811
+    outcome = carry_out(
+        "technique=prune+gptq",
+        f"task.path={shared_data('esconv')}",
+        *FULL_TEST,
+        "task.limit.train=null",
+        f"baseline.epochs={epochs}",
+        model="tiny_llama",
+        task="augesc",
+    )
+    none, both = (m.quality["accuracy"] for m in outcome.measurements.values())
+    assert none > 0.28  # always the most common of the eight strategies: 0.205
+    assert both > none - 0.02
