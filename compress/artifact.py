@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from compress.errors import UserError
 from compress.models import from_pretrained, set_pad_token
 
 DESCRIPTION = "compress.json"
-WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.onnx.data", "*.xml")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ def describe(folder: Path | str, kind: str | None = None) -> Description:
         content = json.loads(path.read_text())
         content["history"] = tuple(Done(**done) for done in content["history"])
         content["limits"] = tuple(content["limits"])
-        return Description(**content)
+        known = {f.name for f in fields(Description)}
+        return Description(**{key: value for key, value in content.items() if key in known})
     if kind is None:
         raise UserError(
             f"{folder} has no {DESCRIPTION}, so nothing says what the model was trained for: name a task as well "
@@ -104,13 +104,19 @@ def load(folder: Path | str, kind: str | None = None) -> Artifact:
     model, tokenizer, _ = compress.load("multirun/.../artifact")
     """
     description = describe(folder, kind)
-    runtime = importlib.import_module(f"compress.runtimes.{description.runtime}")
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
-    model = runtime.load(Path(folder), description.kind)
+    model = runtime(description).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)
     return Artifact(model, tokenizer, description)
 
 
 def size_bytes(folder: Path | str) -> int:
-    """Bytes on disk of the weights."""
-    return sum(file.stat().st_size for pattern in WEIGHTS for file in Path(folder).glob(pattern))
+    """Bytes on disk of the weights that are loaded from ``folder``."""
+    patterns = runtime(describe(folder, kind="")).WEIGHTS
+    found = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
+    return sum(next(filter(None, found), []))
+
+
+def runtime(description: Description) -> Any:
+    """The module of ``compress.runtimes`` that runs the artifact."""
+    return importlib.import_module(f"compress.runtimes.{description.runtime}")

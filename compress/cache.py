@@ -18,7 +18,7 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "pytorch-lightning")
+LIBRARIES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "torchmetrics")
 
 
 def digest(content: Any) -> str:
@@ -35,12 +35,10 @@ def environment() -> dict[str, str]:
     return {"compress": source.hexdigest(), **{name: version(name) for name in LIBRARIES}}
 
 
-def fingerprint(path: str | None) -> str | None:
-    """The content of a model's local folder, or the id of one on the hub."""
-    if path is None or not Path(path).is_dir():
-        return path
+def fingerprint(folder: Path) -> str:
+    """The content of a folder of files."""
     content = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(path).rglob("*")):
+    for file in sorted(folder.rglob("*")):
         if file.is_file():
             content.update(file.name.encode())
             with file.open("rb") as stream:
@@ -57,7 +55,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder) / "stages"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: Any, make: Callable[[Path], None], name: str) -> Path:

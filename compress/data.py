@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from compress.cache import digest
+from compress.cache import digest, environment
 from compress.errors import UserError
 from compress.tasks import Splits, fingerprint
 
@@ -85,9 +85,18 @@ class TaskData(pl.LightningDataModule):
         )
 
     def texts(self, count: int) -> list[Batch]:
-        """The first ``count`` texts of the validation split, a batch each, without labels."""
-        rows = self.tokenised("validation")
-        batches = (self.collate([rows[i]]) for i in range(min(count, len(rows))))
+        """``count`` texts of the test split without their labels, a batch each, from short to long: the middles of as
+        many equal parts of the split. They are the same texts for every tokenizer and seed (but for a language model,
+        whose blocks a tokenizer decides)."""
+        rows, texts = self.tokenised("test"), self.splits.test
+        order = list(range(len(rows)))
+        if self.kind != "lm":
+            pairs = texts["text_pair"] if "text_pair" in texts.column_names else [""] * len(rows)
+            lengths = [len(text) + len(pair) for text, pair in zip(texts["text"], pairs)]
+            order.sort(key=lengths.__getitem__)
+        count = min(count, len(rows))
+        picked = [order[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+        batches = (self.collate([rows[i]]) for i in picked)
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
     def tokenised(self, split: str) -> Dataset:
@@ -115,7 +124,8 @@ class TaskData(pl.LightningDataModule):
             return self._tokenise(rows)
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
-        key = [fingerprint(rows), rules, self.kind, self.max_length]
+        gives = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
+        key = [fingerprint(rows), rules, gives, self.kind, self.max_length, environment()]
         folder = Path(self.tokens) / digest(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):

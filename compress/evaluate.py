@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from compress import artifact, plan, report
 from compress.errors import UserError
 from compress.measure import measure
+from compress.metrics import metrics
+from compress.models import same_labels
 from compress.quiet import hush
 from compress.run import bench, guarded
 from compress.tasks import Task
@@ -18,8 +22,20 @@ from compress.tasks import Task
 def main(cfg: DictConfig) -> int:
     """Measure what the command line names, write and show its figures; 1 where that failed, with the reason told."""
     hush()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    return guarded(lambda: report.publish(folder, evaluate(cfg)), lambda reason: None)
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+
+    def work() -> None:
+        rows = evaluate(cfg)
+        report.conclude(folder, rows)
+        if hydra.mode == RunMode.RUN:
+            report.show(rows, folder)
+
+    def fail(reason: str) -> None:
+        name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
+        report.conclude(folder, [report.failed(report.Job(name, "", "", cfg.seed), reason)])
+
+    return guarded(work, fail)
 
 
 def evaluate(cfg: DictConfig) -> list[report.Row]:
@@ -30,29 +46,31 @@ def evaluate(cfg: DictConfig) -> list[report.Row]:
     """
     if OmegaConf.is_missing(cfg, "artifact"):
         raise UserError("No artifact is named: type artifact=FOLDER, the `artifact` folder of a run.")
+    settings = plan.settings(cfg)
     task = plan.parse(Task, task_of(cfg), "task")
-    machine = plan.hardware(cfg.hardware)
     folders = [Path(folder) for folder in (cfg.baseline, cfg.artifact) if folder]
     loaded = {folder: artifact.load(folder, task.kind) for folder in folders}
-    splits = task.load(cfg.seed)
+    splits = task.load(settings.seed)
     for folder, one in loaded.items():
         fits(folder, one, splits.task)
+    vocabularies = {json.dumps(one.tokenizer.get_vocab(), sort_keys=True) for one in loaded.values()}
+    if task.kind == "lm" and len(vocabularies) > 1:
+        raise UserError("Perplexities over different vocabularies cannot be compared: leave baseline out.")
     names = {
         folder: one.description.method if one.description.history else folder.name for folder, one in loaded.items()
     }
     if len(set(names.values())) < len(folders):
         names = {folder: str(folder) for folder in folders}
     measurements = measure(
-        {names[folder]: (folder, one) for folder, one in loaded.items()},
-        *bench(splits, loaded[folders[0]], machine, cfg.seed, Path(cfg.cache.dir)),
+        {names[folder]: bench(splits, folder, one, settings) for folder, one in loaded.items()},
+        metrics(splits.task),
+        settings.hardware.latency,
+        settings.hardware.device,
     )
-    outcome = report.Outcome(
-        primary=task.primary,
-        descriptions={names[folder]: one.description for folder, one in loaded.items()},
-        measurements=measurements,
-    )
+    descriptions = {names[folder]: one.description for folder, one in loaded.items()}
+    outcome = report.Outcome(task.primary, descriptions, measurements)
     model = loaded[folders[-1]].description.model
-    return [report.row(report.Job(name, model, task.name, cfg.seed), name, outcome) for name in measurements]
+    return [report.row(report.Job(name, model, task.name, settings.seed), name, outcome) for name in measurements]
 
 
 def task_of(cfg: DictConfig) -> dict:
@@ -68,9 +86,16 @@ def task_of(cfg: DictConfig) -> dict:
 
 def fits(folder: Path, loaded: artifact.Artifact, task: Task) -> None:
     """Raise UserError where the model's head is not one for the task."""
-    labels = getattr(loaded.model.config, "num_labels", task.num_labels)
-    if task.kind != "lm" and labels != task.num_labels:
+    if task.kind == "lm":
+        return
+    config = loaded.model.config
+    if config.num_labels != task.num_labels:
         raise UserError(
-            f"The model in {folder} tells {labels} labels apart and task `{task.name}` has {task.num_labels}: name the "
-            "task that it was trained for (task=...)."
+            f"The model in {folder} tells {config.num_labels} labels apart and task `{task.name}` has "
+            f"{task.num_labels}: name the task that it was trained for (task=...)."
+        )
+    if not same_labels(config, task):
+        raise UserError(
+            f"The model in {folder} calls its labels {', '.join(config.id2label.values())} and task `{task.name}` has "
+            f"{', '.join(task.labels or ())}, in this order: name the task that it was trained for (task=...)."
         )

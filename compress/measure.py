@@ -26,9 +26,9 @@ Batch = dict[str, torch.Tensor]
 class Latency:
     """How latency and throughput are measured.
 
-    ``texts`` texts of the validation split, as long as they are, run one at a time for the latency; the same texts,
-    repeated to ``throughput_batch_size``, run together for the throughput. Artifacts take turns in blocks of
-    ``block_s`` seconds until each has had ``seconds``.
+    ``texts`` texts of the test split, from short to long, run one at a time for the latency; the one of median length,
+    ``throughput_batch_size`` times, runs for the throughput. Artifacts take turns in blocks of at least ``block_s``
+    seconds and one round of the texts, until each has had ``seconds`` and three blocks.
     """
 
     seconds: Annotated[float, Field(gt=0)] = 2.0
@@ -36,6 +36,16 @@ class Latency:
     warmup: Annotated[int, Field(ge=1)] = 3
     texts: Annotated[int, Field(ge=1)] = 8
     throughput_batch_size: Annotated[int, Field(ge=1)] = 32
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An artifact ready to be measured: its folder, the test split in its tokens, and texts to time, one a batch."""
+
+    folder: Path
+    artifact: Artifact
+    test: DataLoader
+    texts: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Measurement:
     """One artifact's figures; the same code makes them for every artifact.
 
     ``quality`` holds fractions (perplexity apart) over all ``examples`` of the test split. ``speedup`` is how many
-    times faster than the baseline one text runs, timed in turns with it; None where there was no baseline.
+    times faster than the baseline one text runs, timed in turns with it; None where there was no baseline. The tokens
+    are those of the texts that were timed: on average for the latency, each for the throughput.
     """
 
     quality: dict[str, float]
@@ -71,48 +82,46 @@ class Measurement:
     parameters: int
     nonzeros: int
     latency: Spread
+    latency_tokens: float
     throughput_per_s: float
+    throughput_tokens: int
     speedup: Interval | None
     device: str
     threads: int
 
 
 def measure(
-    artifacts: dict[str, tuple[Path, Artifact]],
-    metrics: MetricCollection,
-    test: DataLoader,
-    timed_texts: list[Batch],
-    timing: Latency,
-    device: torch.device,
+    benches: dict[str, Bench], metrics: MetricCollection, latency: Latency, device: torch.device
 ) -> dict[str, Measurement]:
-    """Measure every artifact; the first is the baseline that the others are timed against.
-
-    ``timed_texts`` are tokenised texts of batch size one.
-    """
-    for _, artifact in artifacts.values():
-        artifact.model.to(device)
-    qualities = {
-        name: quality(artifact, metrics, test, device, f"testing {name}") for name, (_, artifact) in artifacts.items()
-    }
-    singles = [to_device(text, device) for text in timed_texts]
-    together = to_device(stack(timed_texts, timing.throughput_batch_size), device)
-    alone = take_turns({n: runner(a, singles, device) for n, (_, a) in artifacts.items()}, timing, len(singles))
-    batched = take_turns({n: runner(a, [together], device) for n, (_, a) in artifacts.items()}, timing, 1)
-    baseline = next(iter(artifacts))
+    """Measure every artifact; the first is the baseline that the others are timed against."""
+    singles, batches = {}, {}
+    for name, bench in benches.items():
+        bench.artifact.model.to(device)
+        texts = [to_device(text, device) for text in bench.texts]
+        singles[name] = texts
+        batches[name] = repeat(texts[len(texts) // 2], latency.throughput_batch_size)
+    qualities = {name: quality(b.artifact, metrics, b.test, device, f"testing {name}") for name, b in benches.items()}
+    one = {name: runner(bench.artifact, singles[name], device) for name, bench in benches.items()}
+    many = {name: runner(bench.artifact, [batches[name]], device) for name, bench in benches.items()}
+    alone = take_turns(one, latency, cycle=len(next(iter(singles.values()))), label="latency")
+    together = take_turns(many, latency, cycle=1, label="throughput")
+    baseline = next(iter(benches))
     return {
         name: Measurement(
             quality=qualities[name],
-            examples=len(test.dataset),  # type: ignore[arg-type]
-            size_bytes=size_bytes(folder),
-            parameters=sum(p.numel() for p in artifact.model.parameters()),
-            nonzeros=sum(int(p.count_nonzero()) for p in artifact.model.parameters()),
+            examples=len(bench.test.dataset),  # type: ignore[arg-type]
+            size_bytes=size_bytes(bench.folder),
+            parameters=sum(p.numel() for p in bench.artifact.model.parameters()),
+            nonzeros=sum(int(p.count_nonzero()) for p in bench.artifact.model.parameters()),
             latency=spread(alone[name]),
-            throughput_per_s=1000 * timing.throughput_batch_size / float(np.median(np.concatenate(batched[name]))),
+            latency_tokens=float(np.mean([text["input_ids"].shape[1] for text in singles[name]])),
+            throughput_per_s=1000 * latency.throughput_batch_size / spread(together[name]).median_ms,
+            throughput_tokens=batches[name]["input_ids"].shape[1],
             speedup=None if name == baseline else speedup(alone[baseline], alone[name]),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             threads=torch.get_num_threads(),
         )
-        for name, (folder, artifact) in artifacts.items()
+        for name, bench in benches.items()
     }
 
 
@@ -129,27 +138,38 @@ def quality(
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
-def take_turns(calls: dict[str, Callable[[int], None]], timing: Latency, cycle: int) -> dict[str, list[np.ndarray]]:
+def take_turns(
+    calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing"
+) -> dict[str, list[np.ndarray]]:
     """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``; milliseconds, ``{name: blocks}``.
 
     Taking turns lets a disturbance of the machine fall on all alike, and the pause between blocks lets the thread pool
     of one come to rest before the next is timed.
     """
     for call in calls.values():
-        for i in range(max(timing.warmup, cycle)):
-            call(i)
+        begin = time.perf_counter()
+        for i in range(max(latency.warmup, cycle)):
+            if i < cycle or time.perf_counter() - begin < latency.seconds:
+                call(i)
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in calls}
-    while len(blocks[next(iter(calls))]) < max(4, timing.seconds / timing.block_s):
+    spent = dict.fromkeys(calls, 0.0)
+    bar = tqdm(
+        total=latency.seconds, desc=label, bar_format="{desc}: {percentage:.0f}%|{bar}|", leave=False, disable=None
+    )
+    while min(spent.values()) < latency.seconds or min(map(len, blocks.values())) < 3:
         for name, call in calls.items():
             time.sleep(0.04)
             times: list[float] = []
             begin = time.perf_counter()
-            while time.perf_counter() - begin < timing.block_s:
+            while time.perf_counter() - begin < latency.block_s:
                 for i in range(cycle):
                     start = time.perf_counter()
                     call(i)
                     times.append(1000 * (time.perf_counter() - start))
             blocks[name].append(np.array(times))
+            spent[name] += sum(times) / 1000
+        bar.update(min(latency.seconds, *spent.values()) - bar.n)
+    bar.close()
     return blocks
 
 
@@ -179,12 +199,9 @@ def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Ca
     return call
 
 
-def stack(texts: list[Batch], batch_size: int) -> Batch:
-    """One batch of ``batch_size`` texts, the given ones repeated and cut to the length of the shortest: every token in
-    it is real."""
-    length = min(text["input_ids"].shape[1] for text in texts)
-    rows = [texts[i % len(texts)] for i in range(batch_size)]
-    return {key: torch.cat([row[key][:, :length] for row in rows]) for key in texts[0]}
+def repeat(text: Batch, batch_size: int) -> Batch:
+    """One text ``batch_size`` times: a batch in which every token is real."""
+    return {key: value.expand(batch_size, -1).contiguous() for key, value in text.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

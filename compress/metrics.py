@@ -53,6 +53,14 @@ def metrics(task: Task) -> MetricCollection:
         def update(self, preds, target):
             super().update(preds.argmax(-1), target)
 
+    class PresentAUROC(c.MultilabelAUROC):
+        def compute(self):
+            # Without both a text that has a label and one that has not, there is nothing to rank: torchmetrics would
+            # count such a label as 0.
+            target = torch.cat(list(self.target))
+            ranked = (target.amax(0) == 1) & (target.amin(0) == 0)
+            return super().compute()[ranked].mean()
+
     # Probabilities are made here, once, and not by each metric: torchmetrics takes logits that happen to lie between
     # 0 and 1 for probabilities.
     to_predictions = {
@@ -88,7 +96,7 @@ def metrics(task: Task) -> MetricCollection:
             "subset_accuracy": lambda: c.MultilabelExactMatch(n),
             "f1_macro": lambda: c.MultilabelF1Score(n, average="macro"),
             "f1_micro": lambda: c.MultilabelF1Score(n, average="micro"),
-            "roc_auc": lambda: c.MultilabelAUROC(n, average="macro"),
+            "roc_auc": lambda: PresentAUROC(n, average="none"),
         },
         "regression": {"pearson": r.PearsonCorrCoef, "spearman": r.SpearmanCorrCoef},
         "lm": {"perplexity": TokenPerplexity, "accuracy": TokenAccuracy},

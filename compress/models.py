@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,7 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from compress.cache import fingerprint
 from compress.errors import UserError
+from compress.sources import offline_if_unreachable
 
 if TYPE_CHECKING:
     from compress.tasks import Task
@@ -62,7 +66,7 @@ class Backbone:
 
     def configuration(self, task: Task) -> PretrainedConfig:
         """The architecture with the head that ``task`` needs; nothing but ``config.json`` is read."""
-        config = self._pretrained(AutoConfig) if self.path else AutoConfig.for_model(**(self.config or {}))
+        config = self._pretrained(AutoConfig) if self.path else self._from_config()
         decoder = is_decoder(config)
         if task.kind == "lm":
             if not decoder:
@@ -84,24 +88,66 @@ class Backbone:
         return config
 
     def skeleton(self, task: Task) -> PreTrainedModel:
-        """The model's shapes on the meta device: no weights are read, no memory is taken."""
-        with torch.device("meta"):
-            return auto_class(task.kind).from_config(self.configuration(task))
+        """The model's shapes on the meta device: no weights are read, no memory is taken. Labels that only the data
+        will tell are taken for two."""
+        if task.labels is None and task.kind in ("multiclass", "multilabel"):
+            task = dataclasses.replace(task, labels=("0", "1"))
+        config = self.configuration(task)
+        try:
+            with torch.device("meta"):
+                return auto_class(task.kind).from_config(config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"model.config cannot be built ({' '.join(str(error).split())[:200]}): mend it.") from error
 
-    def build(self, task: Task, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Model and tokenizer, the head ready for ``task``; ``texts`` train a tokenizer where the model has none."""
+    def fingerprint(self, task: Task) -> str | None:
+        """What the weights are known by: the content of a folder, or the hub's id and commit."""
+        if self.path is None:
+            return None
+        folder = Path(self.path).expanduser()
+        return fingerprint(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
+
+    def build(self, task: Task, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+        """Model, tokenizer, and whether all the weights that ``task`` needs were trained, its head included; ``texts``
+        train a tokenizer where the model has none.
+
+        Raises:
+            UserError: there are no such weights, or they leave transformer blocks without their own.
+        """
         config = self.configuration(task)
         dtype = getattr(torch, self.dtype)
+        trained = False
         if self.path:
+            theirs = same_labels(self._pretrained(AutoConfig), task)
             tokenizer = self._pretrained(AutoTokenizer)
-            model = self._pretrained(auto_class(task.kind), config=config, dtype=dtype)
+            model, missing = load_weights(
+                auto_class(task.kind),
+                self.path,
+                f"Model `{self.name}`",
+                "model.path",
+                config=config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # a head for other labels is replaced
+            )
+            if inside := [name for name in missing if name.startswith(blocks(model)[0])]:
+                raise UserError(
+                    f"Model `{self.name}`: {self.path} holds no weights for {len(inside)} tensors of the transformer "
+                    f"blocks ({inside[0]}...): set model.path to a checkpoint of this architecture."
+                )
+            trained = theirs and not missing
         else:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
                 setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
             model = auto_class(task.kind).from_config(config, dtype=dtype)
         set_pad_token(model, tokenizer)
-        return model, tokenizer
+        return model, tokenizer, trained
+
+    def _from_config(self) -> PretrainedConfig:
+        try:
+            return AutoConfig.for_model(**(self.config or {}))
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model.config is no architecture that transformers knows ({reason}): mend it.") from error
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         assert self.path is not None
@@ -114,22 +160,40 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
     Raises:
         UserError: ``path`` is no readable model folder and no model on a hub that can be reached.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{what}: the folder {path} holds no config.json: set {key} to a folder in Hugging Face format "
             "(config.json, tokenizer files, *.safetensors)."
         )
     try:
-        return auto.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        if Path(path).is_dir():
-            reason = " ".join(str(error).split())[:300]
+        with offline_if_unreachable():
+            return auto.from_pretrained(str(folder) if folder.is_dir() else path, **kwargs)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if folder.is_dir():
             raise UserError(f"{what}: the folder {path} could not be loaded ({reason}).") from error
         raise UserError(
             f"{what}: `{path}` is neither a local folder nor a model that the Hugging Face hub gives out from here: "
             f"set {key} to a folder with its files (config.json, tokenizer, *.safetensors), or to null to build the "
-            "architecture at random weights."
+            f"architecture at random weights. (The library says: {reason[:160]})"
         ) from error
+
+
+def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its tensors that the checkpoint held no weights for: those are random."""
+    model, found = from_pretrained(auto, path, what, key, output_loading_info=True, **kwargs)
+    mismatched = [name if isinstance(name, str) else name[0] for name in found["mismatched_keys"]]
+    return model, sorted({*found["missing_keys"], *mismatched})
+
+
+def same_labels(config: PretrainedConfig, task: Task) -> bool:
+    """Whether a classifier's labels are the task's, in its order; labels without names are taken on trust."""
+    if task.kind == "lm":
+        return True
+    names = [str(name).lower() for name in config.id2label.values()]
+    unnamed = all(name == f"label_{i}" for i, name in enumerate(names))
+    return len(names) == task.num_labels and (unnamed or names == [label.lower() for label in task.labels or ()])
 
 
 def auto_class(kind: str) -> Any:
@@ -165,45 +229,32 @@ def max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int
 
 
 def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """WordPiece for encoders, byte-level BPE for decoders, of at most ``config.vocab_size`` tokens."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Byte-level BPE of at most ``config.vocab_size`` tokens, with BERT's special tokens for an encoder and Llama's for
+    a decoder. (WordPiece training gives other tokens every time, and a run could not be repeated.)"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    trainer: Any
     if is_decoder(config):
-        special = ["<unk>", "<s>", "</s>", "<pad>"]
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        start, end = "<s>", None
         names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        single, pair = "<s> $A", "<s> $A $B:1"
     else:
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)
-        start, end = "[CLS]", "[SEP]"
-        names = {
-            "unk_token": "[UNK]",
-            "pad_token": "[PAD]",
-            "cls_token": "[CLS]",
-            "sep_token": "[SEP]",
-            "mask_token": "[MASK]",
-        }
-    tokenizer.train_from_iterator(texts, trainer)
-    close = f" {end}" if end else ""
-    pair = f"{start} $A{close} $B:1{close and f' {end}:1'}"
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        names["mask_token"] = "[MASK]"
+        single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=list(names.values()),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    used = [token for token in names.values() if token in single]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A{close}",
-        pair=pair,
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end) if token],
+        single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=config.max_position_embeddings, padding_side="right", **names
@@ -229,11 +280,24 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that compression works on: every ``Linear`` inside a transformer block.
 
     Embeddings, the pooler and the head stand outside the blocks and keep full precision.
+
+    Raises:
+        UserError: there is none.
     """
     prefix, stack = blocks(model)
-    for name, module in stack.named_modules():
-        if isinstance(module, nn.Linear):
-            yield f"{prefix}.{name}", module
+    found = [(f"{prefix}.{name}", module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise UserError(
+            f"The blocks of `{type(model).__name__}` hold no torch.nn.Linear, which is what compression works on "
+            "(GPT-2's are Conv1D): choose another model."
+        )
+    return iter(found)
+
+
+def compressed(module: nn.Module) -> nn.Module:
+    """The model that a callback works on: the ``model`` of a LightningModule that names one, or all of it."""
+    model = getattr(module, "model", module)
+    return model if isinstance(model, nn.Module) else module
 
 
 def zeros(model: nn.Module) -> dict[str, torch.Tensor]:

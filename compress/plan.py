@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
-from torch import nn
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as validated
 
 from compress import chain
 from compress.cache import digest
 from compress.errors import UserError
 from compress.measure import Latency
 from compress.models import Backbone
-from compress.tasks import Task
+from compress.tasks import Splits, Task
 from compress.techniques import Training, trait
 
 T = TypeVar("T")
@@ -45,21 +45,46 @@ class Step:
         source = inspect.getsource(sys.modules[self.technique.__module__])
         return {**self.settings, "class": self.technique.__qualname__, "source": digest(source)}
 
-    def build(self, model: nn.Module, metrics: Any) -> Any:
-        """The callback or LightningModule; only a module takes the model, its metrics and how it is trained."""
+    def build(self, **offered: Any) -> Any:
+        """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:
+        a callback finds its model in the Trainer, a module is made with it."""
         takes = inspect.signature(self.technique).parameters
-        offered = {"model": model, "metrics": metrics, "training": self.training}
-        given = {name: value for name, value in offered.items() if name in takes}
+        given = {name: value for name, value in {**offered, "training": self.training}.items() if name in takes}
         return parse(self.technique, self.arguments, f"technique.{self.key}", **given)
 
 
-@dataclass(frozen=True)
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Hardware:
-    """Where and how fast to work, and how that is timed."""
+    """Where to work, in which precision to train, and how to time."""
 
-    device: torch.device
-    precision: str
-    latency: Latency
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    latency: Latency = field(default_factory=Latency)
+
+    def __post_init__(self) -> None:
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Kept:
+    """Where finished stages and tokens are kept."""
+
+    dir: str
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Settings:
+    """What training and evaluation have in common."""
+
+    hardware: Hardware
+    cache: Kept
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 @dataclass(frozen=True)
@@ -71,21 +96,21 @@ class Plan:
     task: Task
     training: Training
     steps: tuple[Step, ...]
-    seed: int
-    hardware: Hardware
+    settings: Settings
 
-    def address(self, weights: str | None, data: str) -> dict[str, Any]:
-        """What decides the baseline besides its training, given the fingerprints of weights and data."""
+    def address(self, data: str) -> dict[str, Any]:
+        """What decides the baseline besides its training, given the fingerprint of the data."""
         task = plain(self.task)
         for key in ("path", "hub", "files"):
             del task[key]  # where the data lies decides nothing: its content is in the fingerprint
         return {
-            "model": {**plain(self.backbone), "path": weights},
+            "model": {**plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
             "task": task,
             "data": data,
-            "seed": self.seed,
-            "device": self.hardware.device.type,
-            "precision": self.hardware.precision,
+            "seed": self.settings.seed,
+            "device": self.settings.hardware.device.type,
+            "precision": self.settings.hardware.precision,
+            "threads": torch.get_num_threads(),
         }
 
 
@@ -96,24 +121,23 @@ def check(cfg: DictConfig) -> Plan:
         UserError: a key, type or value is wrong, an extra is missing, stages do not follow on one another, or task,
             model and stages do not fit together.
     """
+    known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed")
+    if missing := [key for key in known if cfg.get(key) is None]:
+        raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
+    if unknown := sorted(set(map(str, cfg)) - set(known)):
+        raise UserError(f"`{unknown[0]}` is set and means nothing here: the settings are {', '.join(known)}.")
     task = parse(Task, plain(cfg.task), "task")
     backbone = parse(Backbone, plain(cfg.model), "model")
     steps = tuple(step(stage) for stage in chain.stages(cfg.technique))
     follow(cfg.technique.name, steps)
-    planned = Plan(
-        method=cfg.technique.name,
-        backbone=backbone,
-        task=task,
-        training=parse(Training, plain(cfg.baseline), "baseline"),
-        steps=steps,
-        seed=cfg.seed,
-        hardware=hardware(cfg.hardware),
-    )
-    skeleton = backbone.skeleton(replace(task, labels=("0", "1")) if task.labels is None else task)
+    training = parse(Training, plain(cfg.baseline), "baseline")
+    planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
+    skeleton = backbone.skeleton(task)
+    built: list[Any] = []
     for one in steps:
-        stage = one.build(skeleton, None)
-        if hasattr(stage, "check"):
-            stage.check(skeleton)
+        built.append(one.build(model=skeleton))
+        if hasattr(built[-1], "check"):
+            built[-1].check(skeleton, built[:-1])
     return planned
 
 
@@ -143,47 +167,56 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
     weights, before = "float", None
     for one in steps:
         needs = trait(one.technique, "needs")
-        if needs != weights:
+        if weights not in needs:
             order = sorted(steps, key=lambda s: trait(s.technique, "leaves") != "float")
             works = "+".join(s.name for s in order if trait(s.technique, "leaves") == "float" or s is order[-1])
             raise UserError(
-                f"technique={method}: `{one.key}` works on {needs} weights and `{before}` before it leaves {weights} "
-                f"ones, which nothing can change any more: try technique={works}."
+                f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
+                f"leaves {weights} ones, which nothing can change any more: try technique={works}."
             )
         weights, before = trait(one.technique, "leaves"), one.key
 
 
-def hardware(cfg: DictConfig) -> Hardware:
-    """The machine as ``cfg`` wants it used; sets the number of CPU threads."""
-    if cfg.accelerator not in ("auto", "cpu", "gpu"):
-        raise UserError(f"hardware.accelerator is {cfg.accelerator}: set it to auto, cpu or gpu.")
-    if cfg.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = torch.device("cuda" if cfg.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    return Hardware(device, cfg.precision, parse(Latency, plain(cfg.latency), "hardware.latency"))
+def check_data(planned: Plan, splits: Splits) -> None:
+    """Raise UserError where a stage wants more training text than there is."""
+    for one in planned.steps:
+        samples = one.arguments.get("samples", 0)
+        if planned.task.kind != "lm" and samples > len(splits.train):
+            raise UserError(
+                f"technique.{one.key}.samples is {samples} and task `{planned.task.name}` has {len(splits.train)} "
+                f"training texts: set technique.{one.key}.samples={len(splits.train)} or less."
+            )
 
 
-def parse(schema: type[T], values: dict[str, Any], key: str, **given: Any) -> T:
+def settings(cfg: DictConfig) -> Settings:
+    """The settings of ``cfg`` that are no part of an experiment; sets the number of CPU threads."""
+    found = parse(Settings, {key: plain(cfg[key]) for key in ("hardware", "cache", "seed")}, "")
+    if found.hardware.threads:
+        torch.set_num_threads(found.hardware.threads)
+    return found
+
+
+def parse(schema: type[T], values: Any, key: str, **given: Any) -> T:
     """``schema(**values, **given)``; what its constructor does not take is told by its config key."""
+    if not isinstance(values, dict):
+        raise UserError(f"{key} is {values!r} and should hold settings: leave it out to have the defaults.")
     try:
         return schema(**values, **given)
     except ValidationError as error:
         wrong = error.errors()[0]
-        where = ".".join(str(part) for part in (key, *wrong["loc"]))
+        path = [str(part) for part in (key, *wrong["loc"]) if part != ""]
+        where = ".".join(path)
         if wrong["type"] in ("unexpected_keyword_argument", "unexpected_keyword_arguments"):
-            raise UserError(
-                f"{where} is no setting of `{key}`: it has {', '.join(inspect.signature(schema).parameters)}."
-            ) from None
+            names = f": it has {', '.join(inspect.signature(schema).parameters)}" if len(path) == 2 else ""
+            raise UserError(f"{where} is no setting of `{'.'.join(path[:-1])}`{names}.") from None
         reason = wrong["msg"][:1].lower() + wrong["msg"][1:]
         raise UserError(f"{where} is {wrong.get('input')!r}: {reason}.") from None
     except TypeError as error:
         raise UserError(f"{key}: {error}: it has {', '.join(inspect.signature(schema).parameters)}.") from None
 
 
-def plain(node: Any) -> dict[str, Any]:
-    """A config node or dataclass as plain containers, interpolations resolved."""
-    if isinstance(node, DictConfig):
-        return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
-    return asdict(node)
+def plain(node: Any) -> Any:
+    """A config node or dataclass as plain containers, interpolations resolved; anything else as it is."""
+    if isinstance(node, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(node, resolve=True)
+    return asdict(node) if is_dataclass(node) and not isinstance(node, type) else node

@@ -1,4 +1,4 @@
-"""What came of a run or a sweep, for people and for programs: ``results.csv``, ``results.md``, the terminal, TensorBoard.
+"""What came of a run or a sweep: ``results.csv``, ``results.md``, the terminal's table, TensorBoard.
 
 Importing this module is cheap: Hydra does so before every job.
 """
@@ -6,7 +6,9 @@ Importing this module is cheap: Hydra does so before every job.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +24,21 @@ if TYPE_CHECKING:
     from compress.artifact import Description
     from compress.measure import Measurement
 
+log = logging.getLogger(__name__)
+
 RESULT = "result.json"
+FIRST = (
+    "method",
+    "size_mb",
+    "latency_ms",
+    "accuracy",
+    "training_time_s",
+    "model",
+    "task",
+    "seed",
+    "overrides",
+    "status",
+)
 Row = dict[str, Any]
 
 
@@ -39,56 +55,78 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it by method: the baseline first, then what is compared with it, if anything is."""
+    """What came of it by method: the baseline first, then what is compared with it, if anything is.
+
+    ``baseline`` is the address of the baseline: rows of one address are measurements of one artifact.
+    """
 
     primary: str
     descriptions: dict[str, Description]
     measurements: dict[str, Measurement]
+    baseline: str = ""
 
 
 class SweepReport(Callback):
     """Hydra's callback at the end of a sweep: one table of all its rows; exit status 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        results = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{RESULT}"), key=job_number)]
-        rows = without_repeated_baselines([row for result in results for row in result["rows"]])
-        publish(folder, rows)
-        if any(row["status"] == "failed" for row in rows):
+        try:
+            folder = Path(config.hydra.sweep.dir)
+            rows = without_repeated_baselines(gather(folder))
+            publish(folder, rows)
+        except Exception:  # which Hydra would turn into a warning, and the sweep into a success
+            log.exception("The sweep's report could not be written.")
+            sys.exit(1)
+        if any(one["status"] == "failed" for one in rows):
             sys.exit(1)
 
 
-def job_number(file: Path) -> tuple[int, str]:
+def gather(folder: Path) -> list[Row]:
+    """The rows of all jobs of a sweep in their order; a job that left no result, killed perhaps, has failed."""
+    rows: list[Row] = []
+    for job in sorted((hidden.parent for hidden in folder.glob("*/.hydra")), key=job_number):
+        if (job / RESULT).is_file():
+            rows += json.loads((job / RESULT).read_text())["rows"]
+        else:
+            rows.append(failed(Job(job.name, "", "", 0), f"it left no result: see {job}"))
+    return rows
+
+
+def job_number(folder: Path) -> tuple[int, str]:
     """Jobs in the order of the sweep: their folders are named ``0_...``, ``1_...``, ``10_...``."""
-    number = file.parent.name.split("_")[0]
-    return (int(number) if number.isdigit() else sys.maxsize, file.parent.name)
+    number = folder.name.split("_")[0]
+    return (int(number) if number.isdigit() else sys.maxsize, folder.name)
 
 
 def finish(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     """Write a completed job's results."""
     rows = [row(job, method, outcome) for method in outcome.measurements]
-    conclude(folder, job, rows, "SUCCESS")
+    conclude(folder, rows)
+    to_tensorboard(folder / "tensorboard", job, rows[-1], "SUCCESS")
     return rows
 
 
 def fail(folder: Path, job: Job, reason: str) -> None:
     """Write that a job failed, and why."""
-    failed = {**asdict(job), "overrides": " ".join(job.overrides), "status": "failed", "reason": reason}
-    conclude(folder, job, [failed], "FAILURE")
+    rows = [failed(job, reason)]
+    conclude(folder, rows)
+    to_tensorboard(folder / "tensorboard", job, rows[-1], "FAILURE")
+
+
+def failed(job: Job, reason: str) -> Row:
+    return {**asdict(job), "overrides": " ".join(job.overrides), "status": "failed", "reason": reason}
+
+
+def conclude(folder: Path, rows: list[Row]) -> None:
+    """Write a job's rows, for the sweep's report to find and for people."""
+    write_whole(folder / RESULT, json.dumps({"rows": rows}, indent=2))
+    write(folder, rows)
 
 
 def publish(folder: Path, rows: list[Row]) -> None:
     """Write the tables of ``rows`` and show them."""
     write(folder, rows)
     show(rows, folder)
-
-
-def conclude(folder: Path, job: Job, rows: list[Row], status: str) -> None:
-    write(folder, rows)
-    to_tensorboard(folder / "tensorboard", job, rows[-1], status)
-    partial = folder / f"{RESULT}.partial"
-    partial.write_text(json.dumps({"rows": rows}, indent=2))
-    os.replace(partial, folder / RESULT)
 
 
 def row(job: Job, method: str, outcome: Outcome) -> Row:
@@ -122,41 +160,52 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "throughput_per_s": measured.throughput_per_s,
         "parameters": measured.parameters,
         "nonzeros": measured.nonzeros,
+        "latency_tokens": measured.latency_tokens,
+        "throughput_tokens": measured.throughput_tokens,
         "compression_time_s": description.compression_time_s,
         "examples": measured.examples,
         "device": measured.device,
         "threads": measured.threads,
         "limits": "; ".join(description.limits),
+        "baseline": outcome.baseline,
     }
 
 
 def without_repeated_baselines(rows: list[Row]) -> list[Row]:
-    """Every job measures its baseline; keep the first of each model, task, seed and settings beside the techniques'."""
-    kept: dict[tuple, Row] = {}
+    """Every job measures its baseline; of each the first measurement is kept."""
+    seen: set[str] = set()
+    kept: list[Row] = []
     for one in rows:
-        settings = one["overrides"]
-        if one["method"] == "none":
-            settings = " ".join(o for o in settings.split() if not o.lstrip("+").startswith("technique."))
-        kept.setdefault(
-            (one["method"], one["model"], one["task"], one["seed"], settings), {**one, "overrides": settings}
-        )
-    return list(kept.values())
+        again = one.get("baseline") in seen
+        if one["method"] == "none" and one.get("baseline"):
+            if again:
+                continue
+            seen.add(one["baseline"])
+            settings = one["overrides"].split()
+            one = {**one, "overrides": " ".join(o for o in settings if not o.lstrip("+").startswith("technique."))}
+        kept.append(one)
+    return kept
 
 
 def write(folder: Path, rows: list[Row]) -> None:
     """Write ``results.csv`` and ``results.md``."""
-    columns = list(dict.fromkeys(name for one in sorted(rows, key=lambda r: r["status"]) for name in one))
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "results.md").write_text(markdown(rows))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys((*FIRST, *(name for one in rows for name in one)))))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "results.csv", text.getvalue())
+    write_whole(folder / "results.md", markdown(rows))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def markdown(rows: list[Row]) -> str:
     """The table as Markdown, and under it how to read it."""
-    import io
-
     from rich import box
     from rich.console import Console
 
@@ -184,19 +233,28 @@ def show(rows: list[Row], folder: Path) -> None:
 
 
 def title(rows: list[Row]) -> str:
+    """What all rows have in common: models, tasks, and on what they were measured."""
     done = [one for one in rows if one["status"] == "completed"]
-    models, tasks = (", ".join(dict.fromkeys(str(one[key]) for one in rows)) for key in ("model", "task"))
-    if not done:
-        return f"{models} on {tasks}"
-    where = f"{done[0]['device']}, {done[0]['threads']} threads"
-    return f"{models} on {tasks}: {done[0]['examples']:,} test examples, {where}"
+
+    def all_of(key: str, form: str) -> list[str]:
+        return [form.format(value) for value in dict.fromkeys(one[key] for one in done)]
+
+    models, tasks = (", ".join(dict.fromkeys(str(one[key]) for one in rows if one[key])) for key in ("model", "task"))
+    facts = [*all_of("examples", "{:,} test examples"), *all_of("device", "{}"), *all_of("threads", "{} threads")]
+    return f"{models} on {tasks}" + (f": {', '.join(facts)}" if len(facts) == 3 else "")
 
 
 def notes(rows: list[Row]) -> list[str]:
     """What the table alone does not say, each thing once."""
+    timed = [
+        f"ms: one text, {one['latency_tokens']:.0f} tokens on average; "
+        f"texts/s: batches of texts of {one['throughput_tokens']} tokens"
+        for one in rows
+        if one["status"] == "completed"
+    ]
     found = [part for one in rows for part in one.get("limits", "").split("; ") if part]
-    failed = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
-    return [*dict.fromkeys(found), *failed]
+    lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
+    return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
 
 
 def table(rows: list[Row], narrow: bool = False) -> Table:

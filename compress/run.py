@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from compress import artifact, card, plan, promises, report
 from compress.artifact import Artifact, Description, Done
-from compress.cache import Cache, fingerprint
+from compress.cache import Cache
 from compress.data import TaskData
 from compress.errors import PostconditionError, UserError
-from compress.measure import measure
+from compress.measure import Bench, measure
 from compress.metrics import higher_is_better, metrics
-from compress.models import max_length
-from compress.plan import Hardware, Plan, Step
+from compress.models import compressed, max_length
+from compress.plan import Plan, Settings, Step
 from compress.quiet import hush
 from compress.tasks import Splits
 from compress.techniques import Training, trait
@@ -43,12 +44,13 @@ def main(cfg: DictConfig) -> int:
     hush()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    said = ("technique=", "model=", "task=", "seed=", "experiment=")
+    (folder / report.RESULT).unlink(missing_ok=True)  # of an earlier run into the same folder
+    said = ("technique=", "model=", "task=", "seed=")
     job = report.Job(
-        method=cfg.technique.name,
-        model=cfg.model.name,
-        task=cfg.task.name,
-        seed=cfg.seed,
+        method=str(OmegaConf.select(cfg, "technique.name", default="")),
+        model=str(OmegaConf.select(cfg, "model.name", default="")),
+        task=str(OmegaConf.select(cfg, "task.name", default="")),
+        seed=cfg.get("seed", 0),
         overrides=tuple(override for override in hydra.overrides.task if not override.startswith(said)),
     )
 
@@ -84,96 +86,115 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
     """
     planned = plan.check(cfg)
     log.info(f"{planned.backbone.name} on {planned.task.name}: {planned.method}")
-    splits = planned.task.load(cfg.seed)
+    splits = planned.task.load(planned.settings.seed)
     for note in splits.notes:
         log.info(f"  {note}")
     planned = replace(planned, task=splits.task)
+    plan.check_data(planned, splits)
 
-    cache = Cache(cfg.cache.dir)
-    steps: list[Any] = [planned.address(fingerprint(planned.backbone.path), splits.fingerprint), planned.training]
-    entries = [cache.get(steps, partial(start, planned, splits), "baseline")]
+    cache = Cache(planned.settings.cache.dir)
+    address = [planned.address(splits.fingerprint), plan.plain(planned.training)]
+    baseline = source = cache.get(address, partial(start, planned, splits), "baseline")
+    entries = {"baseline": baseline}
     for step in planned.steps:
-        steps.append(step.address)
-        entries.append(cache.get(steps, partial(apply, planned, splits, step, entries[-1]), step.key))
+        address.append(step.address)
+        source = cache.get(address, partial(apply, planned, splits, step, baseline, source), step.key)
+        entries[step.key] = source
 
     into = folder / "artifact"
-    shutil.copytree(entries[-1], into, ignore=shutil.ignore_patterns("tensorboard"), dirs_exist_ok=True)
-    for number, (entry, name) in enumerate(zip(entries, ["baseline", *(step.key for step in planned.steps)])):
-        shutil.copytree(entry / "tensorboard", folder / "tensorboard" / f"{number}_{name}", dirs_exist_ok=True)
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(source, into, ignore=shutil.ignore_patterns("tensorboard"))
     OmegaConf.save(cfg, into / "config.yaml", resolve=True)
+    for number, (name, entry) in enumerate(entries.items()):
+        shutil.copytree(entry / "tensorboard", folder / "tensorboard" / f"{number}_{name}", dirs_exist_ok=True)
 
-    rows = {"none": artifact.load(entries[0])}
-    if planned.steps:
-        rows[planned.method] = artifact.load(into)
+    measured = {"none": baseline, **({planned.method: into} if planned.steps else {})}
+    loaded = {name: artifact.load(path) for name, path in measured.items()}
     measurements = measure(
-        {name: (entries[0] if name == "none" else into, loaded) for name, loaded in rows.items()},
-        *bench(splits, rows["none"], planned.hardware, cfg.seed, cache.folder),
+        {name: bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()},
+        metrics(splits.task),
+        planned.settings.hardware.latency,
+        planned.settings.hardware.device,
     )
     outcome = report.Outcome(
         primary=planned.task.primary,
-        descriptions={name: loaded.description for name, loaded in rows.items()},
+        descriptions={name: one.description for name, one in loaded.items()},
         measurements=measurements,
+        baseline=baseline.name,
     )
+    (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2))
     card.write(into, outcome, planned.method)
     return outcome
 
 
-def bench(splits: Splits, loaded: Artifact, machine: Hardware, seed: int, tokens: Path) -> tuple:
-    """What :func:`measure` needs besides artifacts: metrics, the test split, texts to time, how, and where."""
-    task = splits.task
-    data = task_data(splits, loaded.model, loaded.tokenizer, task.batch_size, seed, tokens)
-    return metrics(task), data.test_dataloader(), data.texts(machine.latency.texts), machine.latency, machine.device
+def bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
+    """An artifact with the test split in its own tokens."""
+    data = task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
+    return Bench(folder, loaded, data.test_dataloader(), data.texts(settings.hardware.latency.texts))
 
 
 def start(planned: Plan, splits: Splits, into: Path) -> None:
     """Write the baseline: the model with the task's head, fine-tuned."""
-    model, tokenizer = planned.backbone.build(planned.task, splits.train["text"])
+    pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
+    model, tokenizer, trained = planned.backbone.build(planned.task, splits.train["text"])
     training = planned.training
-    data = task_data(splits, model, tokenizer, training.batch_size, planned.seed, into.parent)
+    data = task_data(splits, model, tokenizer, training.batch_size, planned.settings)
+    if data.max_length < planned.task.max_length:
+        log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
     seconds = 0.0
     if training.epochs:
-        seconds = fit(FineTune(model, metrics(planned.task), training), [], data, planned, training, into, "baseline")
+        module = FineTune(model, metrics(planned.task), training)
+        seconds = fit(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
-    done = Done("baseline", plan.plain(training), seconds, trained=training.epochs > 0)
+    untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
     description = Description(
-        kind=planned.task.kind, model=planned.backbone.name, task=planned.task.name, history=(done,)
+        kind=planned.task.kind,
+        model=planned.backbone.name,
+        task=planned.task.name,
+        limits=() if trained or training.epochs else (untrained,),
+        history=(Done("baseline", plan.plain(training), seconds, trained=training.epochs > 0),),
     )
     artifact.write(into, model, tokenizer, description, stage=None)
 
 
-def apply(planned: Plan, splits: Splits, step: Step, source: Path, into: Path) -> None:
+def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
     """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
+    pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     model, tokenizer, description = artifact.load(source)
     before = promises.state(model)
-    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.seed, into.parent)
-    stage = step.build(model, metrics(planned.task))
-    if isinstance(stage, pl.LightningModule):
-        module, callbacks = stage, []
-    else:
-        module, callbacks = FineTune(model, metrics(planned.task), step.training), [stage]
-    if before.zeros and step.training.epochs:
+    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
+    stage = step.build(
+        model=model, metrics=metrics(planned.task), tokenizer=tokenizer, task=planned.task, baseline=baseline
+    )
+    module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, metrics(planned.task), step.training)
+    callbacks = [] if module is stage else [stage]
+    if before.zeros and trait(stage, "keeps_zeros") and step.training.epochs:
         callbacks.append(HoldZeros())
     seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
+    model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
     probe = data.texts(4)
     expected = promises.logits(model, probe)
-    done = Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)
     limits = trait(stage, "limits")
-    artifact.write(
-        into,
-        model,
-        tokenizer,
-        replace(
-            description,
-            runtime=trait(stage, "runtime"),
-            weights=trait(stage, "leaves"),
-            limits=(*description.limits, f"{step.name}: {limits}") if limits else description.limits,
-            history=(*description.history, done),
-        ),
-        stage,
+    description = replace(
+        description,
+        runtime=trait(stage, "runtime"),
+        weights=trait(stage, "leaves"),
+        limits=(*description.limits, f"{step.name}: {limits}") if limits else description.limits,
+        history=(*description.history, Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)),
     )
+    artifact.write(into, model, tokenizer, description, stage)
     promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
+
+
+class KeepBest(ModelCheckpoint):
+    """Of several epochs, end the training with the weights of the one that was best on the validation split."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
+        pl_module.load_state_dict(best["state_dict"])
 
 
 class StageBar(TQDMProgressBar):
@@ -189,10 +210,10 @@ class StageBar(TQDMProgressBar):
         return bar
 
 
-def task_data(splits: Splits, model: Any, tokenizer: Any, batch_size: int, seed: int, tokens: Path) -> TaskData:
-    """The splits tokenised for ``model``; tokens are kept in the folder ``tokens``."""
+def task_data(splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings) -> TaskData:
+    """The splits tokenised for ``model``."""
     length = max_length(model, tokenizer, splits.task.max_length)
-    return TaskData(splits, tokenizer, length, batch_size, seed, tokens)
+    return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens")
 
 
 def fit(
@@ -204,27 +225,27 @@ def fit(
     into: Path,
     name: str,
 ) -> float:
-    """One Trainer run; seconds. Of several epochs the best on the validation split is kept."""
-    pl.seed_everything(planned.seed, workers=True, verbose=False)
-    bar = training.epochs > 0 and sys.stderr.isatty()
-    best = None
+    """One Trainer run; the seconds that it took, tokenising left out."""
+    data.tokenised("train")
+    data.tokenised("validation")
+    checkpoints = into / "checkpoints"
     if training.epochs > 1:
         primary = planned.task.primary
-        best = ModelCheckpoint(
-            into / "checkpoints",
-            monitor=f"validation/{primary}",
-            mode="max" if higher_is_better(primary) else "min",
-            save_weights_only=True,
-        )
+        mode = "max" if higher_is_better(primary) else "min"
+        callbacks = [
+            *callbacks,
+            KeepBest(checkpoints, monitor=f"validation/{primary}", mode=mode, save_weights_only=True),
+        ]
+    bar = training.epochs > 0 and sys.stderr.isatty()
     trainer = pl.Trainer(
         max_epochs=training.epochs,
-        accelerator=planned.hardware.device.type,
+        accelerator=planned.settings.hardware.device.type,
         devices=1,
-        precision=planned.hardware.precision,  # type: ignore[arg-type]
-        callbacks=[*callbacks, *filter(None, [best]), *([StageBar(name)] if bar else [])],
+        precision=planned.settings.hardware.precision,  # type: ignore[arg-type]
+        callbacks=[*callbacks, *([StageBar(name)] if bar else [])],
         logger=TensorBoardLogger(into, name="tensorboard", version=""),
         default_root_dir=into,
-        enable_checkpointing=best is not None,
+        enable_checkpointing=training.epochs > 1,
         enable_progress_bar=bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -233,9 +254,5 @@ def fit(
     begin = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - begin
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if best is not None:
-        module.load_state_dict(torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"])
-        shutil.rmtree(into / "checkpoints")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return seconds

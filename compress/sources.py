@@ -231,13 +231,16 @@ def articles(table: Table) -> Table:
 
 
 def documents(table: Table, piece_chars: int = 2000) -> Table:
-    """Documents end at ``<|endoftext|>``; text without it is cut at empty lines into pieces of some 2,000 characters.
+    """Documents end at ``<|endoftext|>``; text without it is cut at empty lines into pieces of some 2,000 characters,
+    and text without those has a document a line.
 
     Pieces follow one another, so that a story may end in the next piece, and none is lost.
     """
     text = "\n".join(table["text"])
     if "<|endoftext|>" in text:
         return {"text": _filled(text.split("<|endoftext|>"))}
+    if not re.search(r"\n\s*\n", text.strip()):
+        return {"text": _filled(text.split("\n"))}
     return {"text": list(_pieces(_filled(re.split(r"\n\s*\n", text)), piece_chars))}
 
 

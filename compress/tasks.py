@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -308,7 +309,10 @@ class Task:
         """Indices, numbers, or vectors of 0 and 1."""
         if self.kind == "regression":
             try:
-                return [float(label) for label in labels]
+                numbers = [float(label) for label in labels]
+                if not all(map(math.isfinite, numbers)):
+                    raise ValueError("NaN or infinity")
+                return numbers
             except (TypeError, ValueError) as error:
                 raise UserError(
                     f"Task `{self.name}` is regression and {split} has labels that are no numbers ({error}): set "

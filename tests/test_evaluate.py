@@ -2,11 +2,11 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
+from test_conf import CONF
+from test_run import SMALL, cache, carry_out  # noqa: F401
 
 from compress import evaluate
 from compress.errors import UserError
-from test_conf import CONF
-from test_run import SMALL, cache, carry_out  # noqa: F401
 
 
 @pytest.fixture
@@ -47,6 +47,28 @@ def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_
     assert row["method"] == "artifact" and row["examples"] == 100
     with pytest.raises(UserError, match="tells 4 labels apart and task `augesc` has 8"):
         evaluate.fits(folder, evaluate.artifact.load(folder, "multiclass"), task_named("augesc"))
+
+
+def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure_again, tmp_path):  # noqa: F811
+    alone = {}
+    for name, count in (("few", 64), ("many", 256)):
+        carry_out("technique=none", f"task.limit.train={count}", f"cache.dir={tmp_path / 'cache'}")
+        (tmp_path / "artifact").rename(tmp_path / name)
+        (row,) = measure_again(f"artifact={tmp_path / name}")
+        alone[name] = row["value"]
+    rows = measure_again(f"artifact={tmp_path / 'many'}", f"baseline={tmp_path / 'few'}")
+    assert [row["value"] for row in rows] == [alone["few"], alone["many"]]
+
+
+def test_labels_in_another_order_are_refused(carry_out, measure_again, tmp_path):  # noqa: F811
+    carry_out("technique=none")
+    with pytest.raises(UserError, match=r"calls its labels awful, bad, good, great and task `toy` has great, good"):
+        measure_again(f"artifact={tmp_path / 'artifact'}", "task=toy", "task.labels=[great,good,bad,awful]")
+
+
+def test_a_head_without_weights_is_refused(measure_again, shared_models):
+    with pytest.raises(UserError, match="holds no weights for classifier.bias.* would be random"):
+        measure_again(f"artifact={shared_models('minilm-l6')}", "task=toy")
 
 
 def task_named(name):

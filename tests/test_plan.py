@@ -1,11 +1,13 @@
 """What is wrong is told in one sentence, before anything is loaded or trained."""
 
+from types import SimpleNamespace
+
 import pytest
 from hydra import compose, initialize_config_dir
+from test_conf import CONF
 
 from compress import plan
 from compress.errors import UserError
-from test_conf import CONF
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,7 @@ def test_a_chain_becomes_steps_in_its_order():
     [
         (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
         (["technique=gptq+gptq"], r"`gptq_2` works on float weights"),
+        (["technique=prune+prune"], r"sparsity of 0.2 follows one to 0.2"),
         (["technique=prune", "technique.prune.sparsity=1.5"], r"technique.prune.sparsity is 1.5: .* less than 1"),
         (["technique=prune", "technique.prune.sparsity=lots"], r"technique.prune.sparsity is 'lots': .* number"),
         (["technique=prune", "+technique.prune.sparsty=0.5"], r"technique.prune.sparsty is no setting .* sparsity"),
@@ -47,8 +50,19 @@ def test_a_chain_becomes_steps_in_its_order():
         (["task.primary=matthews"], r"primary metric matthews, which it does not measure"),
         (["model=tiny", "task=toy_lm"], r"`bert` is an encoder: choose a decoder"),
         (["model.dtype=int8"], r"model.dtype is 'int8'"),
-        (["hardware.accelerator=tpu"], r"hardware.accelerator is tpu: set it to auto, cpu or gpu"),
+        (["hardware.accelerator=tpu"], r"hardware.accelerator is 'tpu': .*'auto', 'cpu' or 'gpu'"),
+        (["hardware.threads=two"], r"hardware.threads is 'two'"),
+        (["hardware.precision=foo"], r"hardware.precision is 'foo'"),
         (["hardware.latency.seconds=0"], r"hardware.latency.seconds is 0"),
+        (["+hardware.foo=1"], r"hardware.foo is no setting of `hardware`"),
+        (["hardware.latency=null"], r"hardware.latency is None"),
+        (["seed=abc"], r"seed is 'abc'"),
+        (["cache.dir=null"], r"cache.dir is None"),
+        (["baseline=null"], r"`baseline` is not set"),
+        (["~technique"], r"`technique` is not set"),
+        (["+foo=1"], r"`foo` is set and means nothing here"),
+        (["++task.columns.txt=a"], r"task.columns.txt is no setting of `task.columns`"),
+        (["model.config.hidden_size=130"], r"model.config"),
     ],
 )
 def test_a_mistake_is_told_with_its_key(overrides, sentence):
@@ -69,11 +83,17 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch):
         check("hardware=gpu")
 
 
+def test_more_calibration_text_than_there_is_is_told_before_training():
+    planned = check("technique=gptq", "technique.gptq.samples=1000")
+    with pytest.raises(UserError, match=r"samples is 1000 and task `toy` has 3 training texts: .*samples=3"):
+        plan.check_data(planned, SimpleNamespace(train=range(3)))
+
+
 @pytest.mark.parametrize("model", ["bert", "roberta", "roberta_large", "distilbert", "minilm", "tinyllama", "llama"])
 def test_every_model_can_be_planned_from_its_architecture(model):
     check(f"model={model}", "model.path=null", "technique=prune+gptq")
 
 
 def test_where_the_data_lies_is_no_part_of_the_address():
-    here, there = (check("task=sst2", f"task.path={path}").address(None, "same rows") for path in ("here", "there"))
-    assert here == there != check("task=sst2", "task.path=here", "seed=1").address(None, "same rows")
+    here, there = (check("task=sst2", f"task.path={path}").address("same rows") for path in ("here", "there"))
+    assert here == there != check("task=sst2", "task.path=here", "seed=1").address("same rows")

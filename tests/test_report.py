@@ -1,5 +1,8 @@
 import csv
+from dataclasses import replace
 
+import pytest
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -11,7 +14,7 @@ from compress.report import Job, Outcome
 
 def measured(accuracy, size, speedup=None):
     latency = Spread(median_ms=2.0, mean_ms=2.5, p95_ms=4.0, repeats=9)
-    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, latency, 50.0, speedup, "cpu", 2)
+    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, latency, 12.5, 50.0, 11, speedup, "cpu", 2)
 
 
 BASELINE = Done("baseline", {}, 10.0, trained=True)
@@ -60,27 +63,73 @@ def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones():
 
 def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
     report.fail(tmp_path, JOB, "no such thing")
+    assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
     (row,) = read(tmp_path)
     assert (row["method"], row["status"], row["reason"]) == ("prune", "failed", "no such thing")
     assert "prune failed: no such thing" in (tmp_path / "results.md").read_text()
 
 
-def test_a_sweep_keeps_one_baseline_of_each_setting():
-    def rows(*overrides, seed=0):
-        job = Job("prune", "tiny", "toy", seed, overrides)
-        return [report.row(job, name, OUTCOME) for name in OUTCOME.measurements]
+def rows(baseline, *overrides, seed=0):
+    job = Job("prune", "tiny", "toy", seed, overrides)
+    return [report.row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
 
-    many = rows("technique.prune.sparsity=0.2") + rows("technique.prune.sparsity=0.5") + rows("task.epochs=1")
-    kept = report.without_repeated_baselines(many + rows(seed=1))
+
+def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
+    many = rows("a", "technique.prune.sparsity=0.2") + rows("a", "technique.prune.sparsity=0.5")
+    kept = report.without_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
     assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
         ("none", "", 0),
         ("prune", "technique.prune.sparsity=0.2", 0),
         ("prune", "technique.prune.sparsity=0.5", 0),
-        ("none", "task.epochs=1", 0),
-        ("prune", "task.epochs=1", 0),
         ("none", "", 1),
         ("prune", "", 1),
+        ("prune", "", 1),
     ]
+
+
+def test_a_failed_baseline_is_no_repeated_one():
+    failure = report.failed(Job("none", "tiny", "toy", 0), "out of memory")
+    kept = report.without_repeated_baselines([*rows("a"), failure])
+    assert [(r["method"], r["status"]) for r in kept] == [
+        ("none", "completed"),
+        ("prune", "completed"),
+        ("none", "failed"),
+    ]
+
+
+def sweep(folder, *jobs):
+    for number, job in enumerate(jobs):
+        (folder / f"{number}_job" / ".hydra").mkdir(parents=True)
+        if job:
+            report.conclude(folder / f"{number}_job", job)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    report.SweepReport().on_multirun_end(config)
+
+
+def test_a_sweep_writes_one_table(tmp_path, capsys):
+    sweep(tmp_path, rows("a"), rows("a"))
+    assert [row["method"] for row in read(tmp_path)] == ["none", "prune", "prune"]
+    assert "100 test examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [None, [report.failed(JOB, "no such thing")]])
+def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
+    with pytest.raises(SystemExit) as exit:
+        sweep(tmp_path, rows("a"), lost)
+    assert exit.value.code == 1
+    assert [row["status"] for row in read(tmp_path)] == ["completed", "completed", "failed"]
+
+
+def test_a_report_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "publish", lambda *args: 1 / 0)
+    with pytest.raises(SystemExit):
+        sweep(tmp_path, rows("a"))
+
+
+def test_the_title_tells_only_what_all_rows_share():
+    one, other = rows("a"), [{**row, "examples": 7} for row in rows("b")]
+    assert report.title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
+    assert report.title(one + other) == "tiny on toy"
 
 
 def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):

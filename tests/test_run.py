@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
@@ -12,7 +13,6 @@ from compress import artifact, promises, run
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.techniques.prune import Prune, measured_sparsity
-from test_conf import CONF
 
 SMALL = [
     "hardware=cpu",
@@ -65,12 +65,27 @@ def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeyp
     assert again.descriptions["prune+prune"].history[:2] == first.descriptions["prune"].history
 
 
-def test_a_fresh_run_gives_the_same_weights(carry_out, cache, tmp_path):
-    carry_out("technique=prune", "technique.prune.train.epochs=1", f"cache.dir={tmp_path / 'one'}")
-    first = compress.load(tmp_path / "artifact").model.state_dict()
-    carry_out("technique=prune", "technique.prune.train.epochs=1", f"cache.dir={tmp_path / 'two'}")
-    second = compress.load(tmp_path / "artifact").model.state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_the_seed_decides_every_weight(carry_out, tmp_path):
+    def weights(cache, seed):
+        cached = f"cache.dir={tmp_path / cache}"
+        carry_out("technique=prune", "technique.prune.train.epochs=1", f"seed={seed}", cached)
+        state = compress.load(tmp_path / "artifact").model.state_dict()
+        return {name: tensor.clone() for name, tensor in state.items()}  # the file under them is written again
+
+    first, again, other = weights("one", 0), weights("two", 0), weights("one", 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_of_several_epochs_the_best_on_validation_is_kept_with_its_zeros(carry_out, tmp_path):
+    carry_out("technique=prune", "technique.prune.sparsity=0.5", "technique.prune.train.epochs=3")
+    model = compress.load(tmp_path / "artifact").model
+    assert measured_sparsity(linear.weight for _, linear in linears(model)) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_baseline_that_nobody_trained_says_so(carry_out):
+    outcome = carry_out("technique=none", "baseline.epochs=0")
+    assert "random and were not trained" in outcome.descriptions["none"].limits[0]
 
 
 @pytest.mark.parametrize("chain", ["prune+finetune", "finetune+prune+finetune+gptq"])
@@ -92,6 +107,8 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert json.loads((folder / "compress.json").read_text())["history"][1]["settings"]["sparsity"] == 0.2
     card = (folder / "README.md").read_text()
     assert "# tiny on toy: prune" in card and "from_pretrained" in card and "dense runtime" in card
+    measurement = json.loads((folder / "measurement.json").read_text())
+    assert measurement["size_bytes"] == (folder / "model.safetensors").stat().st_size
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
     assert artifact.size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
@@ -150,7 +167,7 @@ def test_quantization_must_leave_the_head_alone(carry_out):
     import tiny
 
     class Packs:
-        leaves = "packed"
+        keeps_head = True
 
     model = tiny.bert()
     before = promises.state(model)

@@ -2,8 +2,15 @@
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -9,8 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from compress.errors import UserError
-from compress.models import auto_class, from_pretrained
+from compress.models import auto_class, from_pretrained, load_weights
 from compress.quiet import without_bars
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
@@ -29,7 +31,12 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with without_bars():
-        model = from_pretrained(auto_class(kind), str(folder), "Artifact", "artifact", **how)
+        model, missing = load_weights(auto_class(kind), str(folder), "Artifact", "artifact", **how)
+    if missing:
+        raise UserError(
+            f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random: name a folder "
+            "with a model that was trained for the task."
+        )
     if packed:
         unwrap(model)
     return model.eval()

@@ -8,13 +8,11 @@ the default of :class:`Technique`; a stage sets the ones in which it differs. No
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
-
-Weights = Literal["float", "packed"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -31,21 +29,30 @@ class Training:
 class Technique(Protocol):
     """What the chain asks of a stage, and what it assumes where the stage says nothing."""
 
-    needs: Weights = "float"
-    """The weights that it works on."""
-    leaves: Weights = "float"
-    """The weights that it leaves to the next stage."""
+    needs: tuple[str, ...] = ("float",)
+    """The kinds of weights that it works on: ``float``, ``packed``..."""
+    leaves: str = "float"
+    """The kind of weights that it leaves to the next stage."""
     runtime: str = "torch"
     """The module in ``compress.runtimes`` that runs the artifact."""
     packages: tuple[str, ...] = ()
     """What it imports beyond the base install; its extra has the stage's name."""
+    changes: bool = True
+    """Promised and checked: some weight differs afterwards."""
+    keeps_zeros: bool = True
+    """Promised and checked: a pruned weight stays exactly zero."""
+    keeps_head: bool = False
+    """Promised and checked: everything outside the transformer blocks stays as it is, bit for bit."""
     shrinks: bool = False
-    """Whether fewer bytes on disk are promised: then more are an error."""
+    """Promised and checked: fewer bytes on disk."""
+    tolerance: float = 1e-4
+    """Promised and checked: the saved artifact's logits differ by no more than this share of the largest, which leaves
+    room for sums in another order and for nothing else."""
     limits: str = ""
     """What it cannot do for size or speed, for the report."""
 
-    def check(self, skeleton: nn.Module) -> None:
-        """Raise UserError where the stage does not fit the model, told from its shapes alone."""
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        """Raise UserError where the stage does not fit the model, told from its shapes alone, or the stages before."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights in the stage's own format; without this method they are saved as floats."""

@@ -23,12 +23,12 @@ class FineTune(pl.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, metrics: MetricCollection | None = None, training: Training = Training()
+        self, model: nn.Module, metrics: MetricCollection | None = None, training: Training | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.metrics = metrics
-        self.training_settings = training
+        self.training_settings = training or Training()
 
     def on_fit_start(self) -> None:
         self.model.train()  # from_pretrained leaves a model in eval mode, and Lightning keeps what it finds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from compress.errors import UserError
-from compress.models import blocks, linears
+from compress.models import blocks, compressed, linears
 from compress.quiet import without_bars
 
 Batch = dict[str, Tensor]
@@ -55,6 +55,7 @@ class GPTQ(pl.Callback):
 
     leaves = "packed"
     packages = ("compressed_tensors",)
+    keeps_head = True
     shrinks = True
     limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
 
@@ -78,11 +79,9 @@ class GPTQ(pl.Callback):
         self.batch_size = batch_size
         self.grids: dict[str, Grid] = {}
 
-    def check(self, skeleton: nn.Module) -> None:
-        if self.group_size == -1:
-            return
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         for name, linear in linears(skeleton):
-            if linear.in_features % self.group_size:
+            if self.group_size != -1 and linear.in_features % self.group_size:
                 raise UserError(
                     f"technique.gptq.group_size={self.group_size} does not divide the {linear.in_features} inputs of "
                     f"`{name}`: set a divisor of every layer's inputs, or technique.gptq.group_size=-1 for one scale "
@@ -90,7 +89,7 @@ class GPTQ(pl.Callback):
                 )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = getattr(pl_module, "model", pl_module)
+        model = compressed(pl_module)
         device = trainer.strategy.root_device
         model.to(device).eval()
         for name, layers, hessian in calibrate(model, list(self._batches(trainer, device))):
@@ -103,18 +102,14 @@ class GPTQ(pl.Callback):
         model.cpu()
 
     def _batches(self, trainer: pl.Trainer, device: torch.device) -> Iterator[Batch]:
-        if hasattr(trainer.datamodule, "calibration"):
-            loader = trainer.datamodule.calibration(self.samples, self.batch_size)
-        else:
-            loader = trainer.train_dataloader
+        calibration = getattr(getattr(trainer, "datamodule", None), "calibration", None)
+        loader = calibration(self.samples, self.batch_size) if calibration else trainer.train_dataloader
         seen = 0
         for batch in loader:
             if seen >= self.samples:
                 return
             seen += len(batch["input_ids"])
-            yield {
-                key: batch[key].to(device) for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch
-            }
+            yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         from compressed_tensors.compressors import ModelCompressor
@@ -151,7 +146,7 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
         output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -169,7 +164,7 @@ def calibrate(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[str, dic
     hidden, calls = capture(model, stack, batches)
     masks = [batch.get("attention_mask") for batch in batches]
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
-        forwards = [partial(call[index], block, state) for call, state in zip(calls, hidden)]
+        forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
         for layers in sharing_inputs(block, forwards[0]):
             yield f"{prefix}.{index}", layers, second_moment(next(iter(layers.values())), forwards, masks)
         hidden = [forward() for forward in forwards]
@@ -203,7 +198,7 @@ class Seen(Exception):
     """Raised inside a block when the wanted input has been seen, to spare the rest of its forward pass."""
 
 
-def second_moment(layer: nn.Linear, forwards: list[Callable[[], Tensor]], masks: list[Tensor | None]) -> Tensor:
+def second_moment(layer: nn.Linear, forwards: Sequence[Callable[[], Tensor]], masks: list[Tensor | None]) -> Tensor:
     """The sum of ``x x^T`` over the inputs of ``layer`` in all ``forwards``, padding left out."""
     total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
     remaining = iter(masks)

@@ -11,7 +11,7 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.models import linears
+from compress.models import compressed, linears
 
 
 class Prune(pl.Callback):
@@ -41,8 +41,18 @@ class Prune(pl.Callback):
         self.scope = scope
         self.masks: dict[str, Tensor] = {}
 
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        linears(skeleton)
+        for stage in before:
+            if isinstance(stage, Prune) and stage.sparsity >= self.sparsity:
+                raise UserError(
+                    f"A `prune` to a sparsity of {self.sparsity:g} follows one to {stage.sparsity:g} and has nothing "
+                    "left to prune: ask the later one for more (technique.prune_2.sparsity=0.5)."
+                )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = {name: linear.weight for name, linear in linears(pl_module)}
+        model = compressed(pl_module)
+        weights = {name: linear.weight for name, linear in linears(model)}
         before = measured_sparsity(weights.values())
         if before >= self.sparsity:
             raise UserError(
@@ -55,13 +65,13 @@ class Prune(pl.Callback):
         else:
             masks = {name: smallest({name: score}, self.sparsity)[name] for name, score in scores.items()}
         self.masks = {name: ~pruned for name, pruned in masks.items()}
-        hold(pl_module, self.masks)
+        hold(model, self.masks)
         after, count = measured_sparsity(weights.values()), sum(weight.numel() for weight in weights.values())
         if abs(after - self.sparsity) * count > len(weights) + 1:  # each layer may round by one weight
             raise RuntimeError(f"asked for a sparsity of {self.sparsity}, measured {after}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        hold(pl_module, self.masks)
+        hold(compressed(pl_module), self.masks)
 
 
 class HoldZeros(pl.Callback):
@@ -72,10 +82,10 @@ class HoldZeros(pl.Callback):
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.masks = {name: linear.weight.detach() != 0 for name, linear in linears(pl_module)}
+        self.masks = {name: linear.weight.detach() != 0 for name, linear in linears(compressed(pl_module))}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        hold(pl_module, self.masks)
+        hold(compressed(pl_module), self.masks)
 
 
 @torch.no_grad()

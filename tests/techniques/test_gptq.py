@@ -168,8 +168,8 @@ def test_a_group_that_does_not_divide_a_width_is_told_from_the_shapes_alone():
     with torch.device("meta"):
         skeleton = tiny.bert()
     with pytest.raises(UserError, match=r"group_size=48 does not divide the 32 inputs of `bert.encoder.layer.0"):
-        GPTQ(group_size=48).check(skeleton)
-    GPTQ(group_size=-1).check(skeleton)
+        GPTQ(group_size=48).check(skeleton, [])
+    GPTQ(group_size=-1).check(skeleton, [])
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 5}, {"damping": 0}, {"samples": 0}, {"group_size": -2}, {"bits": "four"}])

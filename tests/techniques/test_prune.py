@@ -3,6 +3,7 @@ import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
+from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
 from compress.models import linears, zeros
@@ -101,6 +102,25 @@ def test_pruning_to_less_than_there_is_raises():
     model = fit(tiny.bert(), Prune(sparsity=0.5))
     with pytest.raises(UserError, match=r"sparsity of 0.5 and the model's is 0.5"):
         fit(model, Prune(sparsity=0.5))
+
+
+def test_pruning_to_less_is_told_before_anything_is_loaded():
+    with pytest.raises(UserError, match=r"sparsity of 0.5 follows one to 0.5"):
+        Prune(sparsity=0.5).check(tiny.bert(), [Prune(sparsity=0.5)])
+    Prune(sparsity=0.6).check(tiny.bert(), [Prune(sparsity=0.5)])
+
+
+def test_of_a_student_and_a_deeper_teacher_the_student_is_pruned():
+    class Distil(FineTune):
+        def __init__(self):
+            super().__init__(tiny.bert())
+            self.teacher = BertForSequenceClassification(BertConfig(**{**tiny.SHAPE, "num_hidden_layers": 4}))
+
+    module = Distil()
+    pl.Trainer(max_epochs=0, callbacks=[Prune(sparsity=0.5)], logger=False, enable_checkpointing=False).fit(
+        module, tiny.loader()
+    )
+    assert sparsity(module.model) == pytest.approx(0.5, abs=1e-3) and not zeros(module.teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": 0}, {"sparsity": "half"}, {"scope": "row"}])
