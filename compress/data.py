@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from itertools import chain as flatten
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,8 @@ import pytorch_lightning as pl
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 from filelock import FileLock
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from compress.cache import digest, environment
 from compress.errors import UserError
@@ -24,6 +25,29 @@ from compress.tasks import Splits, fingerprint
 
 Batch = dict[str, torch.Tensor]
 LONG = 100_000  # rows, some seconds of tokenising: from here on it shows a progress bar
+
+
+class LengthBuckets(Sampler[list[int]]):
+    """Batches of texts of like length, in random order, other ones in every epoch.
+
+    Of every 50 batches' worth of random texts the sorted ones make batches, and all batches are shuffled: transformers'
+    own sampler leaves them running from long to short, from which a model learns worse.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        pools = torch.randperm(len(self.lengths), generator=self.generator).split(50 * self.batch_size)
+        by_length = (pool[self.lengths[pool].argsort(stable=True)] for pool in pools)
+        batches = [batch.tolist() for pool in by_length for batch in pool.split(self.batch_size)]
+        for i in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield batches[i]
 
 
 class TaskData(pl.LightningDataModule):
@@ -56,10 +80,9 @@ class TaskData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = self.tokenised("train")
-        generator = torch.Generator().manual_seed(self.seed)
         lengths = [len(ids) for ids in rows["input_ids"]]
-        sampler = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
-        return DataLoader(rows, self.batch_size, sampler=sampler, collate_fn=self.collate)
+        buckets = LengthBuckets(lengths, self.batch_size, self.seed)
+        return DataLoader(rows, batch_sampler=buckets, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
         return self._in_order("validation")

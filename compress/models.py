@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,7 +168,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
             "(config.json, tokenizer files, *.safetensors)."
         )
     try:
-        with offline_if_unreachable():
+        with nullcontext() if folder.is_dir() else offline_if_unreachable():
             return auto.from_pretrained(str(folder) if folder.is_dir() else path, **kwargs)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]

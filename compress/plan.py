@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import version
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -43,7 +44,8 @@ class Step:
     def address(self) -> dict[str, Any]:
         """What decides the result of the stage: its settings, and its source, which may be the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
-        return {**self.settings, "class": self.technique.__qualname__, "source": digest(source)}
+        libraries = {package: version(package) for package in trait(self.technique, "packages")}
+        return {**self.settings, "class": self.technique.__qualname__, "source": digest(source), "libraries": libraries}
 
     def build(self, **offered: Any) -> Any:
         """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:

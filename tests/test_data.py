@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from compress.data import TaskData
+from compress.data import LengthBuckets, TaskData
 from compress.errors import UserError
 from compress.tasks import Splits, Task
 
@@ -151,3 +151,18 @@ def test_tokens_are_kept_by_content(tokenizer, tmp_path, monkeypatch):
     assert len(folders()) == 6
     tokens(splits(train=41))
     assert len(folders()) == 7
+
+
+def test_training_batches_hold_texts_of_like_length_in_random_order():
+    lengths = [n % 50 for n in range(3200)]
+    buckets = LengthBuckets(lengths, batch_size=32, seed=0)
+    first, second = list(buckets), list(buckets)
+    assert len(first) == len(buckets) == 100
+    assert sorted(i for batch in first for i in batch) == list(range(3200))
+    assert first != second and list(LengthBuckets(lengths, 32, seed=0)) == first
+    spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first]
+    assert sum(spreads) / len(spreads) < 3  # of 49
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+    ordered = sum(a > b for a, b in zip(means, means[1:]))
+    assert 30 < ordered < 70  # about half of the steps go down

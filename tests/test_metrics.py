@@ -96,3 +96,10 @@ def test_perplexity_of_an_impossible_token_is_finite_and_half_precision_is_as_go
 
 def test_only_perplexity_is_better_when_lower():
     assert [name for names in METRICS.values() for name in names if not higher_is_better(name)] == ["perplexity"]
+
+
+def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])  # nobody has the third
+    logits = torch.where(labels == 1, 2.0, -2.0)
+    one = task("multilabel", ("roc_auc",), ("a", "b", "c"))
+    assert scores(one, logits, labels, batches=1)["roc_auc"] == 1.0
