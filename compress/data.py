@@ -107,11 +107,11 @@ class TaskData(pl.LightningDataModule):
             rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
         )
 
-    def texts(self, count: int) -> list[Batch]:
-        """``count`` texts of the test split without their labels, a batch each, from short to long: the middles of as
-        many equal parts of the split. They are the same texts for every tokenizer and seed (but for a language model,
-        whose blocks a tokenizer decides)."""
-        rows, texts = self.tokenised("test"), self.splits.test
+    def texts(self, count: int, split: str) -> list[Batch]:
+        """``count`` texts of a split without their labels, a batch each, from short to long: the middles of as many
+        equal parts of the split. Every tokenizer gets the same ones (a language model's blocks apart, which it cuts
+        itself)."""
+        rows, texts = self.tokenised(split), getattr(self.splits, split)
         order = list(range(len(rows)))
         if self.kind != "lm":
             pairs = texts["text_pair"] if "text_pair" in texts.column_names else [""] * len(rows)

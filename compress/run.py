@@ -130,7 +130,7 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
 def bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
     """An artifact with the test split in its own tokens."""
     data = task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
-    return Bench(folder, loaded, data.test_dataloader(), data.texts(settings.hardware.latency.texts))
+    return Bench(folder, loaded, data.test_dataloader(), data.texts(settings.hardware.latency.texts, "test"))
 
 
 def start(planned: Plan, splits: Splits, into: Path) -> None:
@@ -174,7 +174,7 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
-    probe = data.texts(4)
+    probe = data.texts(4, "validation")
     expected = promises.logits(model, probe)
     limits = trait(stage, "limits")
     description = replace(

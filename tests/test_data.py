@@ -1,5 +1,7 @@
 """Batches of real splits by a tokenizer of a few words."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -164,5 +166,5 @@ def test_training_batches_hold_texts_of_like_length_in_random_order():
     assert sum(spreads) / len(spreads) < 3  # of 49
     means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
     assert means != sorted(means) and means != sorted(means, reverse=True)
-    ordered = sum(a > b for a, b in zip(means, means[1:]))
+    ordered = sum(a > b for a, b in itertools.pairwise(means))
     assert 30 < ordered < 70  # about half of the steps go down

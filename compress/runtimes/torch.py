@@ -39,6 +39,10 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
         )
     if packed:
         unwrap(model)
+    for parameter in model.parameters():
+        # Off the mapped file: pages of a file are slower to read than memory, which would favour a model that was
+        # decompressed, and whoever writes the file anew would change the loaded model.
+        parameter.data = parameter.data.clone()
     return model.eval()
 
 
