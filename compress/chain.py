@@ -67,9 +67,12 @@ def stages(technique: DictConfig) -> list[Stage]:
 
 
 def slug(number: int, overrides: str) -> str:
-    """The folder of a sweep's job, one level deep: `0_technique=prune+gptq`; long or odd overrides end in a hash."""
-    full = f"{number}_{overrides}" if overrides else str(number)
-    safe = re.sub(r"[^\w=+,.-]+", "-", full, flags=re.ASCII)
+    """The folder of a sweep's job, one level deep: `0_technique-prune+gptq`; long or odd overrides end in a hash.
+
+    Hydra reads neither `=` nor `,` inside a value, and the folder is typed again as `artifact=FOLDER`.
+    """
+    full = (f"{number}_{overrides}" if overrides else str(number)).replace("=", "-").replace(",", "_")
+    safe = re.sub(r"[^\w+.-]+", "-", full, flags=re.ASCII)
     if safe == full and len(full) <= LONGEST_SLUG:
         return full
     return f"{safe[: LONGEST_SLUG - 9]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"

@@ -101,7 +101,7 @@ class TaskData(pl.LightningDataModule):
             unit = "blocks" if self.kind == "lm" else "texts"
             raise UserError(
                 f"Calibration asks for {samples} {unit} of training text and task `{self.splits.task.name}` has "
-                f"{len(rows)}: ask for fewer (technique.gptq.samples={len(rows)})."
+                f"{len(rows)}: ask for {len(rows)} or fewer (samples={len(rows)})."
             )
         return DataLoader(
             rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate

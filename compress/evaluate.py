@@ -46,6 +46,7 @@ def evaluate(cfg: DictConfig) -> list[report.Row]:
     """
     if OmegaConf.is_missing(cfg, "artifact"):
         raise UserError("No artifact is named: type artifact=FOLDER, the `artifact` folder of a run.")
+    artifact.describe(cfg.artifact, kind="")  # a folder that is not there is told first
     settings = plan.settings(cfg)
     task = plan.parse(Task, task_of(cfg), "task")
     folders = [Path(folder) for folder in (cfg.baseline, cfg.artifact) if folder]

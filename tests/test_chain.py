@@ -153,7 +153,7 @@ def test_a_launcher_can_pickle_it(technique):
         "cfg.hydra.job.num = 4; print(cfg.technique.name, cfg.hydra.sweep.subdir)"
     )
     done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, input=loader, capture_output=True, check=True)
-    assert done.stdout.decode().split() == ["gptq+prune", "4_technique=gptq+prune"]
+    assert done.stdout.decode().split() == ["gptq+prune", "4_technique-gptq+prune"]
 
 
 def test_somebody_elses_config_folder_is_left_alone(tmp_path):
@@ -165,9 +165,9 @@ def test_somebody_elses_config_folder_is_left_alone(tmp_path):
 
 
 def test_a_slug_is_the_number_and_the_overrides():
-    assert slug(0, "technique=prune+gptq") == "0_technique=prune+gptq"
+    assert slug(0, "technique=prune+gptq") == "0_technique-prune+gptq"
     assert slug(3, "") == "3"
-    assert OmegaConf.create({"s": "${slug:1,'seed=2'}"}).s == "1_seed=2"
+    assert OmegaConf.create({"s": "${slug:1,'seed=2'}"}).s == "1_seed-2"
 
 
 @pytest.mark.parametrize("odd", ["model.path=/a/b", "x='a b'", "model.path=../../etc", "task=ä", "x=" + "y" * 300])

@@ -80,7 +80,7 @@ def test_what_is_not_there_is_told(measure_again, tmp_path):
     with pytest.raises(UserError, match="No artifact is named: type artifact=FOLDER"):
         measure_again()
     with pytest.raises(UserError, match="There is no folder nowhere"):
-        measure_again("artifact=nowhere", "task=toy")
+        measure_again("artifact=nowhere")
     with pytest.raises(UserError, match=r"holds no config\.json"):
         measure_again(f"artifact={tmp_path}", "task=toy")
 

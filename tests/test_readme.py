@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+LATER = "technique.prune_2.sparsity=0.5"
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 QUICK = (
@@ -74,18 +75,21 @@ def test_a_users_mistake_is_one_sentence_and_exit_status_1(tmp_path):
 
 
 def test_a_run_then_its_artifact_again(tmp_path):
-    done = run("train.py", "technique=prune", *QUICK, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path / "run")
+    cached = f"cache.dir={tmp_path / 'cache'}"
+    done = run("train.py", "-m", "technique=prune+prune", *QUICK, LATER, cached, folder=tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    (artifact,) = (tmp_path / "run").glob("*/artifact")
     again = run(
         "evaluate.py",
-        f"artifact={tmp_path / 'run' / 'artifact'}",
+        f"artifact={artifact}",  # as it stands in the sweep's folder, without quotation marks
         f"cache.dir={tmp_path / 'cache'}",
         "hardware.latency.seconds=0.05",
         "hardware.latency.block_s=0.01",
         folder=tmp_path / "again",
     )
     assert again.returncode == 0, again.stderr
-    assert rows(tmp_path / "again")["prune"]["accuracy"] == rows(tmp_path / "run")["prune"]["accuracy"]
+    method = "prune+prune"
+    assert rows(tmp_path / "again")[method]["accuracy"] == rows(tmp_path / "run")[method]["accuracy"]
 
 
 def test_what_the_readme_names_is_there():
