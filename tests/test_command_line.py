@@ -108,8 +108,8 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(train):
     assert done.returncode == 0
     assert [keys for keys, *_ in ran] == ["None", "None", "prune+gptq+prune_2", "prune+gptq+prune_2"]
     folders = [Path(folder).name for *_, folder in ran]
-    assert folders[0] == "0_model=tiny,seed=7,technique=none"
-    assert folders[3] == "3_model=tiny_llama,seed=7,technique=prune+gptq+prune"
+    assert folders[0] == "0_model-tiny_seed-7_technique-none"
+    assert folders[3] == "3_model-tiny_llama_seed-7_technique-prune+gptq+prune"
 
 
 def test_a_failed_job_does_not_stop_a_sweep(train):
