@@ -102,7 +102,8 @@ def test_what_the_readme_names_is_there():
         assert (ROOT / "compress" / name).exists()
 
 
-def test_the_snippet_for_anybodys_lightning_script(monkeypatch):
+def test_the_snippet_for_anybodys_lightning_script(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where Lightning writes its logs
     (snippet,) = re.findall(r"```python\n(import pytorch_lightning.+?)```", README, re.DOTALL)
     import tiny
 
