@@ -98,7 +98,7 @@ class Backbone:
             with torch.device("meta"):
                 return auto_class(task.kind).from_config(config)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model.config cannot be built ({' '.join(str(error).split())[:200]}): mend it.") from error
+            raise UserError(f"model.config cannot be built ({one_line(error)[:200]}): mend it.") from error
 
     def fingerprint(self, task: Task) -> str | None:
         """What the weights are known by: the content of a folder, or the hub's id and commit."""
@@ -147,7 +147,7 @@ class Backbone:
         try:
             return AutoConfig.for_model(**(self.config or {}))
         except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(f"model.config is no architecture that transformers knows ({reason}): mend it.") from error
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
         with nullcontext() if folder.is_dir() else offline_if_unreachable():
             return auto.from_pretrained(str(folder) if folder.is_dir() else path, **kwargs)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         if folder.is_dir():
             raise UserError(f"{what}: the folder {path} could not be loaded ({reason}).") from error
         raise UserError(
@@ -179,6 +179,11 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
             f"set {key} to a folder with its files (config.json, tokenizer, *.safetensors), or to null to build the "
             f"architecture at random weights. (The library says: {reason[:160]})"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks, to be quoted in a sentence."""
+    return " ".join(str(error).split())
 
 
 def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:

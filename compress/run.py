@@ -163,10 +163,9 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     model, tokenizer, description = artifact.load(source)
     before = promises.state(model)
     data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
-    stage = step.build(
-        model=model, metrics=metrics(planned.task), tokenizer=tokenizer, task=planned.task, baseline=baseline
-    )
-    module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, metrics(planned.task), step.training)
+    scores = metrics(planned.task)
+    stage = step.build(model=model, metrics=scores, tokenizer=tokenizer, task=planned.task, baseline=baseline)
+    module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
     if before.zeros and trait(stage, "keeps_zeros") and step.training.epochs:
         callbacks.append(HoldZeros())
