@@ -140,6 +140,8 @@ def check(cfg: DictConfig) -> Plan:
         built.append(one.build(model=skeleton))
         if hasattr(built[-1], "check"):
             built[-1].check(skeleton, built[:-1])
+        if hasattr(built[-1], "preview"):
+            built[-1].preview(skeleton)
     return planned
 
 

@@ -167,12 +167,15 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     stage = step.build(model=model, metrics=scores, tokenizer=tokenizer, task=planned.task, baseline=baseline)
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
-    if before.zeros and trait(stage, "keeps_zeros") and step.training.epochs:
+    if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
+    if (cut := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made one of its own
+        tokenizer = cut
+        data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
     expected = promises.logits(model, probe)
     limits = trait(stage, "limits")

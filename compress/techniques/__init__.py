@@ -40,7 +40,8 @@ class Technique(Protocol):
     changes: bool = True
     """Promised and checked: some weight differs afterwards."""
     keeps_zeros: bool = True
-    """Promised and checked: a pruned weight stays exactly zero."""
+    """Promised and checked: a pruned weight stays exactly zero. (Training after a removal of weights keeps the others'
+    zeros all the same.)"""
     keeps_head: bool = False
     """Promised and checked: everything outside the transformer blocks stays as it is, bit for bit."""
     shrinks: bool = False
@@ -53,6 +54,10 @@ class Technique(Protocol):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         """Raise UserError where the stage does not fit the model, told from its shapes alone, or the stages before."""
+
+    def preview(self, skeleton: nn.Module) -> None:
+        """Give the skeleton the shapes that the stage will leave, as far as they are known beforehand, so that the
+        stages after it are checked against them."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights in the stage's own format; without this method they are saved as floats."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,13 +9,12 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from compress.calibration import calibrate, calibration_batches
 from compress.errors import UserError
-from compress.models import blocks, compressed, linears
+from compress.hessian import inverse_factor, second_moment
+from compress.models import compressed, linears
 from compress.quiet import without_bars
-
-Batch = dict[str, Tensor]
 
 
 class Grid(NamedTuple):
@@ -90,26 +85,16 @@ class GPTQ(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = compressed(pl_module)
-        device = trainer.strategy.root_device
-        model.to(device).eval()
-        for name, layers, hessian in calibrate(model, list(self._batches(trainer, device))):
-            for layer, linear in layers.items():
+        model.to(trainer.strategy.root_device).eval()
+        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+        for layers, hessian in calibrate(model, batches, second_moment):
+            for name, linear in layers.items():
                 weight, grid = gptq(
                     linear.weight.data, hessian, self.bits, self.group_size, self.symmetric, self.damping
                 )
                 linear.weight.data.copy_(weight)
-                self.grids[f"{name}.{layer}"] = grid
+                self.grids[name] = grid
         model.cpu()
-
-    def _batches(self, trainer: pl.Trainer, device: torch.device) -> Iterator[Batch]:
-        calibration = getattr(getattr(trainer, "datamodule", None), "calibration", None)
-        loader = calibration(self.samples, self.batch_size) if calibration else trainer.train_dataloader
-        seen = 0
-        for batch in loader:
-            if seen >= self.samples:
-                return
-            seen += len(batch["input_ids"])
-            yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         from compressed_tensors.compressors import ModelCompressor
@@ -138,101 +123,6 @@ class GPTQ(pl.Callback):
             compressor.compress_model(model)
             model.save_pretrained(folder)
         compressor.update_config(str(folder))
-
-
-class Call(NamedTuple):
-    """How a model calls one of its blocks, apart from the hidden states ``[batch, tokens, width]``."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[str, dict[str, nn.Linear], Tensor]]:
-    """Stream calibration batches through the blocks; yield ``(block, layers, hessian)`` for every set of Linear layers
-    that share an input, in the order in which they run.
-
-    ``hessian`` is the sum of ``x x^T`` over the tokens that are not padding, ``[inputs, inputs]`` in float32. Layers
-    may be changed before the next set is asked for: what follows sees the changed ones. Only the activations between
-    two blocks are kept.
-    """
-    prefix, stack = blocks(model)
-    hidden, calls = capture(model, stack, batches)
-    masks = [batch.get("attention_mask") for batch in batches]
-    for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
-        forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
-        for layers in sharing_inputs(block, forwards[0]):
-            yield f"{prefix}.{index}", layers, second_moment(next(iter(layers.values())), forwards, masks)
-        hidden = [forward() for forward in forwards]
-
-
-def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
-    """The hidden states that enter the first block, by batch, and how every block is called, by batch and block. The
-    masks and position embeddings of a call are shared between blocks: they cost their memory once."""
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = []
-
-    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        rest = dict(kwargs)
-        state = args[0] if args else rest.pop("hidden_states")
-        if not calls[-1]:
-            hidden.append(state)
-        calls[-1].append(Call(args[1:], rest))
-
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
-    try:
-        for batch in batches:
-            calls.append([])
-            model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hidden, calls
-
-
-class Seen(Exception):
-    """Raised inside a block when the wanted input has been seen, to spare the rest of its forward pass."""
-
-
-def second_moment(layer: nn.Linear, forwards: Sequence[Callable[[], Tensor]], masks: list[Tensor | None]) -> Tensor:
-    """The sum of ``x x^T`` over the inputs of ``layer`` in all ``forwards``, padding left out."""
-    total = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-    remaining = iter(masks)
-
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x, mask = args[0], next(remaining)
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        x = x.reshape(-1, x.shape[-1]).float()
-        total.addmm_(x.T, x)
-        raise Seen
-
-    hook = layer.register_forward_pre_hook(add)
-    for forward in forwards:
-        with suppress(Seen):
-            forward()
-    hook.remove()
-    return total
-
-
-def sharing_inputs(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:
-    """The block's Linear layers in the order in which ``forward()`` runs them, those that get one and the same tensor
-    (query, key and value; gate and up) together."""
-    calls: list[tuple[str, nn.Linear, Tensor]] = []  # holding the tensors keeps their addresses apart
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, args, name=name: calls.append((name, layer, args[0])))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    sets = groupby(calls, key=lambda call: (call[2].data_ptr(), call[2].shape))
-    return [{name: layer for name, layer, _ in members} for _, members in sets]
 
 
 @torch.no_grad()
@@ -277,24 +167,6 @@ def gptq(
             errors[:, j - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return quantized.to(dtype), Grid(torch.cat(scales, 1), torch.cat(zeros, 1))
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse: row j holds how an error in column j is best spread
-    over the columns after it."""
-    mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    while damping <= 100:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper
-        damping *= 10
-    raise UserError(
-        "`gptq` could not invert the Hessian of its calibration inputs at any damping: they hold NaN or infinity, so "
-        "the model that was to be quantized is broken already."
-    )
 
 
 def minmax_grid(weight: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Grid:

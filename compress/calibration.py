@@ -1,0 +1,137 @@
+"""Training batches streamed through a model block by block, the activations of one block in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from compress.models import blocks
+
+Batch = dict[str, Tensor]
+
+
+def calibration_batches(trainer: pl.Trainer, samples: int, batch_size: int, labels: bool = False) -> Iterator[Batch]:
+    """``samples`` training examples on the Trainer's device: the datamodule's own ``calibration``, or else the first of
+    the training loader, in the batches that it has."""
+    calibration = getattr(getattr(trainer, "datamodule", None), "calibration", None)
+    if calibration is None:
+        trainer.fit_loop.setup_data()  # nothing where it is set up already
+    loader = calibration(samples, batch_size) if calibration else trainer.train_dataloader
+    device = trainer.strategy.root_device
+    seen = 0
+    for batch in loader:
+        if seen >= samples:
+            return
+        seen += len(batch["input_ids"])
+        yield {key: value.to(device) for key, value in batch.items() if labels or key != "labels"}
+
+
+class Call(NamedTuple):
+    """How a model calls one of its blocks, apart from the hidden states ``[batch, tokens, width]``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: list[Batch], statistic: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[dict[str, nn.Linear], Tensor]]:
+    """Stream calibration batches through the blocks; yield ``(layers, total)`` for every set of Linear layers, by
+    name, that share an input, in the order in which they run.
+
+    ``total`` is the sum over the batches of ``statistic(x)``, where ``x`` is ``[tokens, inputs]`` in float32, padding
+    left out. Layers may be changed before the next set is asked for: what follows sees the changed ones. Only the
+    activations between two blocks are kept.
+    """
+    prefix, stack = blocks(model)
+    hidden, calls = capture(model, stack, batches)
+    masks = [batch.get("attention_mask") for batch in batches]
+    for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
+        forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
+        for layers in sharing_inputs(block, forwards[0]):
+            total = over_inputs(next(iter(layers.values())), forwards, masks, statistic)
+            yield {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}, total
+        hidden = [forward() for forward in forwards]
+
+
+def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
+    """The hidden states that enter the first block, by batch, and how every block is called, by batch and block. The
+    masks and position embeddings of a call are shared between blocks: they cost their memory once."""
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = []
+
+    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        rest = dict(kwargs)
+        state = args[0] if args else rest.pop("hidden_states")
+        if not calls[-1]:
+            hidden.append(state)
+        calls[-1].append(Call(args[1:], rest))
+
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
+    try:
+        for batch in batches:
+            calls.append([])
+            model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, calls
+
+
+class Seen(Exception):
+    """Raised inside a block when the wanted input has been seen, to spare the rest of its forward pass."""
+
+
+def over_inputs(
+    layer: nn.Linear,
+    forwards: Sequence[Callable[[], Tensor]],
+    masks: list[Tensor | None],
+    statistic: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The sum of ``statistic`` over the inputs of ``layer`` in all ``forwards``, padding left out."""
+    totals: list[Tensor] = []
+    remaining = iter(masks)
+
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, mask = args[0], next(remaining)
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask.bool()]
+        found = statistic(x.reshape(-1, x.shape[-1]).float())
+        totals[:] = [totals[0].add_(found)] if totals else [found]
+        raise Seen
+
+    hook = layer.register_forward_pre_hook(add)
+    for forward in forwards:
+        with suppress(Seen):
+            forward()
+    hook.remove()
+    return totals[0]
+
+
+def sharing_inputs(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:
+    """The block's Linear layers in the order in which ``forward()`` runs them, those that get one and the same tensor
+    (query, key and value; gate and up) together."""
+    calls: list[tuple[str, nn.Linear, Tensor]] = []  # holding the tensors keeps their addresses apart
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, args, name=name: calls.append((name, layer, args[0])))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    sets = groupby(calls, key=lambda call: (call[2].data_ptr(), call[2].shape))
+    return [{name: layer for name, layer, _ in members} for _, members in sets]
