@@ -36,6 +36,7 @@ from compress.sources import offline_if_unreachable
 if TYPE_CHECKING:
     from compress.tasks import Task
 
+Layer = nn.Linear | nn.Embedding
 PROBLEM_TYPES = {
     "multiclass": "single_label_classification",
     "multilabel": "multi_label_classification",
@@ -306,7 +307,26 @@ def compressed(module: nn.Module) -> nn.Module:
     return model if isinstance(model, nn.Module) else module
 
 
+def prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]:
+    """The layers whose weights can be pruned, by name: those of :func:`linears`, and if asked for the embeddings and
+    the Linear layers outside the blocks (pooler and head). An output layer tied to the embeddings counts as those."""
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    tied = {id(module.weight) for _, module in every if isinstance(module, nn.Embedding)}
+    inside = dict(linears(model))
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        if isinstance(module, nn.Embedding):
+            return embeddings
+        return name in inside or (head and id(module.weight) not in tied)
+
+    return {name: module for name, module in every if wanted(name, module)}
+
+
 def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero in a block's Linear *is* the
-    mask: nothing else is kept beside the weights."""
-    return {name: found for name, linear in linears(model) if (found := linear.weight == 0).any()}
+    """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero *is* the mask: nothing else is
+    kept beside the weights. (The embedding of padding is zero by itself.)"""
+    masks = {name: layer.weight == 0 for name, layer in prunable(model, embeddings=True, head=True).items()}
+    for name, mask in masks.items():
+        if (padding := getattr(model.get_submodule(name), "padding_idx", None)) is not None:
+            mask[padding] = False
+    return {name: mask for name, mask in masks.items() if mask.any()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -34,6 +34,8 @@ class Step:
     technique: type
     arguments: dict[str, Any]
     training: Training
+    samples: int = 0
+    """Of training text to calibrate on."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -137,12 +139,14 @@ def check(cfg: DictConfig) -> Plan:
     skeleton = backbone.skeleton(task)
     built: list[Any] = []
     for one in steps:
-        built.append(one.build(model=skeleton))
-        if hasattr(built[-1], "check"):
-            built[-1].check(skeleton, built[:-1])
-        if hasattr(built[-1], "preview"):
-            built[-1].preview(skeleton)
-    return planned
+        stage = one.build(model=skeleton)
+        if hasattr(stage, "check"):
+            stage.check(skeleton, built)
+        if hasattr(stage, "preview"):
+            stage.preview(skeleton)
+        built.append(stage)
+    wanted = (trait(stage, "calibration_samples") for stage in built)
+    return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
 
 
 def step(stage: chain.Stage) -> Step:
@@ -184,10 +188,9 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
 def check_data(planned: Plan, splits: Splits) -> None:
     """Raise UserError where a stage wants more training text than there is."""
     for one in planned.steps:
-        samples = one.arguments.get("samples", 0)
-        if planned.task.kind != "lm" and samples > len(splits.train):
+        if planned.task.kind != "lm" and one.samples > len(splits.train):
             raise UserError(
-                f"technique.{one.key}.samples is {samples} and task `{planned.task.name}` has {len(splits.train)} "
+                f"technique.{one.key}.samples is {one.samples} and task `{planned.task.name}` has {len(splits.train)} "
                 f"training texts: set technique.{one.key}.samples={len(splits.train)} or less."
             )
 

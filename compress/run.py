@@ -191,10 +191,17 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
 
 
 class KeepBest(ModelCheckpoint):
-    """Of several epochs, end the training with the weights of the one that was best on the validation split."""
+    """Of several epochs, end the training with the weights of the one that was best on the validation split; an epoch
+    in which a callback still prunes is none to end with."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if all(getattr(callback, "settled", True) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        if not self.best_model_path:
+            return
         best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
         pl_module.load_state_dict(best["state_dict"])
 

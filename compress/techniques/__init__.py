@@ -49,6 +49,8 @@ class Technique(Protocol):
     tolerance: float = 1e-4
     """Promised and checked: the saved artifact's logits differ by no more than this share of the largest, which leaves
     room for sums in another order and for nothing else."""
+    calibration_samples: int = 0
+    """How many training examples it calibrates on."""
     limits: str = ""
     """What it cannot do for size or speed, for the report."""
 

@@ -1,8 +1,13 @@
-"""Unstructured magnitude pruning."""
+"""Unstructured and N:M pruning."""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
@@ -10,41 +15,162 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress.errors import UserError
-from compress.models import compressed, linears
+from compress import sparsity as maths
+from compress.calibration import calibrate, calibration_batches
+from compress.errors import PostconditionError, UserError
+from compress.hessian import second_moment
+from compress.models import Layer, compressed, linears, prunable, zeros
+from compress.techniques import Training
+
+SCOPES = {
+    "magnitude": ("global", "layer", "row"),
+    "random": ("global", "layer", "row"),
+    "movement": ("layer", "row", "global"),
+    "wanda": ("row", "layer"),
+    "sparsegpt": ("layer",),
+}
+"""Over what a criterion can rank weights; the first is what its paper does."""
+CALIBRATED = ("wanda", "sparsegpt")
 
 
 class Prune(pl.Callback):
-    """Set the smallest weights of the transformer blocks to zero, and keep them zero while training goes on.
+    """Set the least important weights to zero, and keep them zero while training goes on.
 
-    Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, arXiv:1506.02626.
+    Criteria, each with its paper in :mod:`compress.sparsity`: ``magnitude``; ``wanda`` (magnitude times the norm of the
+    input); ``sparsegpt`` (joint choice and update of the other weights); ``movement`` (weights that training moves
+    towards zero: Sanh et al., "Movement Pruning", 2020, arXiv:2005.07683); ``random``, the control.
 
-    Weights are pruned when the fit starts, once; epochs of that fit retrain what is left.
+    Schedules: ``one_shot`` prunes when the fit starts, and epochs of that fit retrain what is left; ``gradual`` prunes
+    more and more during training; ``iterative`` prunes and retrains in equal rounds.
 
     Args:
-        sparsity: fraction of the weights that are zero afterwards, counted over all pruned layers.
-        scope: ``global`` ranks the weights of all layers together, ``layer`` prunes every layer by the same fraction.
+        sparsity: fraction of the weights that are zero afterwards, counted over all layers that are not skipped.
+        pattern: ``"2:4"`` leaves at most 2 of every 4 consecutive inputs of a row, in place of a sparsity.
+        criterion: what makes a weight important.
+        scope: over what weights are ranked: ``global``, ``layer`` or ``row``; null for what the criterion's paper does.
+        ratios: ``uniform``; ``sensitivity`` for what the stage of that name before this one found, or the path of its
+            csv; or the sparsity of the layers of a name, ``{"*attention*": 0.3}``, the first pattern that fits.
+        skip: ``embeddings``, ``head`` (all else outside the transformer blocks) and patterns of layers' names.
+        schedule: ``one_shot``, ``gradual`` or ``iterative``.
+        begin: fraction of the training steps at which ``gradual`` starts.
+        end: fraction of the training steps at which ``gradual`` has reached the sparsity.
+        every: training steps from one pruning to the next of ``gradual``.
+        rounds: of ``iterative``.
+        damping: of SparseGPT's Hessian, as a fraction of its mean diagonal.
+        samples: training examples that ``wanda`` and ``sparsegpt`` calibrate on.
+        batch_size: of them run at a time.
+        training: how the fit trains, as far as it is known; the schedules are checked against it.
+        source: folder of the artifact that the stage starts from.
 
     Raises:
-        UserError: the model is that sparse already, so that nothing would change.
+        UserError: the model is that sparse already, a pattern fits no layer or no width, or settings contradict.
 
         pl.Trainer(max_epochs=1, callbacks=[Prune(sparsity=0.5)]).fit(module, loader)
     """
 
     limits = "pruned weights are stored and multiplied as zeros: no size, no speed on a dense runtime"
 
-    @validate_call
+    @validate_call(config={"arbitrary_types_allowed": True})
     def __init__(
-        self, sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.2, scope: Literal["global", "layer"] = "global"
+        self,
+        sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+        pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None,
+        criterion: Literal["magnitude", "wanda", "sparsegpt", "movement", "random"] = "magnitude",
+        scope: Literal["global", "layer", "row"] | None = None,
+        ratios: str | dict[str, Annotated[float, Field(ge=0, lt=1)]] = "uniform",
+        skip: tuple[str, ...] = ("embeddings", "head"),
+        schedule: Literal["one_shot", "gradual", "iterative"] = "one_shot",
+        begin: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        end: Annotated[float, Field(gt=0, le=1)] = 0.7,
+        every: Annotated[int, Field(ge=1)] = 10,
+        rounds: Annotated[int, Field(ge=1)] = 3,
+        damping: Annotated[float, Field(gt=0)] = 0.01,
+        samples: Annotated[int, Field(ge=1)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        training: Training | None = None,
+        source: Path | None = None,
     ) -> None:
-        self.sparsity = sparsity
-        self.scope = scope
+        self.pattern = n_of_m(pattern)
+        self.sparsity = self.pattern[0] / self.pattern[1] if self.pattern else sparsity
+        self.criterion = criterion
+        self.scope = scope or ("layer" if ratios != "uniform" else SCOPES[criterion][0])
+        self.ratios = ratios
+        self.skip = skip
+        self.schedule = schedule
+        self.begin, self.end, self.every, self.rounds = begin, end, every, rounds
+        self.damping = damping
+        self.samples = samples
+        self.batch_size = batch_size
+        self.source = source
+        self.layers: dict[str, Layer] = {}
+        self.due: dict[int, float] = {}
+        """What is still to be pruned: at which step, and how much of the way from ``start`` to ``targets``."""
+        self.start: dict[str, float] = {}
+        self.targets: dict[str, float] = {}
         self.masks: dict[str, Tensor] = {}
+        self.movement: dict[str, Tensor] = {}
+        self.dense: dict[str, Tensor] = {}
+        self._contradictions(scope, pattern, training)
+
+    def _contradictions(self, scope: str | None, pattern: str | None, training: Training | None) -> None:
+        key, criterion, schedule = "technique.prune", self.criterion, self.schedule
+        if self.scope not in SCOPES[criterion]:
+            raise UserError(
+                f"{key}.scope is {self.scope} and `{criterion}` ranks weights by {' or '.join(SCOPES[criterion])}: set "
+                f"{key}.scope={SCOPES[criterion][0]}."
+            )
+        if self.ratios != "uniform" and (pattern or self.scope == "global"):
+            other = f"pattern={pattern}" if pattern else "scope=global"
+            raise UserError(
+                f"{key}.ratios gives every layer its own sparsity, which contradicts {key}.{other}: leave one out."
+            )
+        if pattern and scope:
+            raise UserError(f"{key}.pattern={pattern} prunes in groups, so that {key}.scope={scope} means nothing.")
+        if criterion == "movement" and schedule != "gradual":
+            raise UserError(
+                f"`movement` learns during training what to prune and {key}.schedule is {schedule}: set "
+                f"{key}.schedule=gradual and {key}.train.epochs=1 or more."
+            )
+        if schedule == "gradual" and self.begin >= self.end:
+            raise UserError(f"{key}.begin={self.begin:g} is not before {key}.end={self.end:g}: set it lower.")
+        if schedule != "one_shot" and training and not training.epochs:
+            raise UserError(
+                f"{key}.schedule={schedule} prunes during training and {key}.train.epochs is 0: set it to 1 or more, "
+                f"or {key}.schedule=one_shot."
+            )
+
+    @property
+    def calibration_samples(self) -> int:
+        return self.samples if self.criterion in CALIBRATED else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether all of the pruning is done."""
+        return not self.due
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        linears(skeleton)
+        layers = self._layers(skeleton)
+        for name, layer in layers.items():
+            if self.pattern and layer.weight.shape[1] % self.pattern[1]:
+                raise UserError(
+                    f"technique.prune.pattern: the {layer.weight.shape[1]} inputs of `{name}` are no multiple of "
+                    f"{self.pattern[1]}: leave the layer out with technique.prune.skip, or choose another pattern."
+                )
+        if isinstance(self.ratios, dict):
+            by_pattern(self.ratios, layers, self.sparsity)
+        elif self.ratios == "sensitivity" and getattr(before[-1] if before else None, "points", None) is None:
+            raise UserError(
+                "technique.prune.ratios=sensitivity takes what the stage before found and that is no `sensitivity`: "
+                "set technique=sensitivity+prune, or technique.prune.ratios to a sensitivity.csv."
+            )
+        elif self.ratios not in ("uniform", "sensitivity") and not Path(str(self.ratios)).is_file():
+            raise UserError(
+                f"technique.prune.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
+                "sensitivity.csv, or sparsities by pattern ({'*attention*': 0.3})."
+            )
         for stage in before:
-            if isinstance(stage, Prune) and stage.sparsity >= self.sparsity:
+            simple = isinstance(stage, Prune) and stage.skip == self.skip and not self.pattern
+            if simple and stage.sparsity >= self.sparsity:
                 raise UserError(
                     f"A `prune` to a sparsity of {self.sparsity:g} follows one to {stage.sparsity:g} and has nothing "
                     "left to prune: ask the later one for more (technique.prune_2.sparsity=0.5)."
@@ -52,26 +178,156 @@ class Prune(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = compressed(pl_module)
-        weights = {name: linear.weight for name, linear in linears(model)}
-        before = measured_sparsity(weights.values())
-        if before >= self.sparsity:
+        self.layers = self._layers(model)
+        self.start = {name: measured_sparsity([layer.weight]) for name, layer in self.layers.items()}
+        self.targets = self._targets()
+        before = measured_sparsity(layer.weight for layer in self.layers.values())
+        asked = self._asked()
+        if before >= asked and not self.pattern:
             raise UserError(
-                f"`prune` was asked for a sparsity of {self.sparsity:g} and the model's is {before:.4g} already: "
+                f"`prune` was asked for a sparsity of {asked:g} and the model's is {before:.4g} already: "
                 "ask for more with technique.prune.sparsity, or leave the stage out."
             )
-        scores = {name: weight.detach().abs() for name, weight in weights.items()}
-        if self.scope == "global":
-            masks = smallest(scores, self.sparsity)
-        else:
-            masks = {name: smallest({name: score}, self.sparsity)[name] for name, score in scores.items()}
-        self.masks = {name: ~pruned for name, pruned in masks.items()}
-        hold(model, self.masks)
-        after, count = measured_sparsity(weights.values()), sum(weight.numel() for weight in weights.values())
-        if abs(after - self.sparsity) * count > len(weights) + 1:  # each layer may round by one weight
-            raise RuntimeError(f"asked for a sparsity of {self.sparsity}, measured {after}")
+        if self.criterion == "movement":
+            self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+            self.movement = {
+                # Pruned before: never to come back.
+                name: torch.zeros_like(layer.weight).masked_fill(layer.weight == 0, -torch.inf)
+                for name, layer in self.layers.items()
+            }
+        if self.schedule == "one_shot":
+            self._prune(trainer, model, 1.0)
+            return
+        steps = int(trainer.estimated_stepping_batches) if trainer.max_epochs else 0
+        if steps < 2:
+            raise UserError(
+                f"`prune` with schedule={self.schedule} prunes during training and the Trainer has {steps} steps."
+            )
+        self.due = (
+            maths.gradual(steps, self.begin, self.end, self.every)
+            if self.schedule == "gradual"
+            else maths.iterative(steps, self.rounds)
+        )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if (way := self.due.pop(trainer.global_step, None)) is not None:
+            self._prune(trainer, compressed(pl_module), way)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Movement: a weight whose gradient pushes it away from zero gains, pruned ones among them, which may so come
+        back with the value that they had."""
+        for name, score in self.movement.items():
+            weight = self.layers[name].weight
+            if weight.grad is None:
+                continue
+            if name in self.masks:
+                self.dense[name] = torch.where(self.masks[name], weight.detach(), self.dense[name])
+            else:
+                self.dense[name].copy_(weight.detach())
+            score.sub_(weight.grad * self.dense[name])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         hold(compressed(pl_module), self.masks)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weights = [layer.weight for layer in self.layers.values()]
+        found, count = measured_sparsity(weights), sum(weight.numel() for weight in weights)
+        if self.due or found < self._asked() - len(weights) / count:  # each layer may round by one weight
+            raise PostconditionError(
+                f"`prune` was asked for a sparsity of {self._asked():.4g} and the model's is {found:.4g}"
+                + (": training ended before the schedule did." if self.due else ".")
+            )
+
+    def _layers(self, model: nn.Module) -> dict[str, Layer]:
+        skipped = [word for word in self.skip if word not in ("embeddings", "head")]
+        groups = {word for word in self.skip if word not in skipped}
+        found = prunable(model, embeddings="embeddings" not in groups, head="head" not in groups)
+        for pattern in skipped:
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise UserError(unmatched("technique.prune.skip", pattern, found))
+        kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in skipped)}
+        if not kept:
+            raise UserError(f"technique.prune.skip={list(self.skip)} leaves no layer to prune: skip fewer.")
+        inside = {name for name, _ in linears(model)}
+        if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
+            raise UserError(
+                f"`{self.criterion}` sees the inputs of the transformer blocks and `{outside[0]}` lies outside of "
+                f"them: skip embeddings and head, or set technique.prune.criterion=magnitude."
+            )
+        return kept
+
+    def _targets(self) -> dict[str, float]:
+        """The sparsity of every layer, in scopes other than global."""
+        if isinstance(self.ratios, dict):
+            return by_pattern(self.ratios, self.layers, self.sparsity)
+        if self.ratios == "uniform":
+            return dict.fromkeys(self.layers, self.sparsity)
+        from compress.techniques.sensitivity import allocate, read
+
+        path = (self.source or Path()) / "report" / "sensitivity.csv" if self.ratios == "sensitivity" else self.ratios
+        points = [point for point in read(Path(path)) if point.layer in self.layers]
+        if missing := sorted(set(self.layers) - {point.layer for point in points}):
+            raise UserError(f"{path} says nothing of `{missing[0]}`: measure the sensitivity of this model.")
+        return allocate(points, self.sparsity)
+
+    def _asked(self) -> float:
+        """The sparsity of all layers together."""
+        sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        return sum(self.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+    def _prune(self, trainer: pl.Trainer, model: nn.Module, way: float) -> None:
+        """Prune to the part ``way`` of the way from where the model started to the sparsity asked for."""
+        now = {name: self.start[name] + way * (target - self.start[name]) for name, target in self.targets.items()}
+        if self.criterion in CALIBRATED:
+            self._prune_calibrated(trainer, model, now)
+        elif self.scope == "global" and not self.pattern:
+            sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+            total = sum(now[name] * size for name, size in sizes.items()) / sum(sizes.values())
+            for name, mask in maths.smallest({name: partial(self._score, name) for name in self.layers}, total):
+                self._apply(name, mask)
+        else:
+            for name in self.layers:
+                self._apply(name, self._mask(self._score(name), now[name]))
+        if trainer.max_epochs:
+            self.masks = {name: layer.weight.detach() != 0 for name, layer in self.layers.items()}
+
+    def _prune_calibrated(self, trainer: pl.Trainer, model: nn.Module, now: dict[str, float]) -> None:
+        training = model.training
+        model.eval()
+        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+        statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
+        for layers, total in calibrate(model, batches, statistic):
+            for name in (name for name in layers if name in self.layers):
+                weight = layers[name].weight.data
+                if self.criterion == "sparsegpt":
+                    weight.copy_(maths.sparsegpt(weight, total, now[name], self._pattern(now[name]), self.damping))
+                else:
+                    self._apply(name, self._mask(maths.wanda(weight, total), now[name]))
+        model.train(training)
+
+    def _score(self, name: str) -> Tensor:
+        if self.criterion == "movement":
+            return self.movement[name]
+        weight = self.layers[name].weight
+        if self.criterion == "magnitude":
+            return maths.magnitude(weight)
+        return maths.random(weight, torch.initial_seed() ^ zlib.crc32(name.encode()))
+
+    def _mask(self, score: Tensor, target: float) -> Tensor:
+        if pattern := self._pattern(target):
+            return maths.smallest_of_groups(score, *pattern)
+        return maths.smallest_of_rows(score, target) if self.scope == "row" else maths.smallest_of(score, target)
+
+    def _pattern(self, target: float) -> tuple[int, int] | None:
+        """How many of a group to prune on the way to the pattern, and the group."""
+        return (round(target * self.pattern[1]), self.pattern[1]) if self.pattern else None
+
+    @torch.no_grad()
+    def _apply(self, name: str, mask: Tensor) -> None:
+        weight = self.layers[name].weight
+        if self.criterion == "movement":
+            weight.copy_(self.dense[name])
+        weight.masked_fill_(mask, 0)
 
 
 class HoldZeros(pl.Callback):
@@ -82,7 +338,7 @@ class HoldZeros(pl.Callback):
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.masks = {name: linear.weight.detach() != 0 for name, linear in linears(compressed(pl_module))}
+        self.masks = {name: ~zero for name, zero in zeros(compressed(pl_module)).items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         hold(compressed(pl_module), self.masks)
@@ -101,38 +357,42 @@ def measured_sparsity(weights: Iterable[Tensor]) -> float:
     return sum(zero for zero, _ in counts) / sum(size for _, size in counts)
 
 
-def smallest(scores: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Masks (True: among the smallest) that cover ``round(fraction * n)`` of all n scores exactly.
+def squared_norms(x: Tensor) -> Tensor:
+    """Of every input over the tokens of ``x`` ``[tokens, inputs]``."""
+    return x.square().sum(0)
 
-    Ties at the threshold go to the first in order. Scores are non-negative and are never gathered in one tensor, so a
-    model of any size costs the memory of its largest layer.
+
+def n_of_m(pattern: str | None) -> tuple[int, int] | None:
+    """``"2:4"`` as (pruned, group).
+
+    Raises:
+        UserError: it leaves all of a group, or nothing.
     """
-    rank = round(fraction * sum(score.numel() for score in scores.values()))
-    if rank == 0:
-        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    threshold = kth_smallest(list(scores.values()), rank)
-    masks = {name: score.float() < threshold for name, score in scores.items()}
-    missing = rank - sum(int(mask.sum()) for mask in masks.values())
-    for name, score in scores.items():
-        ties = (score.float() == threshold).flatten().nonzero()[:missing, 0]
-        masks[name].view(-1)[ties] = True
-        missing -= len(ties)
-    return masks
+    if pattern is None:
+        return None
+    left, group = map(int, re.findall(r"\d+", pattern))
+    if not 0 < left < group <= 128:
+        raise UserError(
+            f"technique.prune.pattern is {pattern}, which should leave some weights of every group (at most 128) and "
+            "prune some: set it to 2:4 or 4:8, say."
+        )
+    return group - left, group
 
 
-def kth_smallest(scores: list[Tensor], k: int) -> float:
-    """The k-th smallest (from 1) of non-negative values spread over tensors, by two histograms over their float32 bits:
-    the bits of non-negative floats are ordered as the floats are."""
-    low, rest = 0, k
-    for shift in (16, 0):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for score in scores:
-            bits = score.float().contiguous().view(torch.int32).flatten()
-            if shift == 0:
-                bits = bits[(bits >> 16) == low >> 16]
-            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
-        below = counts.cumsum(0)
-        bucket = int(torch.searchsorted(below, rest))
-        rest -= int(below[bucket] - counts[bucket])
-        low |= bucket << shift
-    return torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
+def by_pattern(ratios: dict[str, float], layers: Iterable[str], otherwise: float) -> dict[str, float]:
+    """The sparsity of every layer: that of the first pattern that fits its name, or ``otherwise``.
+
+    Raises:
+        UserError: a pattern fits no layer.
+    """
+    for pattern in ratios:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise UserError(unmatched("technique.prune.ratios", pattern, layers))
+    return {
+        name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
+        for name in layers
+    }
+
+
+def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
+    return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."

@@ -3,15 +3,15 @@ import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from compress import sparsity as maths
 from compress.errors import UserError
 from compress.models import linears, zeros
+from compress.run import KeepBest
 from compress.techniques import Training
 from compress.techniques.finetune import FineTune
-from compress.techniques.prune import HoldZeros, Prune, kth_smallest, measured_sparsity, smallest
-
-WEIGHT = torch.tensor([[0.1, -0.9, 0.3, 0.7], [-0.2, 0.8, -0.4, 0.6]])
+from compress.techniques.prune import HoldZeros, Prune, measured_sparsity
 
 
 def fit(model, *callbacks, epochs=0):
@@ -29,28 +29,6 @@ def fit(model, *callbacks, epochs=0):
 
 def sparsity(model):
     return measured_sparsity(linear.weight for _, linear in linears(model))
-
-
-def test_the_smallest_half_of_a_matrix_worked_by_hand():
-    pruned = smallest({"w": WEIGHT.abs()}, 0.5)["w"]
-    assert pruned.tolist() == [[True, False, True, False], [True, False, True, False]]
-
-
-def test_layers_are_ranked_together():
-    pruned = smallest({"small": torch.tensor([1.0, 2.0]), "large": torch.tensor([10.0, 20.0])}, 0.5)
-    assert pruned["small"].all() and not pruned["large"].any()
-
-
-def test_ties_are_pruned_to_the_count_asked_for():
-    assert smallest({"w": torch.ones(10)}, 0.3)["w"].sum() == 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_threshold_is_that_of_a_sort(dtype):
-    scores = [torch.randn(50, 7).abs().to(dtype), torch.rand(31).to(dtype), torch.zeros(3, dtype=dtype)]
-    ordered = torch.cat([score.flatten().float() for score in scores]).sort().values
-    for k in (1, 3, 4, 100, len(ordered)):
-        assert kth_smallest(scores, k) == ordered[k - 1]
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
@@ -123,10 +101,206 @@ def test_of_a_student_and_a_deeper_teacher_the_student_is_pruned():
     assert sparsity(module.model) == pytest.approx(0.5, abs=1e-3) and not zeros(module.teacher)
 
 
-@pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": 0}, {"sparsity": "half"}, {"scope": "row"}])
+@pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"sparsity": "half"}, {"scope": "block"}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Prune(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"pattern": "4:4"}, r"pattern is 4:4, which should leave some weights of every group"),
+        ({"pattern": "0:4"}, r"and prune some"),
+        ({"pattern": "2:4", "scope": "row"}, r"prunes in groups"),
+        ({"criterion": "wanda", "scope": "global"}, r"`wanda` ranks weights by row or layer"),
+        ({"criterion": "movement"}, r"learns during training.*schedule=gradual"),
+        ({"ratios": {"*": 0.3}, "scope": "global"}, r"contradicts technique.prune.scope=global"),
+        ({"schedule": "gradual", "begin": 0.8}, r"begin=0.8 is not before technique.prune.end=0.7"),
+        ({"schedule": "gradual", "training": Training(epochs=0)}, r"train.epochs is 0"),
+    ],
+)
+def test_settings_that_contradict_are_told(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Prune(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"pattern": "2:5"}, r"the 32 inputs of `bert.encoder.layer.0.attention.self.query` are no multiple of 5"),
+        ({"skip": ["embeddings", "head", "*mlp*"]}, r"`\*mlp\*` fits none of the model's layers"),
+        ({"skip": ["*"]}, r"leaves no layer to prune"),
+        ({"ratios": {"*mlp*": 0.3}}, r"`\*mlp\*` fits none of the model's layers"),
+        ({"ratios": "sensitivity"}, r"technique=sensitivity\+prune"),
+        ({"ratios": "nowhere.csv"}, r"nowhere.csv, which is no file"),
+        ({"criterion": "wanda", "skip": ["embeddings"]}, r"`bert.pooler.dense` lies outside"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Prune(**wrong).check(tiny.bert(), [])
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [None, "2:4", "4:8", "1:4"])
+def test_every_criterion_meets_sparsity_and_pattern(build, criterion, pattern):
+    model = build()
+    fit(model, Prune(sparsity=0.5, pattern=pattern, criterion=criterion, samples=8, batch_size=4))
+    left, group = map(int, (pattern or "1:2").split(":"))
+    assert sparsity(model) == pytest.approx(1 - left / group, abs=1e-3)
+    for _, linear in linears(model) if pattern else ():
+        assert ((linear.weight != 0).reshape(len(linear.weight), -1, group).sum(-1) == left).all()
+
+
+def test_rows_are_pruned_alike_by_scope_row():
+    model = fit(tiny.bert(), Prune(sparsity=0.5, scope="row"))
+    assert all(((linear.weight == 0).sum(1) == linear.in_features // 2).all() for _, linear in linears(model))
+
+
+def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_say():
+    model, dense = tiny.llama(), tiny.llama()
+    fit(model, Prune(sparsity=0.5, criterion="wanda", samples=16))
+    name, first = next(linears(dense))
+    inputs = []
+    first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    norms = torch.zeros(first.in_features)
+    with torch.no_grad():
+        for one in tiny.loader():
+            dense(**one)
+            norms += inputs[-1][one["attention_mask"].bool()].square().sum(0)
+    mask = maths.smallest_of_rows(maths.wanda(first.weight, norms), 0.5)
+    assert torch.equal(model.get_submodule(name).weight == 0, mask)
+
+
+def test_patterns_give_layers_their_own_sparsity_and_skip_others():
+    ratios = {"*attention.self*": 0.75, "*intermediate*": 0.25}
+    model = fit(tiny.bert(), Prune(sparsity=0.5, ratios=ratios, skip=("embeddings", "head", "bert.encoder.layer.1*")))
+    found = {name: measured_sparsity([linear.weight]) for name, linear in linears(model)}
+    assert found.pop("bert.encoder.layer.0.attention.self.query") == 0.75
+    assert found.pop("bert.encoder.layer.0.intermediate.dense") == 0.25
+    assert found.pop("bert.encoder.layer.0.output.dense") == 0.5
+    assert not any(value for name, value in found.items() if "layer.1" in name)
+
+
+def test_embeddings_and_head_are_pruned_when_they_are_not_skipped():
+    model = fit(tiny.bert(), Prune(sparsity=0.5, scope="layer", skip=()))
+    for name in ("classifier", "bert.pooler.dense", "bert.embeddings.word_embeddings"):
+        assert measured_sparsity([model.get_submodule(name).weight]) == pytest.approx(0.5, abs=0.02)
+    mask = zeros(model)
+    fit(model, HoldZeros(), epochs=1)
+    assert {"classifier", "bert.embeddings.word_embeddings"} <= set(mask)
+    assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
+
+
+def test_an_output_layer_tied_to_the_embeddings_is_skipped_with_them():
+    config = LlamaConfig(**tiny.SHAPE, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True)
+    model = fit(LlamaForCausalLM(config), Prune(sparsity=0.5, skip=("embeddings",)))
+    assert not (model.lm_head.weight[1:] == 0).any()
+
+
+class Record(pl.Callback):
+    """The sparsity after every training step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.found.append(sparsity(pl_module.model))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "movement", "random", "wanda"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_gradual_pruning_follows_the_cubic_schedule(criterion, pattern):
+    record = Record()
+    prune = Prune(sparsity=0.5, pattern=pattern, criterion=criterion, schedule="gradual", end=0.75, every=2, samples=4)
+    fit(tiny.bert(), prune, record, epochs=3)
+    assert len(record.found) == 12 and record.found == sorted(record.found)
+    assert record.found[0] == 0 and record.found[8:] == pytest.approx([0.5] * 4, abs=1e-3) and prune.settled
+    if not pattern:
+        assert record.found[4] == pytest.approx(0.5 * (1 - (1 - 4 / 8) ** 3), abs=1e-3)
+
+
+def test_iterative_pruning_goes_in_equal_rounds_with_training_between():
+    record = Record()
+    fit(tiny.bert(), Prune(sparsity=0.6, schedule="iterative", rounds=3), record, epochs=3)
+    assert record.found == pytest.approx([0.2] * 4 + [0.4] * 4 + [0.6] * 4, abs=1e-3)
+
+
+def test_movement_prunes_what_training_moves_towards_zero_and_magnitude_does_not():
+    # One layer, whose loss pulls its large weights to zero and its small ones away from it.
+    class Pull(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny.bert()
+            self.layer = self.model.bert.encoder.layer[0].intermediate.dense
+            torch.manual_seed(0)
+            self.layer.weight.data = torch.where(torch.rand(64, 32) < 0.5, 1.0, 0.1)
+            self.large = self.layer.weight.detach() == 1
+
+        def training_step(self, batch, _):
+            weight = self.layer.weight
+            return torch.where(self.large, weight, -weight).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def pruned(criterion):
+        module = Pull()
+        share = module.large.float().mean().item()
+        stage = Prune(
+            sparsity=share, criterion=criterion, scope="layer", schedule="gradual", every=1, end=1.0,
+            skip=("embeddings", "head", "*layer.1*", "*attention*", "*layer.0.output*"),
+        )  # fmt: skip
+        pl.Trainer(
+            max_epochs=5,
+            callbacks=[stage],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        ).fit(module, tiny.loader())
+        return (module.layer.weight == 0), module.large
+
+    found, large = pruned("movement")
+    assert torch.equal(found, large)
+    found, large = pruned("magnitude")
+    assert torch.equal(found, ~large) or (found & ~large).sum() > 0.9 * (~large).sum()
+
+
+def test_movement_lets_a_weight_come_back_with_the_value_that_it_had():
+    stage = Prune(sparsity=0.5, criterion="movement", schedule="gradual")
+    model = tiny.bert()
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    stage.layers, stage.dense = {"it": layer}, {"it": layer.weight.detach().clone()}
+    size = layer.weight.numel()
+    stage.movement = {"it": torch.linspace(-1, 1, size)[torch.randperm(size)].view_as(layer.weight)}
+    with torch.no_grad():
+        for _ in range(2):
+            stage._apply("it", maths.smallest_of(stage.movement["it"], 0.5))
+            stage.movement["it"].neg_()
+    assert torch.equal(layer.weight != 0, stage.movement["it"] < 0)
+    assert torch.equal(layer.weight[layer.weight != 0], stage.dense["it"][layer.weight != 0])
+
+
+def test_a_training_that_ends_before_its_schedule_fails():
+    stage = Prune(sparsity=0.5, schedule="gradual")
+    with pytest.raises(UserError, match="has 0 steps"):
+        fit(tiny.bert(), stage)
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "iterative"])
+def test_the_epoch_that_a_training_ends_with_is_a_pruned_one(schedule, tmp_path):
+    stage = Prune(sparsity=0.5, schedule=schedule, rounds=4, end=0.9, every=1)
+    best = KeepBest(tmp_path, monitor="validation/loss", mode="min", save_weights_only=True)
+    module = FineTune(tiny.bert(), training=Training(learning_rate=1e-2))
+    trainer = pl.Trainer(
+        max_epochs=4, callbacks=[stage, best], logger=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    trainer.fit(module, tiny.loader(), tiny.loader())
+    assert best.best_model_path and sparsity(module.model) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
