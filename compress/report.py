@@ -263,7 +263,8 @@ def table(rows: list[Row], narrow: bool = False) -> Table:
     from rich.table import Table
 
     drawn = Table(title=title(rows), title_justify="left")
-    varying = [key for key in ("model", "task", "seed", "overrides") if len({one[key] for one in rows}) > 1]
+    rows = [{**one, "settings": told} for one, told in zip(rows, apart(rows))]
+    varying = [key for key in ("model", "task", "seed", "settings") if len({one[key] for one in rows}) > 1]
     metrics = ", ".join(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed")) or "quality"
     figures = [metrics, "change", "MB", "smaller", "ms", "faster [95%]", "texts/s", "train s", "compress s"]
     figures = figures[:6] if narrow else figures
@@ -278,6 +279,14 @@ def table(rows: list[Row], narrow: bool = False) -> Table:
         else:
             drawn.add_row(*cells, *(cell.replace("[", r"\[") for cell in drawn_figures(one)[: len(figures)]))
     return drawn
+
+
+def apart(rows: list[Row]) -> list[str]:
+    """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques."""
+    compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none"]
+    shared = set.intersection(*compared) if compared else set()
+    told = ([o for o in one["overrides"].split() if o not in shared] for one in rows)
+    return [" ".join(override.lstrip("+").removeprefix("technique.") for override in overrides) for overrides in told]
 
 
 def drawn_figures(one: Row) -> list[str]:

@@ -87,6 +87,15 @@ def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
     ]
 
 
+def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
+    shared = ("model.path=somewhere", "technique.prune.scope=layer")
+    many = rows("a", "technique.prune.sparsity=0.2", *shared) + rows("a", "technique.prune.sparsity=0.5", *shared)
+    kept = report.without_repeated_baselines(many)
+    assert report.apart(kept) == ["", "prune.sparsity=0.2", "prune.sparsity=0.5"]
+    assert [column.header for column in report.table(kept).columns][:2] == ["method", "settings"]
+    assert report.table(rows("a", *shared)).columns[1].header != "settings"
+
+
 def test_a_failed_baseline_is_no_repeated_one():
     failure = report.failed(Job("none", "tiny", "toy", 0), "out of memory")
     kept = report.without_repeated_baselines([*rows("a"), failure])
