@@ -182,13 +182,14 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
 
 
 def check_data(planned: Plan, splits: Splits) -> None:
-    """Raise UserError where a stage wants more training text than there is."""
+    """Raise UserError where a stage wants more texts than there are."""
     for one in planned.steps:
-        samples = one.arguments.get("samples", 0)
-        if planned.task.kind != "lm" and samples > len(splits.train):
+        samples, split = one.arguments.get("samples", 0), trait(one.technique, "samples_of")
+        texts, adjective = len(getattr(splits, split)), {"train": "training"}.get(split, split)
+        if planned.task.kind != "lm" and samples > texts:
             raise UserError(
-                f"technique.{one.key}.samples is {samples} and task `{planned.task.name}` has {len(splits.train)} "
-                f"training texts: set technique.{one.key}.samples={len(splits.train)} or less."
+                f"technique.{one.key}.samples is {samples} and task `{planned.task.name}` has {texts} "
+                f"{adjective} texts: set technique.{one.key}.samples={texts} or less."
             )
 
 

@@ -45,6 +45,12 @@ def test_a_chain_becomes_steps_in_its_order():
         (["technique=gptq", "technique.gptq.bits=5"], r"technique.gptq.bits is 5: .* 2, 3, 4 or 8"),
         (["technique=gptq", "technique.gptq.group_size=100"], r"group_size=100 does not divide the 128 inputs of"),
         (["technique=gptq", "technique.gptq._target_=compress.techniques.gptq.Nothing"], r"cannot be imported"),
+        (["technique=sensitivity", "technique.sensitivity.sparsities=[]"], r"sparsities is \[\]: .*at least 1 item"),
+        (
+            ["technique=sensitivity", "technique.sensitivity.sparsities=[0.5,1.5]"],
+            r"sparsities.1 is 1.5: .*than 1",
+        ),
+        (["technique=sensitivity", "technique.sensitivity.sparsities=[0.5,0.5]"], r"\[0.5, 0.5\] and names one twice"),
         (["+baseline.momentum=1"], r"baseline.momentum is no setting of `baseline`: it has epochs"),
         (["task.epochs=-3"], r"task.epochs is -3"),
         (["task.primary=matthews"], r"primary metric matthews, which it does not measure"),

@@ -37,6 +37,8 @@ class Technique(Protocol):
     """The module in ``compress.runtimes`` that runs the artifact."""
     packages: tuple[str, ...] = ()
     """What it imports beyond the base install; its extra has the stage's name."""
+    samples_of: str = "train"
+    """The split that its ``samples``, if it takes any, are drawn from: ``train`` or ``validation``."""
     changes: bool = True
     """Promised and checked: some weight differs afterwards."""
     keeps_zeros: bool = True
@@ -61,6 +63,9 @@ class Technique(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights in the stage's own format; without this method they are saved as floats."""
+
+    def report(self, folder: Path) -> None:
+        """Write what the stage found out beside the weights, for people."""
 
 
 def trait(stage: object, name: str):
