@@ -18,8 +18,8 @@ METRICS = {  # what each kind of task can be judged by
 
 
 def higher_is_better(name: str) -> bool:
-    """Of all our metrics only perplexity is better when it is lower."""
-    return name != "perplexity"
+    """Of all our metrics only perplexity is better when it is lower, and so is a model's ``loss``."""
+    return name not in ("perplexity", "loss")
 
 
 def metrics(task: Task) -> MetricCollection:

@@ -34,8 +34,8 @@ class Step:
     technique: type
     arguments: dict[str, Any]
     training: Training
-    samples: int = 0
-    """Of training text to calibrate on."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """How many texts it takes of a split."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def check(cfg: DictConfig) -> Plan:
         if hasattr(stage, "preview"):
             stage.preview(skeleton)
         built.append(stage)
-    wanted = (trait(stage, "calibration_samples") for stage in built)
+    wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
 
 
@@ -186,13 +186,15 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
 
 
 def check_data(planned: Plan, splits: Splits) -> None:
-    """Raise UserError where a stage wants more training text than there is."""
-    for one in planned.steps:
-        if planned.task.kind != "lm" and one.samples > len(splits.train):
-            raise UserError(
-                f"technique.{one.key}.samples is {one.samples} and task `{planned.task.name}` has {len(splits.train)} "
-                f"training texts: set technique.{one.key}.samples={len(splits.train)} or less."
-            )
+    """Raise UserError where a stage wants more texts than there are."""
+    for one in () if planned.task.kind == "lm" else planned.steps:
+        for split, adjective in (("train", "training"), ("validation", "validation")):
+            asked, texts = one.samples.get(split, 0), len(getattr(splits, split))
+            if asked > texts:
+                raise UserError(
+                    f"technique.{one.key}.samples is {asked} and task `{planned.task.name}` has {texts} {adjective} "
+                    f"texts: set technique.{one.key}.samples={texts} or less."
+                )
 
 
 def settings(cfg: DictConfig) -> Settings:

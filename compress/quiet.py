@@ -16,7 +16,15 @@ def hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
     warnings.filterwarnings("ignore")
-    for name in ("pytorch_lightning", "lightning", "lightning_utilities", "transformers", "datasets", "filelock"):
+    for name in (
+        "pytorch_lightning",
+        "lightning",
+        "lightning_utilities",
+        "transformers",
+        "datasets",
+        "filelock",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 

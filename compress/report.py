@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from compress import curves
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.table import Table
@@ -67,13 +69,16 @@ class Outcome:
 
 
 class SweepReport(Callback):
-    """Hydra's callback at the end of a sweep: one table of all its rows; exit status 1 if a job failed."""
+    """Hydra's callback at the end of a sweep: one table of all its rows, and curves over the numbers that it varied;
+    exit status 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             folder = Path(config.hydra.sweep.dir)
             rows = without_repeated_baselines(gather(folder))
             publish(folder, rows)
+            if curves.write(folder, rows):
+                print(f"  curves: {folder / 'curves'}")
         except Exception:  # which Hydra would turn into a warning, and the sweep into a success
             log.exception("The sweep's report could not be written.")
             sys.exit(1)

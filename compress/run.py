@@ -103,10 +103,12 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
 
     into = folder / "artifact"
     shutil.rmtree(into, ignore_errors=True)
-    shutil.copytree(source, into, ignore=shutil.ignore_patterns("tensorboard"))
+    shutil.copytree(source, into, ignore=shutil.ignore_patterns("tensorboard", "report"))
     OmegaConf.save(cfg, into / "config.yaml", resolve=True)
     for number, (name, entry) in enumerate(entries.items()):
         shutil.copytree(entry / "tensorboard", folder / "tensorboard" / f"{number}_{name}", dirs_exist_ok=True)
+        if (entry / "report").is_dir():
+            shutil.copytree(entry / "report", folder / "report" / f"{number}_{name}", dirs_exist_ok=True)
 
     measured = {"none": baseline, **({planned.method: into} if planned.steps else {})}
     loaded = {name: artifact.load(path) for name, path in measured.items()}
@@ -164,7 +166,9 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     before = promises.state(model)
     data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     scores = metrics(planned.task)
-    stage = step.build(model=model, metrics=scores, tokenizer=tokenizer, task=planned.task, baseline=baseline)
+    stage = step.build(
+        model=model, metrics=scores, tokenizer=tokenizer, task=planned.task, baseline=baseline, source=source
+    )
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
     if before.zeros and step.training.epochs:
@@ -187,6 +191,9 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         history=(*description.history, Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)),
     )
     artifact.write(into, model, tokenizer, description, stage)
+    if hasattr(stage, "report"):
+        (into / "report").mkdir()
+        stage.report(into / "report")
     promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
 
 

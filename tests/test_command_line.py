@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "pandas", "rich"}
+HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "pandas", "rich", "matplotlib"}
 
 STAND_IN = """
 import runpy, sys, types

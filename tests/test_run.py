@@ -13,6 +13,7 @@ from compress import artifact, promises, run
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.techniques.prune import Prune, measured_sparsity
+from compress.techniques.sensitivity import read
 
 SMALL = [
     "hardware=cpu",
@@ -125,6 +126,36 @@ def test_labels_found_in_the_users_own_files(carry_out, tmp_path):
     outcome = carry_out(*own, task="files")
     assert compress.load(tmp_path / "artifact").model.config.id2label == {0: "bad", 1: "good", 2: "odd"}
     assert outcome.measurements["prune"].examples == 12
+
+
+class ReadsTheReport(Prune):
+    def __init__(self, source=None, **settings):
+        super().__init__(**settings)
+        self.source = source
+
+    def on_fit_start(self, trainer, pl_module):
+        assert len(read(self.source / "report" / "sensitivity.csv")) == 2 * len(dict(linears(pl_module.model)))
+        super().on_fit_start(trainer, pl_module)
+
+
+def test_a_report_lies_with_the_job_and_the_next_stage_can_read_it(carry_out, tmp_path):
+    carry_out(
+        "technique=sensitivity+prune",
+        "technique.sensitivity.samples=64",
+        "technique.sensitivity.sparsities=[0.5,0.9]",
+        f"technique.prune._target_={__name__}.ReadsTheReport",
+    )
+    (tmp_path / "report" / "1_sensitivity" / "sensitivity.png").stat()
+    points = read(tmp_path / "report" / "1_sensitivity" / "sensitivity.csv")
+    assert {point.sparsity for point in points} == {0.5, 0.9}
+    assert all(point.value + point.drop == pytest.approx(points[0].value + points[0].drop) for point in points)
+    assert not (tmp_path / "artifact" / "report").exists()
+
+
+def test_more_validation_texts_than_there_are_is_told_before_anything_is_trained(carry_out, monkeypatch):
+    monkeypatch.setattr(run, "start", lambda *args: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"samples is 65 and task `toy` has 64 validation texts: set .*samples=64"):
+        carry_out("technique=sensitivity", "technique.sensitivity.samples=65")
 
 
 class Idle(Prune):

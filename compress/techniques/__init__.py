@@ -49,8 +49,10 @@ class Technique(Protocol):
     tolerance: float = 1e-4
     """Promised and checked: the saved artifact's logits differ by no more than this share of the largest, which leaves
     room for sums in another order and for nothing else."""
-    calibration_samples: int = 0
+    train_samples: int = 0
     """How many training examples it calibrates on."""
+    validation_samples: int = 0
+    """How many validation examples it measures on."""
     limits: str = ""
     """What it cannot do for size or speed, for the report."""
 
@@ -63,6 +65,9 @@ class Technique(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights in the stage's own format; without this method they are saved as floats."""
+
+    def report(self, folder: Path) -> None:
+        """Write what the stage found out beside the weights, for people."""
 
 
 def trait(stage: object, name: str):

@@ -72,7 +72,7 @@ class GPTQ(pl.Callback):
         self.damping = damping
         self.samples = samples
         self.batch_size = batch_size
-        self.calibration_samples = samples
+        self.train_samples = samples
         self.grids: dict[str, Grid] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:

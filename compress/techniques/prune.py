@@ -140,7 +140,7 @@ class Prune(pl.Callback):
             )
 
     @property
-    def calibration_samples(self) -> int:
+    def train_samples(self) -> int:
         return self.samples if self.criterion in CALIBRATED else 0
 
     @property
