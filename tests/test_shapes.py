@@ -163,8 +163,8 @@ def test_other_families_are_refused():
         blocks(torch.nn.Linear(2, 2))
 
 
-# RoBERTa-large with a head for two labels as TextPruner's `summary` counts it: parameters, and the ids of 514 positions,
-# a buffer that transformers no longer saves.
+# RoBERTa-large with a head for two labels as TextPruner's `summary` counts it: parameters, and the ids of the 514
+# positions, a buffer that transformers no longer saves.
 COUNTS = {
     (16, 4096): 355_362_308,
     (10, 4096): 317_585_924,
