@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from compress import report
@@ -14,6 +15,12 @@ model = {auto}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
+LOAD_UNEVEN = """\
+import compress
+
+model, tokenizer, _ = compress.load("{folder}")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
 
 
 def write(folder: Path, outcome: Outcome, method: str) -> None:
@@ -23,6 +30,8 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     task = "text-generation" if description.kind == "lm" else "text-classification"
     job = report.Job(method, description.model, description.task, seed=0)
     rows = [report.row(job, name, outcome) for name in outcome.measurements]
+    uneven = "compress" in json.loads((folder / "config.json").read_text())
+    ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
     packed = "\nIts weights are in the compressed-tensors format: `pip install compressed-tensors`.\n"
     lines = [
         "---",
@@ -45,10 +54,11 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         "nothing.",
         "Latency is the median time of one text, timed in turns with the baseline.",
         "",
-        "## Load it without `compress`",
+        "## Load it with `compress`" if uneven else "## Load it without `compress`",
+        ours if uneven else "",
         packed if description.weights == "packed" else "",
         "```python",
-        LOAD.format(auto=auto, folder=".") + "```",
+        (LOAD_UNEVEN if uneven else LOAD).format(auto=auto, folder=".") + "```",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))

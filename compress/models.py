@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from compress.cache import fingerprint
 from compress.errors import UserError
+from compress.shapes import cut_class
 from compress.sources import offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Backbone:
         config = self.configuration(task)
         try:
             with torch.device("meta"):
-                return auto_class(task.kind).from_config(config)
+                return auto_class(task.kind, config).from_config(config)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"model.config cannot be built ({one_line(error)[:200]}): mend it.") from error
 
@@ -122,7 +123,7 @@ class Backbone:
             theirs = same_labels(self._pretrained(AutoConfig), task)
             tokenizer = self._pretrained(AutoTokenizer)
             model, missing = load_weights(
-                auto_class(task.kind),
+                auto_class(task.kind, config),
                 self.path,
                 f"Model `{self.name}`",
                 "model.path",
@@ -140,7 +141,7 @@ class Backbone:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
                 setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
-            model = auto_class(task.kind).from_config(config, dtype=dtype)
+            model = auto_class(task.kind, config).from_config(config, dtype=dtype)
         set_pad_token(model, tokenizer)
         return model, tokenizer, trained
 
@@ -203,9 +204,11 @@ def same_labels(config: PretrainedConfig, task: Task) -> bool:
     return len(names) == task.num_labels and (unnamed or names == [label.lower() for label in task.labels or ()])
 
 
-def auto_class(kind: str) -> Any:
-    """The transformers class that puts the head of a task of this ``kind`` on any architecture."""
-    return AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
+def auto_class(kind: str, config: PretrainedConfig) -> Any:
+    """The transformers class that puts the head of a task of this ``kind`` on any architecture, one that was cut to
+    other shapes than its config can say included."""
+    auto: Any = AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
+    return cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
 
 
 def is_decoder(config: PretrainedConfig) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -44,10 +46,18 @@ class Step:
 
     @property
     def address(self) -> dict[str, Any]:
-        """What decides the result of the stage: its settings, and its source, which may be the user's own."""
+        """What decides the result of the stage: its settings, what is in the files that they name, and its source,
+        which may be the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
         libraries = {package: version(package) for package in trait(self.technique, "packages")}
-        return {**self.settings, "class": self.technique.__qualname__, "source": digest(source), "libraries": libraries}
+        paths = [Path(value).expanduser() for value in self.arguments.values() if isinstance(value, str)]
+        return {
+            **self.settings,
+            "class": self.technique.__qualname__,
+            "source": digest(source),
+            "files": [digest(path.read_bytes()) for path in paths if os.path.isfile(path)],
+            "libraries": libraries,
+        }
 
     def build(self, **offered: Any) -> Any:
         """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:

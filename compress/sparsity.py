@@ -24,6 +24,11 @@ def wanda(weight: Tensor, squared_norms: Tensor) -> Tensor:
     return weight.detach().float().abs() * squared_norms.sqrt()
 
 
+def squared_norms(x: Tensor) -> Tensor:
+    """Of every input over the tokens of ``x`` ``[tokens, inputs]``."""
+    return x.square().sum(0)
+
+
 def random(weight: Tensor, seed: int) -> Tensor:
     """A number from (0, 1] for every weight, the control of every criterion; 0 where the weight is zero already."""
     generator = torch.Generator().manual_seed(seed)

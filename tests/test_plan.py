@@ -31,6 +31,18 @@ def test_a_chain_becomes_steps_in_its_order():
     assert planned.steps[1].training.epochs == 1
 
 
+def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
+    def address(rows):
+        (tmp_path / "mask.json").write_text(rows)
+        return (
+            check("technique=structured", f"technique.structured.head_mask={tmp_path / 'mask.json'}").steps[0].address
+        )
+
+    one = address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
+    assert one == address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
+    assert one != address("[[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

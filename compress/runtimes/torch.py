@@ -31,7 +31,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with without_bars():
-        model, missing = load_weights(auto_class(kind), str(folder), "Artifact", "artifact", **how)
+        model, missing = load_weights(auto_class(kind, config), str(folder), "Artifact", "artifact", **how)
     if missing:
         raise UserError(
             f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random: name a folder "

@@ -295,7 +295,7 @@ class Prune(pl.Callback):
         training = model.training
         model.eval()
         batches = list(calibration_batches(trainer, self.samples, self.batch_size))
-        statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
+        statistic = second_moment if self.criterion == "sparsegpt" else maths.squared_norms
         for layers, total in calibrate(model, batches, statistic):
             for name in (name for name in layers if name in self.layers):
                 weight = layers[name].weight.data
@@ -355,11 +355,6 @@ def measured_sparsity(weights: Iterable[Tensor]) -> float:
     """Fraction of exact zeros."""
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
     return sum(zero for zero, _ in counts) / sum(size for _, size in counts)
-
-
-def squared_norms(x: Tensor) -> Tensor:
-    """Of every input over the tokens of ``x`` ``[tokens, inputs]``."""
-    return x.square().sum(0)
 
 
 def n_of_m(pattern: str | None) -> tuple[int, int] | None:

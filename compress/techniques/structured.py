@@ -1,0 +1,395 @@
+"""Structured pruning: attention heads and FFN channels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+
+from compress import textpruning
+from compress.calibration import Batch, calibrate, calibration_batches
+from compress.errors import UserError
+from compress.models import compressed, is_decoder
+from compress.shapes import Block, blocks, cut, record, shape
+from compress.sparsity import squared_norms
+
+Scores = list[Tensor]  # of every block, a number for every head group or FFN channel
+Masks = list[Tensor]  # likewise, True: kept
+Rows = list[list[Literal[0, 1]]]
+
+
+class Structured(pl.Callback):
+    """Remove whole attention heads and FFN channels, the least important ones, so that the model gets smaller and
+    faster on any runtime; epochs of the same fit retrain what is left.
+
+    Units are scored on the first ``samples`` examples of the datamodule's ``calibration`` or else of the training
+    loader, when the fit starts:
+
+    - ``loss``: how much the task's loss would change without the unit, to first order, |sum of w dL/dw| over the
+      weights that read it (Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650).
+    - ``logits``: the same without labels, of the cross-entropy to the model's own predictions.
+    - ``activation``: the norm of its activations times the absolute weights that read them, without a gradient;
+      Wanda-sp, standardised within a layer so that layers compare, both of An et al., "Fluctuation-based Adaptive
+      Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
+
+    Encoders are scored by ``loss`` and ``logits`` with TextPruner (Yang, Cui and Chen, 2022, arXiv:2203.15996) while
+    all their blocks have the heads that their config says. Query heads of a decoder that share a key and value head
+    (Ainslie et al., "GQA", 2023, arXiv:2305.13245) are removed together.
+
+    Args:
+        target_heads: query heads of a block afterwards, on average; null leaves them all.
+        target_ffn_size: FFN channels of a block afterwards, on average; null leaves them all.
+        iterations: in how many steps, each with new scores.
+        importance: what a unit is scored by.
+        even_heads: as many heads in every block; otherwise the least important of all blocks go, a block keeps one.
+        even_ffn: the same of FFN channels.
+        ffn_multiple_of: FFN sizes are multiples of this.
+        order: of a step's halves, each with new scores (``head-first``, ``ffn-first``); null: both at once.
+        head_mask: ``[blocks, heads]`` of 1 (keep) and 0 (remove), or a json or pt file of that, in place of a target.
+        ffn_mask: ``[blocks, channels]``, likewise.
+        samples: training examples (for a language model, blocks of tokens) to score on.
+        batch_size: of them run at a time.
+
+    Raises:
+        UserError: the targets or masks do not fit the model, or would remove nothing.
+
+        pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=8, target_ffn_size=2048)]).fit(module, loader)
+    """
+
+    keeps_zeros = False  # what is left of a layer has another shape
+    shrinks = True
+
+    @validate_call
+    def __init__(
+        self,
+        target_heads: Annotated[int, Field(ge=1)] | None = None,
+        target_ffn_size: Annotated[int, Field(ge=1)] | None = None,
+        iterations: Annotated[int, Field(ge=1)] = 1,
+        importance: Literal["loss", "logits", "activation"] = "loss",
+        even_heads: bool = True,
+        even_ffn: bool = True,
+        ffn_multiple_of: Annotated[int, Field(ge=1)] = 1,
+        order: Literal["head-first", "ffn-first"] | None = None,
+        head_mask: Rows | str | None = None,
+        ffn_mask: Rows | str | None = None,
+        samples: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Annotated[int, Field(ge=1)] = 16,
+    ) -> None:
+        self.target_heads = target_heads
+        self.target_ffn_size = target_ffn_size
+        self.iterations = iterations
+        self.importance = importance
+        self.even_heads = even_heads
+        self.even_ffn = even_ffn
+        self.ffn_multiple_of = ffn_multiple_of
+        self.order = order
+        self.head_mask = head_mask
+        self.ffn_mask = ffn_mask
+        self.samples = samples
+        self.batch_size = batch_size
+        self.masked = head_mask is not None or ffn_mask is not None
+        self.train_samples = 0 if self.masked else samples
+        targets = target_heads is not None or target_ffn_size is not None
+        if self.masked == targets:
+            raise UserError(
+                f"technique.structured has {'both targets and masks' if targets else 'nothing to remove'}: set "
+                "technique.structured.target_heads, target_ffn_size or both, or else head_mask, ffn_mask or both."
+            )
+
+    def check(self, skeleton: Any, before: list[Any]) -> None:
+        each = blocks(skeleton)
+        if self.masked:
+            if all(mask.all() for masks in self.given(each).values() for mask in masks):
+                raise UserError("The masks of technique.structured keep everything: set 0 where something is to go.")
+            return
+        heads, ffn, group = [block.heads for block in each], [block.ffn for block in each], each[0].group_size
+        reachable("target_heads", self.target_heads, heads, self.even_heads, group)
+        reachable("target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of)
+        if self.goals(each) == (sum(block.groups for block in each), sum(ffn)):
+            raise UserError(
+                f"technique.structured asks for the {mean(heads)} heads and {mean(ffn)} FFN channels that a block has "
+                "already: ask for fewer, or leave the stage out."
+            )
+        if self.importance == "logits" and skeleton.config.num_labels == 1:
+            raise UserError(
+                "technique.structured.importance=logits compares the probabilities of labels and this model predicts "
+                "one number: set technique.structured.importance=loss or activation."
+            )
+        if self.by_textpruner(skeleton):
+            textpruning.required()
+
+    def preview(self, skeleton: Any) -> None:
+        each = blocks(skeleton)
+        if self.masked:
+            cut(skeleton, **self.given(each))
+        else:
+            heads, ffn = [block.heads for block in each], [block.ffn for block in each]
+            shape(
+                skeleton,
+                possible(heads, self.target_heads, self.even_heads, each[0].group_size),
+                possible(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
+            )
+        record(skeleton)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model: Any = compressed(pl_module)
+        self.check(model, [])
+        goals = self.goals(blocks(model))
+        if self.masked:
+            cut(model, **self.given(blocks(model)))
+        else:
+            batches = list(calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
+            if self.importance == "loss" and "labels" not in batches[0]:
+                raise UserError(
+                    "technique.structured.importance=loss needs labels and the training batches have none: set "
+                    "technique.structured.importance=logits or activation."
+                )
+            training = model.training
+            model.eval()
+            if self.by_textpruner(model):
+                cut(model, **self.textpruner_masks(model, batches))
+            else:
+                self.shrink(model, batches)
+            model.train(training)
+        record(model)
+        left = sum(block.groups for block in blocks(model)), sum(block.ffn for block in blocks(model))
+        if left != goals:
+            raise RuntimeError(f"asked for {goals} head groups and FFN channels, left {left}")
+
+    def goals(self, each: list[Block]) -> tuple[int, int]:
+        """How many head groups and FFN channels all blocks together are to have."""
+        if self.masked:
+            given = self.given(each)
+            groups, ffn = (sum(int(mask.sum()) for mask in given.get(part, ())) for part in ("groups", "ffn"))
+        else:
+            groups = len(each) * (self.target_heads or 0) // each[0].group_size
+            ffn = len(each) * (self.target_ffn_size or 0)
+        return groups or sum(block.groups for block in each), ffn or sum(block.ffn for block in each)
+
+    def given(self, each: list[Block]) -> dict[str, Masks]:
+        """The user's masks, as :func:`cut` takes them."""
+        found = {}
+        if self.head_mask is not None:
+            rows = masks(self.head_mask, "head_mask", [block.heads for block in each])
+            grouped = [row.view(block.groups, -1) for row, block in zip(rows, each)]
+            if any((group != group[:, :1]).any() for group in grouped):
+                raise UserError(
+                    f"technique.structured.head_mask splits a group of {each[0].group_size} heads that share a key and "
+                    "value head: give all heads of a group the same value."
+                )
+            found["groups"] = [group[:, 0] for group in grouped]
+        if self.ffn_mask is not None:
+            found["ffn"] = masks(self.ffn_mask, "ffn_mask", [block.ffn for block in each])
+        return found
+
+    def by_textpruner(self, model: Any) -> bool:
+        """TextPruner takes the heads of every block from the config, where those of a model cut before are not."""
+        config = model.config
+        return self.importance != "activation" and not is_decoder(config) and not hasattr(config, "compress")
+
+    def textpruner_masks(self, model: Any, batches: list[Batch]) -> dict[str, Masks]:
+        first = blocks(model)[0]
+        groups, ffn = textpruning.masks(
+            model,
+            batches,
+            most_important,
+            target_num_of_heads=self.target_heads or first.heads,
+            target_ffn_size=self.target_ffn_size or first.ffn,
+            head_even_masking=self.even_heads,
+            ffn_even_masking=self.even_ffn,
+            n_iters=self.iterations,
+            multiple_of=self.ffn_multiple_of,
+            pruning_order=self.order,
+            use_logits=self.importance == "logits",
+        )
+        return {"groups": groups, "ffn": ffn}
+
+    def shrink(self, model: Any, batches: list[Batch]) -> None:
+        """Score and cut, turn by turn."""
+        if self.importance == "logits":
+            batches = [own_labels(model, batch) for batch in batches]
+        rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
+        for turn in self.turns(blocks(model)):
+            scores = activation(model, batches) if self.importance == "activation" else taylor(model, batches)
+            cut(model, **{part: most_important(scores[part], left, *rules[part]) for part, left in turn.items()})
+
+    def turns(self, each: list[Block]) -> Iterator[dict[str, int]]:
+        """How many head groups and FFN channels are left after every cut, the removal spread evenly over the steps."""
+        groups, ffn = self.goals(each)
+        for step in range(1, self.iterations + 1):
+            heads = {"groups": after(step, self.iterations, sum(block.groups for block in each), groups)}
+            channels = {"ffn": after(step, self.iterations, sum(block.ffn for block in each), ffn)}
+            heads, channels = heads if self.target_heads else {}, channels if self.target_ffn_size else {}
+            halves = {"head-first": (heads, channels), "ffn-first": (channels, heads)}
+            yield from filter(None, halves.get(self.order or "", (heads | channels,)))
+
+
+def after(step: int, steps: int, now: int, goal: int) -> int:
+    """What is left of ``now`` units after a step, counted from 1, on the way to the ``goal``."""
+    each, more = divmod(now - goal, steps)
+    return now - each * step - min(step, more)
+
+
+def reachable(key: str, target: int | None, now: list[int], even: bool, unit: int) -> None:
+    """Raise UserError where blocks of ``now`` heads or channels cannot be brought to the ``target``, in multiples of
+    ``unit``."""
+    if target is None:
+        return
+    total, multiple = target * len(now), "a group of heads that share a key and value head"
+    if key == "target_ffn_size":
+        multiple = "technique.structured.ffn_multiple_of"
+    if total > sum(now) or (even and target > min(now)):
+        raise UserError(
+            f"technique.structured.{key}={target} is more than the {min(now) if even else mean(now)} that a block has: "
+            "ask for fewer."
+        )
+    if any(number % unit for number in ([target] if even else [total, *now])) or total < unit * len(now):
+        raise UserError(
+            f"technique.structured.{key}={target} cannot be reached from {mean(now)} a block in multiples of {unit}, "
+            f"the size of {multiple}: set a multiple of {unit}."
+        )
+
+
+def possible(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
+    """What the blocks may be left with: where they may differ, the first of them with as little as can be."""
+    if target is None:
+        return None
+    if even:
+        return [target] * len(now)
+    sizes, left = [unit] * len(now), target * len(now) - unit * len(now)
+    for i in reversed(range(len(now))):
+        sizes[i] += min(left, now[i] - unit)
+        left -= sizes[i] - unit
+    return sizes
+
+
+def several(sizes: list[int]) -> str:
+    """``12, 12, 10``, or ``3 times 12``."""
+    return f"{len(sizes)} times {sizes[0]}" if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) or "no"
+
+
+def mean(sizes: list[int]) -> str:
+    return f"{sum(sizes) / len(sizes):g}"
+
+
+def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
+    """The rows of a user's mask, or of the json or pt file that it names, one of each of the ``sizes``."""
+    if isinstance(given, str):
+        path = Path(given).expanduser()
+        if not path.is_file() or path.suffix not in (".json", ".pt"):
+            raise UserError(f"technique.structured.{key}={given} is no json or pt file: name one with rows of 0 and 1.")
+        given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
+    rows = [torch.as_tensor(row, device="cpu") for row in given]
+    found = [row.numel() for row in rows]
+    if found != sizes:
+        raise UserError(
+            f"technique.structured.{key} has rows of {several(found)} values and the model blocks of {several(sizes)}: "
+            "give a row for every block, and in it a 1 or 0 for each of its heads or channels."
+        )
+    if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
+        raise UserError(
+            f"technique.structured.{key} has a row of zeros, or values that are not 0 or 1: keep something of every "
+            "block."
+        )
+    return [row.bool() for row in rows]
+
+
+def most_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
+    """Masks of the ``total`` units with the highest scores: as many of every block, or wherever they are, but in
+    multiples and at least one multiple of a block. (Units of a block are ranked and then bundled, as TextPruner does.)
+    """
+    if even:
+        return [top(score, total // len(scores)) for score in scores]
+    bundles = [score.float().sort(descending=True).values.view(-1, multiple_of).sum(1) for score in scores]
+    for sums in bundles:
+        sums[0] = torch.inf
+    owner = torch.cat([torch.full(sums.shape, i) for i, sums in enumerate(bundles)])
+    kept = owner[torch.cat(bundles).topk(total // multiple_of).indices.cpu()]
+    return [top(score, multiple_of * int((kept == i).sum())) for i, score in enumerate(scores)]
+
+
+def top(score: Tensor, count: int) -> Tensor:
+    """The mask of the ``count`` highest scores."""
+    return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(count).indices, True)
+
+
+def taylor(model: Any, batches: list[Batch]) -> dict[str, Scores]:
+    """Scores of all units from the gradients of the loss on ``batches``; one weight's gradient in memory at a time."""
+    each = blocks(model)
+    units = {block.attention_out.weight: block.groups for block in each}
+    units |= {block.ffn_out.weight: block.ffn for block in each}
+    scores = {weight: torch.zeros(count, device=weight.device) for weight, count in units.items()}
+
+    def add(weight: Tensor) -> None:
+        scores[weight] += taylor_score(weight.detach(), weight.grad, units[weight])  # type: ignore[arg-type,index]
+        weight.grad = None
+
+    learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in learned:
+        parameter.requires_grad_(parameter in units)
+    hooks = [weight.register_post_accumulate_grad_hook(add) for weight in units]
+    for batch in batches:
+        model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter, required in learned.items():
+        parameter.requires_grad_(required)
+    return {
+        "groups": [scores[block.attention_out.weight] for block in each],
+        "ffn": [scores[block.ffn_out.weight] for block in each],
+    }
+
+
+def taylor_score(weight: Tensor, gradient: Tensor, units: int) -> Tensor:
+    """By how much the loss changes, to first order, when the inputs of a unit are taken from the layer that reads
+    them; ``weight`` and ``gradient`` are ``[outputs, inputs]``, the inputs of a unit stand together."""
+    return (weight * gradient).float().sum(0).view(units, -1).sum(1).abs()
+
+
+def activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
+    """Scores of all units from their activations on ``batches``."""
+    norms = {
+        layer: total.sqrt() for layers, total in calibrate(model, batches, squared_norms) for layer in layers.values()
+    }
+
+    def score(layer: nn.Linear, units: int) -> Tensor:
+        return standardised(activation_score(layer.weight.detach(), norms[layer], units))
+
+    return {
+        "groups": [score(block.attention_out, block.groups) for block in blocks(model)],
+        "ffn": [score(block.ffn_out, block.ffn) for block in blocks(model)],
+    }
+
+
+def activation_score(weight: Tensor, norms: Tensor, units: int) -> Tensor:
+    """The sum of ``|w| * norm`` over the weights ``[outputs, inputs]`` that read a unit and the ``norms`` of inputs."""
+    return (weight.abs().float().sum(0) * norms).view(units, -1).sum(1)
+
+
+def standardised(score: Tensor) -> Tensor:
+    """Of mean 0 and variance 1."""
+    return (score - score.mean()) / score.std(unbiased=False).clamp(min=torch.finfo(score.dtype).tiny)
+
+
+@torch.no_grad()
+def own_labels(model: Any, batch: Batch) -> Batch:
+    """The batch labelled with what the model predicts. (The cross-entropy to its whole distribution has no gradient
+    where the model has not changed yet.)"""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    if logits.ndim == 3:
+        labels = inputs["input_ids"].clone()
+        labels[:, 1:] = logits[:, :-1].argmax(-1)  # the loss compares position t with label t + 1
+        if "attention_mask" in inputs:
+            labels[inputs["attention_mask"] == 0] = -100
+    elif model.config.problem_type == "multi_label_classification":
+        labels = (logits > 0).float()
+    else:
+        labels = logits.argmax(-1)
+    return {**inputs, "labels": labels}
