@@ -36,9 +36,9 @@ def environment() -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The content of a folder of files."""
+    """The content of a file, or of a folder of files."""
     content = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(folder.rglob("*")) or [folder]:
         if file.is_file():
             content.update(file.name.encode())
             with file.open("rb") as stream:

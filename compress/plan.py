@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from compress import chain
-from compress.cache import digest
+from compress.cache import digest, fingerprint
 from compress.errors import UserError
 from compress.measure import Latency
 from compress.models import Backbone
@@ -50,12 +51,12 @@ class Step:
         which may be the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
         libraries = {package: version(package) for package in trait(self.technique, "packages")}
-        paths = [Path(value).expanduser() for value in self.arguments.values() if isinstance(value, str)]
+        paths = [Path(value).expanduser() for value in strings(self.arguments)]
         return {
             **self.settings,
             "class": self.technique.__qualname__,
             "source": digest(source),
-            "files": [digest(path.read_bytes()) for path in paths if os.path.isfile(path)],
+            "files": [fingerprint(path) for path in paths if os.path.exists(path)],
             "libraries": libraries,
         }
 
@@ -153,7 +154,7 @@ def check(cfg: DictConfig) -> Plan:
         if hasattr(stage, "check"):
             stage.check(skeleton, built)
         if hasattr(stage, "preview"):
-            stage.preview(skeleton)
+            skeleton = stage.preview(skeleton)
         built.append(stage)
     wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
@@ -232,6 +233,15 @@ def parse(schema: type[T], values: Any, key: str, **given: Any) -> T:
         raise UserError(f"{where} is {wrong.get('input')!r}: {reason}.") from None
     except TypeError as error:
         raise UserError(f"{key}: {error}: it has {', '.join(inspect.signature(schema).parameters)}.") from None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in containers of containers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from strings(one)
 
 
 def plain(node: Any) -> Any:

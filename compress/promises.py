@@ -42,7 +42,7 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
         PostconditionError: it did not.
     """
     after = {name: digest(tensor) for name, tensor in model.state_dict().items()}
-    changed = {name for name, value in after.items() if before.digests.get(name) != value}
+    changed = {name for name in {*before.digests, *after} if before.digests.get(name) != after.get(name)}
     if trait(stage, "changes") and not changed:
         raise UserError(f"`{key}` changed nothing: leave it out, or give it settings under which it has work to do.")
     if trait(stage, "keeps_head"):

@@ -96,6 +96,14 @@ def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
     assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
 
 
+@pytest.mark.parametrize("by", ["influence", "last"])
+def test_a_shallower_model_is_a_smaller_one(carry_out, tmp_path, by):
+    outcome = carry_out("technique=drop_layers", "technique.drop_layers.drop=2", f"technique.drop_layers.by={by}")
+    none, shallow = outcome.measurements.values()
+    assert shallow.size_bytes < none.size_bytes and shallow.parameters < none.parameters
+    assert compress.load(tmp_path / "artifact").model.config.num_hidden_layers == 1
+
+
 def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     carry_out("technique=prune")
     folder = tmp_path / "artifact"

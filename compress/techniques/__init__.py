@@ -59,9 +59,9 @@ class Technique(Protocol):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         """Raise UserError where the stage does not fit the model, told from its shapes alone, or the stages before."""
 
-    def preview(self, skeleton: nn.Module) -> None:
-        """Give the skeleton the shapes that the stage will leave, as far as they are known beforehand, so that the
-        stages after it are checked against them."""
+    def preview(self, skeleton: nn.Module) -> nn.Module:
+        """The skeleton in the shapes that the stage will leave, as far as they are known beforehand: the stages after
+        it are checked against them."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the weights in the stage's own format; without this method they are saved as floats."""

@@ -124,7 +124,7 @@ class Structured(pl.Callback):
         if self.by_textpruner(skeleton):
             textpruning.required()
 
-    def preview(self, skeleton: Any) -> None:
+    def preview(self, skeleton: Any) -> Any:
         each = blocks(skeleton)
         if self.masked:
             cut(skeleton, **self.given(each))
@@ -136,6 +136,7 @@ class Structured(pl.Callback):
                 possible(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
             )
         record(skeleton)
+        return skeleton
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = compressed(pl_module)

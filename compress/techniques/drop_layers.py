@@ -1,0 +1,196 @@
+"""Depth pruning: whole transformer blocks are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from compress.calibration import Batch, calibration_batches
+from compress.errors import UserError
+from compress.models import blocks, compressed
+
+
+class DropLayers(pl.Callback):
+    """Leave out whole transformer blocks, by how little they do to their input or by where they stand.
+
+    Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv:2403.03853
+    (``influence``); Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2020,
+    arXiv:2004.03844 (by position).
+
+    Blocks go when the fit starts, once; epochs of that fit retrain what is left. The rest keeps its order, and
+    ``from_pretrained`` loads it as a shallower model of the same architecture.
+
+    Args:
+        drop: how many blocks go, or the list of those that do (from 0; -1 is the last).
+        by: which ones, where ``drop`` is a number: ``influence`` those that turn the hidden state least on training
+            text, ``spread`` at even distances (of half of them every second one), ``last`` those next to the head.
+        samples: training examples (for a language model, blocks of tokens) to measure the influence on.
+        batch_size: of them run at a time.
+
+    Raises:
+        UserError: no block would be left, or the list names one that is not there, or one twice.
+
+        pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=2)]).fit(module, loader)
+    """
+
+    keeps_zeros = False  # those of the blocks that stay are kept under new names
+    shrinks = True
+
+    @validate_call
+    def __init__(
+        self,
+        drop: int | list[int] = 1,
+        by: Literal["influence", "spread", "last"] = "influence",
+        samples: Annotated[int, Field(ge=1)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+    ) -> None:
+        if not drop or (isinstance(drop, int) and drop < 0):
+            raise UserError(
+                f"technique.drop_layers.drop is {drop}: give how many blocks go (2), or the list of them ([1,3], or "
+                "[-1] for the last)."
+            )
+        self.drop = drop
+        self.by = by
+        self.samples = samples
+        self.train_samples = samples if isinstance(drop, int) and by == "influence" else 0
+        self.batch_size = batch_size
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        total = len(blocks(skeleton)[1])
+        for config in configs(skeleton):
+            if config.is_encoder_decoder or config.num_hidden_layers != total:
+                raise UserError(
+                    f"`drop_layers` works on models that are one stack of blocks, each with its own weights, and "
+                    f"`{config.model_type}` is none: choose another model."
+                )
+        self.positions(total)
+
+    def preview(self, skeleton: nn.Module) -> nn.Module:
+        drop_blocks(skeleton, self.positions(len(blocks(skeleton)[1])))
+        return skeleton
+
+    def positions(self, total: int) -> list[int]:
+        """The blocks that go, of ``total``; where their influence decides, as many others."""
+        if isinstance(self.drop, int):
+            return positions(total, self.drop, "spread" if self.by == "spread" else "last")
+        return listed(total, self.drop)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module)
+        self.check(model, [])
+        dropped = self.positions(len(blocks(model)[1]))
+        if isinstance(self.drop, int) and self.by == "influence":
+            influence = influences(model, calibration_batches(trainer, self.samples, self.batch_size))
+            dropped = influence.argsort(stable=True)[: self.drop].tolist()
+        drop_blocks(model, dropped)
+        trainer.strategy.setup_optimizers(trainer)  # which held the weights of all blocks
+
+
+def positions(total: int, count: int, by: Literal["spread", "last"]) -> list[int]:
+    """``count`` of ``total`` blocks: the last ones, or the last of every ``total / count`` blocks.
+
+    Raises:
+        UserError: none would be left.
+    """
+    if count >= total:
+        raise UserError(
+            f"technique.drop_layers.drop is {count} and the model has {total} blocks, of which one must stay: drop "
+            f"{total - 1} or fewer."
+        )
+    if by == "last":
+        return list(range(total - count, total))
+    return [(i + 1) * total // count - 1 for i in range(count)]
+
+
+def listed(total: int, indices: list[int]) -> list[int]:
+    """``indices`` counted from the start.
+
+    Raises:
+        UserError: one is out of range or named twice, or no block would be left.
+    """
+    if outside := [index for index in indices if not -total <= index < total]:
+        raise UserError(
+            f"technique.drop_layers.drop names block {outside[0]} and the model has {total}: they are 0 to "
+            f"{total - 1}, or -{total} to -1 from the end."
+        )
+    found = [index % total for index in indices]
+    if twice := [index for index in found if found.count(index) > 1]:
+        raise UserError(f"technique.drop_layers.drop is {indices} and names block {twice[0]} twice: name it once.")
+    if len(found) == total:
+        raise UserError(f"technique.drop_layers.drop names all {total} blocks of the model: leave one out.")
+    return found
+
+
+@torch.no_grad()
+def influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """The Block Influence of every block over all tokens of ``batches`` that are no padding; ``[blocks]``."""
+    _, stack = blocks(model)
+    totals = torch.zeros(len(stack), dtype=torch.float64)
+    mask: Tensor | None = None
+
+    def add(index: int, args: tuple, kwargs: dict, output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        totals[index] += block_influence(before, after, mask).double().sum().cpu()
+
+    hooks = [
+        block.register_forward_hook(lambda _, *call, index=index: add(index, *call), with_kwargs=True)
+        for index, block in enumerate(stack)
+    ]
+    training, tokens = model.training, 0
+    model.eval()
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return totals / tokens
+
+
+def block_influence(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
+    """How far a block turns every token's hidden state (``[batch, tokens, width]``) that ``mask`` (``[batch,
+    tokens]``) keeps: 1 minus the cosine, ``[kept]``. Its mean over a text is the Block Influence."""
+    turned = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+    return turned.flatten() if mask is None else turned[mask.bool()]
+
+
+def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
+    """Take blocks out of the model and out of what its configs say of every block."""
+    _, stack = blocks(model)
+    total, gone = len(stack), set(dropped)
+    for index in sorted(gone, reverse=True):
+        del stack[index]
+    for index, block in enumerate(stack):
+        for module in block.modules():
+            if getattr(module, "layer_idx", None) is not None:
+                vars(module)["layer_idx"] = index  # where it keeps its keys and values in a cache
+
+    def rest(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == total:
+            return [entry for index, entry in enumerate(value) if index not in gone]
+        return value
+
+    for config in configs(model):
+        lists = {key: value for key, value in vars(config).items() if isinstance(value, list)}
+        config.num_hidden_layers = len(stack)
+        for key, value in lists.items():
+            if not key.endswith("_token_id"):  # a few models have several end-of-text tokens
+                setattr(config, key, rest(value))
+        if isinstance(own := getattr(config, "compress", None), dict):
+            config.compress = {key: rest(value) for key, value in own.items()}
+
+
+def configs(model: nn.Module) -> list[PretrainedConfig]:
+    """The configs of a model's modules, each once: mostly one that they share."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
