@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -220,15 +219,17 @@ class Structured(pl.Callback):
             scores = activation(model, batches) if self.importance == "activation" else taylor(model, batches)
             cut(model, **{part: most_important(scores[part], left, *rules[part]) for part, left in turn.items()})
 
-    def turns(self, each: list[Block]) -> Iterator[dict[str, int]]:
+    def turns(self, each: list[Block]) -> list[dict[str, int]]:
         """How many head groups and FFN channels are left after every cut, the removal spread evenly over the steps."""
         groups, ffn = self.goals(each)
+        found: list[dict[str, int]] = []
         for step in range(1, self.iterations + 1):
             heads = {"groups": after(step, self.iterations, sum(block.groups for block in each), groups)}
             channels = {"ffn": after(step, self.iterations, sum(block.ffn for block in each), ffn)}
             heads, channels = heads if self.target_heads else {}, channels if self.target_ffn_size else {}
-            halves = {"head-first": (heads, channels), "ffn-first": (channels, heads)}
-            yield from filter(None, halves.get(self.order or "", (heads | channels,)))
+            halves = {"head-first": [heads, channels], "ffn-first": [channels, heads]}
+            found += filter(None, halves.get(self.order or "", [heads | channels]))
+        return found
 
 
 def after(step: int, steps: int, now: int, goal: int) -> int:

@@ -9,7 +9,7 @@ from test_run import SMALL
 from test_shapes import FAMILIES, INPUTS, PLAIN, family, logits, uneven
 
 import compress
-from compress import textpruning
+from compress import shapes, textpruning
 from compress.errors import UserError
 from compress.models import linears, zeros
 from compress.shapes import blocks
@@ -198,6 +198,19 @@ def test_heads_or_ffns_alone(textpruner, build, targets, order):
     model = fit(build(), Structured(**targets, order=order, iterations=2), lm=build is tiny.llama_lm)
     wanted = {"target_heads": 4, "target_ffn_size": 64, **targets}
     assert sizes(model) == ([wanted["target_heads"]] * 2, [wanted["target_ffn_size"]] * 2)
+
+
+@pytest.mark.parametrize(("order", "turns"), [(None, 3), ("head-first", 6), ("ffn-first", 6)])
+def test_every_step_removes_as_much(order, turns, monkeypatch):
+    seen = []
+
+    def cut(model, **kept):
+        shapes.cut(model, **kept)
+        seen.append(sum(sizes(model)[1]))
+
+    monkeypatch.setattr("compress.techniques.structured.cut", cut)
+    fit(tiny.llama(), Structured(2, 24, iterations=3, order=order))
+    assert len(seen) == turns and sorted({128, *seen}) == [48, 74, 100, 128]  # 27, 27 and 26, in two even blocks
 
 
 def test_steps_score_what_the_steps_before_left():
