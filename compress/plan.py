@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -42,10 +44,19 @@ class Step:
 
     @property
     def address(self) -> dict[str, Any]:
-        """What decides the result of the stage: its settings, and its source, which may be the user's own."""
+        """What decides the result of the stage: its settings, the files that they name, and its source, which may be
+        the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
+        named = (value for value in self.arguments.values() if isinstance(value, str) and os.path.isfile(value))
+        files = [digest(Path(file).read_bytes().hex()) for file in named]
         libraries = {package: version(package) for package in trait(self.technique, "packages")}
-        return {**self.settings, "class": self.technique.__qualname__, "source": digest(source), "libraries": libraries}
+        return {
+            **self.settings,
+            "class": self.technique.__qualname__,
+            "source": digest(source),
+            "files": files,
+            "libraries": libraries,
+        }
 
     def build(self, **offered: Any) -> Any:
         """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:
