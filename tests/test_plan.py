@@ -56,6 +56,17 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["technique=prune", "technique.prune.train.epochs=-1"], r"technique.prune.train.epochs is -1"),
         (["technique=gptq", "technique.gptq.bits=5"], r"technique.gptq.bits is 5: .* 2, 3, 4 or 8"),
         (["technique=gptq", "technique.gptq.group_size=100"], r"group_size=100 does not divide the 128 inputs of"),
+        (["technique=drop_layers", "technique.drop_layers.drop=3"], r"drop is 3 and the model has 3 blocks"),
+        (
+            ["technique=drop_layers+drop_layers", "technique.drop_layers.drop=2"],
+            r"drop is 1 and the model has 1 blocks",
+        ),
+        (["technique=gptq+prune_vocab"], r"try technique=prune_vocab\+gptq"),
+        (["technique=prune_vocab", "+technique.prune_vocab.train.epochs=1"], r"try technique=prune_vocab\+finetune"),
+        (
+            ["technique=prune_vocab", "technique.prune_vocab.keep_file=nowhere"],
+            r"keep_file is 'nowhere': path does not",
+        ),
         (["technique=gptq", "technique.gptq._target_=compress.techniques.gptq.Nothing"], r"cannot be imported"),
         (["technique=sensitivity", "technique.sensitivity.sparsities=[]"], r"sparsities is \[\]: .*at least 1 item"),
         (
@@ -110,6 +121,16 @@ def test_more_calibration_text_than_there_is_is_told_before_training():
 @pytest.mark.parametrize("model", ["bert", "roberta", "roberta_large", "distilbert", "minilm", "tinyllama", "llama"])
 def test_every_model_can_be_planned_from_its_architecture(model):
     check(f"model={model}", "model.path=null", "technique=prune+gptq")
+
+
+def test_a_file_that_a_stage_reads_is_part_of_its_address(tmp_path):
+    file = tmp_path / "keep.txt"
+
+    def address(text):
+        file.write_text(text)
+        return check("technique=prune_vocab", f"technique.prune_vocab.keep_file={file}").steps[0].address
+
+    assert address("one") == address("one") != address("another")
 
 
 def test_where_the_data_lies_is_no_part_of_the_address():

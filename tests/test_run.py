@@ -104,6 +104,23 @@ def test_a_shallower_model_is_a_smaller_one(carry_out, tmp_path, by):
     assert compress.load(tmp_path / "artifact").model.config.num_hidden_layers == 1
 
 
+@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
+def test_a_smaller_vocabulary_then_gptq(carry_out, tmp_path, model, task):
+    outcome = carry_out("technique=prune_vocab+gptq", model=model, task=task)
+    none, both = outcome.measurements.values()
+    assert both.size_bytes < 0.6 * none.size_bytes and both.parameters < none.parameters
+    loaded = compress.load(tmp_path / "artifact")
+    assert loaded.model.config.vocab_size == len(loaded.tokenizer) < 2000
+    assert "does not compare across vocabularies" in loaded.description.limits[0]
+    folder = tmp_path / "artifact"
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(loaded.tokenizer)
+
+
+def test_a_vocabulary_is_cut_once(carry_out):
+    with pytest.raises(UserError, match="`prune_vocab_2` changed nothing"):
+        carry_out("technique=prune_vocab+prune_vocab")
+
+
 def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     carry_out("technique=prune")
     folder = tmp_path / "artifact"

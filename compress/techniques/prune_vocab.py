@@ -1,0 +1,245 @@
+"""Vocabulary pruning: tokens that the task does not use lose their embeddings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain as flatten
+from itertools import pairwise
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, FilePath, validate_call
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from compress.errors import UserError
+from compress.models import compressed
+from compress.techniques import Training
+
+
+class PruneVocab(pl.Callback):
+    """Cut the tokenizer and the embeddings to the tokens that the training text uses.
+
+    Yang et al., "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996. Our own
+    code, because TextPruner writes the files of transformers 4's slow tokenizers.
+
+    Special tokens stay, and so do bytes and single characters, so that no text becomes unknown; of BPE also what a
+    token is merged from. A text whose tokens all stay is tokenised as before and has the logits that it had (a
+    language model's among the tokens that stay); other texts fall into shorter tokens. Works when the fit ends; then
+    ``tokenizer`` is the cut one, whose ids are other ones: train further in another fit, on text tokenised anew.
+
+    Args:
+        min_count: tokens that the training text has fewer times go.
+        keep: texts whose tokens stay as well.
+        keep_file: a text file, likewise.
+        tokenizer: of the model: a fast one (WordPiece, BPE or Unigram).
+
+    Raises:
+        UserError: there is no such tokenizer, or epochs are asked of this fit.
+
+        pl.Trainer(max_epochs=1, callbacks=[PruneVocab(tokenizer=tokenizer)]).fit(module, loader)
+    """
+
+    shrinks = True
+    limits = (
+        "texts with other words cost more tokens, and a language model's perplexity, which is per token, does not "
+        "compare across vocabularies"
+    )
+
+    @validate_call
+    def __init__(
+        self,
+        min_count: Annotated[int, Field(ge=1)] = 1,
+        keep: list[str] | None = None,
+        keep_file: FilePath | None = None,
+        tokenizer: Any = None,
+        training: Training | None = None,
+    ) -> None:
+        if training and training.epochs:
+            raise UserError(
+                "technique.prune_vocab.train.epochs is set and the epochs of this stage would see the ids of the "
+                "tokenizer before the cut: leave it out and try technique=prune_vocab+finetune."
+            )
+        if tokenizer is not None:
+            supported(tokenizer)
+        self.min_count = min_count
+        self.keep = [*(keep or []), *(keep_file.read_text().splitlines() if keep_file else [])]
+        self.tokenizer = tokenizer
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.tokenizer is None:
+            raise UserError("`prune_vocab` has no tokenizer to cut: give it the model's, PruneVocab(tokenizer=...).")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model: Any = compressed(pl_module)
+        tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
+        seen = Counter(flatten.from_iterable(training_ids(trainer)))
+        wanted = {index for index, count in seen.items() if count >= self.min_count}
+        wanted.update(*(self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.keep))
+        wanted.update(*(ids for _, _, ids in named_tokens(model)))
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        kept = surviving(
+            content, {tokens[index] for index in wanted & tokens.keys()}, self.tokenizer.all_special_tokens
+        )
+        ids = [index for index, token in sorted(tokens.items()) if token in kept]
+        rows = model.get_input_embeddings().num_embeddings
+        if ids[-1] >= rows:
+            raise UserError(
+                f"The tokenizer has the token {tokens[ids[-1]]!r} with the id {ids[-1]} and the model {rows} "
+                "embeddings: give the model an embedding of every token first (resize_token_embeddings)."
+            )
+        if len(ids) == rows:
+            return
+        cut = cut_tokenizer(self.tokenizer, content, [tokens[index] for index in ids])
+        cut_embeddings(model, ids)
+        self.tokenizer = cut
+
+
+def supported(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a tokenizer that cannot be cut so that texts keep their tokens."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"`prune_vocab` cuts fast tokenizers and `{type(tokenizer).__name__}` is none: save the model with the "
+            "tokenizer.json of its fast one, or leave the stage out."
+        )
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    marked = model["type"] == "BPE" and (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+    if model["type"] not in ("WordPiece", "BPE", "Unigram") or marked:
+        raise UserError(
+            f"`prune_vocab` cuts WordPiece, Unigram and BPE without marks at the ends of words, and this tokenizer is "
+            f"{model['type']}{' with them' if marked else ''}: leave the stage out."
+        )
+
+
+def training_ids(trainer: pl.Trainer) -> Iterator[Iterable[int]]:
+    """The token ids of the training text: the datamodule's rows, or else the batches of the training loader."""
+    if tokenised := getattr(getattr(trainer, "datamodule", None), "tokenised", None):
+        for rows in tokenised("train").select_columns("input_ids").iter(1000):
+            yield from rows["input_ids"]
+        return
+    trainer.fit_loop.setup_data()  # nothing where it is set up already
+    for batch in trainer.train_dataloader or ():
+        yield batch["input_ids"].flatten().tolist()
+
+
+def surviving(content: dict[str, Any], wanted: set[str], special: Iterable[str] = ()) -> set[str]:
+    """Those of a tokenizer's tokens that must stay so that every text of ``wanted`` ones is tokenised as before and no
+    other becomes unknown; ``content`` is its tokenizer.json.
+
+    WordPiece takes the longest token at every place and Unigram the best path, and both find the same among fewer.
+    BPE's merges that lead to a text's tokens all lie inside these tokens, and lead there still when others are gone.
+    (A word that WordPiece did not know stays unknown where every character of a token is a token of its own, as
+    trainers leave it.)
+    """
+    model = content["model"]
+    vocab = [piece for piece, _ in model["vocab"]] if model["type"] == "Unigram" else model["vocab"]
+    prefix = model.get("continuing_subword_prefix") or ""
+    letters = {token for token in vocab if len(token.removeprefix(prefix)) == 1}
+    bytewise = {token for token in vocab if re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    whole = {*special, *(added["content"] for added in content["added_tokens"])}
+    kept = {*wanted, *whole, *letters, *bytewise}
+    if model["type"] == "Unigram":
+        kept.add(min(model["vocab"], key=lambda entry: entry[1])[0])  # what unknown characters cost is counted from it
+        if model["unk_id"] is not None:
+            kept.add(vocab[model["unk_id"]])
+    elif model.get("unk_token"):
+        kept.add(model["unk_token"])
+    if model["type"] == "BPE":
+        ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
+        kept.update(*(merged(token, ranks) for token in wanted - whole))
+    return kept
+
+
+def merged(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
+    """Every token that BPE makes on its way from the characters of ``token`` to itself."""
+    parts, made = list(token), set()
+    while found := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        _, i = min(found)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        made.add(parts[i])
+    return made
+
+
+def cut_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], kept: list[str]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens ``kept`` alone, numbered in that order; ``content`` is its tokenizer.json."""
+    ids, content = {token: index for index, token in enumerate(kept)}, copy.deepcopy(content)
+    model = content["model"]
+    if model["type"] == "Unigram":
+        unknown = None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+        model["vocab"] = [entry for entry in model["vocab"] if entry[0] in ids]
+        model["unk_id"] = None if unknown is None else ids[unknown]
+    else:
+        model["vocab"] = {token: ids[token] for token in model["vocab"] if token in ids}
+    if model["type"] == "BPE":
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left in model["vocab"] and right in model["vocab"] and left + right in model["vocab"]
+        ]
+    for added in content["added_tokens"]:
+        added["id"] = ids[added["content"]]
+    if content["padding"]:
+        content["padding"]["pad_id"] = ids.get(content["padding"]["pad_token"], 0)
+    processor = content["post_processor"] or {}
+    for one in processor.get("processors", [processor]):
+        for entry in one.get("special_tokens", {}).values():  # of a TemplateProcessing
+            entry["ids"] = [ids[token] for token in entry["tokens"]]
+        for name in {"cls", "sep"} & one.keys():  # of a Bert- or RobertaProcessing
+            one[name] = [one[name][0], ids[one[name][0]]]
+    cut = copy.deepcopy(tokenizer)
+    cut._tokenizer = Tokenizer.from_str(json.dumps(content))
+    if (found := cut.get_vocab()) != ids:
+        odd = next(iter(found.items() ^ ids.items()))[0]
+        raise UserError(f"The tokenizer numbers {odd!r} in a way that cannot be kept: leave `prune_vocab` out.")
+    return cut
+
+
+@torch.no_grad()
+def cut_embeddings(model: Any, ids: list[int]) -> None:
+    """Keep the embeddings of the tokens ``ids`` alone, in that order, at the model's input and at the output where it
+    predicts tokens, and give the tokens that its configs name their new ids.
+
+    Raises:
+        UserError: the model counts positions from the id of the padding token, and that would change.
+    """
+    new = {old: index for index, old in enumerate(ids)}
+    words = model.get_input_embeddings()
+    counted = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
+    if moved := [
+        m.padding_idx for m in counted if m.padding_idx is not None and new.get(m.padding_idx) != m.padding_idx
+    ]:
+        raise UserError(
+            f"`{model.config.model_type}` counts positions from the id of its padding token, and that would change "
+            f"from {moved[0]} to {new.get(moved[0])}: leave `prune_vocab` out."
+        )
+
+    def weights() -> list[nn.Parameter]:
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        return [weight for layer in layers if layer is not None for weight in layer.parameters()]
+
+    padding, rows = words.padding_idx, [weight[ids].clone() for weight in weights()]
+    named = list(named_tokens(model))
+    model.resize_token_embeddings(len(ids), mean_resizing=False)
+    for weight, row in zip(weights(), rows):
+        weight.copy_(row)
+    model.get_input_embeddings().padding_idx = new.get(padding)
+    for config, key, tokens in named:
+        left = [new[token] for token in tokens if token in new]
+        setattr(config, key, left if isinstance(getattr(config, key), list) else next(iter(left), None))
+
+
+def named_tokens(model: Any) -> Iterator[tuple[Any, str, list[int]]]:
+    """The ids of tokens that the model's configs name (``eos_token_id`` may be several), each with its config and
+    key."""
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        for key, value in config.to_dict().items():
+            if key.endswith("_token_id") and value is not None:
+                yield config, key, value if isinstance(value, list) else [value]
