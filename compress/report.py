@@ -274,7 +274,8 @@ def table(rows: list[Row], narrow: bool = False) -> Table:
     figures = [metrics, "change", "MB", "smaller", "ms", "faster [95%]", "texts/s", "train s", "compress s"]
     figures = figures[:6] if narrow else figures
     for name in ("method", *varying):
-        drawn.add_column(name, overflow="fold")
+        longest = max(len(word) for one in rows for word in (name, *str(one[name]).split()))
+        drawn.add_column(name, overflow="fold", min_width=min(longest, 24))
     for name in figures:
         drawn.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
     for one in rows:
@@ -290,8 +291,10 @@ def apart(rows: list[Row]) -> list[str]:
     """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques."""
     compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none"]
     shared = set.intersection(*compared) if compared else set()
-    told = ([o for o in one["overrides"].split() if o not in shared] for one in rows)
-    return [" ".join(override.lstrip("+").removeprefix("technique.") for override in overrides) for overrides in told]
+    told = [[o.lstrip("+") for o in one["overrides"].split() if o not in shared] for one in rows]
+    stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in told for o in overrides}
+    only = f"{stages.pop()}." if len(stages) == 1 else "technique."  # of one stage its name says nothing
+    return [" ".join(override.removeprefix(only) for override in overrides) for overrides in told]
 
 
 def drawn_figures(one: Row) -> list[str]:

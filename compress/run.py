@@ -202,8 +202,12 @@ class KeepBest(ModelCheckpoint):
     in which a callback still prunes is none to end with."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if all(getattr(callback, "settled", True) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if settled(trainer):
             super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if settled(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -211,6 +215,11 @@ class KeepBest(ModelCheckpoint):
             return
         best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
         pl_module.load_state_dict(best["state_dict"])
+
+
+def settled(trainer: pl.Trainer) -> bool:
+    """Whether no callback has anything left to prune."""
+    return all(getattr(callback, "settled", True) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class StageBar(TQDMProgressBar):

@@ -51,6 +51,50 @@ def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):  # n
     assert 4 < none < 7 and none < both < 1.25 * none
 
 
+def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_models, shared_data):  # noqa: F811
+    def perplexity(criterion):
+        outcome = carry_out(
+            "technique=prune",
+            "technique.prune.sparsity=0.5",
+            f"technique.prune.criterion={criterion}",
+            f"model.path={shared_models('stories260K')}",
+            f"task.path={shared_data('tinystories-sample')}",
+            *FULL_TEST,
+            "task.limit.train=null",
+            "baseline.epochs=0",
+            model="llama",
+            task="tinystories",
+        )
+        return outcome.measurements["prune"].quality["perplexity"]
+
+    found = {criterion: perplexity(criterion) for criterion in ("sparsegpt", "wanda", "magnitude", "random")}
+    assert found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"] < 0.05 * found["random"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "smaller"),
+    [
+        (["technique=structured", "target_heads=6", "target_ffn_size=768", "iterations=4", "train.epochs=1"], 0.78),
+        (["technique=prune", "pattern=2:4", "train.epochs=1"], 1.0),
+    ],
+)
+def test_minilm_recovers_on_sst2(carry_out, shared_models, shared_data, settings, smaller):  # noqa: F811
+    chain, *settings = settings
+    outcome = carry_out(
+        chain,
+        *(f"technique.{chain.removeprefix('technique=')}.{setting}" for setting in settings),
+        f"model.path={shared_models('minilm-l6')}",
+        f"task.path={shared_data('glue-sst2')}",
+        *FULL_TEST,
+        "task.limit.train=12000",
+        model="minilm",
+        task="sst2",
+    )
+    none, cut = outcome.measurements.values()
+    assert cut.quality["accuracy"] > none.quality["accuracy"] - 0.02
+    assert cut.size_bytes <= smaller * none.size_bytes
+
+
 @pytest.mark.parametrize("epochs", [6])
 def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, epochs):  # noqa: F811
     outcome = carry_out(

@@ -13,7 +13,7 @@ from compress import artifact, promises, run
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.techniques.prune import Prune, measured_sparsity
-from compress.techniques.sensitivity import read
+from compress.techniques.sensitivity import allocate, read
 
 SMALL = [
     "hardware=cpu",
@@ -96,6 +96,21 @@ def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
     assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["criterion=wanda", "samples=16"],
+        ["criterion=sparsegpt", "samples=16", "pattern=2:4"],
+        ["criterion=movement", "schedule=gradual", "train.epochs=2"],
+        ["schedule=iterative", "train.epochs=1"],
+    ],
+)
+def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, settings):
+    carry_out("technique=prune+gptq", *(f"technique.prune.{setting}" for setting in ("sparsity=0.5", *settings)))
+    model = compress.load(tmp_path / "artifact").model
+    assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+
+
 @pytest.mark.parametrize("by", ["influence", "last"])
 def test_a_shallower_model_is_a_smaller_one(carry_out, tmp_path, by):
     outcome = carry_out("technique=drop_layers", "technique.drop_layers.drop=2", f"technique.drop_layers.by={by}")
@@ -153,28 +168,23 @@ def test_labels_found_in_the_users_own_files(carry_out, tmp_path):
     assert outcome.measurements["prune"].examples == 12
 
 
-class ReadsTheReport(Prune):
-    def __init__(self, source=None, **settings):
-        super().__init__(**settings)
-        self.source = source
-
-    def on_fit_start(self, trainer, pl_module):
-        assert len(read(self.source / "report" / "sensitivity.csv")) == 2 * len(dict(linears(pl_module.model)))
-        super().on_fit_start(trainer, pl_module)
-
-
-def test_a_report_lies_with_the_job_and_the_next_stage_can_read_it(carry_out, tmp_path):
+def test_prune_takes_what_sensitivity_found_and_the_report_lies_with_the_job(carry_out, tmp_path):
     carry_out(
         "technique=sensitivity+prune",
         "technique.sensitivity.samples=64",
         "technique.sensitivity.sparsities=[0.5,0.9]",
-        f"technique.prune._target_={__name__}.ReadsTheReport",
+        "technique.prune.sparsity=0.6",
+        "technique.prune.ratios=sensitivity",
     )
     (tmp_path / "report" / "1_sensitivity" / "sensitivity.png").stat()
     points = read(tmp_path / "report" / "1_sensitivity" / "sensitivity.csv")
     assert {point.sparsity for point in points} == {0.5, 0.9}
     assert all(point.value + point.drop == pytest.approx(points[0].value + points[0].drop) for point in points)
     assert not (tmp_path / "artifact" / "report").exists()
+    found = {
+        name: measured_sparsity([linear.weight]) for name, linear in linears(compress.load(tmp_path / "artifact").model)
+    }
+    assert found == pytest.approx(allocate(points, 0.6), abs=1e-3) and len(set(found.values())) > 1
 
 
 def test_more_validation_texts_than_there_are_is_told_before_anything_is_trained(carry_out, monkeypatch):
@@ -187,8 +197,11 @@ class Idle(Prune):
     def on_fit_start(self, trainer, pl_module):
         pass
 
+    def on_fit_end(self, trainer, pl_module):
+        pass
 
-class FillsIn(Prune):
+
+class FillsIn(Idle):
     def on_fit_start(self, trainer, pl_module):
         for _, linear in linears(pl_module):
             linear.weight.data += 0.01
