@@ -51,7 +51,7 @@ def test_a_chain_keeps_its_order(technique):
 
 def test_one_stage_is_a_chain_and_none_is_no_stage(technique):
     (stage,) = stages(technique("technique=prune"))
-    assert (stage.key, stage.name, stage.node.scope) == ("prune", "prune", "global")
+    assert (stage.key, stage.name, stage.node.criterion) == ("prune", "prune", "magnitude")
     assert stages(technique()) == stages(technique("technique=none")) == []
 
 
@@ -118,13 +118,13 @@ def test_a_stage_without_its_target_is_refused(technique, lost):
 
 def test_tab_completes_stages(tab):
     assert {"technique=none", "technique=prune", "technique=gptq"} <= set(tab("technique="))
-    assert tab("technique=prun") == ["technique=prune"]
+    assert tab("technique=prun") == ["technique=prune", "technique=prune_vocab"]
 
 
 def test_tab_completes_chains_and_sweeps(tab):
     after_plus = tab("technique=gptq+prune+")
     assert "technique=gptq+prune+gptq" in after_plus and "technique=gptq+prune+none" not in after_plus
-    assert tab("technique=gptq+prun") == ["technique=gptq+prune"]
+    assert tab("technique=gptq+prun") == ["technique=gptq+prune", "technique=gptq+prune_vocab"]
     assert tab("-m technique=none,prune+gpt") == ["technique=none,prune+gptq"]
 
 
