@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import os
@@ -148,9 +149,10 @@ def check(cfg: DictConfig) -> Plan:
     training = parse(Training, plain(cfg.baseline), "baseline")
     planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
     skeleton = backbone.skeleton(task)
+    baseline_config = copy.deepcopy(skeleton.config)
     built: list[Any] = []
     for one in steps:
-        stage = one.build(model=skeleton)
+        stage = one.build(model=skeleton, task=task, baseline_config=baseline_config)
         if hasattr(stage, "check"):
             stage.check(skeleton, built)
         if hasattr(stage, "preview"):

@@ -110,8 +110,13 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
         if (entry / "report").is_dir():
             shutil.copytree(entry / "report", folder / "report" / f"{number}_{name}", dirs_exist_ok=True)
 
-    measured = {"none": baseline, **({planned.method: into} if planned.steps else {})}
-    loaded = {name: artifact.load(path) for name, path in measured.items()}
+    teachers = [step.arguments["teacher"] for step in planned.steps if step.arguments.get("teacher")]
+    measured = {
+        "none": baseline,
+        **{"teacher" if len(teachers) == 1 else f"teacher {i}": Path(one) for i, one in enumerate(teachers, 1)},
+        **({planned.method: into} if planned.steps else {}),
+    }
+    loaded = {name: artifact.load(path, planned.task.kind) for name, path in measured.items()}
     measurements = measure(
         {name: bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()},
         metrics(splits.task),
@@ -167,7 +172,13 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     scores = metrics(planned.task)
     stage = step.build(
-        model=model, metrics=scores, tokenizer=tokenizer, task=planned.task, baseline=baseline, source=source
+        model=model,
+        metrics=scores,
+        tokenizer=tokenizer,
+        task=planned.task,
+        baseline=baseline,
+        source=source,
+        keep_in=Path(planned.settings.cache.dir) / "teachers",
     )
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
@@ -274,7 +285,7 @@ def fit(
         enable_progress_bar=bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, len(data.train_dataloader())),  # of a small task as well
     )
     begin = time.perf_counter()
     trainer.fit(module, datamodule=data)

@@ -1,10 +1,12 @@
 """A run from its config to its artifact, on the built-in model and data."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -12,6 +14,7 @@ import compress
 from compress import artifact, promises, run
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
+from compress.teachers import KeptLogits
 from compress.techniques.prune import Prune, measured_sparsity
 from compress.techniques.sensitivity import allocate, read
 
@@ -109,6 +112,68 @@ def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, s
     carry_out("technique=prune+gptq", *(f"technique.prune.{setting}" for setting in ("sparsity=0.5", *settings)))
     model = compress.load(tmp_path / "artifact").model
     assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+
+
+DISTIL = "technique.distill."
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
+def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard(carry_out, tmp_path, model, task):
+    outcome = carry_out(
+        "technique=distill", f"{DISTIL}hard_weight=0.5", f"{DISTIL}train.epochs=3", model=model, task=task
+    )
+    none, student = outcome.measurements.values()
+    assert student.parameters < none.parameters and student.size_bytes < none.size_bytes
+    tags = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/soft", "train/hard", "validation/loss"} <= set(tags)
+
+
+@pytest.mark.parametrize("chain", ["prune+distill", "structured+distill+gptq", "drop_layers+distill", "distill+prune"])
+def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain):
+    settings = {
+        "prune": ["technique.prune.sparsity=0.5"],
+        "structured": ["technique.structured.target_ffn_size=128", "technique.structured.importance=activation"],
+    }
+    carry_out(f"technique={chain}", *(one for name in chain.split("+") for one in settings.get(name, ())))
+    model = compress.load(tmp_path / "artifact").model
+    if "prune" in chain:
+        assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+
+
+@pytest.mark.parametrize(("model", "task", "kept"), [("tiny", "toy", "all"), ("tiny_llama", "toy_lm", "2048")])
+def test_kept_logits_train_as_live_ones_do_and_are_kept_for_the_next_student(
+    carry_out, tmp_path, cache, monkeypatch, model, task, kept
+):
+    def weights(*overrides):
+        carry_out("technique=distill", f"{DISTIL}train.epochs=2", f"{DISTIL}temperature=1.0", *overrides,
+                  model=model, task=task)  # fmt: skip
+        return torch.cat([p.flatten() for p in compress.load(tmp_path / "artifact").model.parameters()])
+
+    live, kept_ones = weights(), weights(f"{DISTIL}kept_logits={kept}")
+    other = weights("seed=1")
+    assert (kept_ones - live).norm() < 0.05 * (other - live).norm()
+    monkeypatch.setattr(KeptLogits, "_write", lambda *args: pytest.fail("asked the teacher again"))
+    weights(f"{DISTIL}kept_logits={kept}", f"{DISTIL}student.layers=[0]")
+
+
+def test_extra_text_and_masking_take_part(carry_out, tmp_path):
+    (tmp_path / "extra.txt").write_text("the film was fine\nnobody came\n" * 8)
+    carry_out(
+        "technique=distill",
+        f"{DISTIL}extra_text={tmp_path / 'extra.txt'}",
+        f"{DISTIL}masking=0.2",
+        f"{DISTIL}train.epochs=3",
+    )
+    tags = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload().Tags()["scalars"]
+    assert "train/extra_soft" in tags
+
+
+def test_another_teacher_than_the_baseline_is_measured_beside_it(carry_out, tmp_path):
+    teacher = tmp_path / "teacher"
+    carry_out("technique=none", "baseline.epochs=2")
+    shutil.move(tmp_path / "artifact", teacher)
+    outcome = carry_out("technique=distill", f"{DISTIL}teacher={teacher}", f"{DISTIL}student.layers=1")
+    assert list(outcome.measurements) == ["none", "teacher", "distill"]
 
 
 @pytest.mark.parametrize("by", ["influence", "last"])

@@ -1,0 +1,428 @@
+"""Distillation: into a smaller student, or to recover what compression lost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import ConfigDict, Field, validate_call
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compress import artifact, losses, shapes
+from compress.cache import digest, environment, fingerprint
+from compress.calibration import calibration_batches
+from compress.errors import UserError
+from compress.models import blocks, from_pretrained, max_length
+from compress.students import Student, load_student, same_labels, same_vocabulary, student_of
+from compress.tasks import Task
+from compress.tasks import fingerprint as content
+from compress.teachers import Batch, KeptLogits, rounded
+from compress.techniques import Training
+from compress.techniques.finetune import FineTune
+from compress.techniques.prune_vocab import PruneVocab
+
+KEY = "technique.distill"
+LOSSES = {
+    "hidden": ("hidden_mse", "cos", "pkd", *losses.PAIRS),
+    "attention": ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"),
+    "relation": ("minilm",),
+}
+"""Of every feature, in TextBrewer's names and MiniLM's."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Match:
+    """An intermediate feature of the student to be like one of the teacher's, in TextBrewer's vocabulary: layers are
+    counted from 0, which for ``hidden`` are the embeddings; ``fsp`` and ``mmd`` take two of each; ``proj`` is
+    ``[linear, width of the student, width of the teacher]``. Beyond TextBrewer: the feature ``relation`` with the loss
+    ``minilm``, over queries, keys and values, in ``heads`` relation heads."""
+
+    layer_T: int | tuple[int, int]
+    layer_S: int | tuple[int, int]
+    feature: Literal["hidden", "attention", "relation"]
+    loss: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    proj: tuple[Any, ...] | None = None
+    heads: Annotated[int, Field(ge=1)] = 12
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES[self.feature]:
+            raise UserError(
+                f"{KEY}.intermediate_matches: the feature `{self.feature}` has no loss `{self.loss}`: choose of "
+                f"{', '.join(LOSSES[self.feature])}."
+            )
+        if self.proj and (len(self.proj) != 3 or self.proj[0] not in losses.PROJECTIONS):
+            raise UserError(
+                f"{KEY}.intermediate_matches: proj is {list(self.proj)}, which should be one of "
+                f"{', '.join(losses.PROJECTIONS)}, the student's width and the teacher's: [linear,192,384]."
+            )
+
+    def check(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+        """Raise UserError where a layer is not there, or widths differ and nothing projects them."""
+        key = f"{KEY}.intermediate_matches"
+        for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
+            last = config.num_hidden_layers - (self.feature != "hidden")
+            if max(layer if isinstance(layer, tuple) else (layer,)) > last:
+                raise UserError(f"{key}: {side} is {layer} and the last `{self.feature}`, counted from 0, is {last}.")
+            if isinstance(layer, tuple) != (self.loss in losses.PAIRS):
+                many = "two layers" if self.loss in losses.PAIRS else "one layer"
+                raise UserError(f"{key}: {side} is {layer} and `{self.loss}` takes {many}.")
+        widths = student.hidden_size, teacher.hidden_size
+        narrower = widths[0] != widths[1] and not self.proj
+        if self.feature == "hidden" and self.loss not in ("mmd", "nst") and narrower:
+            raise UserError(
+                f"{key}: the student is {widths[0]} wide and the teacher {widths[1]}: give the match "
+                f"proj=[linear,{widths[0]},{widths[1]}]."
+            )
+
+    def features(self, seen: dict[str, Any], layer: int | tuple[int, int]) -> Any:
+        """What of a model's features the loss compares."""
+        found = seen[self.feature]
+        return [found[i] for i in layer] if isinstance(layer, tuple) else found[layer]
+
+
+class Distill(FineTune):
+    """Train a student to answer as its teacher does.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531. The losses are TextBrewer's
+    (Yang et al., 2020, arXiv:2002.12620) where it has them; the others name their papers in :mod:`compress.losses`.
+
+    Without a ``student`` the chain's model is the student, and what its compression lost is recovered from its own
+    dense baseline; as the first stage, where that would teach a model itself, half of its layers are.
+
+    Args:
+        model: the student, or what it is cut from.
+        student: another student than the model itself.
+        teacher: the chain's fine-tuned baseline, or the folder of an artifact or a model, or a model.
+        loss: between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` where the task is a
+            regression and ``ce`` elsewhere. Labels of a multi-label task are compared one by one.
+        temperature: that both logits are divided by.
+        temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around it.
+        beta: of ``js``: towards 0 it is KL, towards 1 reverse KL.
+        soft_weight: of that loss.
+        soft_schedule: ``linear_decay`` or ``linear_growth`` of its weight over the training.
+        hard_weight: of the loss on the task's labels.
+        hard_schedule: of its weight.
+        intermediate_matches: features inside of the models to be matched as well, as :class:`Match` has them.
+        kept_logits: ``all``, or how many of a vocabulary, to ask the teacher once and keep its logits on disk, for
+            later epochs, seeds and students; null to ask it at every step.
+        teacher_dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where a training batch is answered the same.
+        masking: probability of each token to be replaced by the mask token, for both.
+        extra_text: a file of unlabelled text, a line each, of which every step adds a batch.
+
+    Raises:
+        UserError: teacher, student and task do not fit together.
+
+        pl.Trainer(max_epochs=1).fit(Distill(student, teacher=teacher), loader)
+    """
+
+    packages = ("textbrewer",)
+
+    @validate_call(config={"arbitrary_types_allowed": True})
+    def __init__(
+        self,
+        model: nn.Module,
+        metrics: MetricCollection | None = None,
+        training: Training | None = None,
+        student: Student = Student(),  # noqa: B008  (frozen)
+        teacher: str | nn.Module | None = None,
+        loss: Literal["ce", "kl", "mse", "reverse_kl", "js"] | None = None,
+        temperature: Annotated[float, Field(gt=0)] = 4.0,
+        temperature_schedule: tuple[Any, ...] | None = None,
+        beta: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+        soft_weight: Annotated[float, Field(ge=0)] = 1.0,
+        soft_schedule: Literal["linear_decay", "linear_growth"] | None = None,
+        hard_weight: Annotated[float, Field(ge=0)] = 0.0,
+        hard_schedule: Literal["linear_decay", "linear_growth"] | None = None,
+        intermediate_matches: tuple[Match, ...] = (),
+        kept_logits: Literal["all"] | Annotated[int, Field(ge=1)] | None = None,
+        teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        masking: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        extra_text: Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        task: Task | None = None,
+        baseline: Path | None = None,
+        source: Path | None = None,
+        keep_in: Path | None = None,
+        baseline_config: Any = None,  # a PretrainedConfig, which pydantic would take apart
+    ) -> None:
+        super().__init__(model, metrics, training)
+        self.student = student
+        self.kind = task.kind if task else kind_of(model)
+        self.labels_known = task is None or task.labels is not None
+        self.loss = loss or ("mse" if self.kind == "regression" else "ce")
+        self.temperature, self.temperature_schedule, self.beta = temperature, temperature_schedule, beta
+        self.soft_weight, self.soft_schedule = soft_weight, soft_schedule
+        self.hard_weight, self.hard_schedule = hard_weight, hard_schedule
+        self.matches = intermediate_matches
+        self.kept_logits = kept_logits
+        self.teacher_dtype = teacher_dtype
+        self.masking = masking
+        self.extra_text = extra_text
+        self.tokenizer = tokenizer
+        self.baseline = baseline
+        self.keep_in = keep_in
+        self.baseline_config = baseline_config
+        self.alone = source is not None and source == baseline and not teacher
+        self.keeps_zeros = student == Student() and not self.alone
+        self.shrinks = not self.keeps_zeros
+        # In lists, so that they are no part of the module: not trained, not saved.
+        self._named: list[str | nn.Module] = [teacher] if teacher else []
+        self._teacher: list[nn.Module] = []
+        self._kept: list[KeptLogits] = []
+        self._extra: Iterator[Batch] | None = None
+        self.projections = nn.ModuleList()
+        self._contradictions()
+
+    @property
+    def teacher(self) -> str | nn.Module | None:
+        return self._named[0] if self._named else None
+
+    def _contradictions(self) -> None:
+        if self.kind == "regression" and self.loss != "mse":
+            raise UserError(f"{KEY}.loss is {self.loss}, which compares probabilities, and a regression has none: mse.")
+        schedule, *arguments = self.temperature_schedule or ("constant",)
+        if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
+            raise UserError(
+                f"{KEY}.temperature_schedule is {list(self.temperature_schedule or ())}: set it to null, [flsw,1,2] "
+                "(beta, gamma) or [cwsm,1] (beta)."
+            )
+        if not (self.soft_weight or self.matches):
+            raise UserError(f"{KEY}.soft_weight is 0 and nothing is matched, so that the teacher teaches nothing.")
+        if self.kept_logits and (self.matches or self.masking):
+            other = "intermediate_matches" if self.matches else "masking"
+            raise UserError(
+                f"{KEY}.kept_logits keeps the teacher's logits on the training text as it is, and {KEY}.{other} needs "
+                "the teacher at every step: leave one of them out."
+            )
+
+    def check(self, skeleton: PreTrainedModel, before: list[Any]) -> None:
+        if not self.training_settings.epochs:
+            raise UserError(f"{KEY}.train.epochs is 0, so that nothing is distilled: set it to 1 or more.")
+        if self.extra_text and not self.extra_text.is_file():
+            raise UserError(f"{KEY}.extra_text: there is no file {self.extra_text}: give a text file, a line a text.")
+        if isinstance(self.teacher, str) and not Path(self.teacher).is_dir():
+            raise UserError(f"{KEY}.teacher: there is no folder {self.teacher}: name that of an artifact or a model.")
+        if any(isinstance(stage, PruneVocab) for stage in before) and not self.teacher:
+            raise UserError(
+                "`distill` follows `prune_vocab`, after which the baseline, its teacher, reads other tokens than the "
+                "student: distil first (technique=distill+prune_vocab)."
+            )
+        self.alone = not before and not self.teacher
+        student = self.preview(skeleton)
+        teacher = self._teacher_config() or self.baseline_config or skeleton.config
+        if self.labels_known:
+            same_labels(teacher, skeleton.config, f"{KEY}.teacher")
+        for match in self.matches:
+            match.check(student.config, teacher)
+
+    def preview(self, skeleton: PreTrainedModel) -> PreTrainedModel:
+        student = self._student()
+        if student.path:
+            return load_student(student.path, skeleton, weights=False)
+        return skeleton if student == Student() else student_of(skeleton, student)
+
+    def _student(self) -> Student:
+        """The student asked for; of the baseline alone, half of its layers."""
+        if self.alone and self.student == Student():
+            return Student(layers=max(1, len(blocks(self.model)[1]) // 2))
+        return self.student
+
+    def _teacher_config(self) -> PretrainedConfig | None:
+        if isinstance(self.teacher, str):
+            return from_pretrained(AutoConfig, self.teacher, "Teacher", f"{KEY}.teacher")
+        return getattr(self.teacher, "config", None)
+
+    def configure_model(self) -> None:
+        """Make teacher and student when the fit begins, before the optimizer is made."""
+        if self._teacher:
+            return
+        if isinstance(self.teacher, nn.Module):
+            self._teacher = [self.teacher]
+        elif folder := self.teacher or self.baseline:
+            loaded = artifact.load(folder, self.kind)
+            self._teacher = [loaded.model]
+            if self.tokenizer is not None:
+                same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{KEY}.teacher")
+        else:
+            raise UserError(f"{KEY}.teacher is not set and there is no baseline to take its place: give a model.")
+        student, model = self._student(), cast(PreTrainedModel, self.model)
+        if student.path:
+            self.model = load_student(student.path, model, self.tokenizer)
+        elif student != Student():
+            self.model = student_of(model, student)
+        same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{KEY}.teacher")
+        self.projections = nn.ModuleList(
+            losses.projection(match.proj) if match.proj else nn.Identity() for match in self.matches
+        )
+        if any(match.feature == "attention" for match in self.matches):
+            for either in (self.model, *self._teacher):
+                cast(PreTrainedModel, either).set_attn_implementation("eager")  # the others compute no attention matrix
+            for block in shapes.blocks(self.model):  # what is given out has been through dropout
+                vars(block.attention)["attention_dropout"] = 0.0
+                for module in block.attention.modules():
+                    if isinstance(module, nn.Dropout):
+                        module.p = 0.0
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        self._fits(data)
+        teacher = self._teacher[0].to(self.device).eval().requires_grad_(False)
+        probe = next(calibration_batches(self.trainer, samples=8, batch_size=8))
+        if self.teacher_dtype == "auto":
+            self._teacher = [rounded(teacher, probe)]
+        elif self.teacher_dtype == "bfloat16":
+            self._teacher = [copy.deepcopy(teacher).to(torch.bfloat16)]
+        if self.kept_logits:
+            self._kept = [self._keep(data)]
+        if self.extra_text:
+            self._extra = self._extra_batches(data)
+
+    def _fits(self, data: Any) -> None:
+        """Raise UserError where texts are longer than one of the models reads."""
+        for name, model in (("student", self.model), ("teacher", self._teacher[0])):
+            tokens = getattr(data, "max_length", 0)
+            if data is not None and (positions := max_length(model, data.tokenizer, tokens)) < tokens:
+                raise UserError(
+                    f"The {name} reads {positions} tokens and the task's texts have up to {tokens}: set "
+                    f"task.max_length={positions}."
+                )
+
+    def _keep(self, data: Any) -> KeptLogits:
+        folder = self.teacher or self.baseline
+        if data is None or self.keep_in is None or not isinstance(folder, str | Path):
+            raise UserError(
+                f"{KEY}.kept_logits needs a datamodule, keep_in and the folder of a teacher: set it to null."
+            )
+        rows = data.tokenised("train")
+        k = None if self.kept_logits == "all" else self.kept_logits
+        dtype = next(self._teacher[0].parameters()).dtype
+        key = [fingerprint(Path(folder)), content(rows), k, str(dtype), environment()]
+        kept = KeptLogits(self.keep_in / digest(key), rows, k)
+        kept.fill(lambda batch: self._ask(on(batch, self.device)).logits, data.collate, data.batch_size)
+        return kept
+
+    def _extra_batches(self, data: Any) -> Iterator[Batch]:
+        """Batches of the unlabelled text without end, in another order every time round."""
+        lines = self.extra_text.read_text().splitlines() if self.extra_text else []
+        texts = [line.strip() for line in lines if line.strip()]
+        if data is None or not texts:
+            raise UserError(
+                f"{KEY}.extra_text: {self.extra_text} holds no text, or the fit has no datamodule to read it."
+            )
+        ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
+        rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+        while True:
+            for cut in torch.randperm(len(rows)).split(data.batch_size):
+                yield data.tokenizer.pad([rows[i] for i in cut], return_tensors="pt").to(self.device)
+
+    @torch.no_grad()
+    def _ask(self, batch: Batch, **wanted: bool) -> Any:
+        return self._teacher[0](**batch, **wanted)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        labels = batch["labels"]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        progress = self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
+        hard_weight = self.hard_weight * scheduled(self.hard_schedule, progress)
+        total = self._imitate(inputs, progress, labels if hard_weight else None, hard_weight)
+        if self._extra is not None:
+            total = total + self._imitate(dict(next(self._extra)), progress, prefix="extra_")
+        self.log("train/loss", total, prog_bar=True)
+        return total
+
+    def _imitate(
+        self, inputs: Batch, progress: float, labels: Tensor | None = None, hard_weight: float = 0.0, prefix: str = ""
+    ) -> Tensor:
+        """The weighted sum of all losses on a batch, each of which is logged."""
+        seen = self._masked(inputs) if self.masking else inputs
+        wanted = {
+            "output_hidden_states": any(match.feature == "hidden" for match in self.matches),
+            "output_attentions": any(match.feature == "attention" for match in self.matches),
+        }
+        with Relations(self.model, self.matches) as ours, Relations(self._teacher[0], self.matches) as theirs:
+            student = self.model(**seen, labels=labels, **wanted)
+            if self._kept and not prefix:
+                teacher, logits = None, self._kept[0](inputs)
+            else:
+                teacher = self._ask(seen, **wanted)
+                logits = teacher.logits.float()
+        mask = inputs["attention_mask"]
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.soft_weight:
+            weight = self.soft_weight * scheduled(self.soft_schedule, progress)
+            tokens = mask if logits.ndim == 3 else None
+            schedule, *arguments = self.temperature_schedule or ("constant",)
+            tau = losses.temperature(schedule, self.temperature, arguments, student.logits, logits, tokens)
+            soft = losses.soft_loss(self.loss, student.logits, logits, tau, tokens, self.kind, self.beta)
+            terms["soft"] = (weight, soft)
+        if labels is not None:
+            terms["hard"] = (hard_weight, student.loss)
+        for i, match in enumerate(self.matches):
+            mine, other = (
+                match.features({"hidden": out.hidden_states, "attention": out.attentions, "relation": seen_by}, layer)
+                for out, seen_by, layer in ((student, ours, match.layer_S), (teacher, theirs, match.layer_T))
+            )
+            mine = [self.projections[i](x) for x in mine] if isinstance(mine, list) else self.projections[i](mine)
+            terms[f"{match.loss}_{i}"] = (match.weight, losses.match_loss(match.loss, mine, other, mask, match.heads))
+        for name, (_, value) in terms.items():
+            self.log(f"train/{prefix}{name}", value.detach())
+        return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
+
+    def _masked(self, inputs: Batch) -> Batch:
+        """Some tokens replaced by the mask token; never special ones."""
+        ids = inputs["input_ids"]
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
+        chosen = (torch.rand(ids.shape, device=ids.device) < self.masking) & ~special
+        return {**inputs, "input_ids": ids.masked_fill(chosen, self.tokenizer.mask_token_id)}
+
+
+class Relations:
+    """Queries, keys and values of the blocks, seen by hooks while a model runs, if a match wants them."""
+
+    def __init__(self, model: nn.Module, matches: tuple[Match, ...]) -> None:
+        self.model, self.wanted = model, any(match.feature == "relation" for match in matches)
+        self.seen: dict[int, dict[str, Tensor]] = {}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> Relations:
+        for i, block in enumerate(shapes.blocks(self.model) if self.wanted else ()):
+            self.seen[i] = {}
+            for name in ("query", "key", "value"):
+                keep = partial(self._keep, self.seen[i], name)
+                self.hooks.append(getattr(block, name).register_forward_hook(keep))
+        return self
+
+    @staticmethod
+    def _keep(into: dict[str, Tensor], name: str, _: nn.Module, args: tuple, output: Tensor) -> None:
+        into[name] = output
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.seen[layer]
+        return found["query"], found["key"], found["value"]
+
+
+def kind_of(model: nn.Module) -> str:
+    """The kind of task that the model's head is for, as its config says."""
+    problem: Any = getattr(model.config, "problem_type", None)
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
+
+
+def scheduled(name: str | None, progress: float) -> float:
+    return losses.weight(name, progress) if name else 1.0
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}

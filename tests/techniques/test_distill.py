@@ -1,0 +1,211 @@
+import pytest
+import pytorch_lightning as pl
+import tiny
+import torch
+from test_prune import fit as one_shot
+from transformers import BertConfig, BertForSequenceClassification
+
+from compress.errors import UserError
+from compress.models import linears, zeros
+from compress.students import Student, narrower, same_vocabulary, spaced, student_of
+from compress.teachers import rounded
+from compress.techniques import Training
+from compress.techniques.distill import Distill
+from compress.techniques.prune import HoldZeros, Prune
+from compress.techniques.prune_vocab import PruneVocab
+
+pytest.importorskip("textbrewer", reason="pip install -e '.[distill]'")
+
+FAST = Training(epochs=1, learning_rate=1e-2)
+HIDDEN = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse"}
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, *args):
+        self.seen.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+
+def distil(module, *callbacks, epochs=1, lm=False):
+    losses = Losses()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[losses, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, tiny.loader(8, lm=lm))
+    return losses.seen
+
+
+def shallow(**changes):
+    torch.manual_seed(1)
+    return BertForSequenceClassification(
+        BertConfig(**{**tiny.SHAPE, "num_hidden_layers": 1, "num_labels": 3, **changes})
+    )
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "mse", "reverse_kl", "js"])
+def test_a_student_learns_its_teachers_answers_with_every_loss(loss):
+    teacher = tiny.bert()
+    module = Distill(shallow(), teacher=teacher, loss=loss, training=FAST, temperature=1.0)
+    batch = {key: value for key, value in tiny.batch().items() if key != "labels"}
+
+    def distance():
+        with torch.no_grad():
+            return (module.model.eval()(**batch).logits.softmax(-1) - teacher(**batch).logits.softmax(-1)).abs().max()
+
+    before = distance()
+    distil(module, epochs=6)
+    assert distance() < before
+
+
+def test_the_teacher_is_not_trained_and_not_part_of_the_module():
+    teacher, untouched = tiny.bert(), tiny.bert()
+    module = Distill(shallow(), teacher=teacher, training=FAST)
+    distil(module)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), untouched.parameters()))
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+def test_a_language_model_is_distilled_by_token():
+    teacher, student = tiny.llama_lm(), student_of(tiny.llama_lm(), Student(layers=1))
+    seen = distil(Distill(student, teacher=teacher, loss="kl", temperature=1.0, training=FAST), epochs=8, lm=True)
+    assert seen[-1]["train/soft"] < 0.5 * seen[0]["train/soft"]
+
+
+@pytest.mark.parametrize(
+    "match",
+    [
+        HIDDEN,
+        {**HIDDEN, "loss": "cos"},
+        {**HIDDEN, "loss": "pkd"},
+        {**HIDDEN, "layer_T": (1, 2), "layer_S": (0, 1), "loss": "fsp"},
+        {**HIDDEN, "layer_T": (1, 2), "layer_S": (0, 1), "loss": "mmd"},
+        {"layer_T": 1, "layer_S": 0, "feature": "attention", "loss": "attention_mse"},
+        {"layer_T": 1, "layer_S": 0, "feature": "attention", "loss": "attention_ce"},
+        {"layer_T": 1, "layer_S": 0, "feature": "relation", "loss": "minilm", "heads": 4},
+    ],
+)
+def test_intermediate_features_come_closer(match):
+    module = Distill(shallow(), teacher=tiny.bert(), soft_weight=0, intermediate_matches=(match,), training=FAST)
+    seen = distil(module, epochs=4)
+    assert seen[-1][f"train/{match['loss']}_0"] < seen[0][f"train/{match['loss']}_0"]
+
+
+def test_a_projection_is_learnt_where_widths_differ():
+    match = {**HIDDEN, "proj": ("linear", 16, 32)}
+    module = Distill(shallow(hidden_size=16), teacher=tiny.bert(), intermediate_matches=(match,), training=FAST)
+    module.configure_model()
+    before = module.projections[0].weight.clone()
+    distil(module)
+    assert not torch.equal(module.projections[0].weight, before)
+    assert "projections" not in "".join(module.model.state_dict())
+
+
+def test_a_recovered_model_keeps_its_zeros():
+    model = one_shot(tiny.bert(), Prune(sparsity=0.5))
+    mask = zeros(model)
+    distil(Distill(model, teacher=tiny.bert(), hard_weight=0.5, training=FAST), HoldZeros())
+    assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
+
+
+def test_weights_follow_their_schedules():
+    module = Distill(
+        shallow(), teacher=tiny.bert(), hard_weight=1.0, soft_schedule="linear_decay", hard_schedule="linear_growth",
+        training=FAST,
+    )  # fmt: skip
+    seen = distil(module)
+    first, last = seen[1], seen[-1]
+    for one, progress in ((first, 1 / 8), (last, 7 / 8)):
+        expected = (1 - progress) * one["train/soft"] + progress * one["train/hard"]
+        assert one["train/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
+    assert spaced(3, 6) == [0, 2, 5] and spaced(1, 6) == [5] and spaced(6, 6) == list(range(6))
+    model = tiny.llama()
+    student = student_of(model, Student(layers=(1,)))
+    assert student.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
+    taken, origin = dict(linears(student)), dict(linears(model))
+    assert all(
+        torch.equal(one.weight, origin[name.replace("layers.0", "layers.1")].weight) for name, one in taken.items()
+    )
+
+
+def test_a_narrower_student_keeps_the_width_of_a_head():
+    config = narrower(tiny.llama().config, 16, 1)
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (16, 2, 1)
+    assert config.intermediate_size == 32
+    student = student_of(tiny.bert(), Student(hidden_size=16))
+    assert student(**tiny.batch()).logits.shape == (4, 3)
+    with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions: set a multiple of 8"):
+        narrower(tiny.bert().config, 20, 1)
+    with pytest.raises(UserError, match="set a multiple of 16"):
+        narrower(tiny.llama().config, 24, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"kept_logits": "all", "masking": 0.1}, "needs the teacher at every step"),
+        ({"soft_weight": 0}, "the teacher teaches nothing"),
+        ({"temperature_schedule": ("flsw", 1)}, r"\[flsw,1,2\]"),
+        ({"intermediate_matches": [{**HIDDEN, "loss": "minilm"}]}, "`hidden` has no loss `minilm`"),
+        ({"intermediate_matches": [{**HIDDEN, "proj": ["linear", 3]}]}, "the student's width and the teacher's"),
+    ],
+)
+def test_settings_that_contradict_are_told(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Distill(tiny.bert(), training=FAST, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "told"),
+    [
+        ({"student": Student(layers=3)}, [], "layers is 3 and the model has 2"),
+        ({"student": Student(layers=(0, 5))}, [], "names the block 5"),
+        ({"training": Training()}, [], "epochs is 0, so that nothing is distilled"),
+        ({"extra_text": "nowhere.txt"}, [], "there is no file nowhere.txt"),
+        ({"intermediate_matches": [{**HIDDEN, "layer_T": 3}]}, [], "layer_T is 3 and the last `hidden`.*is 2"),
+        ({"intermediate_matches": [{**HIDDEN, "layer_T": (1, 2)}]}, [], "`hidden_mse` takes one layer"),
+        ({"student": Student(hidden_size=16), "intermediate_matches": [HIDDEN]}, [], r"proj=\[linear,16,32\]"),
+        ({}, [PruneVocab()], "distil first"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_loaded(settings, before, told):
+    with pytest.raises(UserError, match=told):
+        Distill(tiny.bert(), **{"training": FAST, **settings}).check(tiny.bert(), before)
+
+
+def test_the_first_stage_without_a_student_distils_into_half_of_the_layers():
+    stage = Distill(tiny.bert(), training=FAST)
+    stage.check(tiny.bert(), [])
+    assert stage.preview(tiny.bert()).config.num_hidden_layers == 1
+    stage.check(tiny.bert(), [Prune()])
+    assert stage.preview(tiny.bert()).config.num_hidden_layers == 2
+
+
+def test_a_teacher_of_other_labels_is_refused():
+    with pytest.raises(UserError, match="a model for the labels LABEL_0, LABEL_1 and the student's are"):
+        distil(Distill(shallow(), teacher=tiny.bert(num_labels=2), training=FAST))
+
+
+def test_another_vocabulary_is_explained():
+    with pytest.raises(UserError, match=r"of its 3 tokens 1 have the id .*which has 2"):
+        same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, "technique.distill.student.path")
+
+
+def test_the_teacher_runs_in_bfloat16_only_where_it_answers_the_same():
+    batch = {key: value for key, value in tiny.batch().items() if key != "labels"}
+    decided = tiny.bert()
+    decided.classifier.bias.data = torch.tensor([0.0, 5.0, -5.0])
+    assert rounded(decided, batch).dtype == torch.bfloat16 and decided.dtype == torch.float32
+    torn = tiny.bert()
+    torn.classifier.weight.data *= 1000
+    assert rounded(torn, batch) is torn
