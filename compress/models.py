@@ -109,6 +109,10 @@ class Backbone:
         folder = Path(self.path).expanduser()
         return fingerprint(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that comes with the weights at ``path``."""
+        return self._pretrained(AutoTokenizer)
+
     def build(self, task: Task, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
         """Model, tokenizer, and whether all the weights that ``task`` needs were trained, its head included; ``texts``
         train a tokenizer where the model has none.
@@ -121,7 +125,7 @@ class Backbone:
         trained = False
         if self.path:
             theirs = same_labels(self._pretrained(AutoConfig), task)
-            tokenizer = self._pretrained(AutoTokenizer)
+            tokenizer = self.tokenizer()
             model, missing = load_weights(
                 auto_class(task.kind, config),
                 self.path,

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,8 @@ class Step:
         """What decides the result of the stage: its settings, what is in the files that they name, and its source,
         which may be the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
-        libraries = {package: version(package) for package in trait(self.technique, "packages")}
+        used = [*trait(self.technique, "packages"), *trait(self.technique, "versions")]
+        libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
         paths = [Path(value).expanduser() for value in strings(self.arguments)]
         return {
             **self.settings,
@@ -60,6 +62,14 @@ class Step:
             "files": [fingerprint(path) for path in paths if os.path.exists(path)],
             "libraries": libraries,
         }
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A stage knows its settings by its own name: what it says of them is told of those of this step."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error).replace(f"technique.{self.name}.", f"technique.{self.key}.")) from error
 
     def build(self, **offered: Any) -> Any:
         """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:
@@ -149,14 +159,20 @@ def check(cfg: DictConfig) -> Plan:
     training = parse(Training, plain(cfg.baseline), "baseline")
     planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
     skeleton = backbone.skeleton(task)
-    baseline_config = copy.deepcopy(skeleton.config)
+    reads = backbone.path and any("tokenizer" in inspect.signature(one.technique).parameters for one in steps)
+    offered = {
+        "task": task,
+        "baseline_config": copy.deepcopy(skeleton.config),
+        "tokenizer": backbone.tokenizer() if reads else None,
+    }
     built: list[Any] = []
     for one in steps:
-        stage = one.build(model=skeleton, task=task, baseline_config=baseline_config)
-        if hasattr(stage, "check"):
-            stage.check(skeleton, built)
-        if hasattr(stage, "preview"):
-            skeleton = stage.preview(skeleton)
+        with one.told():
+            stage = one.build(model=skeleton, **offered)
+            if hasattr(stage, "check"):
+                stage.check(skeleton, built)
+            if hasattr(stage, "preview"):
+                skeleton = stage.preview(skeleton)
         built.append(stage)
     wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
@@ -225,8 +241,9 @@ def parse(schema: type[T], values: Any, key: str, **given: Any) -> T:
     try:
         return schema(**values, **given)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        path = [str(part) for part in (key, *wrong["loc"]) if part != ""]
+        wrong = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union the kind that was meant
+        kinds = ("str", "int", "float", "bool")  # which pydantic names where a value may be of several
+        path = [part for part in map(str, (key, *wrong["loc"])) if part and part not in kinds and "[" not in part]
         where = ".".join(path)
         if wrong["type"] in ("unexpected_keyword_argument", "unexpected_keyword_arguments"):
             names = f": it has {', '.join(inspect.signature(schema).parameters)}" if len(path) == 2 else ""

@@ -171,20 +171,22 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     before = promises.state(model)
     data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     scores = metrics(planned.task)
-    stage = step.build(
-        model=model,
-        metrics=scores,
-        tokenizer=tokenizer,
-        task=planned.task,
-        baseline=baseline,
-        source=source,
-        keep_in=Path(planned.settings.cache.dir) / "teachers",
-    )
+    with step.told():
+        stage = step.build(
+            model=model,
+            metrics=scores,
+            tokenizer=tokenizer,
+            task=planned.task,
+            baseline=baseline,
+            source=source,
+            keep_in=Path(planned.settings.cache.dir) / "teachers",
+        )
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
-    seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
+    with step.told():
+        seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 

@@ -136,3 +136,13 @@ def test_a_file_that_a_stage_reads_is_part_of_its_address(tmp_path):
 def test_where_the_data_lies_is_no_part_of_the_address():
     here, there = (check("task=sst2", f"task.path={path}").address("same rows") for path in ("here", "there"))
     assert here == there != check("task=sst2", "task.path=here", "seed=1").address("same rows")
+
+
+def test_a_mistake_in_a_second_stage_of_a_name_is_told_with_its_own_key():
+    with pytest.raises(UserError, match=r"technique.prune_2.scope=row"):
+        check("technique=prune+prune", "technique.prune_2.criterion=wanda", "technique.prune_2.scope=global")
+
+
+def test_of_a_value_that_may_be_of_several_kinds_the_mistake_is_told_where_it_is():
+    with pytest.raises(UserError, match=r"technique.prune.ratios.\*attention\* is 1.3: input should be less than 1"):
+        check("technique=prune", "technique.prune.ratios={*attention*:1.3}")

@@ -37,6 +37,8 @@ class Technique(Protocol):
     """The module in ``compress.runtimes`` that runs the artifact."""
     packages: tuple[str, ...] = ()
     """What it imports beyond the base install; its extra has the stage's name."""
+    versions: tuple[str, ...] = ()
+    """What it imports where that is installed: its result depends on their versions too."""
     changes: bool = True
     """Promised and checked: some weight differs afterwards."""
     keeps_zeros: bool = True

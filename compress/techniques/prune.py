@@ -74,7 +74,7 @@ class Prune(pl.Callback):
     def __init__(
         self,
         sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.2,
-        pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None,
+        pattern: str | int | None = None,
         criterion: Literal["magnitude", "wanda", "sparsegpt", "movement", "random"] = "magnitude",
         scope: Literal["global", "layer", "row"] | None = None,
         ratios: str | dict[str, Annotated[float, Field(ge=0, lt=1)]] = "uniform",
@@ -112,7 +112,7 @@ class Prune(pl.Callback):
         self.dense: dict[str, Tensor] = {}
         self._contradictions(scope, pattern, training)
 
-    def _contradictions(self, scope: str | None, pattern: str | None, training: Training | None) -> None:
+    def _contradictions(self, scope: str | None, pattern: str | int | None, training: Training | None) -> None:
         key, criterion, schedule = "technique.prune", self.criterion, self.schedule
         if self.scope not in SCOPES[criterion]:
             raise UserError(
@@ -156,25 +156,49 @@ class Prune(pl.Callback):
                     f"technique.prune.pattern: the {layer.weight.shape[1]} inputs of `{name}` are no multiple of "
                     f"{self.pattern[1]}: leave the layer out with technique.prune.skip, or choose another pattern."
                 )
-        if isinstance(self.ratios, dict):
-            by_pattern(self.ratios, layers, self.sparsity)
-        elif self.ratios == "sensitivity" and getattr(before[-1] if before else None, "points", None) is None:
+        self._check_ratios(layers, before[-1] if before else None)
+        if self.ratios == "uniform" and not self.sparsity:
             raise UserError(
-                "technique.prune.ratios=sensitivity takes what the stage before found and that is no `sensitivity`: "
-                "set technique=sensitivity+prune, or technique.prune.ratios to a sensitivity.csv."
+                "technique.prune.sparsity is 0, which prunes nothing: ask for more, or leave the stage out."
             )
-        elif self.ratios not in ("uniform", "sensitivity") and not Path(str(self.ratios)).is_file():
-            raise UserError(
-                f"technique.prune.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
-                "sensitivity.csv, or sparsities by pattern ({'*attention*': 0.3})."
-            )
-        for stage in before:
-            simple = isinstance(stage, Prune) and stage.skip == self.skip and not self.pattern
-            if simple and stage.sparsity >= self.sparsity:
+        for stage in reversed(before):
+            if getattr(stage, "preview", None):
+                break  # what is left after a cut may be denser
+            if not isinstance(stage, Prune) or stage.skip != self.skip or stage.pattern != self.pattern:
+                continue
+            if stage.ratios == self.ratios == "uniform" and stage.sparsity >= self.sparsity:
                 raise UserError(
                     f"A `prune` to a sparsity of {self.sparsity:g} follows one to {stage.sparsity:g} and has nothing "
                     "left to prune: ask the later one for more (technique.prune_2.sparsity=0.5)."
                 )
+
+    def _check_ratios(self, layers: dict[str, Layer], previous: Any) -> None:
+        if isinstance(self.ratios, dict):
+            by_pattern(self.ratios, layers, self.sparsity)
+        elif self.ratios == "sensitivity":
+            measured = getattr(previous, "sparsities", None)
+            if measured is None:
+                raise UserError(
+                    "technique.prune.ratios=sensitivity takes what the stage before found and that is no "
+                    "`sensitivity`: set technique=sensitivity+prune, or technique.prune.ratios to a sensitivity.csv."
+                )
+            if self.sparsity > max(measured):
+                raise UserError(
+                    f"technique.prune.sparsity is {self.sparsity:g} and `sensitivity` before it measures up to "
+                    f"{max(measured):g}: ask for less, or set technique.sensitivity.sparsities=[...,{self.sparsity:g}]."
+                )
+            if set(self.skip) & {"embeddings", "head"} != {"embeddings", "head"}:
+                raise UserError(
+                    "technique.prune.ratios=sensitivity has measured the layers of the blocks alone: leave embeddings "
+                    "and head in technique.prune.skip."
+                )
+        elif self.ratios != "uniform":
+            if not Path(self.ratios).is_file():
+                raise UserError(
+                    f"technique.prune.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
+                    "sensitivity.csv, or sparsities by pattern ({*attention*:0.3})."
+                )
+            self._allocated(Path(self.ratios), layers)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = compressed(pl_module)
@@ -189,10 +213,15 @@ class Prune(pl.Callback):
                 "ask for more with technique.prune.sparsity, or leave the stage out."
             )
         if self.criterion == "movement":
+            if str(trainer.precision).startswith("16"):
+                raise UserError(
+                    f"`movement` sums up gradients and precision {trainer.precision} scales them: set "
+                    "hardware.precision=bf16-mixed or 32-true."
+                )
             self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
             self.movement = {
                 # Pruned before: never to come back.
-                name: torch.zeros_like(layer.weight).masked_fill(layer.weight == 0, -torch.inf)
+                name: torch.zeros_like(layer.weight, dtype=torch.float32).masked_fill(layer.weight == 0, -torch.inf)
                 for name, layer in self.layers.items()
             }
         if self.schedule == "one_shot":
@@ -217,14 +246,8 @@ class Prune(pl.Callback):
         """Movement: a weight whose gradient pushes it away from zero gains, pruned ones among them, which may so come
         back with the value that they had."""
         for name, score in self.movement.items():
-            weight = self.layers[name].weight
-            if weight.grad is None:
-                continue
-            if name in self.masks:
-                self.dense[name] = torch.where(self.masks[name], weight.detach(), self.dense[name])
-            else:
-                self.dense[name].copy_(weight.detach())
-            score.sub_(weight.grad * self.dense[name])
+            if (gradient := self.layers[name].weight.grad) is not None:
+                score.sub_(gradient.float() * self._dense(name).float())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         hold(compressed(pl_module), self.masks)
@@ -262,11 +285,15 @@ class Prune(pl.Callback):
             return by_pattern(self.ratios, self.layers, self.sparsity)
         if self.ratios == "uniform":
             return dict.fromkeys(self.layers, self.sparsity)
+        if self.ratios == "sensitivity":
+            return self._allocated((self.source or Path()) / "report" / "sensitivity.csv", self.layers)
+        return self._allocated(Path(self.ratios), self.layers)
+
+    def _allocated(self, path: Path, layers: dict[str, Layer]) -> dict[str, float]:
         from compress.techniques.sensitivity import allocate, read
 
-        path = (self.source or Path()) / "report" / "sensitivity.csv" if self.ratios == "sensitivity" else self.ratios
-        points = [point for point in read(Path(path)) if point.layer in self.layers]
-        if missing := sorted(set(self.layers) - {point.layer for point in points}):
+        points = [point for point in read(path) if point.layer in layers]
+        if missing := sorted(set(layers) - {point.layer for point in points}):
             raise UserError(f"{path} says nothing of `{missing[0]}`: measure the sensitivity of this model.")
         return allocate(points, self.sparsity)
 
@@ -326,8 +353,15 @@ class Prune(pl.Callback):
     def _apply(self, name: str, mask: Tensor) -> None:
         weight = self.layers[name].weight
         if self.criterion == "movement":
-            weight.copy_(self.dense[name])
+            weight.copy_(self._dense(name))
         weight.masked_fill_(mask, 0)
+
+    def _dense(self, name: str) -> Tensor:
+        """Movement: the layer's weights as they are, and those that are pruned as they last were."""
+        weight = self.layers[name].weight.detach()
+        kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+        self.dense[name] = torch.where(kept, weight, self.dense[name])
+        return self.dense[name]
 
 
 class HoldZeros(pl.Callback):
@@ -357,15 +391,20 @@ def measured_sparsity(weights: Iterable[Tensor]) -> float:
     return sum(zero for zero, _ in counts) / sum(size for _, size in counts)
 
 
-def n_of_m(pattern: str | None) -> tuple[int, int] | None:
+def n_of_m(pattern: str | int | None) -> tuple[int, int] | None:
     """``"2:4"`` as (pruned, group).
 
     Raises:
-        UserError: it leaves all of a group, or nothing.
+        UserError: it is no pattern, or leaves all of a group, or nothing.
     """
     if pattern is None:
         return None
-    left, group = map(int, re.findall(r"\d+", pattern))
+    if not re.fullmatch(r"\d+:\d+", str(pattern)):
+        raise UserError(
+            f"technique.prune.pattern is {pattern}, which should read like '2:4' (in YAML with its quotation marks, or "
+            "it is a number of base 60)."
+        )
+    left, group = map(int, str(pattern).split(":"))
     if not 0 < left < group <= 128:
         raise UserError(
             f"technique.prune.pattern is {pattern}, which should leave some weights of every group (at most 128) and "

@@ -261,7 +261,8 @@ def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
         )
     above = min(bisect_left(rungs, sparsity, lo=1, key=lambda at: mean(rung(at))), len(rungs) - 1)
     low, high = rung(rungs[above - 1]), rung(rungs[above])
-    way = (sparsity - mean(low)) / (mean(high) - mean(low))
+    gap = mean(high) - mean(low)  # none where rounding puts the largest sparsity measured just below the one asked for
+    way = (sparsity - mean(low)) / gap if gap else 1.0
     return {layer: low[layer] + way * (high[layer] - low[layer]) for layer in weights}
 
 
@@ -292,12 +293,19 @@ def write(path: Path | str, points: list[Point], metric: str) -> None:
 
 
 def read(path: Path | str) -> list[Point]:
-    """The points of a csv that ``write`` wrote, exactly."""
+    """The points of a csv that ``write`` wrote, exactly.
+
+    Raises:
+        UserError: it has other columns.
+    """
     with Path(path).open(newline="") as file:
-        return [
-            Point(row["layer"], int(row["weights"]), *(float(row[key]) for key in ("sparsity", "value", "drop")))
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    if not rows or not set(COLUMNS) <= rows[0].keys():
+        raise UserError(f"{path} is no table of `sensitivity`, which has the columns {', '.join(COLUMNS)}.")
+    return [
+        Point(row["layer"], int(row["weights"]), *(float(row[key]) for key in ("sparsity", "value", "drop")))
+        for row in rows
+    ]
 
 
 def heat_map(points: list[Point], metric: str) -> Figure:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from compress import textpruning
 from compress.calibration import Batch, calibrate, calibration_batches
 from compress.errors import UserError
-from compress.models import compressed, is_decoder
+from compress.models import compressed, is_decoder, one_line
 from compress.shapes import Block, blocks, cut, record, shape
 from compress.sparsity import squared_norms
+from compress.techniques.prune import Prune
 
 Scores = list[Tensor]  # of every block, a number for every head group or FFN channel
 Masks = list[Tensor]  # likewise, True: kept
@@ -32,7 +33,8 @@ class Structured(pl.Callback):
 
     - ``loss``: how much the task's loss would change without the unit, to first order, |sum of w dL/dw| over the
       weights that read it (Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650).
-    - ``logits``: the same without labels, of the cross-entropy to the model's own predictions.
+    - ``logits``: the same without labels, of the cross-entropy to the model's own predictions. (TextPruner's own way,
+      against a copy of the model in half precision, would have no gradient but the rounding's before the first cut.)
     - ``activation``: the norm of its activations times the absolute weights that read them, without a gradient;
       Wanda-sp, standardised within a layer so that layers compare, both of An et al., "Fluctuation-based Adaptive
       Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
@@ -61,6 +63,7 @@ class Structured(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=8, target_ffn_size=2048)]).fit(module, loader)
     """
 
+    versions = ("textpruner",)
     keeps_zeros = False  # what is left of a layer has another shape
     shrinks = True
 
@@ -122,6 +125,11 @@ class Structured(pl.Callback):
             )
         if self.by_textpruner(skeleton):
             textpruning.required()
+        if any(isinstance(stage, Prune) and stage.pattern for stage in before):
+            raise UserError(
+                "`structured` removes columns, which breaks up the groups of the N:M pattern that `prune` before it "
+                "left: prune after it (technique=structured+prune)."
+            )
 
     def preview(self, skeleton: Any) -> Any:
         each = blocks(skeleton)
@@ -152,6 +160,8 @@ class Structured(pl.Callback):
                 )
             training = model.training
             model.eval()
+            if self.importance == "logits":
+                batches = [own_labels(model, batch) for batch in batches]
             if self.by_textpruner(model):
                 cut(model, **self.textpruner_masks(model, batches))
             else:
@@ -206,14 +216,11 @@ class Structured(pl.Callback):
             n_iters=self.iterations,
             multiple_of=self.ffn_multiple_of,
             pruning_order=self.order,
-            use_logits=self.importance == "logits",
         )
         return {"groups": groups, "ffn": ffn}
 
     def shrink(self, model: Any, batches: list[Batch]) -> None:
         """Score and cut, turn by turn."""
-        if self.importance == "logits":
-            batches = [own_labels(model, batch) for batch in batches]
         rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
         for turn in self.turns(blocks(model)):
             scores = activation(model, batches) if self.importance == "activation" else taylor(model, batches)
@@ -286,8 +293,14 @@ def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
         path = Path(given).expanduser()
         if not path.is_file() or path.suffix not in (".json", ".pt"):
             raise UserError(f"technique.structured.{key}={given} is no json or pt file: name one with rows of 0 and 1.")
-        given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
-    rows = [torch.as_tensor(row, device="cpu") for row in given]
+        try:
+            given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
+        except Exception as error:  # whatever is wrong with the file
+            raise UserError(f"technique.structured.{key}: {path} cannot be read ({one_line(error)[:120]}).") from error
+    try:
+        rows = [torch.as_tensor(row, device="cpu") for row in given]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"technique.structured.{key} should hold a row of 0 and 1 for every block.") from error
     found = [row.numel() for row in rows]
     if found != sizes:
         raise UserError(

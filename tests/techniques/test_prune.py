@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import tiny
@@ -12,6 +14,8 @@ from compress.run import KeepBest
 from compress.techniques import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune import HoldZeros, Prune, measured_sparsity
+from compress.techniques.sensitivity import Sensitivity
+from compress.techniques.structured import Structured
 
 
 def fit(model, *callbacks, epochs=0):
@@ -88,6 +92,24 @@ def test_pruning_to_less_is_told_before_anything_is_loaded():
     Prune(sparsity=0.6).check(tiny.bert(), [Prune(sparsity=0.5)])
 
 
+def test_what_a_chain_prunes_again_is_judged_only_where_it_is_known():
+    for before, after in (
+        (Prune(sparsity=0.5), Prune(sparsity=0.2, ratios={"*attention*": 0.8})),
+        (Prune(sparsity=0.5, ratios={"*": 0.1}), Prune(sparsity=0.4)),
+    ):
+        after.check(tiny.bert(), [before])
+    Prune(sparsity=0.5).check(tiny.bert(), [Prune(sparsity=0.5), Structured(target_heads=2)])
+    with pytest.raises(UserError, match="nothing left to prune"):
+        Prune(pattern="2:4").check(tiny.bert(), [Prune(pattern="2:4")])
+
+
+def test_more_than_sensitivity_will_measure_is_told_before_it_does():
+    with pytest.raises(UserError, match=r"measures up to 0.5: ask for less, or set .*sparsities=\[...,0.6\]"):
+        Prune(sparsity=0.6, ratios="sensitivity").check(tiny.bert(), [Sensitivity(sparsities=(0.5,))])
+    with pytest.raises(UserError, match="leave embeddings and head in technique.prune.skip"):
+        Prune(ratios="sensitivity", skip=()).check(tiny.bert(), [Sensitivity()])
+
+
 def test_of_a_student_and_a_deeper_teacher_the_student_is_pruned():
     class Distil(FineTune):
         def __init__(self):
@@ -112,6 +134,7 @@ def test_values_out_of_range_are_refused(wrong):
     [
         ({"pattern": "4:4"}, r"pattern is 4:4, which should leave some weights of every group"),
         ({"pattern": "0:4"}, r"and prune some"),
+        ({"pattern": 124}, r"pattern is 124, which should read like '2:4'"),
         ({"pattern": "2:4", "scope": "row"}, r"prunes in groups"),
         ({"criterion": "wanda", "scope": "global"}, r"`wanda` ranks weights by row or layer"),
         ({"criterion": "movement"}, r"learns during training.*schedule=gradual"),
@@ -280,9 +303,26 @@ def test_movement_lets_a_weight_come_back_with_the_value_that_it_had():
     with torch.no_grad():
         for _ in range(2):
             stage._apply("it", maths.smallest_of(stage.movement["it"], 0.5))
+            stage.masks = {"it": layer.weight != 0}
             stage.movement["it"].neg_()
     assert torch.equal(layer.weight != 0, stage.movement["it"] < 0)
     assert torch.equal(layer.weight[layer.weight != 0], stage.dense["it"][layer.weight != 0])
+
+
+def test_movement_keeps_what_training_made_of_the_weights_that_stay():
+    def moved(criterion):
+        model, before = tiny.bert(), tiny.bert()
+        fit(model, Prune(sparsity=0.5, criterion=criterion, schedule="gradual", end=1.0, every=1), epochs=3)
+        pairs = [(one.weight, before.get_submodule(name).weight) for name, one in linears(model)]
+        return sum(((new - old) * (new != 0)).square().sum().item() for new, old in pairs)
+
+    assert moved("movement") > 0.5 * moved("magnitude")
+
+
+def test_movement_refuses_scaled_gradients():
+    with pytest.raises(UserError, match="precision 16-mixed scales them"):
+        trainer = SimpleNamespace(precision="16-mixed")
+        Prune(criterion="movement", schedule="gradual").on_fit_start(trainer, FineTune(tiny.bert()))
 
 
 def test_a_training_that_ends_before_its_schedule_fails():

@@ -258,3 +258,10 @@ def test_no_layer_is_pruned_where_the_metric_broke():
     assert allocate(broken, 0.7) == pytest.approx({"a": 0.5, "b": 0.9})
     with pytest.raises(UserError, match=r"measured up to 0.7"):
         allocate(broken, 0.8)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
+def test_the_largest_sparsity_measured_can_be_asked_for_whatever_the_rounding(sparsity):
+    sizes = {f"layer{i}": 1000 * i + 7 for i in range(1, 12)}
+    points = [Point(name, size, sparsity, 0.5, 0.1) for name, size in sizes.items()]
+    assert allocate(points, sparsity) == pytest.approx(dict.fromkeys(sizes, sparsity))

@@ -431,3 +431,14 @@ def test_a_run_leaves_an_artifact_that_says_how_to_load_it(textpruner, tmp_path,
     assert sum(sizes(loaded)[0]) == 6 and sum(sizes(loaded)[1]) == 3 * 128
     card = (tmp_path / "artifact" / "README.md").read_text()
     assert ("compress.load(" in card) == (not even) and ("from_pretrained(" in card) == even
+
+
+def test_a_mask_file_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "mask.json").write_text("[[1, 0")
+    with pytest.raises(UserError, match="cannot be read"):
+        Structured(head_mask=str(tmp_path / "mask.json")).check(tiny.bert(), [])
+
+
+def test_a_pattern_of_groups_is_not_broken_up():
+    with pytest.raises(UserError, match=r"technique=structured\+prune"):
+        Structured(target_heads=2, importance="activation").check(tiny.bert(), [Prune(pattern="2:4")])
