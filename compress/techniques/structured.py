@@ -266,15 +266,16 @@ def reachable(key: str, target: int | None, now: list[int], even: bool, unit: in
 
 
 def possible(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
-    """What the blocks may be left with: where they may differ, the first of them with as little as can be."""
+    """What the blocks may be left with: where they may differ, two of them a ``unit`` more and less than the others, so
+    that a width that only some sizes have is not relied upon."""
     if target is None:
         return None
     if even:
         return [target] * len(now)
-    sizes, left = [unit] * len(now), target * len(now) - unit * len(now)
-    for i in reversed(range(len(now))):
-        sizes[i] += min(left, now[i] - unit)
-        left -= sizes[i] - unit
+    each, more = divmod(target * len(now) // unit, len(now))
+    sizes = [unit * (each + (i < more)) for i in range(len(now))]
+    if sizes[0] < now[0] and sizes[-1] > unit:
+        sizes[0], sizes[-1] = sizes[0] + unit, sizes[-1] - unit
     return sizes
 
 

@@ -396,7 +396,7 @@ def test_later_stages_are_checked_against_the_new_shapes(textpruner, build):
     with pytest.raises(UserError, match="asks for the 2 heads and 24 FFN"):
         Structured(2, 24).check(skeleton, [])
     GPTQ(group_size=16).check(preview(target_ffn_size=32, even_ffn=False, ffn_multiple_of=16), [])
-    with pytest.raises(UserError, match="does not divide the 8 inputs"):
+    with pytest.raises(UserError, match="does not divide the 40 inputs"):
         GPTQ(group_size=16).check(preview(target_ffn_size=32, even_ffn=False, ffn_multiple_of=8), [])
     assert sizes(preview(head_mask=[[1, 1, 0, 0], [1, 1, 1, 1]])) == ([2, 4], [64, 64])
 
@@ -442,3 +442,9 @@ def test_a_mask_file_that_cannot_be_read_is_told(tmp_path):
 def test_a_pattern_of_groups_is_not_broken_up():
     with pytest.raises(UserError, match=r"technique=structured\+prune"):
         Structured(target_heads=2, importance="activation").check(tiny.bert(), [Prune(pattern="2:4")])
+
+
+def test_blocks_that_will_differ_are_no_reason_to_refuse_a_second_cut():
+    skeleton = Structured(target_ffn_size=32, even_ffn=False).preview(tiny.bert())
+    assert sum(block.ffn for block in blocks(skeleton)) == 64
+    Structured(target_ffn_size=16, importance="activation").check(skeleton, [])
