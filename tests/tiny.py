@@ -1,5 +1,6 @@
-"""Models of a few thousand random weights, and a loader of random tokens."""
+"""Models of a few thousand random weights, a loader of random tokens, a quiet Trainer, and a module not of ours."""
 
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
@@ -54,3 +55,29 @@ def batch(rows=4, length=10, padded=True, seed=0, lm=False):
 
 def loader(batches=4, lm=False):
     return DataLoader([batch(seed=seed, lm=lm) for seed in range(batches)], batch_size=None)
+
+
+def trainer(*callbacks, epochs=0, **settings):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**quiet, **settings})
+
+
+class Theirs(pl.LightningModule):
+    """As anybody writes one, with its network under any name."""
+
+    def __init__(self, network, name="model"):
+        super().__init__()
+        self.name = name
+        setattr(self, name, network)
+
+    def training_step(self, batch, _):
+        return getattr(self, self.name)(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -30,16 +30,7 @@ class Losses(pl.Callback):
 
 def distil(module, *callbacks, epochs=1, lm=False):
     losses = Losses()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=[losses, *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.fit(module, tiny.loader(8, lm=lm))
+    tiny.trainer(losses, *callbacks, epochs=epochs).fit(module, tiny.loader(8, lm=lm))
     return losses.seen
 
 

@@ -260,24 +260,6 @@ def test_values_out_of_range_are_refused(wrong):
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
-    class Theirs(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = tiny.bert()
-
-        def training_step(self, batch, _):
-            return self.model(**batch).loss
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    theirs = Theirs()
-    pl.Trainer(
-        max_epochs=1,
-        callbacks=[DropLayers(drop=1, samples=8)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    ).fit(theirs, tiny.loader())
+    theirs = tiny.Theirs(tiny.bert())
+    tiny.trainer(DropLayers(drop=1, samples=8), epochs=1).fit(theirs, tiny.loader())
     assert len(blocks(theirs.model)[1]) == BLOCKS - 1

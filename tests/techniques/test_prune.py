@@ -19,15 +19,7 @@ from compress.techniques.structured import Structured
 
 
 def fit(model, *callbacks, epochs=0):
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    )
-    trainer.fit(FineTune(model, training=Training(learning_rate=1e-2)), tiny.loader())
+    tiny.trainer(*callbacks, epochs=epochs).fit(FineTune(model, training=Training(learning_rate=1e-2)), tiny.loader())
     return model
 
 
@@ -117,9 +109,7 @@ def test_of_a_student_and_a_deeper_teacher_the_student_is_pruned():
             self.teacher = BertForSequenceClassification(BertConfig(**{**tiny.SHAPE, "num_hidden_layers": 4}))
 
     module = Distil()
-    pl.Trainer(max_epochs=0, callbacks=[Prune(sparsity=0.5)], logger=False, enable_checkpointing=False).fit(
-        module, tiny.loader()
-    )
+    tiny.trainer(Prune(sparsity=0.5)).fit(module, tiny.loader())
     assert sparsity(module.model) == pytest.approx(0.5, abs=1e-3) and not zeros(module.teacher)
 
 
@@ -276,15 +266,7 @@ def test_movement_prunes_what_training_moves_towards_zero_and_magnitude_does_not
             sparsity=share, criterion=criterion, scope="layer", schedule="gradual", every=1, end=1.0,
             skip=("embeddings", "head", "*layer.1*", "*attention*", "*layer.0.output*"),
         )  # fmt: skip
-        pl.Trainer(
-            max_epochs=5,
-            callbacks=[stage],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-        ).fit(module, tiny.loader())
+        tiny.trainer(stage, epochs=5).fit(module, tiny.loader())
         return (module.layer.weight == 0), module.large
 
     found, large = pruned("movement")
@@ -336,32 +318,11 @@ def test_the_epoch_that_a_training_ends_with_is_a_pruned_one(schedule, tmp_path)
     stage = Prune(sparsity=0.5, schedule=schedule, rounds=4, end=0.9, every=1)
     best = KeepBest(tmp_path, monitor="validation/loss", mode="min", save_weights_only=True)
     module = FineTune(tiny.bert(), training=Training(learning_rate=1e-2))
-    trainer = pl.Trainer(
-        max_epochs=4, callbacks=[stage, best], logger=False, enable_progress_bar=False, accelerator="cpu"
-    )
-    trainer.fit(module, tiny.loader(), tiny.loader())
+    tiny.trainer(stage, best, epochs=4, enable_checkpointing=True).fit(module, tiny.loader(), tiny.loader())
     assert best.best_model_path and sparsity(module.model) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
-    class Theirs(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = tiny.bert()
-
-        def training_step(self, batch, _):
-            return self.net(**batch).loss
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    theirs = Theirs()
-    pl.Trainer(
-        max_epochs=1,
-        callbacks=[Prune(sparsity=0.5)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    ).fit(theirs, tiny.loader())
+    theirs = tiny.Theirs(tiny.bert(), name="net")
+    tiny.trainer(Prune(sparsity=0.5), epochs=1).fit(theirs, tiny.loader())
     assert sparsity(theirs) == pytest.approx(0.5, abs=1e-3)

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import tiny
 import torch
 from datasets import Dataset
@@ -301,11 +300,7 @@ def loader(tokenizer, texts, batch_size=4):
 
 def prune(model, stage, data, epochs=0):
     module = FineTune(model, training=Training(learning_rate=1e-2))
-    trainer = pl.Trainer(
-        max_epochs=epochs, callbacks=[stage], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        accelerator="cpu",
-    )  # fmt: skip
-    trainer.fit(module, data)
+    tiny.trainer(stage, epochs=epochs).fit(module, data)
     return model.eval()
 
 

@@ -3,7 +3,6 @@ import random
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
@@ -32,16 +31,9 @@ PERPLEXITY = SimpleNamespace(kind="lm", num_labels=0, metrics=("perplexity",), p
 
 
 def fit(module, *callbacks, validation=None, epochs=0, logger=False):
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
+    tiny.trainer(*callbacks, epochs=epochs, logger=logger, num_sanity_val_steps=0).fit(
+        module, tiny.loader(), validation
     )
-    trainer.fit(module, tiny.loader(), validation)
 
 
 def points(layer, weights, drops):
@@ -137,27 +129,17 @@ def test_without_validation_data_it_says_what_to_give():
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours_on_what_was_trained():
-    class Theirs(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = tiny.bert()
-
-        def training_step(self, batch, _):
-            return self.model(**batch).loss
-
+    class Theirs(tiny.Theirs):
         def validation_step(self, batch, _):
             pass
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    stage, module = Sensitivity(sparsities=[0.9], samples=16), Theirs()
+    stage, module = Sensitivity(sparsities=[0.9], samples=16), Theirs(tiny.bert())
     fit(module, stage, validation=tiny.loader(), epochs=1)
     again = Sensitivity(sparsities=[0.9], samples=16)
     fit(module, again, validation=tiny.loader())
     assert stage.points == again.points and len(stage.points) == 12
     untrained = Sensitivity(sparsities=[0.9], samples=16)
-    fit(Theirs(), untrained, validation=tiny.loader())
+    fit(Theirs(tiny.bert()), untrained, validation=tiny.loader())
     assert stage.points != untrained.points
 
 

@@ -33,15 +33,7 @@ WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
 
 
 def fit(model, *stages, epochs=0, lm=False):
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(stages),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    )
-    trainer.fit(FineTune(model, training=Training(learning_rate=1e-2)), tiny.loader(lm=lm))
+    tiny.trainer(*stages, epochs=epochs).fit(FineTune(model, training=Training(learning_rate=1e-2)), tiny.loader(lm=lm))
     return model.eval()
 
 
@@ -261,20 +253,8 @@ def test_pruned_weights_stay_zero_through_the_cut_and_the_training(textpruner, b
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours(textpruner):
-    class Theirs(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = tiny.bert()
-
-        def training_step(self, batch, _):
-            return self.model(**batch).loss
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    theirs = Theirs()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    pl.Trainer(max_epochs=1, callbacks=[Structured(2, 20)], **quiet).fit(theirs, tiny.loader())
+    theirs = tiny.Theirs(tiny.bert())
+    tiny.trainer(Structured(2, 20), epochs=1).fit(theirs, tiny.loader())
     assert sizes(theirs.model) == ([2, 2], [20, 20])
 
 
