@@ -229,9 +229,10 @@ def show(rows: list[Row], folder: Path) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 140
     console.print()
-    console.print(table(rows, narrow=console.width < 110))
+    wide = table(rows)
+    console.print(wide if console.measure(wide).maximum <= console.width else table(rows, narrow=True))
     for note in notes(rows):
         console.print(f"  {note}", style="dim")
     console.print(f"  results: {folder}", soft_wrap=True)
