@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
-from compress.models import blocks, compressed
+from compress.models import blocks, compressed, evaluating
 
 
 class DropLayers(pl.Callback):
@@ -143,15 +143,14 @@ def influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         block.register_forward_hook(lambda _, *call, index=index: add(index, *call), with_kwargs=True)
         for index, block in enumerate(stack)
     ]
-    training, tokens = model.training, 0
-    model.eval()
+    tokens = 0
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+        with evaluating(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+                model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return totals / tokens

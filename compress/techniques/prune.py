@@ -19,7 +19,7 @@ from compress import sparsity as maths
 from compress.calibration import calibrate, calibration_batches
 from compress.errors import PostconditionError, UserError
 from compress.hessian import second_moment
-from compress.models import Layer, compressed, linears, prunable, zeros
+from compress.models import Layer, compressed, evaluating, linears, prunable, zeros
 from compress.techniques import Training
 
 SCOPES = {
@@ -319,18 +319,17 @@ class Prune(pl.Callback):
             self.masks = {name: layer.weight.detach() != 0 for name, layer in self.layers.items()}
 
     def _prune_calibrated(self, trainer: pl.Trainer, model: nn.Module, now: dict[str, float]) -> None:
-        training = model.training
-        model.eval()
         batches = list(calibration_batches(trainer, self.samples, self.batch_size))
         statistic = second_moment if self.criterion == "sparsegpt" else maths.squared_norms
-        for layers, total in calibrate(model, batches, statistic):
-            for name in (name for name in layers if name in self.layers):
-                weight = layers[name].weight.data
-                if self.criterion == "sparsegpt":
-                    weight.copy_(maths.sparsegpt(weight, total, now[name], self._pattern(now[name]), self.damping))
-                else:
-                    self._apply(name, self._mask(maths.wanda(weight, total), now[name]))
-        model.train(training)
+        with evaluating(model):
+            for layers, total in calibrate(model, batches, statistic):
+                for name in (name for name in layers if name in self.layers):
+                    weight = layers[name].weight.data
+                    if self.criterion == "sparsegpt":
+                        pattern = self._pattern(now[name])
+                        weight.copy_(maths.sparsegpt(weight, total, now[name], pattern, self.damping))
+                    else:
+                        self._apply(name, self._mask(maths.wanda(weight, total), now[name]))
 
     def _score(self, name: str) -> Tensor:
         if self.criterion == "movement":

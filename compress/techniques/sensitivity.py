@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.metrics import higher_is_better
-from compress.models import compressed, linears
+from compress.models import compressed, evaluating, linears
 from compress.sparsity import magnitude, smallest_of
 from compress.techniques.finetune import aligned
 
@@ -160,18 +160,6 @@ def evenly_spread(batches: list[Batch], samples: int) -> list[Batch]:
 def middles(count: int, parts: int) -> list[int]:
     """The middles of so many equal parts of ``range(count)``."""
     return [(2 * i + 1) * count // (2 * parts) for i in range(parts)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and afterwards every module in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.inference_mode()

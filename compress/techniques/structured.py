@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress import textpruning
 from compress.calibration import Batch, calibrate, calibration_batches
 from compress.errors import UserError
-from compress.models import compressed, is_decoder, one_line
+from compress.models import compressed, evaluating, is_decoder, one_line
 from compress.shapes import Block, blocks, cut, record, shape
 from compress.sparsity import squared_norms
 from compress.techniques.prune import Prune
@@ -158,15 +158,13 @@ class Structured(pl.Callback):
                     "technique.structured.importance=loss needs labels and the training batches have none: set "
                     "technique.structured.importance=logits or activation."
                 )
-            training = model.training
-            model.eval()
-            if self.importance == "logits":
-                batches = [own_labels(model, batch) for batch in batches]
-            if self.by_textpruner(model):
-                cut(model, **self.textpruner_masks(model, batches))
-            else:
-                self.shrink(model, batches)
-            model.train(training)
+            with evaluating(model):
+                if self.importance == "logits":
+                    batches = [own_labels(model, batch) for batch in batches]
+                if self.by_textpruner(model):
+                    cut(model, **self.textpruner_masks(model, batches))
+                else:
+                    self.shrink(model, batches)
         record(model)
         left = sum(block.groups for block in blocks(model)), sum(block.ffn for block in blocks(model))
         if left != goals:
