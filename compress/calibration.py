@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -47,10 +47,14 @@ class Call(NamedTuple):
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: list[Batch], statistic: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    batches: list[Batch],
+    statistic: Callable[[Tensor], Tensor],
+    wanted: Container[str] | None = None,
 ) -> Iterator[tuple[dict[str, nn.Linear], Tensor]]:
     """Stream calibration batches through the blocks; yield ``(layers, total)`` for every set of Linear layers, by
-    name, that share an input, in the order in which they run.
+    name, that share an input, in the order in which they run: all of the blocks, or those ``wanted``, which may stand
+    outside of the blocks too.
 
     ``total`` is the sum over the batches of ``statistic(x)``, where ``x`` is ``[tokens, inputs]`` in float32, padding
     left out. Layers may be changed before the next set is asked for: what follows sees the changed ones. Only the
@@ -62,9 +66,13 @@ def calibrate(
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
         forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
         for layers in sharing_inputs(block, forwards[0]):
-            total = over_inputs(next(iter(layers.values())), forwards, masks, statistic)
-            yield {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}, total
+            named = {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}
+            if chosen := {name: layer for name, layer in named.items() if wanted is None or name in wanted}:
+                yield chosen, over_inputs(next(iter(chosen.values())), forwards, masks, statistic)
         hidden = [forward() for forward in forwards]
+    for name, module in model.named_modules() if wanted is not None else ():
+        if isinstance(module, nn.Linear) and name in wanted and not name.startswith(f"{prefix}."):
+            yield {name: module}, over_inputs(module, [partial(model, **batch) for batch in batches], masks, statistic)
 
 
 def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:

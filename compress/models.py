@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -339,6 +340,39 @@ def prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]
         return name in inside or (head and id(module.weight) not in tied)
 
     return {name: module for name, module in every if wanted(name, module)}
+
+
+def select(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
+    """The layers that ``skip``, the setting ``key``, leaves of all, by name: ``embeddings``, ``head`` (every Linear
+    outside the transformer blocks) or a pattern of names leaves out what it says.
+
+    Raises:
+        UserError: a pattern fits no layer, or no layer is left.
+    """
+    patterns = [word for word in skip if word not in ("embeddings", "head")]
+    found = prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise UserError(unmatched(key, pattern, found))
+    kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    if not kept:
+        raise UserError(f"{key}={list(skip)} leaves no layer to work on: skip fewer.")
+    return kept
+
+
+def quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn.Linear]:
+    """The Linear layers that the setting ``key.skip`` leaves to be quantized, by name.
+
+    Raises:
+        UserError: it leaves the embeddings as well.
+    """
+    if "embeddings" not in skip:
+        raise UserError(f"{key}.skip={list(skip)} leaves the embeddings, which stay floats: add `embeddings` to it.")
+    return {name: layer for name, layer in select(model, skip, f"{key}.skip").items() if isinstance(layer, nn.Linear)}
+
+
+def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
+    return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."
 
 
 def zeros(model: nn.Module) -> dict[str, torch.Tensor]:

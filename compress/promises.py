@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.artifact import size_bytes
 from compress.errors import PostconditionError, UserError
 from compress.models import blocks, zeros
+from compress.packing import stored_bits
 from compress.techniques import trait
 
 
@@ -61,7 +62,8 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
 
 
 def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Tensor, reloaded: Tensor) -> None:
-    """The saved artifact is the model that was saved, and smaller where the stage promises so.
+    """The saved artifact is the model that was saved, of as many bits as were asked for, and smaller where the stage
+    promises so.
 
     Raises:
         PostconditionError: it is not.
@@ -76,6 +78,22 @@ def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Ten
         raise PostconditionError(
             f"`{key}` should make the model smaller: {size_bytes(source)} bytes before, {size_bytes(folder)} after."
         )
+
+
+def check_bits(key: str, asked: dict[str, float], model: nn.Module, folder: Path) -> None:
+    """On average over the layers, every weight takes the bits on disk that were ``asked``: to a fiftieth, as rows are
+    filled up to whole words.
+
+    Raises:
+        PostconditionError: it does not.
+    """
+    layers = {name: model.get_submodule(name) for name in asked}
+    weights = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+    every = sum(weights.values())
+    wanted = sum(asked[name] * weights[name] for name in asked) / every
+    found = sum(stored_bits(folder, asked).values()) / every
+    if abs(found - wanted) > 0.02 * wanted:
+        raise PostconditionError(f"`{key}` should store {wanted:.3f} bits a weight and stored {found:.3f}.")
 
 
 @torch.inference_mode()

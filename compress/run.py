@@ -208,6 +208,8 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         (into / "report").mkdir()
         stage.report(into / "report")
     promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
+    if asked := trait(stage, "average_bits"):
+        promises.check_bits(step.key, asked, model, into)
 
 
 class KeepBest(ModelCheckpoint):

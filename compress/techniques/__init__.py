@@ -7,7 +7,9 @@ the default of :class:`Technique`; a stage sets the ones in which it differs. No
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol
 
 from pydantic import ConfigDict, Field
@@ -57,6 +59,9 @@ class Technique(Protocol):
     """How many validation examples it measures on."""
     limits: str = ""
     """What it cannot do for size or speed, for the report."""
+    average_bits: Mapping[str, float] = MappingProxyType({})
+    """Promised and checked, once the stage is done: the bits that a weight of each layer takes on disk, scales and zero
+    points counted."""
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         """Raise UserError where the stage does not fit the model, told from its shapes alone, or the stages before."""

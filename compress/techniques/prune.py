@@ -19,7 +19,7 @@ from compress import sparsity as maths
 from compress.calibration import calibrate, calibration_batches
 from compress.errors import PostconditionError, UserError
 from compress.hessian import second_moment
-from compress.models import Layer, compressed, evaluating, linears, prunable, zeros
+from compress.models import Layer, compressed, evaluating, linears, select, unmatched, zeros
 from compress.techniques import Training
 
 SCOPES = {
@@ -262,15 +262,7 @@ class Prune(pl.Callback):
             )
 
     def _layers(self, model: nn.Module) -> dict[str, Layer]:
-        skipped = [word for word in self.skip if word not in ("embeddings", "head")]
-        groups = {word for word in self.skip if word not in skipped}
-        found = prunable(model, embeddings="embeddings" not in groups, head="head" not in groups)
-        for pattern in skipped:
-            if not any(fnmatchcase(name, pattern) for name in found):
-                raise UserError(unmatched("technique.prune.skip", pattern, found))
-        kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in skipped)}
-        if not kept:
-            raise UserError(f"technique.prune.skip={list(self.skip)} leaves no layer to prune: skip fewer.")
+        kept = select(model, self.skip, "technique.prune.skip")
         inside = {name for name, _ in linears(model)}
         if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
             raise UserError(
@@ -425,7 +417,3 @@ def by_pattern(ratios: dict[str, float], layers: Iterable[str], otherwise: float
         name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
         for name in layers
     }
-
-
-def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
-    return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."

@@ -7,8 +7,10 @@ from pydantic import ValidationError
 from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from compress.errors import UserError
+from compress import promises
+from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
+from compress.quantization import Scheme
 from compress.techniques.gptq import GPTQ, gptq, minmax_grid, to_grid
 from compress.techniques.prune import Prune
 
@@ -27,19 +29,19 @@ def test_two_columns_worked_by_hand():
     # Inputs always equal: what rounding the first column loses, the second can make up for.
     weight = torch.tensor([[1.0, -0.6, 0.3]])
     inputs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    quantized, _ = gptq(weight, inputs.T @ inputs, bits=3, symmetric=True, damping=1e-6)
+    quantized, _ = gptq(weight, inputs.T @ inputs, Scheme(3), damping=1e-6)
     scale = 2 / 7  # the widest weight reaches the end of seven steps
     assert quantized[0, 0].item() == pytest.approx(3 * scale)  # 1 / scale = 3.5, and 3 is the last integer
     assert quantized[0, 1].item() == pytest.approx(-2 * scale)  # nearest to -0.6; loses 0.02857
     assert quantized[0, 2].item() == pytest.approx(scale)  # nearest to 0.3 - 0.02857
-    alone = to_grid(weight, minmax_grid(weight, 3, True, torch.float32), 3, True)
+    alone = to_grid(weight, minmax_grid(weight, Scheme(3), torch.float32), Scheme(3))
     assert error(weight, quantized, inputs) <= error(weight, alone, inputs)
 
 
 def test_an_error_moves_to_a_column_that_can_take_it():
     weight = torch.tensor([[0.4, 0.4, 1.0]])
     inputs = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two columns see one input
-    quantized, _ = gptq(weight, inputs.T @ inputs, bits=3, damping=1e-6)
+    quantized, _ = gptq(weight, inputs.T @ inputs, Scheme(3), damping=1e-6)
     scale = 2 / 7
     # 0.4 is nearest to one step, 0.286; the 0.114 that are lost move to the second, where 0.514 is nearest to two.
     assert quantized[0, :2].tolist() == pytest.approx([scale, 2 * scale])
@@ -48,48 +50,54 @@ def test_an_error_moves_to_a_column_that_can_take_it():
 @pytest.mark.parametrize("group_size", [-1, 16, 64])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_it_beats_rounding_to_nearest(bits, group_size, symmetric):
+@pytest.mark.parametrize("act_order", [True, False])
+def test_it_beats_rounding_to_nearest(bits, group_size, symmetric, act_order):
     weight, inputs = problem()
-    quantized, _ = gptq(weight, inputs.T @ inputs, bits, group_size, symmetric)
-    nearest, _ = gptq(weight, torch.eye(64), bits, group_size, symmetric)  # no correlation, nothing to make up
+    scheme = Scheme(bits, group_size, symmetric)
+    quantized, _ = gptq(weight, inputs.T @ inputs, scheme, act_order=act_order)
+    nearest = to_grid(weight, minmax_grid(weight, scheme, torch.float32), scheme)
     assert error(weight, quantized, inputs) < 0.8 * error(weight, nearest, inputs)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_every_value_is_on_the_grid(symmetric):
+def test_every_value_is_on_the_grid(symmetric, act_order):
     weight, inputs = problem()
-    quantized, grid = gptq(weight, inputs.T @ inputs, 4, 16, symmetric)
+    quantized, grid = gptq(weight, inputs.T @ inputs, Scheme(4, 16, symmetric), act_order=act_order)
     scale, zero = (part.repeat_interleave(16, 1) for part in grid)
     integers = quantized / scale + zero
     assert torch.allclose(integers, integers.round(), atol=1e-4)
     assert integers.min() >= -8.001 and integers.max() <= 7.001
 
 
+@pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 16])
-def test_zeros_stay_zero_and_are_made_up_for(group_size, symmetric):
+def test_zeros_stay_zero_and_are_made_up_for(group_size, symmetric, act_order):
     weight, inputs = problem()
+    scheme = Scheme(4, group_size, symmetric)
     hessian = inputs.T @ inputs
     pruned = weight * (weight.abs() > 0.7)
-    quantized, _ = gptq(pruned, hessian, 4, group_size, symmetric)
+    quantized, _ = gptq(pruned, hessian, scheme, act_order=act_order)
     assert (quantized[pruned == 0] == 0).all()
     # The control: quantize without a mask and cut the zeros out again afterwards.
-    unmasked, _ = gptq(pruned + (pruned == 0) * 1e-12, hessian, 4, group_size, symmetric)
+    unmasked, _ = gptq(pruned + (pruned == 0) * 1e-12, hessian, scheme, act_order=act_order)
     assert error(pruned, quantized, inputs) < error(pruned, unmasked * (pruned != 0), inputs)
 
 
-def test_how_many_columns_wait_changes_nothing():
+@pytest.mark.parametrize("act_order", [True, False])
+def test_how_many_columns_wait_changes_nothing(act_order):
     weight, inputs = problem()
-    hessian = inputs.T @ inputs
-    reference, _ = gptq(weight, hessian, 4, 16, lazy=1)
+    hessian, scheme = inputs.T @ inputs, Scheme(4, 16)
+    reference, _ = gptq(weight, hessian, scheme, act_order=act_order, lazy=1)
     for lazy in (7, 24, 64):
-        assert torch.allclose(gptq(weight, hessian, 4, 16, lazy=lazy)[0], reference, atol=1e-4)
+        assert torch.allclose(gptq(weight, hessian, scheme, act_order=act_order, lazy=lazy)[0], reference, atol=1e-4)
 
 
 def test_dead_inputs_are_rounded_and_not_pruned():
     weight, inputs = problem()
     inputs[:, 5] = 0
-    quantized, _ = gptq(weight, inputs.T @ inputs)
+    quantized, _ = gptq(weight, inputs.T @ inputs, Scheme())
     assert quantized.isfinite().all() and (quantized[:, 5] != 0).any()
 
 
@@ -118,6 +126,45 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
     assert described["config_groups"]["group_0"]["weights"]["num_bits"] == 4
 
 
+@pytest.mark.parametrize("bits, group_size, symmetric", [(3, 16, False), (4, 16, True), (2, -1, True), (8, 8, False)])
+def test_as_many_bits_are_stored_as_asked(bits, group_size, symmetric, tmp_path):
+    model = tiny.bert()
+    stage = GPTQ(bits=bits, group_size=group_size, symmetric=symmetric, samples=8)
+    fit(model, stage)
+    stage.save(model, tmp_path)
+    promises.check_bits("gptq", stage.average_bits, model, tmp_path)
+    asked = stage.average_bits["bert.encoder.layer.0.attention.self.query"]  # 32 inputs, scales of 32 bits
+    beside = 32 + (0 if symmetric else bits)
+    assert asked == bits + beside / (32 if group_size == -1 else group_size)
+    with pytest.raises(PostconditionError, match=r"should store 2\.000 bits a weight and stored"):
+        promises.check_bits("gptq", dict.fromkeys(stage.average_bits, 2.0), model, tmp_path)
+
+
+@pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
+def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tmp_path):
+    model = build()
+    names = [name for name, _ in linears(model)]
+    before = {name: model.get_submodule(name).weight.clone() for name in names}
+    stage = GPTQ(group_size=16, samples=8, skip=("embeddings", f"{names[0]}"))
+    fit(model, stage)
+    outside = {"bert.pooler.dense", "classifier"} if build is tiny.bert else {"score"}
+    assert set(stage.quantized) == {*names[1:], *outside}
+    assert torch.equal(model.get_submodule(names[0]).weight, before[names[0]])
+    one = {k: v for k, v in tiny.batch(seed=9).items() if k != "labels"}
+    with torch.no_grad():
+        expected = model.eval()(**one).logits
+    stage.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path)(**one).logits, expected, atol=1e-6
+        )
+
+
+def test_embeddings_are_refused():
+    with pytest.raises(UserError, match=r"skip=\['head'\] leaves the embeddings, which stay floats: add"):
+        GPTQ(skip=("head",)).check(tiny.bert(), [])
+
+
 def test_bfloat16_weights_reload_exactly(tmp_path):
     model = tiny.llama().bfloat16()
     stage = GPTQ(group_size=16, samples=8)
@@ -143,8 +190,8 @@ def test_a_group_that_does_not_divide_a_width_is_told_from_the_shapes_alone():
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         GPTQ(**wrong)
-    with pytest.raises(UserError):
-        GPTQ(group_size=0)
+    with pytest.raises(UserError, match="group_size=0 does not divide"):
+        GPTQ(group_size=0).check(tiny.bert(), [])
 
 
 def test_after_training_it_quantizes_what_was_trained():

@@ -143,7 +143,7 @@ def test_settings_that_contradict_are_told(wrong, told):
     [
         ({"pattern": "2:5"}, r"the 32 inputs of `bert.encoder.layer.0.attention.self.query` are no multiple of 5"),
         ({"skip": ["embeddings", "head", "*mlp*"]}, r"`\*mlp\*` fits none of the model's layers"),
-        ({"skip": ["*"]}, r"leaves no layer to prune"),
+        ({"skip": ["*"]}, r"leaves no layer to work on"),
         ({"ratios": {"*mlp*": 0.3}}, r"`\*mlp\*` fits none of the model's layers"),
         ({"ratios": "sensitivity"}, r"technique=sensitivity\+prune"),
         ({"ratios": "nowhere.csv"}, r"nowhere.csv, which is no file"),

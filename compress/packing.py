@@ -1,0 +1,82 @@
+"""Quantized layers on disk, in the compressed-tensors format that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from torch import nn
+
+from compress.quantization import Grid, Scheme
+from compress.quiet import without_bars
+
+ABOUT = ("weight_shape", "quant_map", "quant_state")
+"""Parts of the names of tensors that describe a layer and are the same for every number of weights."""
+
+
+class Quantized(NamedTuple):
+    """What a layer's weights, which are already on the grid, are stored as."""
+
+    scheme: Scheme
+    grid: Grid
+
+
+def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
+    """Write ``model`` to ``folder``, its ``layers`` as packed integers. The model is packed as well and of no use
+    afterwards."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    schemes = list(dict.fromkeys(layer.scheme for layer in layers.values()))
+    groups = {
+        f"group_{i}": quantization_scheme(
+            scheme,
+            # One scheme for all is said of the class, as every reader understands it.
+            ["Linear"] if len(schemes) == 1 else [name for name, one in layers.items() if one.scheme == scheme],
+        )
+        for i, scheme in enumerate(schemes)
+    }
+    ignore = [name for name in linears if name not in layers]
+    with without_bars():
+        apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=ignore))
+    for name, (scheme, grid) in layers.items():
+        layer = model.get_submodule(name)
+        layer.weight_scale.data.copy_(grid.scale)
+        if not scheme.symmetric:
+            layer.weight_zero_point.data.copy_(grid.zero)
+    with without_bars():
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+
+
+def quantization_scheme(scheme: Scheme, targets: list[str]) -> Any:
+    """compressed-tensors' own description of ``scheme``."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    strategy = {"strategy": "channel"} if scheme.group_size == -1 else {"group_size": scheme.group_size}
+    weights = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, **strategy)
+    return QuantizationScheme(targets=targets, weights=weights)
+
+
+def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:
+    """Bits that every weight of each layer should take, scales and zero points counted."""
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    return {name: layers[name].scheme.average_bits(one.in_features, one.weight.dtype) for name, one in linears.items()}
+
+
+def stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:
+    """Bits that the weights of ``layers`` take on disk, scales and zero points counted; biases are not."""
+    found = dict.fromkeys(layers, 0)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (it is no dict)
+                name = key.partition(".weight")[0]
+                if name in found and not any(word in key for word in ABOUT):
+                    tensor = file.get_tensor(key)
+                    found[name] += tensor.numel() * tensor.element_size() * 8
+    return found
