@@ -71,7 +71,8 @@ def soft_loss(
         raise UserError(
             f"`js` got beta={beta:g}: give a number between 0 and 1; the limits there are `kl` and `reverse_kl`."
         )
-    student, teacher = student.float(), teacher.detach().float()
+    wide = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(wide), teacher.detach().to(wide)
     if kind == "multilabel" and name != "mse":
         # The softmax of a logit beside a zero is its sigmoid, so every label is a choice between two classes.
         student, teacher = (torch.stack((x, torch.zeros_like(x)), dim=-1) for x in (student, teacher))

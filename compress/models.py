@@ -309,6 +309,12 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return iter(found)
 
 
+def kind_of(model: nn.Module) -> str:
+    """The kind of task that the model's head is for, as its config says."""
+    problem: Any = getattr(model.config, "problem_type", None)
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards every module in the mode that it was in."""

@@ -19,7 +19,7 @@ from compress import artifact, losses, shapes
 from compress.cache import digest, environment, fingerprint
 from compress.calibration import calibration_batches
 from compress.errors import UserError
-from compress.models import blocks, from_pretrained, max_length
+from compress.models import blocks, from_pretrained, kind_of, max_length
 from compress.students import Student, load_student, same_labels, same_vocabulary, student_of
 from compress.tasks import Task
 from compress.tasks import fingerprint as content
@@ -412,12 +412,6 @@ class Relations:
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         found = self.seen[layer]
         return found["query"], found["key"], found["value"]
-
-
-def kind_of(model: nn.Module) -> str:
-    """The kind of task that the model's head is for, as its config says."""
-    problem: Any = getattr(model.config, "problem_type", None)
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
 
 
 def scheduled(name: str | None, progress: float) -> float:

@@ -11,11 +11,11 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress import packing
-from compress.calibration import calibrate, calibration_batches
+from compress.calibration import Batch, calibrate, calibration_batches
 from compress.hessian import inverse_factor, second_moment
 from compress.models import compressed, evaluating, quantizable
 from compress.packing import Quantized
-from compress.quantization import Grid, Scheme, minmax_grid, to_grid
+from compress.quantization import Grid, Scheme, fitted_grid, to_grid
 
 KEY = "technique.gptq"
 
@@ -85,19 +85,28 @@ class GPTQ(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = compressed(pl_module).to(trainer.strategy.root_device)
-        wanted = quantizable(model, self.skip, KEY)
+        schemes = dict.fromkeys(quantizable(model, self.skip, KEY), self.scheme)
         batches = list(calibration_batches(trainer, self.samples, self.batch_size))
-        with evaluating(model):
-            for layers, hessian in calibrate(model, batches, second_moment, wanted):
-                for name, linear in layers.items():
-                    weight, grid = gptq(linear.weight.data, hessian, self.scheme, self.damping, self.act_order)
-                    linear.weight.data.copy_(weight)
-                    self.quantized[name] = Quantized(self.scheme, grid)
+        self.quantized = quantize(model, batches, schemes, self.damping, self.act_order)
         self.average_bits = packing.average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         packing.save(model, self.quantized, folder)
+
+
+def quantize(
+    model: nn.Module, batches: list[Batch], schemes: dict[str, Scheme], damping: float, act_order: bool
+) -> dict[str, Quantized]:
+    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``."""
+    quantized = {}
+    with evaluating(model):
+        for layers, hessian in calibrate(model, batches, second_moment, schemes):
+            for name, linear in layers.items():
+                weight, grid = gptq(linear.weight.data, hessian, schemes[name], damping, act_order)
+                linear.weight.data.copy_(weight)
+                quantized[name] = Quantized(schemes[name], grid)
+    return quantized
 
 
 @torch.no_grad()
@@ -119,7 +128,8 @@ def gptq(
     left = weight.float()[:, order]
     keep = left != 0
     quantized = torch.zeros_like(left)
-    grid = minmax_grid(weight, scheme, dtype)
+    importance = hessian.diagonal()
+    grid = fitted_grid(weight, scheme, dtype, importance)
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
         errors = torch.zeros(len(left), stop - start, device=weight.device)
@@ -130,7 +140,7 @@ def gptq(
                 members = left[:, j : j + size].clone()
                 ahead = slice(max(stop, j), min(j + size, columns))
                 members[:, ahead.start - j :] -= errors[:, : j - start] @ factor[start:j, ahead]
-                found = minmax_grid(members * keep[:, j : j + size], scheme, dtype)
+                found = fitted_grid(members * keep[:, j : j + size], scheme, dtype, importance[j : j + size])
                 grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
             column = left[:, j]
             of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])

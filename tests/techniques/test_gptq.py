@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from compress import promises
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
-from compress.quantization import Scheme
-from compress.techniques.gptq import GPTQ, gptq, minmax_grid, to_grid
+from compress.quantization import Scheme, minmax_grid, to_grid
+from compress.techniques.gptq import GPTQ, gptq
 from compress.techniques.prune import Prune
 
 

@@ -1,0 +1,119 @@
+"""Perplexity after weight-only quantization by this project, by llm-compressor, and by rounding to nearest: the same
+weights, calibration text and format.
+
+    python benchmarks/against_llmcompressor.py MODEL CALIBRATION.txt TEST.txt [--group-size 128] [--length 256]
+
+The calibration windows are the first of one text file and the test windows all of the other, up to ``--windows``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from compress.packing import quantization_scheme
+from compress.quantization import Scheme
+from compress.quiet import hush
+from compress.techniques.gptq import GPTQ
+
+Windows = list[dict[str, torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
+    parser.add_argument("--windows", type=int, default=400, help="most windows to test on")
+    asked = parser.parse_args()
+    hush()
+    logger.remove()  # llm-compressor's own
+    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    calibration = windows(tokenizer, asked.calibration, asked.length, asked.samples)
+    test = windows(tokenizer, asked.test, asked.length, asked.windows)
+    dense = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
+    floats = perplexity(dense, test)
+    table = Table("bits", "float", "rounding to nearest", "llm-compressor GPTQ", "gptq", "gptq / llm-compressor")
+    for bits in (4, 3):
+        scheme = Scheme(bits, asked.group_size, symmetric=True)
+        found = [
+            perplexity(method(copy.deepcopy(dense), scheme, calibration), test) for method in (nearest, theirs, ours)
+        ]
+        table.add_row(str(bits), f"{floats:.3f}", *(f"{one:.3f}" for one in found), f"{found[2] / found[1]:.4f}")
+    Console().print(table)
+
+
+def windows(tokenizer, path: Path, length: int, most: int) -> Windows:
+    ids = tokenizer(path.read_text(errors="replace"), return_tensors="pt")["input_ids"][0]
+    cut = ids[: len(ids) // length * length].view(-1, length)[:most]
+    return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in cut]
+
+
+@torch.inference_mode()
+def perplexity(model: LlamaForCausalLM, test: Windows) -> float:
+    losses = [model(**one, labels=one["input_ids"]).loss.item() for one in test]
+    return math.exp(sum(losses) / len(losses))
+
+
+def ours(model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
+    stage = GPTQ(scheme.bits, scheme.group_size, scheme.symmetric, samples=len(calibration))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=0, callbacks=[stage], enable_model_summary=False, **quiet)
+    trainer.fit(Untrained(model), DataLoader(calibration, batch_size=None))
+    return model.eval()
+
+
+class Untrained(pl.LightningModule):
+    """A module around a model that is quantized and not trained."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict, _: int) -> torch.Tensor:
+        return self.model(**batch, labels=batch["input_ids"]).loss
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def modified(modifier: Callable) -> Callable[[LlamaForCausalLM, Scheme, Windows], LlamaForCausalLM]:
+    """llm-compressor's ``modifier`` on a model."""
+
+    def apply(model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
+        groups = {"group_0": quantization_scheme(scheme, ["Linear"])}
+        rows = [{name: value[0].tolist() for name, value in one.items()} for one in calibration]
+        oneshot(
+            model=model,
+            dataset=Dataset.from_list(rows),
+            recipe=modifier(config_groups=groups, ignore=["lm_head"]),
+            num_calibration_samples=len(rows),
+            max_seq_length=len(rows[0]["input_ids"]),
+        )
+        return model.eval()
+
+    return apply
+
+
+nearest, theirs = modified(QuantizationModifier), modified(GPTQModifier)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+import csv
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from test_prune import fit
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from compress import promises
+from compress.errors import UserError
+from compress.models import linears, zeros
+from compress.techniques.mixed import Choice, Mixed, within
+from compress.techniques.prune import Prune
+
+SMALL = {"group_size": 16, "samples": 8, "measured": 8}
+
+
+def choice(name, bits, size, divergence):
+    return Choice((name,), bits, size, divergence)
+
+
+def test_a_budget_worked_by_hand():
+    options = [
+        [choice("a", 2, 20, 9.0), choice("a", 4, 40, 1.0)],
+        [choice("b", 2, 20, 2.0), choice("b", 4, 40, 1.9)],
+    ]
+    assert [one.bits for one in within(options, 60)] == [4, 2]  # 3.0 in all; the other way round 10.9
+    assert [one.bits for one in within(options, 80)] == [4, 4]
+    assert [one.bits for one in within(options, 40)] == [2, 2]
+
+
+def test_no_choice_within_the_budget_diverges_less():
+    torch.manual_seed(0)
+    options = [[choice(str(i), b, 10.0 * b, float(d)) for b, d in zip((2, 3, 4), torch.rand(3))] for i in range(5)]
+    found = within(options, 150)
+    every = [some for some in product(*options) if sum(one.stored_bits for one in some) <= 150]
+    assert sum(one.divergence for one in found) == min(sum(one.divergence for one in some) for some in every)
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+def test_the_average_is_within_the_budget_and_zeros_stay(build, tmp_path):
+    model = build()
+    fit(model, Prune(sparsity=0.3))
+    masks = zeros(model)
+    stage = Mixed(average_bits=5.5, **SMALL)  # scales of 32 bits for 16 weights are two of them
+    fit(model, stage)
+    assert all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
+    layers = dict(linears(model))
+    weights = {name: layer.weight.numel() for name, layer in layers.items()}
+    average = sum(stage.average_bits[name] * weights[name] for name in weights) / sum(weights.values())
+    assert 5.2 < average <= 5.5
+    assert len({one.bits for one in stage.chosen}) > 1
+    for one in stage.chosen:  # those that share an input are one choice
+        kinds = {name.rpartition(".")[2] for name in one.layers}
+        assert (
+            kinds in ({"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+            or len(kinds) == 1
+        )
+    batch = {k: v for k, v in tiny.batch(seed=9).items() if k != "labels"}
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    stage.save(model, tmp_path)
+    promises.check_bits("mixed", stage.average_bits, model, tmp_path)
+    auto = AutoModelForCausalLM if build is tiny.llama_lm else AutoModelForSequenceClassification
+    with torch.no_grad():
+        assert torch.allclose(auto.from_pretrained(tmp_path)(**batch).logits, expected, atol=1e-6)
+
+
+def test_layers_that_matter_get_the_bits():
+    model = tiny.bert()
+    unimportant = model.bert.encoder.layer[1].output.dense
+    unimportant.weight.data *= 1e-3  # of a sum in which it is lost
+    stage = Mixed(average_bits=5.5, **SMALL)
+    fit(model, stage)
+    bits = {name: one.scheme.bits for name, one in stage.quantized.items()}
+    assert bits["bert.encoder.layer.1.output.dense"] < bits["bert.encoder.layer.0.output.dense"]
+
+
+def test_the_report_holds_every_layer_and_what_each_choice_costs(tmp_path):
+    model = tiny.bert()
+    stage = Mixed(average_bits=5.5, **SMALL)
+    fit(model, stage)
+    stage.report(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "bits.csv").open()))
+    assert [row["layer"] for row in rows] == [name for one in stage.chosen for name in one.layers]
+    assert {row["layer"]: int(row["bits"]) for row in rows} == {n: q.scheme.bits for n, q in stage.quantized.items()}
+    for row in rows:
+        costs = [float(row[f"divergence_at_{bits}"]) for bits in (2, 3, 4, 8)]
+        assert costs[0] > costs[2] > costs[3] >= 0
+
+
+def test_a_budget_out_of_reach_is_refused():
+    with pytest.raises(UserError, match=r"average_bits is 3.5 and a weight takes 4.000 bits at 2, its scale counted"):
+        Mixed(average_bits=3.5, **SMALL).check(tiny.bert(), [])
+    with pytest.raises(UserError, match=r"and 10.000 at 8: set a number between"):
+        Mixed(average_bits=11, **SMALL).check(tiny.bert(), [])
+    with pytest.raises(UserError, match="measured is 64 and technique.mixed.samples 8"):
+        Mixed(samples=8, measured=64)
+    with pytest.raises(UserError, match="group_size=48 does not divide"):
+        Mixed(group_size=48).check(tiny.bert(), [])
+
+
+@pytest.mark.parametrize("wrong", [{"choices": (4,)}, {"choices": (4, 5)}, {"average_bits": 0}])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Mixed(**wrong)
