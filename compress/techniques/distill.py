@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from compress import artifact, losses, shapes
 from compress.cache import digest, environment, fingerprint
 from compress.calibration import calibration_batches
+from compress.data import LengthBuckets
 from compress.errors import UserError
 from compress.models import blocks, from_pretrained, kind_of, max_length
 from compress.students import Student, load_student, same_labels, same_vocabulary, student_of
@@ -103,7 +104,7 @@ class Distill(FineTune):
         teacher: the chain's fine-tuned baseline, or the folder of an artifact or a model, or a model.
         loss: between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` where the task is a
             regression and ``ce`` elsewhere. Labels of a multi-label task are compared one by one.
-        temperature: that both logits are divided by.
+        temperature: that both logits are divided by; null for 1 for a language model and 4 elsewhere.
         temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around it.
         beta: of ``js``: towards 0 it is KL, towards 1 reverse KL.
         soft_weight: of that loss.
@@ -134,7 +135,7 @@ class Distill(FineTune):
         student: Student = Student(),  # noqa: B008  (frozen)
         teacher: str | nn.Module | None = None,
         loss: Literal["ce", "kl", "mse", "reverse_kl", "js"] | None = None,
-        temperature: Annotated[float, Field(gt=0)] = 4.0,
+        temperature: Annotated[float, Field(gt=0)] | None = None,
         temperature_schedule: tuple[Any, ...] | None = None,
         beta: Annotated[float, Field(gt=0, lt=1)] = 0.5,
         soft_weight: Annotated[float, Field(ge=0)] = 1.0,
@@ -158,7 +159,10 @@ class Distill(FineTune):
         self.kind = task.kind if task else kind_of(model)
         self.labels_known = task is None or task.labels is not None
         self.loss = loss or ("mse" if self.kind == "regression" else "ce")
-        self.temperature, self.temperature_schedule, self.beta = temperature, temperature_schedule, beta
+        # Tokens have many right continuations and are learnt as they are; labels have one, and what the teacher thinks
+        # of the others is in its softened answers (TextBrewer's default).
+        self.temperature = temperature or (1.0 if self.kind == "lm" else 4.0)
+        self.temperature_schedule, self.beta = temperature_schedule, beta
         self.soft_weight, self.soft_schedule = soft_weight, soft_schedule
         self.hard_weight, self.hard_schedule = hard_weight, hard_schedule
         self.matches = intermediate_matches
@@ -320,8 +324,9 @@ class Distill(FineTune):
             )
         ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
         rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+        buckets = LengthBuckets([len(row) for row in ids], data.batch_size, data.seed)
         while True:
-            for cut in torch.randperm(len(rows)).split(data.batch_size):
+            for cut in buckets:
                 yield data.tokenizer.pad([rows[i] for i in cut], return_tensors="pt").to(self.device)
 
     @torch.no_grad()

@@ -125,29 +125,26 @@ def gptq(
     size = scheme.group(columns)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = inverse_factor(hessian[order][:, order], damping)
-    left = weight.float()[:, order]
-    keep = left != 0
-    quantized = torch.zeros_like(left)
     importance = hessian.diagonal()
     grid = fitted_grid(weight, scheme, dtype, importance)
+    left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight lies together
+    keep = left != 0
+    quantized = torch.zeros_like(left)
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
-        errors = torch.zeros(len(left), stop - start, device=weight.device)
+        errors = torch.zeros(stop - start, left.shape[1], device=weight.device)
         for j in range(start, stop):
             group = int(order[j]) // size
             if not act_order and j % size == 0:
                 # Columns of the group beyond this lazy block still wait for its errors: none where size divides lazy.
-                members = left[:, j : j + size].clone()
+                members = left[j : j + size].clone()
                 ahead = slice(max(stop, j), min(j + size, columns))
-                members[:, ahead.start - j :] -= errors[:, : j - start] @ factor[start:j, ahead]
-                found = fitted_grid(members * keep[:, j : j + size], scheme, dtype, importance[j : j + size])
+                members[ahead.start - j :] -= factor[start:j, ahead].T @ errors[: j - start]
+                found = fitted_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
                 grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
-            column = left[:, j]
             of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            rounded = to_grid(column[:, None], of_group, scheme)[:, 0] * keep[:, j]
-            quantized[:, j] = rounded
-            error = (column - rounded) / factor[j, j]
-            left[:, j:stop] -= error[:, None] * factor[None, j, j:stop]
-            errors[:, j - start] = error
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return quantized[:, order.argsort()].to(dtype), grid
+            quantized[j] = to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
+            errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
+            left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return quantized[order.argsort()].T.to(dtype).contiguous(), grid
