@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from compress.models import blocks
 
 Batch = dict[str, Tensor]
+Forwards = Sequence[Callable[[], Tensor]]
+"""Runs of a block, one for every calibration batch."""
 
 
 def calibration_batches(trainer: pl.Trainer, samples: int, batch_size: int, labels: bool = False) -> Iterator[Batch]:
@@ -51,6 +53,7 @@ def calibrate(
     batches: list[Batch],
     statistic: Callable[[Tensor], Tensor],
     wanted: Container[str] | None = None,
+    prepare: Callable[[str, nn.Module, Forwards, list[Tensor | None]], None] | None = None,
 ) -> Iterator[tuple[dict[str, nn.Linear], Tensor]]:
     """Stream calibration batches through the blocks; yield ``(layers, total)`` for every set of Linear layers, by
     name, that share an input, in the order in which they run: all of the blocks, or those ``wanted``, which may stand
@@ -58,13 +61,16 @@ def calibrate(
 
     ``total`` is the sum over the batches of ``statistic(x)``, where ``x`` is ``[tokens, inputs]`` in float32, padding
     left out. Layers may be changed before the next set is asked for: what follows sees the changed ones. Only the
-    activations between two blocks are kept.
+    activations between two blocks are kept. ``prepare(name, block, forwards, masks)`` may change a block as a whole
+    before its first layers are yielded; the masks are those of the batches' padding.
     """
     prefix, stack = blocks(model)
     hidden, calls = capture(model, stack, batches)
     masks = [batch.get("attention_mask") for batch in batches]
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
-        forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
+        forwards: Forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
+        if prepare is not None:
+            prepare(f"{prefix}.{index}", block, forwards, masks)
         for layers in sharing_inputs(block, forwards[0]):
             named = {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}
             if chosen := {name: layer for name, layer in named.items() if wanted is None or name in wanted}:
@@ -103,30 +109,38 @@ class Seen(Exception):
     """Raised inside a block when the wanted input has been seen, to spare the rest of its forward pass."""
 
 
+def inputs(module: nn.Module, forwards: Forwards) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The arguments, positional and by name, with which each of the ``forwards`` calls ``module``."""
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise Seen
+
+    for forward in forwards:
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+        with suppress(Seen):
+            forward()
+        hook.remove()
+        yield seen.pop()
+
+
 def over_inputs(
     layer: nn.Linear,
-    forwards: Sequence[Callable[[], Tensor]],
+    forwards: Forwards,
     masks: list[Tensor | None],
     statistic: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The sum of ``statistic`` over the inputs of ``layer`` in all ``forwards``, padding left out."""
-    totals: list[Tensor] = []
-    remaining = iter(masks)
+    found = (statistic(tokens(args[0], mask).float()) for (args, _), mask in zip(inputs(layer, forwards), masks))
+    return reduce(Tensor.add_, found)
 
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x, mask = args[0], next(remaining)
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        found = statistic(x.reshape(-1, x.shape[-1]).float())
-        totals[:] = [totals[0].add_(found)] if totals else [found]
-        raise Seen
 
-    hook = layer.register_forward_pre_hook(add)
-    for forward in forwards:
-        with suppress(Seen):
-            forward()
-    hook.remove()
-    return totals[0]
+def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` ``[batch, tokens, width]`` as ``[tokens, width]``, without those of padding."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.bool()]
+    return x.reshape(-1, x.shape[-1])
 
 
 def sharing_inputs(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:

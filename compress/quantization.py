@@ -55,9 +55,10 @@ class Grid(NamedTuple):
     zero: Tensor
 
 
-def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: float = 1.0) -> Grid:
+def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: float | Tensor = 1.0) -> Grid:
     """The grid of every group of ``weight`` ``[rows, inputs]``, that reaches from its smallest to its largest value,
-    zero among them, or to a share ``shrink`` of both; the scale as it is stored, in ``dtype``."""
+    zero among them, or to a share ``shrink`` of both, one for all or ``[rows, groups]``; the scale as it is stored, in
+    ``dtype``."""
     groups = weight.float().unflatten(1, (-1, scheme.group(weight.shape[1])))
     levels = 2**scheme.bits - 1
     if scheme.symmetric:

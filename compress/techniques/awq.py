@@ -1,0 +1,297 @@
+"""Weight-only quantization that spares the channels of large activations, pruned zeros kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+
+from compress import packing
+from compress.calibration import Forwards, calibrate, calibration_batches, inputs, over_inputs, tokens
+from compress.errors import UserError
+from compress.hessian import second_moment
+from compress.models import compressed, evaluating, quantizable
+from compress.packing import Quantized
+from compress.quantization import Scheme, minmax_grid, to_grid
+from compress.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
+
+KEY = "technique.awq"
+
+
+class Fold(NamedTuple):
+    """Layers of a block whose inputs can be scaled where they come from: ``before``, a norm or a layer, gives out
+    ``1 / scale`` of what it did, and the layers' weights take ``scale``. Scales are judged by the outputs of the module
+    ``judge``; None: the layer's own."""
+
+    before: str
+    layers: tuple[str, ...]
+    judge: str | None = None
+
+
+FOLDS = (
+    Fold("input_layernorm", (LLAMA.query, LLAMA.key, LLAMA.value), "self_attn"),
+    Fold(LLAMA.value, (LLAMA.attention_out,)),
+    Fold("post_attention_layernorm", LLAMA.ffn_in, "mlp"),
+    Fold("mlp.up_proj", (LLAMA.ffn_out,)),
+)
+"""Those of a block of Llama, Mistral or Qwen2."""
+
+
+class AWQ(pl.Callback):
+    """Round the weights of the transformer blocks to a few bits, the inputs of each layer scaled before so that the
+    channels of large activations lose least, and the widest weights of a group clipped where that loses less.
+
+    Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", 2023,
+    arXiv:2306.00978. The scales are folded into the operation before, a norm or a layer, so that the model computes
+    what it did and has nothing more to do. A weight that is exactly zero stays exactly zero.
+
+    Blocks are quantized in order, each calibrated on what the quantized ones before it give out; the activations of one
+    block are in memory. A layer that ``skip`` names stays as it is, bit for bit, so that no scales are folded where it
+    would have to change. Works when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``
+    or else of the training loader. Saved in the compressed-tensors format, which transformers and vLLM load.
+
+    Args:
+        bits: of each integer.
+        group_size: consecutive inputs that share a scale; -1 for one scale a row.
+        symmetric: integers around zero, no zero points stored.
+        grid: points of each search: for the scales of what shares an input, and for the clipping of a group.
+        clip: whether to clip.
+        samples: training examples (for a language model, blocks of tokens) to calibrate on.
+        batch_size: of them run at a time.
+        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
+            and patterns of layers' names.
+
+    Raises:
+        UserError: the model has no place to fold scales into, groups do not divide a layer, or a pattern fits none.
+
+        pl.Trainer(max_epochs=1, callbacks=[AWQ(bits=4)]).fit(module, loader)
+    """
+
+    leaves = "packed"
+    packages = ("compressed_tensors",)
+    shrinks = True
+    limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
+
+    @validate_call
+    def __init__(
+        self,
+        bits: Literal[2, 3, 4, 8] = 4,
+        group_size: Annotated[int, Field(ge=-1)] = 128,
+        symmetric: bool = False,
+        grid: Annotated[int, Field(ge=2)] = 20,
+        clip: bool = True,
+        samples: Annotated[int, Field(ge=1)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        skip: tuple[str, ...] = ("embeddings", "head"),
+    ) -> None:
+        self.scheme = Scheme(bits, group_size, symmetric)
+        self.grid = grid
+        self.clip = clip
+        self.samples = samples
+        self.batch_size = batch_size
+        self.skip = skip
+        self.train_samples = samples
+        self.keeps_head = "head" in skip
+        self.quantized: dict[str, Quantized] = {}
+        self.average_bits: dict[str, float] = {}
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        family = getattr(getattr(skeleton, "config", None), "model_type", type(skeleton).__name__)
+        if FAMILIES.get(family) in (BERT, DISTILBERT):
+            raise UserError(
+                f"`awq` folds the scales of a layer's inputs into the norm before it, and those of `{family}` feed the "
+                "residual branch as well, which would be scaled too: use gptq in its place (technique=gptq)."
+            )
+        if FAMILIES.get(family) is not LLAMA:
+            known = ", ".join(name for name, names in FAMILIES.items() if names is LLAMA)
+            raise UserError(
+                f"`awq` knows where to fold scales in {known} and not in `{family}`: use gptq in its place "
+                "(technique=gptq)."
+            )
+        for name, linear in quantizable(skeleton, self.skip, KEY).items():
+            self.scheme.check(KEY, name, linear)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check(compressed(pl_module), [])  # what a script of one's own has not done before it trains
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module).to(trainer.strategy.root_device)
+        wanted = quantizable(model, self.skip, KEY)
+        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+
+        def prepare(name: str, block: nn.Module, forwards: Forwards, masks: list[Tensor | None]) -> None:
+            names = {layer.removeprefix(f"{name}.") for layer in wanted}
+            rescale(block, forwards, masks, self.scheme, self.grid, names)
+
+        with evaluating(model):
+            for layers, moment in calibrate(model, batches, second_moment, wanted, prepare):
+                for name, linear in layers.items():
+                    weight = linear.weight.data
+                    shrink = clipping(weight, moment, self.scheme, self.grid) if self.clip else 1.0
+                    grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
+                    weight.copy_(to_grid(weight, grid, self.scheme))
+                    self.quantized[name] = Quantized(self.scheme, grid)
+        self.average_bits = packing.average_bits(model, self.quantized)
+        model.cpu()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        packing.save(model, self.quantized, folder)
+
+
+@torch.no_grad()
+def rescale(
+    block: nn.Module,
+    forwards: Forwards,
+    masks: list[Tensor | None],
+    scheme: Scheme,
+    points: int,
+    wanted: Container[str],
+) -> None:
+    """Scale the inputs of the block's layers as its ``forwards`` show best for rounding them; as long as nothing is
+    rounded, the block computes what it did. Layers that are not ``wanted`` stay as they are."""
+    for place in FOLDS:
+        before = block.get_submodule(place.before)
+        layers: list[Any] = [block.get_submodule(name) for name in place.layers]
+        changed = place.layers + ((place.before,) if isinstance(before, nn.Linear) else ())
+        if any(name not in wanted for name in changed):
+            continue
+        source = sources(block, before, layers[0])
+        if place.judge is None:
+            (layer,) = layers
+            error = by_moment(layer.weight, over_inputs(layer, forwards, masks, second_moment))
+        else:
+            error = by_outputs(block.get_submodule(place.judge), layers, forwards, masks)
+        activation = over_inputs(layers[0], forwards, masks, magnitude)
+        scale = search([layer.weight for layer in layers], activation, source, scheme, points, error)
+        fold(before, layers, scale, source)
+
+
+def sources(block: Any, before: Any, layer: nn.Linear) -> Tensor:
+    """Which output of ``before`` each input of ``layer`` is made of, ``[inputs]``: query heads that share a key and
+    value head read the same values."""
+    device = layer.weight.device
+    channels = torch.arange(before.weight.shape[0], device=device)
+    if len(channels) == layer.in_features:
+        return channels
+    heads = channels.view(-1, block.self_attn.head_dim)
+    return heads.repeat_interleave(layer.in_features // len(channels), 0).flatten()
+
+
+def fold(before: nn.Module, layers: list[nn.Linear], scale: Tensor, source: Tensor) -> None:
+    """Have ``before`` give out ``1 / scale`` of each of its outputs, and the layers' weights make up for it."""
+    for parameter in before.parameters():  # weight and bias
+        parameter.data.copy_(parameter.data.float() / (scale if parameter.dim() == 1 else scale[:, None]))
+    for layer in layers:
+        layer.weight.data.copy_(layer.weight.data.float() * scale[source])
+
+
+def by_moment(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:
+    """The squared error of a layer's outputs at another weight, told from the second moment of its inputs."""
+
+    def error(others: list[Tensor]) -> Tensor:
+        lost = others[0].float() - weight.float()
+        return ((lost @ moment) * lost).sum()
+
+    return error
+
+
+def by_outputs(
+    module: nn.Module, layers: list[nn.Linear], forwards: Forwards, masks: list[Tensor | None]
+) -> Callable[[list[Tensor]], Tensor]:
+    """The squared error of what ``module`` gives out at other weights of the ``layers`` inside it, padding left out."""
+    calls = list(inputs(module, forwards))
+    weights = [layer.weight.data for layer in layers]
+
+    def outputs(i: int) -> Tensor:
+        args, kwargs = calls[i]
+        output = module(*args, **kwargs)
+        return tokens(output[0] if isinstance(output, tuple) else output, masks[i]).float()
+
+    expected = [outputs(i) for i in range(len(calls))]
+
+    def error(others: list[Tensor]) -> Tensor:
+        for layer, other in zip(layers, others):
+            layer.weight.data = other
+        try:
+            return torch.stack([(outputs(i) - expected[i]).pow(2).sum() for i in range(len(calls))]).sum()
+        finally:
+            for layer, weight in zip(layers, weights):
+                layer.weight.data = weight
+
+    return error
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """How large the activations ``[tokens, inputs]`` of every channel are, ``[inputs]``."""
+    return x.abs().sum(0)
+
+
+def search(
+    weights: list[Tensor],
+    activation: Tensor,
+    source: Tensor,
+    scheme: Scheme,
+    points: int,
+    error: Callable[[list[Tensor]], Tensor],
+) -> Tensor:
+    """The scales, ``[channels]``, at which the rounded ``weights`` have the least ``error``: of ``points`` ratios, with
+    the weights' own magnitude counted and without. No scales at all are among them, and win a tie."""
+    own = mean_over(source, relative(weights, scheme))
+    activation = mean_over(source, activation)
+    candidates = [
+        scales(activation, weight, ratio)
+        for weight in (torch.ones_like(own), own)
+        for ratio in torch.linspace(0, 1, points).tolist()
+    ]
+
+    def rounded(weight: Tensor, scale: Tensor) -> Tensor:
+        scaled = weight.float() * scale
+        return (to_grid(scaled, minmax_grid(scaled, scheme, weight.dtype), scheme) / scale).to(weight.dtype)
+
+    errors = [error([rounded(weight, scale[source]) for weight in weights]) for scale in candidates]
+    return candidates[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
+
+
+def mean_over(source: Tensor, x: Tensor) -> Tensor:
+    """The mean of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
+    total = torch.zeros(int(source.max()) + 1, device=x.device).index_add_(0, source, x)
+    return total / source.bincount()
+
+
+def relative(weights: list[Tensor], scheme: Scheme) -> Tensor:
+    """How large the weights of each input are on average, as shares of the largest of their group, ``[inputs]``."""
+    groups = torch.cat(weights).float().abs().unflatten(1, (-1, scheme.group(weights[0].shape[1])))
+    largest = groups.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (groups / largest).flatten(1).mean(0)
+
+
+def scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
+    """``activation^ratio / weight^(1 - ratio)`` of every channel, around 1; a channel that is always zero, or has no
+    weight, has nothing to gain and keeps 1."""
+    live = (activation > 0) & (weight > 0)
+    scale = torch.where(live, activation, 1.0) ** ratio / torch.where(live, weight, 1.0) ** (1 - ratio)
+    if live.any():
+        scale = scale / (scale[live].max() * scale[live].min()).sqrt()
+    return torch.where(live, scale, 1.0)
+
+
+@torch.no_grad()
+def clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Tensor:
+    """How far the grid of every group should reach, as a share of its widest weights, ``[rows, groups]``: of ``points``
+    shares from 1 to a half the one that changes the group's part of the outputs least, on inputs of second ``moment``
+    ``[inputs, inputs]``."""
+    size = scheme.group(weight.shape[1])
+    within = moment.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def error(shrink: float) -> Tensor:
+        grid = minmax_grid(weight, scheme, weight.dtype, shrink)
+        lost = (to_grid(weight, grid, scheme) - weight.float()).unflatten(1, (-1, size)).transpose(0, 1)
+        return ((lost @ within) * lost).sum(2).T
+
+    shares = torch.linspace(1, 0.5, points, device=weight.device)
+    return shares[torch.stack([error(share) for share in shares.tolist()]).argmin(0)]

@@ -1,0 +1,345 @@
+import json
+
+import pytest
+import pytorch_lightning as pl
+import tiny
+import torch
+from hydra import compose, initialize_config_dir
+from pydantic import ValidationError
+from test_conf import CONF
+from test_prune import fit
+from test_run import SMALL
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import compress
+from compress import promises, run
+from compress.calibration import calibrate
+from compress.errors import UserError
+from compress.hessian import second_moment
+from compress.models import blocks, linears, zeros
+from compress.quantization import Scheme, minmax_grid, to_grid
+from compress.techniques.awq import AWQ, FOLDS, clipping, fold, relative, rescale, scales, sources
+from compress.techniques.prune import Prune
+
+GROUPED = {**tiny.SHAPE, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+def mistral():
+    torch.manual_seed(0)
+    return MistralForSequenceClassification(MistralConfig(**GROUPED, sliding_window=4, num_labels=3)).eval()
+
+
+def qwen2_lm():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**GROUPED)).eval()
+
+
+def llama_with_biases():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**tiny.SHAPE, pad_token_id=0, attention_bias=True, mlp_bias=True)).eval()
+
+
+DECODERS = (tiny.llama, tiny.llama_lm, mistral, qwen2_lm, llama_with_biases)
+
+
+def awq(**settings):
+    return AWQ(**{"group_size": 16, "grid": 6, "samples": 8, **settings})
+
+
+def one(**settings):
+    return {k: v for k, v in tiny.batch(**settings).items() if k != "labels"}
+
+
+@torch.no_grad()
+def logits(model, **settings):
+    return model.eval()(**one(seed=9, **settings)).logits
+
+
+def salient(build=tiny.llama_lm):
+    """A model that computes what ``build``'s does, and of whose activations a few channels are 20 times as large."""
+    model = build()
+    for block in blocks(model)[1]:
+        for norm, layers in (
+            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+        ):
+            norm.weight.data[[3, 20]] *= 20
+            for layer in layers:
+                layer.weight.data[:, [3, 20]] /= 20
+    return model
+
+
+def nearest(model, scheme):
+    for _, layer in linears(model):
+        layer.weight.data = to_grid(layer.weight.data, minmax_grid(layer.weight.data, scheme, torch.float32), scheme)
+    return model
+
+
+# The functions
+
+
+def test_scales_worked_by_hand():
+    activation, flat = torch.tensor([16.0, 1.0]), torch.ones(2)
+    assert scales(activation, flat, 0).tolist() == [1, 1]
+    assert scales(activation, flat, 0.5).tolist() == [2, 0.5]  # 4 and 1, around 1
+    assert scales(activation, flat, 1).tolist() == [4, 0.25]
+    weight = torch.tensor([1 / 16, 1.0])
+    assert scales(activation, weight, 0.5).tolist() == [4, 0.25]  # 4 / (1 / 4) and 1
+    assert scales(activation, weight, 0).tolist() == [4, 0.25]  # 16 and 1: the weights alone
+    # The second channel is never active, the third has no weight.
+    assert scales(torch.tensor([16.0, 0, 2, 1]), torch.tensor([1.0, 1, 0, 1]), 0.5).tolist() == [2, 1, 1, 0.5]
+    assert scales(torch.zeros(2), flat, 0.5).tolist() == [1, 1]
+
+
+def test_weights_are_counted_as_shares_of_their_group():
+    weight = torch.tensor([[1.0, -2.0, 0.0, 0.0], [4.0, 1.0, 3.0, 6.0]])
+    assert relative([weight], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
+    assert relative([weight[:1], weight[1:]], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
+
+
+def test_clipping_worked_by_hand():
+    weight, scheme = torch.tensor([[1.0, 0.2]]), Scheme(2, -1, symmetric=False)  # four levels from 0 on
+    # The wide weight has no input: 0.2 is a third of 0.6.
+    share = clipping(weight, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), scheme, points=6)
+    assert share.item() == pytest.approx(0.6)
+    grid = minmax_grid(weight, scheme, torch.float32, share)
+    assert to_grid(weight, grid, scheme)[0].tolist() == pytest.approx([0.6, 0.2])
+    # It has one like the other: 0.133 lost of the 0.2 are less than what cutting the 1 loses.
+    assert clipping(weight, torch.eye(2), scheme, points=6).item() == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_group_is_clipped_where_that_loses_less(bits, symmetric):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(24, 64), torch.randn(400, 64) @ torch.randn(64, 64)
+    scheme = Scheme(bits, 16, symmetric)
+    share = clipping(weight, inputs.T @ inputs, scheme, points=20)
+    assert share.shape == (24, 4) and share.min() >= 0.5 and len(share.unique()) > 3
+
+    def lost(shrink):
+        difference = to_grid(weight, minmax_grid(weight, scheme, torch.float32, shrink), scheme) - weight
+        return (
+            torch.einsum("tgi,rgi->trg", inputs.unflatten(1, (4, 16)), difference.unflatten(1, (4, 16))).pow(2).sum(0)
+        )
+
+    assert (lost(share) <= lost(1.0) * 1.001).all() and lost(share).sum() < 0.95 * lost(1.0).sum()
+
+
+@pytest.mark.parametrize("build", DECODERS)
+def test_folding_any_scales_changes_nothing_that_the_model_computes(build):
+    model, before = build(), build()
+    torch.manual_seed(1)
+    for parameter in model.parameters():  # biases and norms are not what they start as, in trained models
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    before.load_state_dict(model.state_dict())
+    for block in blocks(model)[1]:
+        for place in FOLDS:
+            operation = block.get_submodule(place.before)
+            layers = [block.get_submodule(name) for name in place.layers]
+            scale = torch.rand(len(operation.weight)) * 4 + 0.2
+            fold(operation, layers, scale, sources(block, operation, layers[0]))
+    assert torch.allclose(logits(model), logits(before), atol=1e-5)
+    for name, layer in linears(model):
+        assert not torch.allclose(layer.weight, before.get_submodule(name).weight, rtol=0.1), name
+
+
+def test_heads_that_share_a_value_head_share_its_scales():
+    block = blocks(tiny.llama())[1][0].self_attn  # four heads of 8, two of the values
+    found = sources(blocks(tiny.llama())[1][0], block.v_proj, block.o_proj)
+    first, second = list(range(8)), list(range(8, 16))
+    assert found.tolist() == first + first + second + second
+
+
+@pytest.mark.parametrize("build", DECODERS)
+def test_the_scales_that_are_found_change_nothing_before_weights_are_rounded(build):
+    model, before = salient(build), salient(build)
+    names = {name for name, _ in linears(model)}
+
+    def prepare(name, block, forwards, masks):
+        wanted = {layer.removeprefix(f"{name}.") for layer in names}
+        rescale(block, forwards, masks, Scheme(3, 16, False), 6, wanted)
+
+    batches = [one(seed=seed) for seed in range(2)]
+    for _ in calibrate(model, batches, second_moment, names, prepare):
+        pass
+    assert torch.allclose(logits(model), logits(before), atol=1e-5)
+    for i, block in enumerate(blocks(model)[1]):
+        at = {
+            norm: getattr(block, norm).weight / getattr(blocks(before)[1][i], norm).weight
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        for ratio in at.values():
+            assert ratio[[3, 20]].max() < 0.5 * ratio.median(), "the large channels should have been scaled down"
+
+
+# The stage
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_it_beats_rounding_to_nearest_where_a_few_channels_are_large(bits, clip):
+    expected, stage = logits(salient()), awq(bits=bits, clip=clip)
+
+    def error(model):
+        return (logits(model) - expected).pow(2).mean()
+
+    quantized = salient()
+    fit(quantized, stage)
+    assert error(quantized) < 0.6 * error(nearest(salient(), stage.scheme))
+
+
+def test_clipping_helps_on_top():
+    expected = logits(salient())
+    errors = []
+    for clip in (True, False):
+        model = salient()
+        fit(model, awq(bits=2, clip=clip))
+        errors.append((logits(model) - expected).pow(2).mean())
+    assert errors[0] < errors[1]
+
+
+def test_padding_counts_for_nothing():
+    def quantized(pad):
+        model = salient()
+        loader = tiny.loader()
+        for batch in loader.dataset:
+            batch["input_ids"][batch["attention_mask"] == 0] = pad
+        tiny.trainer(awq(bits=3)).fit(tiny.Theirs(model), loader)
+        return model.state_dict()
+
+    first, second = quantized(7), quantized(41)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("build", DECODERS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build, symmetric, group_size, tmp_path):
+    model = build()
+    causal = hasattr(model, "lm_head")
+    head = (model.lm_head if causal else model.score).weight.clone()
+    fit(model, Prune(sparsity=0.4))
+    before, masks = promises.state(model), zeros(model)
+    stage = awq(group_size=group_size, symmetric=symmetric)
+    fit(model, stage)
+    promises.check_model("awq", stage, before, model)
+    assert masks and all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    reloaded = auto.from_pretrained(tmp_path)
+    assert torch.allclose(logits(reloaded), expected, atol=1e-6)
+    assert torch.equal((reloaded.lm_head if causal else reloaded.score).weight, head)
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert described["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+    promises.check_bits("awq", stage.average_bits, model, tmp_path)
+
+
+def test_bfloat16_weights_reload_exactly(tmp_path):
+    model = salient(tiny.llama).bfloat16()
+    model.model.rotary_emb = tiny.llama().model.rotary_emb  # computes in float32, which bfloat16() changed as well
+    stage = awq()
+    fit(model, stage)
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")), expected)
+
+
+@pytest.mark.parametrize("skipped", ["q_proj", "v_proj", "up_proj", "down_proj"])
+def test_what_a_pattern_names_stays_bit_for_bit(skipped):
+    model, before = salient(tiny.llama), salient(tiny.llama)
+    fit(model, awq(skip=("embeddings", "head", f"*.{skipped}")))
+    for name, layer in linears(model):
+        assert torch.equal(layer.weight, before.get_submodule(name).weight) == name.endswith(skipped), name
+
+
+def test_the_head_is_quantized_if_asked(tmp_path):
+    model = tiny.llama()
+    stage = awq(skip=("embeddings",))
+    fit(model, stage)
+    assert "score" in stage.quantized
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    assert torch.allclose(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), expected, atol=1e-6)
+
+
+def test_after_training_it_quantizes_what_was_trained():
+    model, untrained = tiny.llama(), tiny.llama()
+    fit(untrained, awq())
+    fit(model, awq(), epochs=1)
+    name, layer = next(linears(model))
+    assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
+    for row in layer.weight.view(32, 2, 16).flatten(0, 1):
+        assert len(row.unique()) <= 16
+
+
+def test_in_a_script_of_ones_own_it_refuses_before_it_trains():
+    class Trained(pl.Callback):
+        def on_train_start(self, *args):
+            pytest.fail("trained a model that cannot be quantized")
+
+    with pytest.raises(UserError, match="`awq` folds"):
+        tiny.trainer(awq(), Trained(), epochs=1).fit(tiny.Theirs(tiny.bert()), tiny.loader())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_it_works_on_a_gpu():
+    model = salient()
+    tiny.trainer(awq(), accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())
+    assert (logits(model) - logits(salient())).abs().max() < 0.1
+
+
+def test_a_run_prunes_quantizes_and_keeps_its_promises(tmp_path):
+    chosen = ["technique=prune+awq", "model=tiny_llama", f"cache.dir={tmp_path / 'cache'}", "technique.awq.samples=16"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*SMALL, *chosen])
+    none, both = run.run(cfg, tmp_path).measurements.values()
+    assert both.size_bytes < 0.6 * none.size_bytes and both.nonzeros < none.nonzeros
+    assert compress.load(tmp_path / "artifact").description.weights == "packed"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("build", [tiny.bert, tiny.roberta])
+def test_encoders_whose_norms_feed_the_residual_branch_are_refused(build):
+    with torch.device("meta"):
+        skeleton = build()
+    reason = r"in(to)? the norm before it, and those of `(ro)?bert\w*` feed the residual branch as well.*technique=gptq"
+    with pytest.raises(UserError, match=reason):
+        awq().check(skeleton, [])
+
+
+def test_a_model_that_nothing_is_known_of_is_refused():
+    with pytest.raises(UserError, match=r"in llama, mistral, qwen2 and not in `gpt2`: use gptq"):
+        awq().check(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)), [])
+
+
+def test_groups_and_skips_that_do_not_fit_are_told_from_the_shapes_alone():
+    with torch.device("meta"):
+        skeleton = tiny.llama()
+    awq().check(skeleton, [])
+    with pytest.raises(UserError, match=r"technique.awq.group_size=48 does not divide the 32 inputs of `model.layers"):
+        awq(group_size=48).check(skeleton, [])
+    with pytest.raises(UserError, match=r"skip=\['head'\] leaves the embeddings, which stay floats: add"):
+        awq(skip=("head",)).check(skeleton, [])
+    with pytest.raises(UserError, match=r"technique.awq.skip: `\*.fc1` fits none"):
+        awq(skip=("embeddings", "*.fc1")).check(skeleton, [])
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 5}, {"grid": 1}, {"samples": 0}, {"group_size": -2}, {"clip": "often"}])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        AWQ(**wrong)
