@@ -3,7 +3,8 @@ weights, calibration text and format.
 
     python benchmarks/against_llmcompressor.py MODEL CALIBRATION.txt TEST.txt [--group-size 128] [--length 256]
 
-The calibration windows are the first of one text file and the test windows all of the other, up to ``--windows``.
+The calibration windows are the first of one text file and the test windows those of the other, up to ``--windows``.
+GPTQ's integers are symmetric and AWQ's are not, as in their papers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from compress.packing import quantization_scheme
 from compress.quantization import Scheme
 from compress.quiet import hush
+from compress.techniques.awq import AWQ
 from compress.techniques.gptq import GPTQ
 
 Windows = list[dict[str, torch.Tensor]]
@@ -45,19 +50,24 @@ def main() -> None:
     asked = parser.parse_args()
     hush()
     logger.remove()  # llm-compressor's own
+    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory for a GPU without asking
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     calibration = windows(tokenizer, asked.calibration, asked.length, asked.samples)
     test = windows(tokenizer, asked.test, asked.length, asked.windows)
     dense = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
     floats = perplexity(dense, test)
-    table = Table("bits", "float", "rounding to nearest", "llm-compressor GPTQ", "gptq", "gptq / llm-compressor")
-    for bits in (4, 3):
-        scheme = Scheme(bits, asked.group_size, symmetric=True)
-        found = [
-            perplexity(method(copy.deepcopy(dense), scheme, calibration), test) for method in (nearest, theirs, ours)
-        ]
-        table.add_row(str(bits), f"{floats:.3f}", *(f"{one:.3f}" for one in found), f"{found[2] / found[1]:.4f}")
-    Console().print(table)
+    table = Table("", "bits", "float", "rounding to nearest", "llm-compressor", "ours", "ours / llm-compressor")
+    for technique, modifier, symmetric in (
+        (GPTQ, GPTQModifier, True),
+        (AWQ, partial(AWQModifier, duo_scaling="both"), False),
+    ):
+        for bits in (4, 3):
+            scheme = Scheme(bits, asked.group_size, symmetric)
+            methods = (modified(QuantizationModifier), modified(modifier), partial(ours, technique))
+            found = [perplexity(method(copy.deepcopy(dense), scheme, calibration), test) for method in methods]
+            figures = (f"{one:.3f}" for one in (floats, *found))
+            table.add_row(technique.__name__, str(bits), *figures, f"{found[2] / found[1]:.4f}")
+    Console(width=110).print(table)
 
 
 def windows(tokenizer, path: Path, length: int, most: int) -> Windows:
@@ -72,8 +82,8 @@ def perplexity(model: LlamaForCausalLM, test: Windows) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def ours(model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
-    stage = GPTQ(scheme.bits, scheme.group_size, scheme.symmetric, samples=len(calibration))
+def ours(technique: type, model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
+    stage = technique(scheme.bits, scheme.group_size, scheme.symmetric, samples=len(calibration))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = pl.Trainer(max_epochs=0, callbacks=[stage], enable_model_summary=False, **quiet)
     trainer.fit(Untrained(model), DataLoader(calibration, batch_size=None))
@@ -110,9 +120,6 @@ def modified(modifier: Callable) -> Callable[[LlamaForCausalLM, Scheme, Windows]
         return model.eval()
 
     return apply
-
-
-nearest, theirs = modified(QuantizationModifier), modified(GPTQModifier)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compress import packing
 from compress.errors import UserError
 from compress.models import from_pretrained, set_pad_token
 
@@ -63,10 +64,18 @@ class Artifact(NamedTuple):
 
 
 def write(
-    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, description: Description, stage: Any
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    description: Description,
+    stage: Any = None,
+    packed: Path | None = None,
 ) -> None:
-    """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats."""
-    if hasattr(stage, "save"):
+    """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats; what it was trained
+    beside stays as the artifact ``packed`` has it."""
+    if packed:
+        packing.save_beside(model, packed, folder)
+    elif hasattr(stage, "save"):
         stage.save(model, folder)
     else:
         model.save_pretrained(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress.quantization import Grid, Scheme
@@ -67,6 +69,39 @@ def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, fl
     """Bits that every weight of each layer should take, scales and zero points counted."""
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     return {name: layers[name].scheme.average_bits(one.in_features, one.weight.dtype) for name, one in linears.items()}
+
+
+def packed_layers(folder: Path) -> set[str]:
+    """The layers whose weights ``folder`` holds as integers."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (it is no dict)
+                name, weight, _ = key.partition(".weight")
+                if weight and not file.get_tensor(key).is_floating_point():
+                    found.add(name)
+    return found
+
+
+def freeze(model: nn.Module, layers: Iterable[str]) -> None:
+    """Leave the weights of ``layers`` out of training."""
+    for name in layers:
+        model.get_submodule(name).weight.requires_grad_(False)
+
+
+def save_beside(model: nn.Module, source: Path, folder: Path) -> None:
+    """Write to ``folder`` the packed weights that ``source`` holds, and all else as it is in ``model``."""
+    packed, now = packed_layers(source), model.state_dict()
+    for name in ("config.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    for path in source.glob("*.safetensors*"):  # an index of several files stays true
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+            continue
+        tensors = load_file(path)
+        changed = {key: now[key] for key in tensors if key in now and key.partition(".weight")[0] not in packed}
+        save_file({**tensors, **changed}, folder / path.name, metadata={"format": "pt"})
 
 
 def stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:

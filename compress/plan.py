@@ -205,13 +205,13 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
     for one in steps:
         needs = trait(one.technique, "needs")
         if weights not in needs:
-            order = sorted(steps, key=lambda s: trait(s.technique, "leaves") != "float")
-            works = "+".join(s.name for s in order if trait(s.technique, "leaves") == "float" or s is order[-1])
+            order = sorted(steps, key=lambda s: trait(s.technique, "leaves") not in ("float", None))
+            works = "+".join(s.name for s in order if trait(s.technique, "leaves") in ("float", None) or s is order[-1])
             raise UserError(
                 f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
                 f"leaves {weights} ones, which nothing can change any more: try technique={works}."
             )
-        weights, before = trait(one.technique, "leaves"), one.key
+        weights, before = trait(one.technique, "leaves") or weights, one.key
 
 
 def check_data(planned: Plan, splits: Splits) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from compress import artifact, card, plan, promises, report
+from compress import artifact, card, packing, plan, promises, report
 from compress.artifact import Artifact, Description, Done
 from compress.cache import Cache
 from compress.data import TaskData
@@ -161,13 +161,16 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
         limits=() if trained or training.epochs else (untrained,),
         history=(Done("baseline", plan.plain(training), seconds, trained=training.epochs > 0),),
     )
-    artifact.write(into, model, tokenizer, description, stage=None)
+    artifact.write(into, model, tokenizer, description)
 
 
 def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
     """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     model, tokenizer, description = artifact.load(source)
+    packed = source if description.weights == "packed" else None
+    if packed:
+        packing.freeze(model, packing.packed_layers(packed))
     before = promises.state(model)
     data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     scores = metrics(planned.task)
@@ -199,11 +202,11 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     description = replace(
         description,
         runtime=trait(stage, "runtime"),
-        weights=trait(stage, "leaves"),
+        weights=trait(stage, "leaves") or description.weights,
         limits=(*description.limits, f"{step.name}: {limits}") if limits else description.limits,
         history=(*description.history, Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)),
     )
-    artifact.write(into, model, tokenizer, description, stage)
+    artifact.write(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
     if hasattr(stage, "report"):
         (into / "report").mkdir()
         stage.report(into / "report")

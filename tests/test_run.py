@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -138,6 +139,19 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
     model = compress.load(tmp_path / "artifact").model
     if "prune" in chain:
         assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+
+
+@pytest.mark.parametrize(("chain", "task"), [("prune+gptq+distill", "toy"), ("gptq+finetune", "toy_lm")])
+def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, task):
+    def tensors(technique):
+        carry_out(f"technique={technique}", model="tiny_llama", task=task)
+        return load_file(tmp_path / "artifact" / "model.safetensors")
+
+    before, after = tensors(chain.rpartition("+")[0]), tensors(chain)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and any("norm" in name for name in changed)
+    assert not any("proj" in name for name in changed)
+    assert compress.load(tmp_path / "artifact").description.weights == "packed"
 
 
 @pytest.mark.parametrize(("model", "task", "kept"), [("tiny", "toy", "all"), ("tiny_llama", "toy_lm", "2048")])

@@ -33,8 +33,8 @@ class Technique(Protocol):
 
     needs: tuple[str, ...] = ("float",)
     """The kinds of weights that it works on: ``float``, ``packed``..."""
-    leaves: str = "float"
-    """The kind of weights that it leaves to the next stage."""
+    leaves: str | None = "float"
+    """The kind of weights that it leaves to the next stage; None: that which it got."""
     runtime: str = "torch"
     """The module in ``compress.runtimes`` that runs the artifact."""
     packages: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from compress.students import Student, load_student, same_labels, same_vocabular
 from compress.tasks import Task
 from compress.tasks import fingerprint as content
 from compress.teachers import Batch, KeptLogits, rounded
-from compress.techniques import Training
+from compress.techniques import Training, trait
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
 
@@ -218,6 +218,12 @@ class Distill(FineTune):
             raise UserError(
                 "`distill` follows `prune_vocab`, after which the baseline, its teacher, reads other tokens than the "
                 "student: distil first (technique=distill+prune_vocab)."
+            )
+        packed = next((stage for stage in before if trait(stage, "leaves") == "packed"), None)
+        if packed and self.student != Student():
+            raise UserError(
+                f"{KEY}.student asks for another model and the chain's is quantized already: distil first, and "
+                "quantize what was learnt."
             )
         self.alone = not before and not self.teacher
         student = self.preview(skeleton)

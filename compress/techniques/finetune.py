@@ -22,6 +22,9 @@ class FineTune(pl.LightningModule):
         pl.Trainer(max_epochs=3).fit(FineTune(model, training=Training(learning_rate=3e-5)), loader)
     """
 
+    needs = ("float", "packed")  # of which all but the packed weights is trained
+    leaves = None
+
     def __init__(
         self, model: nn.Module, metrics: MetricCollection | None = None, training: Training | None = None
     ) -> None:
