@@ -108,7 +108,7 @@ def modified(modifier: Callable) -> Callable[[LlamaForCausalLM, Scheme, Windows]
     """llm-compressor's ``modifier`` on a model."""
 
     def apply(model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
-        groups = {"group_0": quantization_scheme(scheme, ["Linear"])}
+        groups = {"group_0": quantization_scheme(scheme, inputs=None, dynamic=False, targets=["Linear"])}
         rows = [{name: value[0].tolist() for name, value in one.items()} for one in calibration]
         oneshot(
             model=model,

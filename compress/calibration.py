@@ -54,15 +54,17 @@ def calibrate(
     statistic: Callable[[Tensor], Tensor],
     wanted: Container[str] | None = None,
     prepare: Callable[[str, nn.Module, Forwards, list[Tensor | None]], None] | None = None,
+    combine: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
 ) -> Iterator[tuple[dict[str, nn.Linear], Tensor]]:
     """Stream calibration batches through the blocks; yield ``(layers, total)`` for every set of Linear layers, by
     name, that share an input, in the order in which they run: all of the blocks, or those ``wanted``, which may stand
     outside of the blocks too.
 
-    ``total`` is the sum over the batches of ``statistic(x)``, where ``x`` is ``[tokens, inputs]`` in float32, padding
-    left out. Layers may be changed before the next set is asked for: what follows sees the changed ones. Only the
-    activations between two blocks are kept. ``prepare(name, block, forwards, masks)`` may change a block as a whole
-    before its first layers are yielded; the masks are those of the batches' padding.
+    ``total`` is the sum over the batches of ``statistic(x)``, or what else ``combine`` makes of them, where ``x`` is
+    ``[tokens, inputs]`` in float32, padding left out. Layers may be changed before the next set is asked for: what
+    follows sees the changed ones. Only the activations between two blocks are kept. ``prepare(name, block, forwards,
+    masks)`` may change a block as a whole before its first layers are yielded; the masks are those of the batches'
+    padding.
     """
     prefix, stack = blocks(model)
     hidden, calls = capture(model, stack, batches)
@@ -74,11 +76,12 @@ def calibrate(
         for layers in sharing_inputs(block, forwards[0]):
             named = {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}
             if chosen := {name: layer for name, layer in named.items() if wanted is None or name in wanted}:
-                yield chosen, over_inputs(next(iter(chosen.values())), forwards, masks, statistic)
+                yield chosen, over_inputs(next(iter(chosen.values())), forwards, masks, statistic, combine)
         hidden = [forward() for forward in forwards]
     for name, module in model.named_modules() if wanted is not None else ():
         if isinstance(module, nn.Linear) and name in wanted and not name.startswith(f"{prefix}."):
-            yield {name: module}, over_inputs(module, [partial(model, **batch) for batch in batches], masks, statistic)
+            forwards = [partial(model, **batch) for batch in batches]
+            yield {name: module}, over_inputs(module, forwards, masks, statistic, combine)
 
 
 def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
@@ -130,10 +133,12 @@ def over_inputs(
     forwards: Forwards,
     masks: list[Tensor | None],
     statistic: Callable[[Tensor], Tensor],
+    combine: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
 ) -> Tensor:
-    """The sum of ``statistic`` over the inputs of ``layer`` in all ``forwards``, padding left out."""
+    """The sum of ``statistic`` over the inputs of ``layer`` in all ``forwards``, padding left out, or what else
+    ``combine`` makes of them."""
     found = (statistic(tokens(args[0], mask).float()) for (args, _), mask in zip(inputs(layer, forwards), masks))
-    return reduce(Tensor.add_, found)
+    return reduce(combine, found)
 
 
 def tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compress.quantization import Grid, Scheme
+from compress.quantization import Grid, Inputs, Scheme
 from compress.quiet import without_bars
 
 ABOUT = ("weight_shape", "quant_map", "quant_state")
@@ -19,10 +19,18 @@ ABOUT = ("weight_shape", "quant_map", "quant_state")
 
 
 class Quantized(NamedTuple):
-    """What a layer's weights, which are already on the grid, are stored as."""
+    """What a layer's weights, which are already on the grid, are stored as, and how its inputs are quantized, where
+    they are."""
 
     scheme: Scheme
     grid: Grid
+    inputs: Inputs | None = None
+
+    @property
+    def kind(self) -> tuple[Scheme, Scheme | None, bool]:
+        """What it may have in common with other layers: the schemes of weights and inputs, and whether every token has
+        a grid of its own."""
+        return self.scheme, self.inputs and self.inputs.scheme, self.inputs is not None and self.inputs.grid is None
 
 
 def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
@@ -32,23 +40,27 @@ def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    schemes = list(dict.fromkeys(layer.scheme for layer in layers.values()))
+    kinds = list(dict.fromkeys(layer.kind for layer in layers.values()))
     groups = {
         f"group_{i}": quantization_scheme(
-            scheme,
-            # One scheme for all is said of the class, as every reader understands it.
-            ["Linear"] if len(schemes) == 1 else [name for name, one in layers.items() if one.scheme == scheme],
+            *kind,
+            # One kind for all is said of the class, as every reader understands it.
+            targets=["Linear"] if len(kinds) == 1 else [name for name, one in layers.items() if one.kind == kind],
         )
-        for i, scheme in enumerate(schemes)
+        for i, kind in enumerate(kinds)
     }
     ignore = [name for name in linears if name not in layers]
     with without_bars():
         apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=ignore))
-    for name, (scheme, grid) in layers.items():
+    for name, (scheme, grid, inputs) in layers.items():
         layer = model.get_submodule(name)
+        layer.weight.data = layer.weight.data.float()  # which its integers are told from: in 16 bits not all are
         layer.weight_scale.data.copy_(grid.scale)
         if not scheme.symmetric:
             layer.weight_zero_point.data.copy_(grid.zero)
+        if inputs and inputs.grid:
+            layer.input_scale.data.copy_(inputs.grid.scale)
+            layer.input_zero_point.data.copy_(inputs.grid.zero)
     with without_bars():
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
@@ -56,13 +68,23 @@ def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
     compressor.update_config(str(folder))
 
 
-def quantization_scheme(scheme: Scheme, targets: list[str]) -> Any:
-    """compressed-tensors' own description of ``scheme``."""
+def quantization_scheme(scheme: Scheme, inputs: Scheme | None, dynamic: bool, targets: list[str]) -> Any:
+    """compressed-tensors' own description of how weights, and inputs, are quantized."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = {"strategy": "channel"} if scheme.group_size == -1 else {"group_size": scheme.group_size}
     weights = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, **strategy)
-    return QuantizationScheme(targets=targets, weights=weights)
+    if inputs is None:
+        return QuantizationScheme(targets=targets, weights=weights)
+    activations = QuantizationArgs(
+        num_bits=inputs.bits,
+        symmetric=inputs.symmetric,
+        dynamic=dynamic,
+        strategy="token" if dynamic else "tensor",
+    )
+    # Integers of fewer bits would lie in a byte each.
+    how = "int-quantized" if scheme.bits == 8 else "pack-quantized"
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=how)
 
 
 def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:

@@ -107,3 +107,66 @@ def fit_rows(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Ten
         least = torch.where(better, loss, least)
         best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best)))
     return best
+
+
+class Inputs(NamedTuple):
+    """How what enters a layer is quantized: on one ``grid``, its parts ``[1]``, or without one on a grid for every
+    token that reaches to the token's largest value."""
+
+    scheme: Scheme
+    grid: Grid | None = None
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., inputs]`` on the grid, by the operations of the library that loads the artifact, so that not
+        even a rounding differs."""
+        low, high = self.scheme.lowest, self.scheme.highest
+        if self.grid is None:
+            scale = 2 * x.abs().amax(-1, keepdim=True) / (high - low)
+            return fake_quantize(x, scale.masked_fill(scale == 0, 1), 0, low, high)
+        scale, zero = (part.to(x.device) for part in self.grid)
+        return fake_quantize(x, scale, zero.to(scale.dtype), low, high)
+
+    def attach(self, layer: nn.Module) -> None:
+        """From now on the layer computes with quantized inputs."""
+        layer.register_forward_pre_hook(lambda _, args: self.quantize(args[0]))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | int, low: int, high: int) -> Tensor:
+    """``(integer - zero) * scale`` for the integers from ``low`` to ``high`` that are nearest to ``x``.
+
+    Gradients go straight through the rounding: that of ``x`` is one inside the range and none outside (Jacob et al.,
+    "Quantization and Training of Neural Networks", 2017, arXiv:1712.05877), that of ``scale`` is the rounding error
+    inside and the end of the range outside (Esser et al., "Learned Step Size Quantization", 2019, arXiv:1902.08153).
+    """
+    integers = straight_through_round((x / scale + zero).clamp(low, high))
+    return ((integers - zero) * scale).to(x.dtype)
+
+
+def straight_through_round(x: Tensor) -> Tensor:
+    """``x`` rounded, with the gradient of ``x``."""
+    return x + (x.round() - x).detach()
+
+
+def histogram(x: Tensor) -> Tensor:
+    """How often each of the 65,536 numbers of bfloat16, in their order, is the nearest to a value of ``x``: of any
+    range, and to be added up over batches."""
+    bits = x.bfloat16().flatten().view(torch.int16).int()
+    return torch.bincount((bits ^ ((bits >> 15) & 0x7FFF)) + (1 << 15), minlength=1 << 16)
+
+
+def ends(counts: Tensor, percentile: float) -> Tensor:
+    """The lowest and the highest value, ``[2]``, of what a histogram counted, when on either side so few are left out
+    that ``percentile`` percent lie below the one and above the other; zero is always between them."""
+    total = int(counts.sum())
+    rank = round(total * percentile / 100)
+    ranks = torch.tensor([total - rank + 1, rank], device=counts.device)
+    found = torch.searchsorted(counts.cumsum(0), ranks)
+    ordered = found.int() - (1 << 15)
+    low, high = (ordered ^ ((ordered >> 15) & 0x7FFF)).short().view(torch.bfloat16).float()
+    return torch.stack([low.clamp(max=0), high.clamp(min=0)])
+
+
+def grid_between(low_high: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """The grid from the lowest to the highest value, both in ``low_high`` ``[2]``; its parts ``[1]``."""
+    scale, zero = minmax_grid(low_high[None], scheme, dtype)
+    return Grid(scale[0].cpu(), zero[0].cpu())

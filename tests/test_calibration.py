@@ -30,3 +30,14 @@ def test_calibration_sees_every_layer_once_and_no_padding(build):
     for name, hessian in seen.items():  # nothing was changed, so the streamed inputs are the model's own
         tokens = torch.cat([x[one["attention_mask"].bool()] for x, one in zip(inputs[name], batches)])
         assert torch.allclose(hessian, tokens.T @ tokens, rtol=1e-3, atol=1e-3), name
+
+
+def test_batches_can_be_combined_by_other_than_their_sum():
+    model = tiny.llama()
+    batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
+    found = [
+        next(calibrate(model, some, lambda x: x.abs().amax(0), combine=torch.maximum))[1]
+        for some in ([one] for one in batches)
+    ]
+    _, largest = next(calibrate(model, batches, lambda x: x.abs().amax(0), combine=torch.maximum))
+    assert torch.equal(largest, torch.stack(found).amax(0))

@@ -62,6 +62,16 @@ def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, mo
     assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # integers that round to zero come on top
 
 
+@pytest.mark.parametrize(("stage", "settings"), [("w8a8", ["dynamic=false", "samples=16"]), ("qat", ["samples=16"])])
+def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, stage, settings):
+    outcome = carry_out(f"technique=prune+{stage}", *(f"technique.{stage}.{setting}" for setting in settings))
+    none, both = outcome.measurements.values()
+    assert both.size_bytes < 0.7 * none.size_bytes and both.parameters == none.parameters
+    loaded = compress.load(tmp_path / "artifact")
+    assert measured_sparsity(linear.weight for _, linear in linears(loaded.model)) >= 0.2
+    assert loaded.description.weights == "packed"
+
+
 def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeypatch):
     first = carry_out("technique=prune")
     monkeypatch.setattr(run, "start", lambda *args: pytest.fail("trained the baseline again"))

@@ -16,7 +16,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a f
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
-    """The model in eval mode, its weights as floats.
+    """The model in eval mode, its weights as floats; where its activations are quantized, they are when it runs.
 
     Raises:
         UserError: ``folder`` holds no model, or one in a format whose library is not installed.
@@ -48,11 +48,17 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
 def unwrap(model: PreTrainedModel) -> None:
     """Make plain layers of decompressed ones: compressed-tensors leaves the weights behind a cache and wrapped forward
-    methods, which slow every call down, and the scales as parameters that take no part in anything any more."""
+    methods, which slow every call down, and the scales as parameters that take no part in anything any more. A layer
+    whose activations are quantized keeps its forward method, which does that, and their scale, which is no weight."""
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model)
     for module in model.modules():
-        vars(module).pop("forward", None)
         for name in {"weight_scale", "weight_zero_point", "weight_shape"} & set(module._parameters):
             delattr(module, name)
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or not (scheme.input_activations or scheme.output_activations):
+            vars(module).pop("forward", None)
+            continue
+        for name in set(module._parameters) - {"weight", "bias"}:
+            module.register_buffer(name, module._parameters.pop(name).data.clone())

@@ -32,7 +32,8 @@ class Technique(Protocol):
     """What the chain asks of a stage, and what it assumes where the stage says nothing."""
 
     needs: tuple[str, ...] = ("float",)
-    """The kinds of weights that it works on: ``float``, ``packed``..."""
+    """The kinds of weights that it works on: ``float``; ``packed`` integers that stand for floats; ``integer``, which
+    meet quantized activations and cannot be trained beside."""
     leaves: str | None = "float"
     """The kind of weights that it leaves to the next stage; None: that which it got."""
     runtime: str = "torch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compress import packing
 from compress.calibration import Forwards, calibrate, calibration_batches, inputs, over_inputs, tokens
 from compress.errors import UserError
+from compress.folding import FOLDS, fold, sources
 from compress.hessian import second_moment
 from compress.models import compressed, evaluating, quantizable
 from compress.packing import Quantized
@@ -21,25 +22,6 @@ from compress.quantization import Scheme, minmax_grid, to_grid
 from compress.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
 
 KEY = "technique.awq"
-
-
-class Fold(NamedTuple):
-    """Layers of a block whose inputs can be scaled where they come from: ``before``, a norm or a layer, gives out
-    ``1 / scale`` of what it did, and the layers' weights take ``scale``. Scales are judged by the outputs of the module
-    ``judge``; None: the layer's own."""
-
-    before: str
-    layers: tuple[str, ...]
-    judge: str | None = None
-
-
-FOLDS = (
-    Fold("input_layernorm", (LLAMA.query, LLAMA.key, LLAMA.value), "self_attn"),
-    Fold(LLAMA.value, (LLAMA.attention_out,)),
-    Fold("post_attention_layernorm", LLAMA.ffn_in, "mlp"),
-    Fold("mlp.up_proj", (LLAMA.ffn_out,)),
-)
-"""Those of a block of Llama, Mistral or Qwen2."""
 
 
 class AWQ(pl.Callback):
@@ -129,7 +111,7 @@ class AWQ(pl.Callback):
             rescale(block, forwards, masks, self.scheme, self.grid, names)
 
         with evaluating(model):
-            for layers, moment in calibrate(model, batches, second_moment, wanted, prepare):
+            for layers, moment in calibrate(model, batches, second_moment, wanted, prepare=prepare):
                 for name, linear in layers.items():
                     weight = linear.weight.data
                     shrink = clipping(weight, moment, self.scheme, self.grid) if self.clip else 1.0
@@ -161,33 +143,14 @@ def rescale(
         if any(name not in wanted for name in changed):
             continue
         source = sources(block, before, layers[0])
-        if place.judge is None:
+        if place.within is None:
             (layer,) = layers
             error = by_moment(layer.weight, over_inputs(layer, forwards, masks, second_moment))
         else:
-            error = by_outputs(block.get_submodule(place.judge), layers, forwards, masks)
+            error = by_outputs(block.get_submodule(place.within), layers, forwards, masks)
         activation = over_inputs(layers[0], forwards, masks, magnitude)
         scale = search([layer.weight for layer in layers], activation, source, scheme, points, error)
         fold(before, layers, scale, source)
-
-
-def sources(block: Any, before: Any, layer: nn.Linear) -> Tensor:
-    """Which output of ``before`` each input of ``layer`` is made of, ``[inputs]``: query heads that share a key and
-    value head read the same values."""
-    device = layer.weight.device
-    channels = torch.arange(before.weight.shape[0], device=device)
-    if len(channels) == layer.in_features:
-        return channels
-    heads = channels.view(-1, block.self_attn.head_dim)
-    return heads.repeat_interleave(layer.in_features // len(channels), 0).flatten()
-
-
-def fold(before: nn.Module, layers: list[nn.Linear], scale: Tensor, source: Tensor) -> None:
-    """Have ``before`` give out ``1 / scale`` of each of its outputs, and the layers' weights make up for it."""
-    for parameter in before.parameters():  # weight and bias
-        parameter.data.copy_(parameter.data.float() / (scale if parameter.dim() == 1 else scale[:, None]))
-    for layer in layers:
-        layer.weight.data.copy_(layer.weight.data.float() * scale[source])
 
 
 def by_moment(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:

@@ -165,9 +165,10 @@ def test_embeddings_are_refused():
         GPTQ(skip=("head",)).check(tiny.bert(), [])
 
 
-def test_bfloat16_weights_reload_exactly(tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bfloat16_weights_reload_exactly(bits, tmp_path):
     model = tiny.llama().bfloat16()
-    stage = GPTQ(group_size=16, samples=8)
+    stage = GPTQ(bits=bits, group_size=16, samples=8)
     fit(model, stage)
     one = {k: v for k, v in tiny.batch().items() if k != "labels"}
     with torch.no_grad():

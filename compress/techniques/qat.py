@@ -1,0 +1,216 @@
+"""Quantization-aware training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Annotated, Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+
+from compress import packing
+from compress.calibration import calibrate, calibration_batches
+from compress.errors import UserError
+from compress.models import compressed, evaluating, quantizable
+from compress.packing import Quantized
+from compress.quantization import (
+    Grid,
+    Inputs,
+    Scheme,
+    ends,
+    fake_quantize,
+    grid_between,
+    histogram,
+    minmax_grid,
+    straight_through_round,
+    to_grid,
+)
+from compress.techniques import Training
+from compress.techniques.sensitivity import quality, validation_batches
+
+KEY = "technique.qat"
+INPUTS = Scheme(bits=8, symmetric=False)
+
+
+class QAT(pl.Callback):
+    """Train the weights of the transformer blocks under the rounding that they are to have, and leave them rounded.
+
+    The forward pass computes with rounded weights, and inputs of eight bits, and gradients go straight through the
+    rounding. With ``ranges=moving_average`` that of the weights is what they are at every step, and that of a layer's
+    inputs a moving average: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2017, arXiv:1712.05877. With ``ranges=learnt`` both are trained with the rest:
+    Esser et al., "Learned Step Size Quantization", 2019, arXiv:1902.08153; those of inputs at both ends, as in Bhalgat
+    et al., "LSQ+", 2020, arXiv:2004.09576. Norms, biases, embeddings and the head train as well and stay floats. A
+    weight that is exactly zero is rounded to zero; that training leaves it there is the business of
+    :class:`~compress.techniques.prune.HoldZeros`.
+
+    Logs ``qat/train_loss`` and, where there is a validation loader, ``qat/validation_loss``: quantized before training
+    (at step 0) and after. Afterwards the model computes with quantized activations, in memory as when it is loaded.
+    Saved in the compressed-tensors format, which transformers loads.
+
+    Args:
+        bits: of each weight.
+        group_size: consecutive inputs of a row that share a scale; -1 for one scale a row.
+        activations: whether the inputs of the layers are quantized, to eight bits.
+        ranges: ``learnt`` or ``moving_average``.
+        samples: training examples (for a language model, blocks of tokens) that the first ranges are taken from, and on
+            which the losses are.
+        batch_size: of them run at a time.
+        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
+            and patterns of layers' names.
+        training: how the fit trains, as far as it is known.
+
+    Raises:
+        UserError: nothing is trained, groups do not divide a layer, or a pattern fits none.
+
+        pl.Trainer(max_epochs=1, callbacks=[QAT(bits=4, group_size=32)]).fit(module, loader)
+    """
+
+    leaves = "integer"
+    packages = ("compressed_tensors",)
+    shrinks = True
+    limits = (
+        "PyTorch multiplies floats that stand for the integers: less to store, no speed there; int8 exports, and vLLM "
+        "where weights and activations both have eight bits, multiply integers"
+    )
+
+    @validate_call
+    def __init__(
+        self,
+        bits: Literal[4, 8] = 8,
+        group_size: Annotated[int, Field(ge=-1)] = -1,
+        activations: bool = True,
+        ranges: Literal["learnt", "moving_average"] = "learnt",
+        samples: Annotated[int, Field(ge=1)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        skip: tuple[str, ...] = ("embeddings", "head"),
+        training: Training | None = None,
+    ) -> None:
+        self.scheme = Scheme(bits, group_size)
+        self.activations = activations
+        self.learnt = ranges == "learnt"
+        self.samples = self.train_samples = samples
+        self.batch_size = batch_size
+        self.skip = skip
+        self.quantized: dict[str, Quantized] = {}
+        self.average_bits: dict[str, float] = {}
+        self._trains(training.epochs if training else None)
+
+    def _trains(self, epochs: int | None) -> None:
+        if epochs == 0:
+            raise UserError(
+                f"`qat` quantizes by training and {KEY}.train.epochs is 0: set it to 1 or more, or take a stage that "
+                "does not train (technique=w8a8, technique=gptq)."
+            )
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        for name, linear in quantizable(skeleton, self.skip, KEY).items():
+            self.scheme.check(KEY, name, linear)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module)
+        self._trains(trainer.max_epochs)
+        self.check(model, [])
+        layers = quantizable(model, self.skip, KEY)
+        batches = list(calibration_batches(trainer, self.samples, self.batch_size, labels=True))
+        between: dict[str, nn.Parameter] = {}
+        with evaluating(model):
+            for shared, counts in calibrate(model, batches, histogram, layers) if self.activations else ():
+                # One range for what is one tensor, as exports and vLLM's joint layers have it.
+                between |= dict.fromkeys(shared, nn.Parameter(ends(counts, 100), requires_grad=self.learnt))
+        for name, linear in layers.items():
+            FakeQuantization(linear.weight, self.scheme, between.get(name), self.learnt).insert(linear)
+        if self.learnt:
+            trainer.strategy.setup_optimizers(trainer)  # which do not have the ranges yet
+        self._log_losses(trainer, model)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module).to(trainer.strategy.root_device)
+        for name, linear in quantizable(model, self.skip, KEY).items():
+            self.quantized[name] = settle(linear)
+        self.average_bits = packing.average_bits(model, self.quantized)
+        self._log_losses(trainer, model)
+        model.cpu()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        packing.save(model, self.quantized, folder)
+
+    def _log_losses(self, trainer: pl.Trainer, model: nn.Module) -> None:
+        batches = {"train": list(calibration_batches(trainer, self.samples, self.batch_size, labels=True))}
+        if trainer.enable_validation:
+            device = trainer.strategy.root_device
+            every = validation_batches(trainer)
+            batches["validation"] = [{key: value.to(device) for key, value in batch.items()} for batch in every]
+        with evaluating(model):
+            losses = {f"qat/{split}_loss": quality(model, some, None, "loss") for split, some in batches.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(losses, trainer.global_step)
+
+
+class FakeQuantization(nn.Module):
+    """What a layer's weights and inputs will be rounded to, computed from what they are while they train.
+
+    ``reach``, of every group of weights the value that its grid reaches to on either side, and ``between``, the lowest
+    and the highest value of the inputs ``[2]``, are in the units of what they limit. That an optimizer moves them by
+    as much as weights serves for the scaled gradient that LSQ gives to steps, which are finer by the number of levels.
+    """
+
+    def __init__(self, weight: Tensor, scheme: Scheme, between: nn.Parameter | None, learnt: bool) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.between = between
+        self.levels = 2**scheme.bits - 1
+        scale = minmax_grid(weight.detach(), scheme, torch.float32).scale
+        self.groups = scale.shape[1]
+        # Flat, and so without the weight decay that optimizers spare biases and norms.
+        self.reach = nn.Parameter((scale * self.levels / 2).flatten()) if learnt else None
+
+    def insert(self, layer: nn.Linear) -> None:
+        """From now on the layer computes with rounded weights and inputs; its ``weight`` is still the one to train."""
+        layer.fake_quantization = self
+        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+
+    def weights(self, weight: Tensor) -> Tensor:
+        scale = self.scale(weight)[:, :, None]
+        groups = weight.unflatten(1, (self.groups, -1))
+        return fake_quantize(groups, scale, 0, self.scheme.lowest, self.scheme.highest).flatten(1)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Of every group, ``[rows, groups]``."""
+        if self.reach is None:
+            return minmax_grid(weight.detach(), self.scheme, torch.float32).scale
+        tiny = torch.finfo(torch.float32).tiny
+        return 2 * self.reach.abs().clamp(min=tiny).view(-1, self.groups) / self.levels
+
+    def inputs(self, x: Tensor) -> Tensor:
+        if self.between is None:
+            return x
+        if not self.between.requires_grad and torch.is_grad_enabled():
+            self.between.lerp_(torch.stack(x.detach().float().aminmax()), 0.01)
+        low, high = self.between[0].clamp(max=0), self.between[1].clamp(min=0)
+        scale = ((high - low) / (INPUTS.highest - INPUTS.lowest)).clamp(min=torch.finfo(torch.float32).tiny)
+        zero = straight_through_round(INPUTS.lowest - low / scale)
+        return fake_quantize(x, scale, zero, INPUTS.lowest, INPUTS.highest)
+
+
+def forward(layer: Any, x: Tensor) -> Tensor:
+    fake = layer.fake_quantization
+    return nn.functional.linear(fake.inputs(x), fake.weights(layer.weight), layer.bias)
+
+
+@torch.no_grad()
+def settle(layer: Any) -> Quantized:
+    """Round the layer's weights for good and have it quantize its inputs, as they were while it trained."""
+    fake, weight = layer.fake_quantization, layer.weight
+    scale = fake.scale(weight).to(weight.dtype)
+    grid = Grid(scale.clone(), torch.zeros_like(scale, dtype=torch.int8))
+    weight.copy_(to_grid(weight, grid, fake.scheme))
+    del layer.fake_quantization, layer.forward
+    if fake.between is None:
+        return Quantized(fake.scheme, grid)
+    inputs = Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype))
+    inputs.attach(layer)
+    return Quantized(fake.scheme, grid, inputs)

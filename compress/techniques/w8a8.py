@@ -1,0 +1,182 @@
+"""Weights and activations of eight bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+
+from compress import packing
+from compress.calibration import calibrate, calibration_batches
+from compress.errors import UserError
+from compress.folding import FOLDS, fold, sources
+from compress.models import blocks, compressed, evaluating, is_decoder, quantizable
+from compress.packing import Quantized
+from compress.quantization import Inputs, Scheme, ends, grid_between, histogram, minmax_grid, to_grid
+from compress.shapes import FAMILIES, LLAMA
+
+KEY = "technique.w8a8"
+WEIGHTS = Scheme(bits=8)
+
+
+class W8A8(pl.Callback):
+    """Round the weights of the transformer blocks to eight bits, with a scale for every row, and what enters their
+    layers too, with a scale for every token or a range for every layer, so that a runtime can multiply integers.
+
+    Ranges are those of Wu et al., "Integer Quantization for Deep Learning Inference", 2020, arXiv:2004.09602. With
+    ``smoothing`` large activations are made smaller and the weights that they meet larger, as much as makes both easy
+    to round, by scales that are folded into the norm or layer before: Xiao et al., "SmoothQuant", 2022,
+    arXiv:2211.10438. A weight that is exactly zero stays exactly zero.
+
+    Works when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration`` or else of the
+    training loader; a scale for every token without smoothing needs none. Afterwards the model computes with quantized
+    activations, in memory as when it is loaded. Saved in the compressed-tensors format, which transformers and vLLM
+    load.
+
+    Args:
+        dynamic: a scale for every token, found as it comes; false: a range for every layer, found in calibration.
+        symmetric: ranges around zero, as every runtime has them; false: from the lowest to the highest value, with a
+            zero point, for which ``dynamic`` must be false.
+        percentile: of its values in calibration on either side that a layer's range holds, in percent; 100 for all.
+        smoothing: how much of the difficulty moves to the weights, from 0 to 1; null: none.
+        samples: training examples (for a language model, blocks of tokens) to calibrate on.
+        batch_size: of them run at a time.
+        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
+            and patterns of layers' names.
+
+    Raises:
+        UserError: the model has no place for smoothing, a pattern fits no layer, or settings contradict.
+
+        pl.Trainer(max_epochs=1, callbacks=[W8A8(dynamic=False)]).fit(module, loader)
+    """
+
+    leaves = "integer"
+    packages = ("compressed_tensors",)
+    shrinks = True
+    limits = (
+        "PyTorch multiplies floats that stand for the integers: less to store, no speed there; vLLM, and int8 exports, "
+        "multiply integers"
+    )
+
+    @validate_call
+    def __init__(
+        self,
+        dynamic: bool = True,
+        symmetric: bool = True,
+        percentile: Annotated[float, Field(gt=50, le=100)] = 99.999,
+        smoothing: Annotated[float, Field(ge=0, le=1)] | None = None,
+        samples: Annotated[int, Field(ge=0)] = 128,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        skip: tuple[str, ...] = ("embeddings", "head"),
+    ) -> None:
+        self.dynamic = dynamic
+        self.inputs = Scheme(bits=8, symmetric=symmetric)
+        self.percentile = percentile
+        self.smoothing = smoothing
+        self.samples = samples
+        self.batch_size = batch_size
+        self.skip = skip
+        self.train_samples = 0 if dynamic and smoothing is None else samples
+        self.keeps_head = "head" in skip
+        self.quantized: dict[str, Quantized] = {}
+        self.average_bits: dict[str, float] = {}
+        if dynamic and not symmetric:
+            raise UserError(
+                f"{KEY}.symmetric=false gives a layer's range a zero point and {KEY}.dynamic=true gives every token a "
+                f"scale alone: set {KEY}.dynamic=false, or {KEY}.symmetric=true."
+            )
+        if not samples and not (dynamic and smoothing is None):
+            what = "smoothing" if dynamic else "dynamic=false"
+            raise UserError(f"{KEY}.samples is 0 and {KEY}.{what} calibrates: set {KEY}.samples=128, say.")
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        config: Any = getattr(skeleton, "config", None)
+        family = getattr(config, "model_type", type(skeleton).__name__)
+        if self.smoothing is not None and FAMILIES.get(family) is not LLAMA:
+            reason = (
+                f"those of `{family}` feed the residual branch as well, which would be scaled too"
+                if family in FAMILIES
+                else f"where `{family}` has them is not known"
+            )
+            raise UserError(
+                f"{KEY}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}: set "
+                f"{KEY}.smoothing=null."
+            )
+        if self.dynamic and "head" not in self.skip and not (config is not None and is_decoder(config)):
+            raise UserError(
+                f"{KEY}.dynamic=true gives every token a scale and the head of `{family}` reads one vector a text, "
+                f"which loaders would scale by the batch: add `head` to {KEY}.skip, or set {KEY}.dynamic=false."
+            )
+        quantizable(skeleton, self.skip, KEY)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check(compressed(pl_module), [])  # which a script of one's own has not done
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module).to(trainer.strategy.root_device)
+        wanted = quantizable(model, self.skip, KEY)
+        batches = list(calibration_batches(trainer, self.train_samples, self.batch_size))
+        with evaluating(model):
+            if self.smoothing is not None:
+                largest: dict[str, Tensor] = {}
+                for layers, found in calibrate(model, batches, magnitude, wanted, combine=torch.maximum):
+                    largest |= dict.fromkeys(layers, found)
+                smooth(model, largest, self.smoothing)
+            if self.dynamic:
+                self._quantize(wanted, Inputs(self.inputs))
+            else:
+                for layers, counts in calibrate(model, batches, histogram, wanted):
+                    dtype = next(iter(layers.values())).weight.dtype
+                    grid = grid_between(ends(counts, self.percentile), self.inputs, dtype)
+                    self._quantize(layers, Inputs(self.inputs, grid))
+        self.average_bits = packing.average_bits(model, self.quantized)
+        model.cpu()
+
+    def _quantize(self, layers: dict[str, nn.Linear], inputs: Inputs) -> None:
+        for name, linear in layers.items():
+            weight = linear.weight.data
+            grid = minmax_grid(weight, WEIGHTS, weight.dtype)
+            weight.copy_(to_grid(weight, grid, WEIGHTS))
+            inputs.attach(linear)
+            self.quantized[name] = Quantized(WEIGHTS, grid, inputs)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        packing.save(model, self.quantized, folder)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The largest size of every input over the tokens of ``x`` ``[tokens, inputs]``."""
+    return x.abs().amax(0)
+
+
+def smooth(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
+    """Scale the inputs of those layers of a Llama's blocks for which the ``largest`` activations, ``[inputs]``, are
+    given; the model computes what it did."""
+    prefix, stack = blocks(model)
+    for index, block in enumerate(stack):
+        for place in FOLDS:
+            before: Any = block.get_submodule(place.before)
+            changed = (*place.layers, *([place.before] if isinstance(before, nn.Linear) else []))
+            if any(f"{prefix}.{index}.{name}" not in largest for name in changed):
+                continue  # one of them is to stay as it is
+            layers: list[Any] = [block.get_submodule(name) for name in place.layers]
+            source = sources(block, before, layers[0])
+            activation = largest_of(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
+            weight = largest_of(source, torch.cat([layer.weight.data for layer in layers]).float().abs().amax(0))
+            fold(before, layers, smoothing_scale(activation, weight, strength), source)
+
+
+def largest_of(source: Tensor, x: Tensor) -> Tensor:
+    """The largest of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
+    return torch.zeros(int(source.max()) + 1, device=x.device).scatter_reduce(0, source, x, "amax")
+
+
+def smoothing_scale(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """``activation^strength / weight^(1 - strength)`` of the largest of either in every channel, which at a strength of
+    a half makes both equally large. A channel that is always zero, or has no weight, keeps its scale."""
+    live = (activation > 0) & (weight > 0)
+    return torch.where(live, activation**strength / weight ** (1 - strength), 1.0)

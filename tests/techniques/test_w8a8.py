@@ -1,0 +1,259 @@
+import json
+
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from test_prune import fit
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from compress import promises
+from compress.errors import UserError
+from compress.models import linears, zeros
+from compress.runtimes.torch import load
+from compress.techniques.prune import Prune
+from compress.techniques.w8a8 import W8A8, largest_of, magnitude, smooth, smoothing_scale
+
+DYNAMIC, STATIC, ASYMMETRIC = {}, {"dynamic": False}, {"dynamic": False, "symmetric": False}
+DECODERS = (tiny.llama, tiny.llama_lm)
+PROBE = {key: value for key, value in tiny.batch(seed=9).items() if key != "labels"}
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(**PROBE).logits
+
+
+def reloaded(build, folder):
+    """By transformers alone, and by our own runtime."""
+    auto = AutoModelForCausalLM if build is tiny.llama_lm else AutoModelForSequenceClassification
+    theirs = auto.from_pretrained(folder, dtype="auto")
+    for parameter in theirs.parameters():
+        # Where in memory numbers lie decides the last bit of their sum, and that may decide a rounding.
+        parameter.data = parameter.data.clone()
+    return theirs, load(folder, "lm" if build is tiny.llama_lm else "multiclass")
+
+
+@pytest.mark.parametrize(
+    ("build", "how"),
+    [(build, how) for build in tiny.ALL for how in (DYNAMIC, STATIC, ASYMMETRIC)]
+    + [(build, {**how, "smoothing": 0.5}) for build in DECODERS for how in (DYNAMIC, ASYMMETRIC)],
+)
+def test_activations_are_quantized_in_memory_as_when_loaded_and_zeros_and_head_are_kept(build, how, tmp_path):
+    model = fit(build(), Prune(sparsity=0.4))
+    masks, before = zeros(model), promises.state(model)
+    stage = W8A8(samples=8, **how)
+    fit(model, stage)
+    promises.check_model("w8a8", stage, before, model)
+    assert masks and all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
+    expected = logits(model)
+    hooks = [layer._forward_pre_hooks for _, layer in linears(model)]
+    kept = [dict(one) for one in hooks]
+    for one in hooks:
+        one.clear()
+    assert not torch.equal(logits(model), expected)  # what the weights alone give
+    for one, hook in zip(hooks, kept):
+        one.update(hook)
+    stage.save(model, tmp_path)
+    for again in reloaded(build, tmp_path):
+        assert torch.equal(logits(again), expected)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in build().parameters())
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert described["format"] == "int-quantized"
+    weights, inputs = (described["config_groups"]["group_0"][key] for key in ("weights", "input_activations"))
+    assert (weights["num_bits"], weights["strategy"], weights["symmetric"]) == (8, "channel", True)
+    found = (inputs["num_bits"], inputs["strategy"], inputs["dynamic"], inputs["symmetric"])
+    assert found == (
+        8,
+        "token" if stage.dynamic else "tensor",
+        stage.dynamic,
+        how is not ASYMMETRIC and "symmetric" not in how,
+    )
+
+
+@pytest.mark.parametrize("how", [DYNAMIC, STATIC, ASYMMETRIC])
+@pytest.mark.parametrize("build", tiny.ALL)
+def test_eight_bits_change_the_answers_little(build, how):
+    model = build()
+    before = logits(model)
+    fit(model, W8A8(samples=16, percentile=100, **how))
+    assert 0 < (logits(model) - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_eight_bits_are_stored_and_scales(tmp_path):
+    model = tiny.bert()
+    stage = W8A8(dynamic=False, samples=8)
+    fit(model, stage)
+    stage.save(model, tmp_path)
+    assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == 8 + 32 / 32
+    promises.check_bits("w8a8", stage.average_bits, model, tmp_path)
+
+
+@pytest.mark.parametrize("how", [DYNAMIC, ASYMMETRIC])
+def test_bfloat16_reloads_exactly(how, tmp_path):
+    model = tiny.llama().bfloat16()
+    stage = W8A8(samples=8, smoothing=0.5, **how)
+    fit(model, stage)
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    for again in reloaded(tiny.llama, tmp_path):
+        assert torch.equal(logits(again), expected)
+
+
+def test_layers_that_share_an_input_share_its_range():
+    stage = W8A8(dynamic=False, samples=8)
+    fit(tiny.bert(), stage)
+    first = "bert.encoder.layer.0."
+    query, key, value, out = (
+        stage.quantized[first + name].inputs.grid.scale
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    )
+    assert query == key == value != out
+
+
+def test_a_lower_percentile_makes_ranges_narrower():
+    wide, narrow = W8A8(dynamic=False, samples=8, percentile=100), W8A8(dynamic=False, samples=8, percentile=99)
+    fit(tiny.bert(), wide)
+    fit(tiny.bert(), narrow)
+    assert all(narrow.quantized[name].inputs.grid.scale < one.inputs.grid.scale for name, one in wide.quantized.items())
+
+
+def test_smoothing_makes_activations_and_weights_equally_large():
+    scale = smoothing_scale(torch.tensor([16.0, 1.0, 0.0, 5.0]), torch.tensor([1.0, 4.0, 1.0, 0.0]), 0.5)
+    assert scale.tolist() == [4, 0.5, 1, 1]  # 16 / 4 = 1 * 4, 1 / 0.5 = 4 * 0.5; nothing to gain for the others
+    assert smoothing_scale(torch.tensor([16.0]), torch.tensor([2.0]), 1.0).item() == 16
+    assert largest_of(torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [3, 2]
+
+
+def test_smoothing_alone_changes_no_answer():
+    model = tiny.llama_lm()
+    before = logits(model)
+    largest = {name: torch.rand(layer.in_features) * 9 for name, layer in linears(model)}
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    smooth(model, largest, 0.5)
+    assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weight)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+def test_smoothing_goes_by_the_largest_activations_of_all_batches(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("compress.techniques.w8a8.smooth", lambda model, largest, strength: seen.update(largest))
+    fit(tiny.llama(), W8A8(samples=12, smoothing=0.5))
+    model, tokens = tiny.llama(), []
+    first, layer = next(linears(model))
+    layer.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    with torch.no_grad():
+        for batch in list(tiny.loader())[:3]:
+            model(**batch)
+            tokens[-1] = tokens[-1][batch["attention_mask"].bool()]
+    assert torch.equal(seen[first], torch.cat(tokens).abs().amax(0))
+
+
+def outliers(model):
+    """A few channels of large activations, which the weights make up for: what SmoothQuant is for."""
+    for block in model.model.layers:
+        for norm, layers in (
+            (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+            (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+        ):
+            norm.weight.data[::11] *= 100
+            for layer in layers:
+                layer.weight.data[:, ::11] /= 100
+    return model
+
+
+@pytest.mark.parametrize("how", [DYNAMIC, STATIC])
+def test_smoothing_saves_the_small_activations_beside_large_ones(how):
+    exact = logits(tiny.llama_lm())
+
+    def error(smoothing):
+        model = fit(outliers(tiny.llama_lm()), W8A8(samples=16, smoothing=smoothing, **how))
+        return (logits(model) - exact).square().mean().item()
+
+    assert error(0.5) < 0.1 * error(None)
+
+
+def test_what_a_pattern_names_stays_bit_for_bit(tmp_path):
+    model, before = tiny.llama(), tiny.llama()
+    stage = W8A8(samples=8, smoothing=0.5, skip=("embeddings", "head", "*down_proj", "model.layers.0.self_attn.q_proj"))
+    fit(model, stage)
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.layers.0.input_layernorm"):
+        assert torch.equal(model.get_submodule(name).weight, before.get_submodule(name).weight)
+    assert not torch.equal(model.model.layers[1].input_layernorm.weight, before.model.layers[1].input_layernorm.weight)
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    for again in reloaded(tiny.llama, tmp_path):
+        assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize(("build", "how"), [(tiny.bert, STATIC), (tiny.llama_lm, DYNAMIC)])
+def test_the_head_is_quantized_if_asked(build, how, tmp_path):
+    model = build()
+    stage = W8A8(samples=8, skip=("embeddings",), **how)
+    assert not stage.keeps_head
+    fit(model, stage)
+    assert ("classifier" if build is tiny.bert else "lm_head") in stage.quantized
+    expected = logits(model)
+    stage.save(model, tmp_path)
+    for again in reloaded(build, tmp_path):
+        assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"symmetric": False}, r"set technique.w8a8.dynamic=false, or technique.w8a8.symmetric=true"),
+        ({"dynamic": False, "samples": 0}, r"samples is 0 and technique.w8a8.dynamic=false calibrates: set"),
+        ({"smoothing": 0.5, "samples": 0}, r"samples is 0 and technique.w8a8.smoothing calibrates: set"),
+    ],
+)
+def test_settings_that_contradict_are_told(wrong, told):
+    with pytest.raises(UserError, match=told):
+        W8A8(**wrong)
+
+
+def test_without_calibration_no_samples_are_asked_for():
+    assert W8A8(samples=0).train_samples == W8A8(samples=99).train_samples == 0
+    assert W8A8(dynamic=False).train_samples == W8A8(smoothing=0.5).train_samples == 128
+    fit(tiny.bert(), stage := W8A8(samples=0))
+    assert stage.quantized
+
+
+@pytest.mark.parametrize("wrong", [{"smoothing": 1.1}, {"percentile": 50}, {"samples": -1}, {"dynamic": "maybe"}])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        W8A8(**wrong)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "told"),
+    [
+        (tiny.bert, {"smoothing": 0.5}, r"those of `bert` feed the residual branch as well.*smoothing=null"),
+        (gpt2, {"smoothing": 0.5}, r"where `gpt2` has them is not known: set technique.w8a8.smoothing=null"),
+        (tiny.bert, {"skip": ["embeddings"]}, r"head of `bert` reads one vector a text.*add `head`"),
+        (tiny.bert, {"skip": ["head"]}, r"leaves the embeddings, which stay floats"),
+        (tiny.bert, {"skip": ["embeddings", "head", "*mlp*"]}, r"`\*mlp\*` fits none of the model's layers"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded(build, settings, told):
+    with torch.device("meta"):
+        skeleton = build()
+    with pytest.raises(UserError, match=told):
+        W8A8(**settings).check(skeleton, [])
+
+
+def test_it_works_alone_in_a_script_whose_module_is_not_ours():
+    theirs = tiny.Theirs(tiny.bert())
+    tiny.trainer(W8A8(dynamic=False, samples=8), epochs=1).fit(theirs, tiny.loader())
+    for _, layer in linears(theirs):
+        assert all(len(row.unique()) <= 256 for row in layer.weight) and layer._forward_pre_hooks
+    with pytest.raises(UserError, match="feed the residual branch"):
+        tiny.trainer(W8A8(smoothing=0.5)).fit(tiny.Theirs(tiny.bert()), tiny.loader())
+
+
+def test_magnitude_is_the_largest_of_every_input():
+    assert magnitude(torch.tensor([[1.0, -5.0], [-2.0, 3.0]])).tolist() == [2, 5]
