@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress import report
 from compress.report import Outcome
+from compress.runtimes.torch import FORMATS
 
 LOAD = """\
 from transformers import {auto}, AutoTokenizer
@@ -30,9 +31,11 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     task = "text-generation" if description.kind == "lm" else "text-classification"
     job = report.Job(method, description.model, description.task, seed=0)
     rows = [report.row(job, name, outcome) for name in outcome.measurements]
-    uneven = "compress" in json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    uneven = "compress" in config
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
-    packed = "\nIts weights are in the compressed-tensors format: `pip install compressed-tensors`.\n"
+    form = config.get("quantization_config", {}).get("quant_method")
+    packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
     lines = [
         "---",
         "library_name: transformers",
@@ -56,7 +59,7 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         "",
         "## Load it with `compress`" if uneven else "## Load it without `compress`",
         ours if uneven else "",
-        packed if description.weights == "packed" else "",
+        packed if form in FORMATS else "",
         "```python",
         (LOAD_UNEVEN if uneven else LOAD).format(auto=auto, folder=".") + "```",
         "",

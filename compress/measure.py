@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
+from compress import bnb
 from compress.artifact import Artifact, size_bytes
 from compress.techniques.finetune import aligned
 
@@ -94,9 +96,10 @@ def measure(
     benches: dict[str, Bench], metrics: MetricCollection, latency: Latency, device: torch.device
 ) -> dict[str, Measurement]:
     """Measure every artifact; the first is the baseline that the others are timed against."""
+    counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
     singles, batches = {}, {}
     for name, bench in benches.items():
-        bench.artifact.model.to(device)
+        bnb.move(bench.artifact.model, device)
         texts = [to_device(text, device) for text in bench.texts]
         singles[name] = texts
         batches[name] = repeat(texts[len(texts) // 2], latency.throughput_batch_size)
@@ -111,8 +114,8 @@ def measure(
             quality=qualities[name],
             examples=len(bench.test.dataset),  # type: ignore[arg-type]
             size_bytes=size_bytes(bench.folder),
-            parameters=sum(p.numel() for p in bench.artifact.model.parameters()),
-            nonzeros=sum(int(p.count_nonzero()) for p in bench.artifact.model.parameters()),
+            parameters=counts[name][0],
+            nonzeros=counts[name][1],
             latency=spread(alone[name]),
             latency_tokens=float(np.mean([text["input_ids"].shape[1] for text in singles[name]])),
             throughput_per_s=1000 * latency.throughput_batch_size / spread(together[name]).median_ms,
@@ -123,6 +126,13 @@ def measure(
         )
         for name, bench in benches.items()
     }
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """How many parameters the model has, and how many that are not zero; packed ones by what they stand for, which has
+    to be read before the first forward pass."""
+    each = [(weight.numel(), int(weight.count_nonzero())) for weight in map(bnb.values, model.parameters())]
+    return sum(number for number, _ in each), sum(nonzero for _, nonzero in each)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from compress.bnb import values
 from compress.cache import fingerprint
 from compress.errors import UserError
 from compress.shapes import cut_class
@@ -386,7 +387,7 @@ def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
 def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero *is* the mask: nothing else is
     kept beside the weights. (The embedding of padding is zero by itself.)"""
-    masks = {name: layer.weight == 0 for name, layer in prunable(model, embeddings=True, head=True).items()}
+    masks = {name: values(layer.weight) == 0 for name, layer in prunable(model, embeddings=True, head=True).items()}
     for name, mask in masks.items():
         if (padding := getattr(model.get_submodule(name), "padding_idx", None)) is not None:
             mask[padding] = False

@@ -14,7 +14,7 @@ from torch import nn
 from compress.quantization import Grid, Inputs, Scheme
 from compress.quiet import without_bars
 
-ABOUT = ("weight_shape", "quant_map", "quant_state")
+ABOUT = ("weight_shape", "weight_format", "quant_map", "quant_state")
 """Parts of the names of tensors that describe a layer and are the same for every number of weights."""
 
 
@@ -132,7 +132,7 @@ def stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (it is no dict)
-                name = key.partition(".weight")[0]
+                name = key.removesuffix(".SCB").partition(".weight")[0]  # LLM.int8's scales have a name of their own
                 if name in found and not any(word in key for word in ABOUT):
                     tensor = file.get_tensor(key)
                     found[name] += tensor.numel() * tensor.element_size() * 8

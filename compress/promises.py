@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.artifact import size_bytes
+from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import blocks, zeros
 from compress.packing import stored_bits
@@ -19,7 +20,8 @@ from compress.techniques import trait
 
 @dataclass(frozen=True)
 class State:
-    """What to remember of a model before a stage: a digest of every tensor, and where its Linear layers are zero."""
+    """What to remember of a model before a stage: a digest of every tensor, and where the weights of its layers that
+    can change are zero."""
 
     digests: dict[str, bytes]
     zeros: dict[str, Tensor]
@@ -28,7 +30,12 @@ class State:
 def state(model: nn.Module) -> State:
     """Remember the model as it is, without a second copy of it."""
     digests = {name: digest(tensor) for name, tensor in model.state_dict().items()}
-    return State(digests, zeros(model))
+    return State(digests, {name: one for name, one in zeros(model).items() if trainable(model, name)})
+
+
+def trainable(model: nn.Module, layer: str) -> bool:
+    weight: Any = model.get_submodule(layer).weight
+    return weight.requires_grad
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -53,7 +60,7 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
                 f"`{key}` should change the transformer blocks alone and changed {', '.join(outside)}."
             )
     for name, mask in before.zeros.items() if trait(stage, "keeps_zeros") else ():
-        weight = model.get_submodule(name).weight
+        weight = values(model.get_submodule(name).weight)  # type: ignore[arg-type]
         if weight.shape != mask.shape:
             continue  # cut, and so another one
         filled = int((weight[mask] != 0).sum())

@@ -21,6 +21,7 @@ def hush() -> None:
         "lightning",
         "lightning_utilities",
         "transformers",
+        "bitsandbytes",
         "datasets",
         "filelock",
         "matplotlib",

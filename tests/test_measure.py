@@ -1,10 +1,16 @@
+import copy
 import time
 
 import numpy as np
 import pytest
 import torch
+from test_nf4 import wide
+from test_prune import fit
 
-from compress.measure import Latency, repeat, speedup, spread, take_turns
+from compress.measure import Latency, count, repeat, speedup, spread, take_turns
+from compress.techniques.int8 import Int8
+from compress.techniques.nf4 import NF4
+from compress.techniques.prune import Prune
 
 
 def test_statistics_of_known_times():
@@ -44,3 +50,15 @@ def test_slow_calls_are_timed_for_their_budget_and_no_longer():
 def test_a_throughput_batch_holds_no_padding():
     batch = repeat({"input_ids": torch.arange(5)[None], "attention_mask": torch.ones(1, 5)}, 4)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4]] * 4 and batch["attention_mask"].shape == (4, 5)
+
+
+def test_packed_weights_count_as_what_they_stand_for():
+    model = wide("bert")
+    fit(model, Prune(sparsity=0.5))
+    parameters, nonzeros = count(model)
+    assert parameters == sum(weight.numel() for weight in model.parameters()) > nonzeros
+    for stage in (NF4(), Int8()):
+        quantized = copy.deepcopy(model)
+        fit(quantized, stage)
+        found = count(quantized)
+        assert found[0] == parameters and 0.9 * nonzeros < found[1] <= nonzeros  # some are rounded to zero

@@ -50,6 +50,7 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
             ["technique=gptq+distill", "technique.distill.student.layers=1"],
             r"student asks for another model and the chain's is quantized already: distil first",
         ),
+        (["technique=nf4+distill"], r"`distill` works on float or packed weights.*distill\+nf4"),
         (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
         (["technique=gptq+gptq"], r"`gptq_2` works on float weights"),
         (["technique=prune+prune"], r"sparsity of 0.2 follows one to 0.2"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
 from compress import artifact, promises, run
+from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.teachers import KeptLogits
@@ -69,7 +70,21 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     assert both.size_bytes < 0.7 * none.size_bytes and both.parameters == none.parameters
     loaded = compress.load(tmp_path / "artifact")
     assert measured_sparsity(linear.weight for _, linear in linears(loaded.model)) >= 0.2
-    assert loaded.description.weights == "packed"
+    assert loaded.description.weights == "integer"
+
+
+@pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy"), ("prune+nf4", "toy_lm"), ("int8", "toy")])
+def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, task):
+    outcome = carry_out(f"technique={technique}", model="tiny_llama" if task == "toy_lm" else "tiny", task=task)
+    none, packed = outcome.measurements.values()
+    assert packed.size_bytes < 0.7 * none.size_bytes and packed.parameters == none.parameters
+    loaded = compress.load(tmp_path / "artifact")
+    assert loaded.description.weights == "bitsandbytes" and loaded.model.device.type == "cpu"
+    assert "pip install bitsandbytes accelerate" in (tmp_path / "artifact" / "README.md").read_text()
+    weights = [values(linear.weight) for _, linear in linears(loaded.model)]
+    sparsity = measured_sparsity(weights)
+    assert sparsity >= 0.2 if "prune" in technique else sparsity < 0.2
+    assert packed.nonzeros == none.nonzeros - sum(int((weight == 0).sum()) for weight in weights)
 
 
 def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeypatch):

@@ -13,20 +13,26 @@ from compress.models import auto_class, from_pretrained, load_weights
 from compress.quiet import without_bars
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
+FORMATS = {"compressed-tensors": ("compressed-tensors",), "bitsandbytes": ("bitsandbytes", "accelerate")}
+"""What transformers needs to load weights in a packed format."""
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
-    """The model in eval mode, its weights as floats; where its activations are quantized, they are when it runs.
+    """The model in eval mode, on the CPU; its weights are floats, or bitsandbytes' own, and where its activations are
+    quantized, they are when it runs.
 
     Raises:
         UserError: ``folder`` holds no model, or one in a format whose library is not installed.
     """
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     how: dict[str, Any] = {"dtype": "auto"}
-    packed = getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors"
-    if packed:
-        if importlib.util.find_spec("compressed_tensors") is None:
-            raise UserError(f"{folder} is in the compressed-tensors format: pip install compressed-tensors")
+    packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
+    needed = FORMATS.get(packed, ())
+    if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in needed):
+        raise UserError(f"{folder} is in the {packed} format: pip install {' '.join(needed)}")
+    if packed == "bitsandbytes":
+        how |= {"device_map": "cpu", "disable_mmap": True}  # the scales are no parameters, which are copied below
+    if packed == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
@@ -37,7 +43,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
             f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random: name a folder "
             "with a model that was trained for the task."
         )
-    if packed:
+    if packed == "compressed-tensors":
         unwrap(model)
     for parameter in model.parameters():
         # Off the mapped file: pages of a file are slower to read than memory, which would favour a model that was

@@ -33,7 +33,7 @@ class Technique(Protocol):
 
     needs: tuple[str, ...] = ("float",)
     """The kinds of weights that it works on: ``float``; ``packed`` integers that stand for floats; ``integer``, which
-    meet quantized activations and cannot be trained beside."""
+    meet quantized activations, and ``bitsandbytes``' own: nothing is trained beside these two."""
     leaves: str | None = "float"
     """The kind of weights that it leaves to the next stage; None: that which it got."""
     runtime: str = "torch"

@@ -363,7 +363,9 @@ class HoldZeros(pl.Callback):
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.masks = {name: ~zero for name, zero in zeros(compressed(pl_module)).items()}
+        model = compressed(pl_module)
+        trained = {name: zero for name, zero in zeros(model).items() if model.get_submodule(name).weight.requires_grad}
+        self.masks = {name: ~zero for name, zero in trained.items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         hold(compressed(pl_module), self.masks)

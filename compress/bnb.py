@@ -1,0 +1,75 @@
+"""bitsandbytes' layers in place of plain ones, in memory and on disk, in the format that transformers loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.quiet import without_bars
+
+
+def replace(model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn.Linear], nn.Linear]) -> dict[str, Any]:
+    """Put ``packed(layer)``, without its bias, in the place of each of the ``layers``; the model's state, to be saved.
+
+    It is taken here because the first forward pass arranges 4-bit weights anew for a CPU with bfloat16 instructions,
+    and casts biases: what is read afterwards is not what was quantized. It takes no memory of its own until then.
+    """
+    for name, linear in layers.items():
+        layer = packed(linear).train(linear.training)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer)
+    return dict(model.state_dict())
+
+
+def save(model: nn.Module, state: dict[str, Any], layers: Iterable[str], folder: Path, **settings: Any) -> None:
+    """Write the ``state`` of ``model``, whose ``layers`` are bitsandbytes' own, to ``folder``, with these ``settings``
+    of transformers' ``BitsAndBytesConfig``."""
+    from transformers import BitsAndBytesConfig
+
+    kept = unconverted(model, set(layers))
+    model.config.quantization_config = BitsAndBytesConfig(llm_int8_skip_modules=kept, **settings)
+    with without_bars():
+        model.save_pretrained(folder, state_dict=dict(state))
+
+
+def unconverted(model: nn.Module, layers: set[str]) -> list[str]:
+    """What transformers must be told so that it makes bitsandbytes' layers of ``layers`` and of no other Linear layer.
+
+    It leaves out whatever starts or ends with a name: where that would be one of the ``layers`` too (``classifier`` and
+    ``pre_classifier``), a regular expression, which it knows as well, says the name and no more.
+    """
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    catches = {name: any(layer.startswith(name) or layer.endswith(name) for layer in layers) for name in kept}
+    return [f"^{re.escape(name)}$" if catches[name] else name for name in kept]
+
+
+def values(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for: 4-bit ones lie two to a byte, in another shape.
+
+    Raises:
+        ValueError: a forward pass has arranged them for the CPU, in an order that cannot be read.
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("4-bit weights can be read before the first forward pass alone: load the model again.")
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+def move(model: Any, device: torch.device) -> None:
+    """``model.to(device)``, and what 8-bit layers keep beside their weights, which they move only when told so
+    themselves."""
+    model.to(device)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if hasattr(module, "init_8bit_state"):
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            module.to(device)

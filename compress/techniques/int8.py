@@ -1,0 +1,77 @@
+"""8-bit integers for weights and activations, outliers apart, with bitsandbytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+from pydantic import Field, validate_call
+from torch import Tensor, nn
+
+from compress import bnb
+from compress.models import compressed, quantizable
+
+KEY = "technique.int8"
+
+
+class Int8(pl.Callback):
+    """LLM.int8: weights as 8-bit integers with a scale a row, activations rounded to integers with a scale a token as
+    they come, and multiplied as integers. No calibration needed.
+
+    Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, arXiv:2208.07339.
+    Input channels in which an activation of the batch reaches ``threshold`` are multiplied as floats, so that a text's
+    answer can depend a little on what it is batched with. A pruned weight stays exactly zero.
+
+    Works when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. Saved in bitsandbytes'
+    format, which transformers loads on CPUs and GPUs.
+
+    Args:
+        threshold: the absolute value from which on an activation is an outlier; 0 for none.
+        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
+            and patterns of layers' names.
+
+    Raises:
+        UserError: a pattern fits no layer.
+
+        pl.Trainer(max_epochs=1, callbacks=[Int8()]).fit(module, loader)
+    """
+
+    leaves = "bitsandbytes"
+    packages = ("bitsandbytes", "accelerate")
+    shrinks = True
+    limits = "activations are rounded at every call: less to store, on a CPU often slower than floats"
+
+    @validate_call
+    def __init__(
+        self, threshold: Annotated[float, Field(ge=0)] = 6.0, skip: tuple[str, ...] = ("embeddings", "head")
+    ) -> None:
+        self.threshold = threshold
+        self.skip = skip
+        self.keeps_head = "head" in skip
+        self.average_bits: dict[str, float] = {}
+        self.state: dict[str, Tensor] = {}
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        quantizable(skeleton, self.skip, KEY)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module).cpu()
+        layers = quantizable(model, self.skip, KEY)
+        self.average_bits = {name: 8 + 32 / linear.in_features for name, linear in layers.items()}
+        self.state = bnb.replace(model, layers, lambda linear: eight_bit(linear, self.threshold))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        bnb.save(model, self.state, self.average_bits, folder, load_in_8bit=True, llm_int8_threshold=self.threshold)
+
+
+def eight_bit(linear: nn.Linear, threshold: float) -> nn.Linear:
+    """bitsandbytes' layer with the weight of ``linear`` in 8 bits, and no bias yet."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    layer = Linear8bitLt(
+        linear.in_features, linear.out_features, has_fp16_weights=False, threshold=threshold, device="meta"
+    )
+    weight: Any = Int8Params(linear.weight.data, requires_grad=False)
+    layer.weight = weight.to("cpu")  # quantizes
+    return layer

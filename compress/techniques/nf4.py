@@ -1,0 +1,134 @@
+"""4-bit floats in blocks, with bitsandbytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pydantic import validate_call
+from torch import Tensor, nn
+
+from compress import bnb
+from compress.errors import UserError
+from compress.models import compressed, quantizable
+
+KEY = "technique.nf4"
+ROWS = 32
+"""Outputs that bitsandbytes' kernel for CPUs with bfloat16 instructions takes at a time."""
+
+
+class NF4(pl.Callback):
+    """Round the weights of the transformer blocks to one of sixteen values a block of them, no calibration needed.
+
+    Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, arXiv:2305.14314: the values of ``nf4`` are
+    the quantiles of a normal distribution, those of ``fp4`` 4-bit floats, both scaled by the largest weight of the
+    block. Zero is one of them, so that a pruned weight stays exactly zero.
+
+    Works when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. Saved in bitsandbytes'
+    format, which transformers loads on CPUs and GPUs.
+
+    Args:
+        quant_type: the sixteen values.
+        double_quantization: store the scales as 8-bit floats, with a scale of 32 bits for 256 of them.
+        blocksize: consecutive weights of a row that share a scale.
+        compute_dtype: of the products; ``auto`` is that of the model's weights. A CPU with bfloat16 instructions
+            computes in bfloat16 whatever is said here.
+        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
+            and patterns of layers' names.
+
+    Raises:
+        UserError: a layer's shape does not suit bitsandbytes' kernels, or a pattern fits none.
+
+        pl.Trainer(max_epochs=1, callbacks=[NF4()]).fit(module, loader)
+    """
+
+    leaves = "bitsandbytes"  # whose layers for CPUs pass no gradient on once they have been in eval mode
+    packages = ("bitsandbytes", "accelerate")
+    shrinks = True
+    limits = "bitsandbytes turns the weights back into floats at every call: less to store and load, little or no speed"
+
+    @validate_call
+    def __init__(
+        self,
+        quant_type: Literal["nf4", "fp4"] = "nf4",
+        double_quantization: bool = True,
+        blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64,
+        compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        skip: tuple[str, ...] = ("embeddings", "head"),
+    ) -> None:
+        self.quant_type = quant_type
+        self.double_quantization = double_quantization
+        self.blocksize = blocksize
+        self.compute_dtype = compute_dtype
+        self.skip = skip
+        self.keeps_head = "head" in skip
+        self.average_bits: dict[str, float] = {}
+        self.state: dict[str, Tensor] = {}
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        misfits = {
+            re.sub(r"\.\d+\.", ".*.", name): linear
+            for name, linear in quantizable(skeleton, self.skip, KEY).items()
+            if linear.in_features % self.blocksize or linear.out_features % ROWS
+        }
+        if misfits:
+            name, linear = next(iter(misfits.items()))
+            raise UserError(
+                f"`{name}` has {linear.out_features} outputs and {linear.in_features} inputs, and bitsandbytes' 4-bit "
+                f"kernels take multiples of {ROWS} and of {KEY}.blocksize={self.blocksize}: set another blocksize (32 "
+                f"is the least), or {KEY}.skip=[{','.join([*self.skip, *misfits])}]."
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module).cpu()
+        layers = quantizable(model, self.skip, KEY)
+        self.check(model, [])
+        own = next(iter(layers.values())).weight.dtype
+        self.computed_in = own if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)
+        self.average_bits = {
+            name: average_bits(linear.weight.numel(), self.blocksize, self.double_quantization)
+            for name, linear in layers.items()
+        }
+        settings = (self.quant_type, self.double_quantization, self.blocksize, self.computed_in)
+        self.state = bnb.replace(model, layers, lambda linear: four_bit(linear, *settings))
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        bnb.save(
+            model,
+            self.state,
+            self.average_bits,
+            folder,
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_compute_dtype=self.computed_in,
+        )
+
+
+def four_bit(
+    linear: nn.Linear, quant_type: str, double_quantization: bool, blocksize: int, compute_dtype: torch.dtype
+) -> nn.Linear:
+    """bitsandbytes' layer with the weight of ``linear`` in 4 bits, and no bias yet."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=compute_dtype, device="meta")
+    weight: Any = Params4bit(
+        linear.weight.data,
+        blocksize=blocksize,
+        compress_statistics=double_quantization,
+        quant_type=quant_type,
+        module=layer,
+    )
+    layer.weight = weight.to("cpu")  # quantizes
+    return layer
+
+
+def average_bits(weights: int, blocksize: int, double_quantization: bool) -> float:
+    """Stored bits per weight of a layer of so many, scales counted."""
+    blocks = math.ceil(weights / blocksize)
+    scales = 8 * blocks + 32 * math.ceil(blocks / 256) if double_quantization else 32 * blocks
+    return 4 + scales / weights
