@@ -22,6 +22,25 @@ import compress
 model, tokenizer, _ = compress.load("{folder}")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
+LOAD_ONNX = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+(logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
+"""
+LOAD_OPENVINO = """\
+import json
+
+import openvino
+from transformers import AutoTokenizer
+
+settings = json.load(open("{folder}/compile.json"))
+model = openvino.compile_model("{folder}/openvino_model.xml", "CPU", settings)
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
+"""
 
 
 def write(folder: Path, outcome: Outcome, method: str) -> None:
@@ -36,9 +55,12 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
     form = config.get("quantization_config", {}).get("quant_method")
     packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
+    loads = {"onnxruntime": LOAD_ONNX, "openvino": LOAD_OPENVINO}.get(
+        description.runtime, LOAD_UNEVEN if uneven else LOAD
+    )
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'transformers' if description.runtime == 'torch' else description.weights}",
         f"pipeline_tag: {task}",
         "tags: [compress]",
         "---",
@@ -61,7 +83,7 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         ours if uneven else "",
         packed if form in FORMATS else "",
         "```python",
-        (LOAD_UNEVEN if uneven else LOAD).format(auto=auto, folder=".") + "```",
+        loads.format(auto=auto, folder=".") + "```",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))

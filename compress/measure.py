@@ -95,7 +95,10 @@ class Measurement:
 def measure(
     benches: dict[str, Bench], metrics: MetricCollection, latency: Latency, device: torch.device
 ) -> dict[str, Measurement]:
-    """Measure every artifact; the first is the baseline that the others are timed against."""
+    """Measure every artifact; the first is the baseline that the others are timed against. Runtimes other than PyTorch
+    work on the CPU here, and what is compared with them does too."""
+    if any(bench.artifact.description.runtime != "torch" for bench in benches.values()):
+        device = torch.device("cpu")
     counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
     singles, batches = {}, {}
     for name, bench in benches.items():

@@ -38,3 +38,16 @@ def without_bars() -> Iterator[None]:
     """For calls that draw a progress bar of their own for a moment's work."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """For exporters and converters, which warn, log and print on a normal run; errors are raised all the same."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_bars():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logged)

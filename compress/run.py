@@ -197,7 +197,7 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         tokenizer = cut
         data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
-    expected = promises.logits(model, probe)
+    expected = promises.logits(trait(stage, "exported") or model, probe)
     limits = trait(stage, "limits")
     description = replace(
         description,

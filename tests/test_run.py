@@ -1,7 +1,11 @@
 """A run from its config to its artifact, on the built-in model and data."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.teachers import KeptLogits
+from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune, measured_sparsity
 from compress.techniques.sensitivity import allocate, read
 
@@ -257,6 +262,54 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
     assert artifact.size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
+
+
+WITHOUT_US = "import sys; sys.modules['compress'] = None\n{lines}\nprint(logits.tolist())"
+
+
+def without_us(folder):
+    """What the lines of the artifact's card answer where `compress` is not installed."""
+    (lines,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)
+    script = WITHOUT_US.format(lines=lines)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(("stage", "lower"), [("onnx", "int8_dynamic"), ("openvino", "int8_weights")])
+@pytest.mark.parametrize(
+    ("chain", "model", "task", "precision"),
+    [("prune+", "tiny", "toy", "fp32"), ("gptq+", "tiny", "toy", "fp32"), ("", "tiny_llama", "toy_lm", None)],
+)
+def test_an_export_loads_without_us_and_without_a_model_in_pytorch(
+    carry_out, tmp_path, stage, lower, chain, model, task, precision
+):
+    lower = precision or lower
+    outcome = carry_out(f"technique={chain}{stage}", f"technique.{stage}.precision={lower}", model=model, task=task)
+    none, exported = outcome.measurements.values()
+    assert exported.speedup.low > 0 and exported.parameters == none.parameters
+    assert exported.quality == pytest.approx(none.quality, rel=0.2)
+    if lower != "fp32":
+        assert exported.size_bytes < 0.8 * none.size_bytes
+    loaded = compress.load(tmp_path / "artifact")
+    assert loaded.description.weights == stage
+    expected = loaded.model(**loaded.tokenizer("A text.", return_tensors="pt")).logits
+    assert torch.allclose(without_us(tmp_path / "artifact"), expected, atol=1e-6)
+    told = json.loads(next((tmp_path / "report").glob(f"*_{stage}/agreement.json")).read_text())
+    assert told["label_agreement"] > 0.9
+
+
+class Drifts(Onnx):
+    def save(self, model, folder):
+        super().save(model, folder)
+        shutil.copy(Path(self.folder.name) / "traced.onnx", folder / "model.onnx")
+
+
+def test_an_export_in_lower_precision_must_reload_to_what_was_exported(carry_out):
+    target = f"technique.onnx._target_={__name__}.Drifts"
+    with pytest.raises(PostconditionError, match="the artifact of `onnx` reloads to other logits"):
+        carry_out("technique=onnx", target, "technique.onnx.precision=int8_dynamic")
+    carry_out("technique=onnx", target)  # in full precision it is the model that it must be near to
 
 
 def test_without_a_stage_the_baseline_is_measured_alone(carry_out):

@@ -3,3 +3,15 @@
 What it gives is called as ``model(**batch)`` with tokens, answers with ``.logits``, has a ``config`` with its labels,
 and ``to(device)`` and ``parameters()`` as a torch module has them.
 """
+
+import importlib.util
+from pathlib import Path
+
+from compress.errors import UserError
+
+
+def need(extra: str, folder: Path, packages: tuple[str, ...]) -> None:
+    """Raise UserError where a package that the artifact in ``folder`` runs with is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{folder} runs with {', '.join(missing)}, which is not installed: pip install -e '.[{extra}]'")

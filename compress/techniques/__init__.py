@@ -54,6 +54,8 @@ class Technique(Protocol):
     tolerance: float = 1e-4
     """Promised and checked: the saved artifact's logits differ by no more than this share of the largest, which leaves
     room for sums in another order and for nothing else."""
+    exported: Any = None
+    """What the saved artifact's logits are compared with in place of the model's: an export in lower precision."""
     train_samples: int = 0
     """How many training examples it calibrates on."""
     validation_samples: int = 0

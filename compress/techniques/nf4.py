@@ -49,7 +49,7 @@ class NF4(pl.Callback):
     leaves = "bitsandbytes"  # whose layers for CPUs pass no gradient on once they have been in eval mode
     packages = ("bitsandbytes", "accelerate")
     shrinks = True
-    limits = "bitsandbytes turns the weights back into floats at every call: less to store and load, little or no speed"
+    limits = "weights become floats again at every call: what is faster on a CPU is so by computing in bfloat16"
 
     @validate_call
     def __init__(

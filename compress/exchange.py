@@ -1,0 +1,127 @@
+"""A model on its way out of PyTorch: made ready to be traced, and how far the export's answers are from its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from compress.calibration import Batch
+from compress.errors import UserError
+from compress.techniques import trait
+from compress.techniques.sensitivity import evenly_spread, validation_batches
+
+EXAMPLES = 128  # of the validation split, which would take minutes of two models as a whole
+
+
+class Logits(nn.Module):
+    """The model as a function of the tensors ``names``, in this order, that answers with its logits alone."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        self.how = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs)), **self.how).logits
+
+
+def round_once(key: str, precision: str, before: list[Any]) -> None:
+    """Raise UserError where a ``precision`` of fewer bits would round again what a stage ``before`` has rounded."""
+    packs = any(trait(stage, "leaves") == "packed" for stage in before)
+    if packs and precision.startswith("int"):
+        raise UserError(
+            f"{key}.precision={precision} would round weights again that a stage before has rounded on a grid of its own: "
+            f"set {key}.precision=fp32, or leave that stage out."
+        )
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """With attention written out in matrix products, and afterwards as it was."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What a model reads of the batch, on the CPU."""
+    return {key: value.cpu() for key, value in batch.items() if key != "labels"}
+
+
+def any_shape(example: Batch) -> Batch:
+    """Two rows of the example with some padding: what is 1 or unmasked there must not be traced as always so."""
+    twice = {name: value[:1].repeat(2, 1) for name, value in example.items()}
+    if "attention_mask" in twice:
+        twice["attention_mask"][1, -1] = 0
+    return twice
+
+
+def is_float32(model: Any) -> bool:
+    """Whether the stages before left plain float32 weights, that a lower precision makes smaller."""
+    return model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
+
+
+def plain_config(model: Any) -> PretrainedConfig:
+    """The model's config without what only concerns its weights in PyTorch."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "compress"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Over ``examples``, padding left out: by how much the logits differ at most, how large the model's own are, and
+    the share of labels (tokens, for a language model) on which both agree; None where a number is predicted."""
+
+    examples: int
+    max_logit_difference: float
+    largest_logit: float
+    label_agreement: float | None
+
+    def write(self, folder: Path) -> None:
+        (folder / "agreement.json").write_text(json.dumps(asdict(self), indent=2))
+
+
+def on_validation_text(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:
+    """Their agreement on texts from all over the validation split; None where the Trainer has none."""
+    if not trainer.enable_validation:
+        return None
+    batches = validation_batches(trainer)
+    count = min(EXAMPLES, sum(len(batch["input_ids"]) for batch in batches))
+    return agreement(model, exported, evenly_spread(batches, count))
+
+
+@torch.inference_mode()
+def agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Agreement:
+    """How far the logits of ``exported`` are from those of ``model``."""
+    examples, difference, largest = 0, 0.0, 0.0
+    same: list[Tensor] = []
+    for batch in map(inputs_of, batches):
+        ours, theirs = exported(**batch).logits.float(), model(**batch).logits.float()
+        if theirs.ndim == 3 and "attention_mask" in batch:
+            real = batch["attention_mask"].bool()
+            ours, theirs = ours[real], theirs[real]
+        examples += len(batch["input_ids"])
+        difference = max(difference, (ours - theirs).abs().max().item())
+        largest = max(largest, theirs.abs().max().item())
+        if getattr(model.config, "problem_type", None) == "multi_label_classification":
+            same.append(((ours > 0) == (theirs > 0)).flatten())
+        elif theirs.shape[-1] > 1:
+            same.append(ours.argmax(-1) == theirs.argmax(-1))
+    return Agreement(examples, difference, largest, torch.cat(same).float().mean().item() if same else None)
