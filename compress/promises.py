@@ -69,8 +69,7 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
 
 
 def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Tensor, reloaded: Tensor) -> None:
-    """The saved artifact is the model that was saved, of as many bits as were asked for, and smaller where the stage
-    promises so.
+    """The saved artifact is the model that was saved, and smaller where the stage promises so.
 
     Raises:
         PostconditionError: it is not.
