@@ -41,8 +41,8 @@ def round_once(key: str, precision: str, before: list[Any]) -> None:
     packs = any(trait(stage, "leaves") == "packed" for stage in before)
     if packs and precision.startswith("int"):
         raise UserError(
-            f"{key}.precision={precision} would round weights again that a stage before has rounded on its own grid: set "
-            f"{key}.precision=fp32, or leave that stage out."
+            f"{key}.precision={precision} would round weights again that a stage before has rounded on its own grid: "
+            f"set {key}.precision=fp32, or leave that stage out."
         )
 
 
