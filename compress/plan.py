@@ -205,11 +205,12 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
     for one in steps:
         needs = trait(one.technique, "needs")
         if weights not in needs:
-            order = sorted(steps, key=lambda s: trait(s.technique, "leaves") not in ("float", None))
-            works = "+".join(s.name for s in order if trait(s.technique, "leaves") in ("float", None) or s is order[-1])
+            last = [s.name for s in steps if trait(s.technique, "leaves") not in ("float", None)]
+            rest = [s.name for s in steps if trait(s.technique, "leaves") in ("float", None)]
+            works = dict.fromkeys("technique=" + "+".join([*rest, name]) for name in last)
             raise UserError(
                 f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
-                f"leaves {weights} ones, which nothing can change any more: try technique={works}."
+                f"leaves {weights} ones: try {' or '.join(works)}."
             )
         weights, before = trait(one.technique, "leaves") or weights, one.key
 

@@ -57,6 +57,7 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         ),
         (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"would round weights again"),
         (["technique=nf4+openvino"], r"`openvino` works on float or packed weights"),
+        (["technique=prune+qat+onnx"], r"leaves integer ones: try technique=prune\+qat or technique=prune\+onnx"),
         (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
         (["technique=onnx+prune"], r"`prune` works on float .* `onnx` .* leaves onnx ones.*try technique=prune\+onnx"),
         (["technique=onnx", "technique.onnx.precision=int3"], r"technique.onnx.precision is 'int3': .*'fp32', 'fp16'"),
