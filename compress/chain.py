@@ -11,7 +11,9 @@ import difflib
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
@@ -20,7 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress.errors import UserError
 
@@ -64,6 +66,17 @@ def stages(technique: DictConfig) -> list[Stage]:
                 f"name one in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
             )
     return [Stage(key, name, technique[key]) for key, name in keyed.items()]
+
+
+def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:
+    """Drop what an experiment's file sets for stages that this chain of its sweep lacks; what was ``typed`` with a `+`
+    on the command line stays, for `stages` to refuse, and so does what is no stage at all."""
+    keyed = _keyed(technique.name.split("+"))
+    for key in [str(key) for key in technique if key != "name" and key not in keyed]:
+        stage = find_spec(f"compress.techniques.{re.sub(r'_[0-9]+$', '', key)}")
+        if stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
+            with open_dict(technique):
+                del technique[key]
 
 
 def slug(number: int, overrides: str) -> str:

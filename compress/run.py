@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from compress import artifact, card, packing, plan, promises, report
+from compress import artifact, card, chain, packing, plan, promises, report
 from compress.artifact import Artifact, Description, Done
 from compress.cache import Cache
 from compress.data import TaskData
@@ -55,6 +55,7 @@ def main(cfg: DictConfig) -> int:
     )
 
     def work() -> None:
+        chain.leave_out(cfg.technique, hydra.overrides.task)
         rows = report.finish(folder, job, run(cfg, folder))
         if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
             report.show(rows, folder)

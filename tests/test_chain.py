@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from compress.chain import LONGEST_SLUG, ChainSearchPath, ChainSource, slug, stages
+from compress.chain import LONGEST_SLUG, ChainSearchPath, ChainSource, leave_out, slug, stages
 from compress.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -177,3 +177,21 @@ def test_a_slug_of_odd_overrides_is_one_short_folder_of_its_own(odd, tmp_path):
     assert name != slug(0, odd + "z")
     assert name[-9] == "-" and int(name[-8:], 16) >= 0
     (tmp_path / name).mkdir()
+
+
+def test_an_experiment_sets_stages_that_not_every_chain_of_its_sweep_has(technique):
+    typed = ["experiment=distill_sst2", "technique.distill.temperature=2.0"]
+    students = {chain: technique(*typed, f"technique={chain}") for chain in ("drop_layers", "distill")}
+    for chain, node in students.items():
+        leave_out(node, typed)
+        assert keys(node) == [chain]
+    assert students["drop_layers"].drop_layers.train.epochs == 20
+    assert students["distill"].distill.temperature == 2.0
+
+
+@pytest.mark.parametrize("typed", ["+technique.prune.sparsity=0.5", "++technique.prunne.sparsity=0.5"])
+def test_what_is_added_by_hand_or_no_stage_is_not_left_out(technique, typed):
+    node = technique("technique=gptq", typed)
+    leave_out(node, [typed])
+    with pytest.raises(UserError, match="is set but the chain"):
+        stages(node)
