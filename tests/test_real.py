@@ -71,6 +71,31 @@ def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_mod
     assert found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"] < 0.05 * found["random"]
 
 
+def test_a_dense_baseline_recovers_what_pruning_lost_better_than_the_text_alone(
+    carry_out,  # noqa: F811
+    shared_models,
+    shared_data,
+):
+    def perplexity(chain):
+        outcome = carry_out(
+            f"technique={chain}",
+            "technique.prune.sparsity=0.5",
+            "technique.prune.criterion=wanda",
+            f"model.path={shared_models('stories260K')}",
+            f"task.path={shared_data('tinystories-sample')}",
+            *FULL_TEST,
+            "task.limit.train=null",
+            "baseline.epochs=3",
+            "baseline.learning_rate=1e-3",
+            model="llama",
+            task="tinystories",
+        )
+        return outcome.measurements[chain].quality["perplexity"]
+
+    pruned, trained, distilled = (perplexity(chain) for chain in ("prune", "prune+finetune", "prune+distill"))
+    assert distilled < 0.995 * trained and trained < 0.5 * pruned
+
+
 @pytest.mark.parametrize(
     ("settings", "smaller"),
     [

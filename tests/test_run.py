@@ -171,6 +171,16 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
         assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
 
 
+@pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
+def test_what_was_distilled_is_compressed_further(carry_out, tmp_path, chain):
+    none, student = carry_out(f"technique={chain}").measurements.values()
+    loaded = compress.load(tmp_path / "artifact")
+    assert loaded.description.method == chain and loaded.description.weights == "bitsandbytes"
+    assert student.parameters < none.parameters and student.size_bytes < 0.5 * none.size_bytes
+    sparsity = measured_sparsity(values(linear.weight) for _, linear in linears(loaded.model))
+    assert (sparsity >= 0.2) == ("prune" in chain)
+
+
 @pytest.mark.parametrize(("chain", "task"), [("prune+gptq+distill", "toy"), ("gptq+finetune", "toy_lm")])
 def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, task):
     def tensors(technique):

@@ -354,39 +354,40 @@ class Distill(FineTune):
         self, inputs: Batch, progress: float, labels: Tensor | None = None, hard_weight: float = 0.0, prefix: str = ""
     ) -> Tensor:
         """The weighted sum of all losses on a batch, each of which is logged."""
-        seen = self._masked(inputs) if self.masking else inputs
+        if self.masking:
+            inputs = self._masked(inputs)
+        kept = self._kept[0](inputs) if self._kept and not prefix else None
         wanted = {
             "output_hidden_states": any(match.feature == "hidden" for match in self.matches),
             "output_attentions": any(match.feature == "attention" for match in self.matches),
         }
         with Relations(self.model, self.matches) as ours, Relations(self._teacher[0], self.matches) as theirs:
-            student = self.model(**seen, labels=labels, **wanted)
-            if self._kept and not prefix:
-                teacher, logits = None, self._kept[0](inputs)
-            else:
-                teacher = self._ask(seen, **wanted)
-                logits = teacher.logits.float()
+            student = self.model(**inputs, labels=labels, **wanted)
+            teacher = self._ask(inputs, **wanted) if kept is None else None
+        logits: Tensor = teacher.logits.float() if kept is None else kept
         mask = inputs["attention_mask"]
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.soft_weight:
             weight = self.soft_weight * scheduled(self.soft_schedule, progress)
-            tokens = mask if logits.ndim == 3 else None
-            schedule, *arguments = self.temperature_schedule or ("constant",)
-            tau = losses.temperature(schedule, self.temperature, arguments, student.logits, logits, tokens)
-            soft = losses.soft_loss(self.loss, student.logits, logits, tau, tokens, self.kind, self.beta)
-            terms["soft"] = (weight, soft)
+            terms["soft"] = weight, self._soft(student.logits, logits, mask)
         if labels is not None:
-            terms["hard"] = (hard_weight, student.loss)
+            terms["hard"] = hard_weight, student.loss
         for i, match in enumerate(self.matches):
-            mine, other = (
-                match.features({"hidden": out.hidden_states, "attention": out.attentions, "relation": seen_by}, layer)
-                for out, seen_by, layer in ((student, ours, match.layer_S), (teacher, theirs, match.layer_T))
-            )
-            mine = [self.projections[i](x) for x in mine] if isinstance(mine, list) else self.projections[i](mine)
-            terms[f"{match.loss}_{i}"] = (match.weight, losses.match_loss(match.loss, mine, other, mask, match.heads))
+            mine = match.features(features(student, ours), match.layer_S)
+            other = match.features(features(teacher, theirs), match.layer_T)
+            project = self.projections[i]
+            mine = [project(x) for x in mine] if isinstance(mine, list) else project(mine)
+            terms[f"{match.loss}_{i}"] = match.weight, losses.match_loss(match.loss, mine, other, mask, match.heads)
         for name, (_, value) in terms.items():
             self.log(f"train/{prefix}{name}", value.detach())
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
+
+    def _soft(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """The loss between the logits, of tokens or of texts."""
+        tokens = mask if teacher.ndim == 3 else None
+        schedule, *arguments = self.temperature_schedule or ("constant",)
+        tau = losses.temperature(schedule, self.temperature, arguments, student, teacher, tokens)
+        return losses.soft_loss(self.loss, student, teacher, tau, tokens, self.kind, self.beta)
 
     def _masked(self, inputs: Batch) -> Batch:
         """Some tokens replaced by the mask token; never special ones."""
@@ -394,6 +395,11 @@ class Distill(FineTune):
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
         chosen = (torch.rand(ids.shape, device=ids.device) < self.masking) & ~special
         return {**inputs, "input_ids": ids.masked_fill(chosen, self.tokenizer.mask_token_id)}
+
+
+def features(output: Any, relations: Relations) -> dict[str, Any]:
+    """Of a forward pass what a match may compare, by the name of the feature."""
+    return {"hidden": output.hidden_states, "attention": output.attentions, "relation": relations}
 
 
 class Relations:

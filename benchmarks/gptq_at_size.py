@@ -1,0 +1,108 @@
+"""Peak memory and time per block of GPTQ at TinyLlama's shape, by this project (pruned first, its zeros kept) and by
+llm-compressor, each in a process of its own, on the same random weights and calibration tokens.
+
+    python benchmarks/gptq_at_size.py [--blocks 22] [--samples 32] [--length 256] [--dtype float32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from yaml import safe_load
+
+MODEL = Path(__file__).parents[1] / "conf" / "model" / "tinyllama.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=22)
+    parser.add_argument("--samples", type=int, default=32, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    asked = parser.parse_args()
+    table = Table("", "model built, GiB", "peak, GiB", "seconds a block", "zeros kept")
+    for name, method in (("gptq, llm-compressor", llm_compressor), ("prune+gptq, ours", ours)):
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            built, peak, seconds, kept = pool.apply(measured, (method, asked))
+        table.add_row(name, f"{built:.1f}", f"{peak:.1f}", f"{seconds / asked.blocks:.1f}", f"{kept:.2%}")
+    Console(width=110).print(table)
+
+
+def measured(method, asked: argparse.Namespace) -> tuple[float, float, float, float]:
+    """GiB of the process with the model built, and at its peak; seconds; share of pruned weights still zero."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": asked.blocks})
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, asked.dtype)).eval()
+    windows = torch.randint(config.vocab_size, (asked.samples, asked.length))
+    masks = prune(model)
+    built = peak_gib()
+    begin = time.perf_counter()
+    method(model, windows)
+    seconds = time.perf_counter() - begin
+    peak = peak_gib()
+    kept = [(model.get_submodule(name).weight[mask] == 0).float().mean().item() for name, mask in masks.items()]
+    return built, peak, seconds, sum(kept) / len(kept)
+
+
+def prune(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """Set a fifth of every layer to zero; where that is."""
+    from compress.models import linears, zeros
+    from compress.sparsity import magnitude, smallest_of
+
+    for _, linear in linears(model):
+        linear.weight.data[smallest_of(magnitude(linear.weight.data), 0.2)] = 0
+    return zeros(model)
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def ours(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
+    import pytorch_lightning as pl
+    from against_llmcompressor import Untrained
+
+    from compress.techniques.gptq import GPTQ
+
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=0, callbacks=[GPTQ(samples=len(windows))], enable_model_summary=False, **quiet)
+    trainer.fit(Untrained(model), DataLoader(batches, batch_size=None))
+
+
+def llm_compressor(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory for a GPU without asking
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # wanted, and not used
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.name_or_path = model.config.name_or_path = folder  # where it looks for what else belongs to the model
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=DataLoader(batches, batch_size=None),
+            recipe=GPTQModifier(scheme="W4A16", targets="Linear", ignore=["lm_head"]),
+            num_calibration_samples=len(windows),
+            max_seq_length=windows.shape[1],
+        )
+
+
+if __name__ == "__main__":
+    main()
