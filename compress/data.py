@@ -54,7 +54,8 @@ class TaskData(pl.LightningDataModule):
     """Batches padded on the right to their longest text, texts of like length together.
 
     A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
-    -100 where padded. Tokens are kept in the folder ``tokens``, if one is given, by their content.
+    -100 where padded. Tokens are kept in the folder ``tokens``, if one is given, by their content. Stages calibrate on
+    the ``calibration_text`` (its column ``text``), or else on the training split.
 
         TaskData(task.load(), tokenizer, max_length=128, batch_size=32).train_dataloader()
     """
@@ -67,6 +68,7 @@ class TaskData(pl.LightningDataModule):
         batch_size: int = 32,
         seed: int = 0,
         tokens: Path | None = None,
+        calibration_text: Dataset | None = None,
     ) -> None:
         super().__init__()
         self.splits = splits
@@ -75,6 +77,7 @@ class TaskData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.tokens = tokens
+        self.calibration_text = calibration_text
         self.kind = splits.task.kind
         self._tokenised: dict[str, Dataset] = {}
 
@@ -91,17 +94,19 @@ class TaskData(pl.LightningDataModule):
         return self._in_order("test")
 
     def calibration(self, samples: int, batch_size: int) -> DataLoader:
-        """``samples`` random examples (blocks, for a language model) of the training split, and of no other.
+        """``samples`` random examples (blocks, for a language model) of the training split, or of other text that was
+        given, and never of what judges a model.
 
         Raises:
-            UserError: the split has fewer.
+            UserError: there are fewer.
         """
-        rows = self.tokenised("train")
+        rows = self.tokenised("train") if self.calibration_text is None else self._kept(self.calibration_text)
         if len(rows) < samples:
             unit = "blocks" if self.kind == "lm" else "texts"
+            whose = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
             raise UserError(
-                f"Calibration asks for {samples} {unit} of training text and task `{self.splits.task.name}` has "
-                f"{len(rows)}: ask for {len(rows)} or fewer (samples={len(rows)})."
+                f"Calibration asks for {samples} {unit} and the text {whose} has {len(rows)}: ask for {len(rows)} or "
+                f"fewer (samples={len(rows)})."
             )
         return DataLoader(
             rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
@@ -131,9 +136,9 @@ class TaskData(pl.LightningDataModule):
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
         batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
-        if labels is None:
+        if self.kind == "lm":
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        else:
+        elif labels is not None:
             batch["labels"] = torch.tensor(labels)
         return batch
 
@@ -169,7 +174,7 @@ class TaskData(pl.LightningDataModule):
 
     def _texts(self, rows: dict[str, list]) -> dict[str, list]:
         encoded = self.tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length)
-        return {**encoded, "labels": rows["label"]}
+        return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
 
     def _blocks(self, rows: dict[str, list]) -> dict[str, list]:
         ids = list(flatten.from_iterable(self.tokenizer(rows["text"], verbose=False)["input_ids"]))

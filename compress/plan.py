@@ -10,24 +10,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from datasets import Dataset
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from compress import chain
+from compress import chain, sources
 from compress.cache import digest, fingerprint
+from compress.data import TaskData
 from compress.errors import UserError
 from compress.measure import Latency
 from compress.models import Backbone
 from compress.tasks import Splits, Task
+from compress.tasks import fingerprint as content
 from compress.techniques import Training, trait
 
 T = TypeVar("T")
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a stage calibrates on in place of the task's own: how it was asked for, the training text of another
+    task or a text file, and its rows once they are read."""
+
+    asked: Any
+    source: Task | Path
+    rows: Dataset | None = None
+
+    def read(self, seed: int) -> Calibration:
+        if isinstance(self.source, Task):
+            return replace(self, rows=self.source.load(seed).train.select_columns("text"))
+        table = sources.documents(sources.read_file(self.source, None, "text"))
+        return replace(self, rows=Dataset.from_dict(table))
 
 
 @dataclass(frozen=True)
@@ -41,11 +62,13 @@ class Step:
     training: Training
     samples: dict[str, int] = field(default_factory=dict)
     """How many texts it takes of a split."""
+    calibration: Calibration | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that was chosen for the stage."""
-        return {"stage": self.name, **self.arguments, "train": plain(self.training)}
+        text = {"calibration": self.calibration.asked} if self.calibration else {}
+        return {"stage": self.name, **self.arguments, **text, "train": plain(self.training)}
 
     @property
     def address(self) -> dict[str, Any]:
@@ -60,8 +83,13 @@ class Step:
             "class": self.technique.__qualname__,
             "source": digest(source),
             "files": [fingerprint(path) for path in paths if os.path.exists(path)],
+            "calibration": self.calibration and content(self.calibration.rows),
             "libraries": libraries,
         }
+
+    def read(self, seed: int) -> Step:
+        """This step with the text at hand that it calibrates on."""
+        return replace(self, calibration=self.calibration.read(seed)) if self.calibration else self
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -196,7 +224,27 @@ def step(stage: chain.Stage) -> Step:
             f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed: pip install -e '.[{stage.name}]'"
         )
     training = parse(Training, arguments.pop("train", {}), f"technique.{stage.key}.train")
-    return Step(stage.key, stage.name, technique, arguments, training)
+    other = calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
+    return Step(stage.key, stage.name, technique, arguments, training, calibration=other)
+
+
+def calibration(asked: Any, key: str) -> Calibration | None:
+    """What ``key`` names: a text file, or a task of ``conf/task``, alone or with settings such as its ``path``."""
+    if asked is None:
+        return None
+    if isinstance(asked, str) and (file := Path(asked).expanduser()).is_file():
+        return Calibration(asked, file)
+    settings = dict(asked) if isinstance(asked, dict) else {"task": asked}
+    name = str(settings.pop("task", None))
+    tasks = {path.stem: path for path in (CONF / "task").glob("*.yaml")}
+    if name not in tasks:
+        near = get_close_matches(name, tasks, 1)
+        raise UserError(
+            f"{key} is {asked}, which is neither a text file nor a task{f' (meant: {near[0]}?)' if near else ''}: name "
+            f"a file or one of {', '.join(sorted(tasks))}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
+        )
+    task = parse(Task, {**plain(OmegaConf.load(tasks[name])), **settings}, key)
+    return Calibration(asked, task)
 
 
 def follow(method: str, steps: tuple[Step, ...]) -> None:
@@ -219,12 +267,23 @@ def check_data(planned: Plan, splits: Splits) -> None:
     """Raise UserError where a stage wants more texts than there are."""
     for one in () if planned.task.kind == "lm" else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
-            asked, texts = one.samples.get(split, 0), len(getattr(splits, split))
+            other = one.calibration.rows if one.calibration and split == "train" else None
+            asked, texts = one.samples.get(split, 0), len(getattr(splits, split) if other is None else other)
             if asked > texts:
+                where = f"task `{planned.task.name}`" if other is None else f"technique.{one.key}.calibration"
                 raise UserError(
-                    f"technique.{one.key}.samples is {asked} and task `{planned.task.name}` has {texts} {adjective} "
+                    f"technique.{one.key}.samples is {asked} and {where} has {texts} {adjective} "
                     f"texts: set technique.{one.key}.samples={texts} or less."
                 )
+
+
+def check_blocks(planned: Plan, data: TaskData) -> None:
+    """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
+    for one in planned.steps if planned.task.kind == "lm" else ():
+        text = one.calibration and one.calibration.rows
+        with one.told():
+            its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
+            its.calibration(one.samples.get("train", 0), batch_size=1)
 
 
 def settings(cfg: DictConfig) -> Settings:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from datasets import Dataset
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +91,7 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
     splits = planned.task.load(planned.settings.seed)
     for note in splits.notes:
         log.info(f"  {note}")
-    planned = replace(planned, task=splits.task)
+    planned = replace(planned, task=splits.task, steps=tuple(one.read(planned.settings.seed) for one in planned.steps))
     plan.check_data(planned, splits)
 
     cache = Cache(planned.settings.cache.dir)
@@ -149,6 +150,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     data = task_data(splits, model, tokenizer, training.batch_size, planned.settings)
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
+    plan.check_blocks(planned, data)
     seconds = 0.0
     if training.epochs:
         module = FineTune(model, metrics(planned.task), training)
@@ -173,7 +175,8 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     if packed:
         packing.freeze(model, packing.packed_layers(packed))
     before = promises.state(model)
-    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
+    text = step.calibration and step.calibration.rows
+    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
     scores = metrics(planned.task)
     with step.told():
         stage = step.build(
@@ -254,10 +257,12 @@ class StageBar(TQDMProgressBar):
         return bar
 
 
-def task_data(splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings) -> TaskData:
-    """The splits tokenised for ``model``."""
+def task_data(
+    splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings, text: Dataset | None = None
+) -> TaskData:
+    """The splits, and other ``text`` to calibrate on, tokenised for ``model``."""
     length = max_length(model, tokenizer, splits.task.max_length)
-    return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens")
+    return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens", text)
 
 
 def fit(

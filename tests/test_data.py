@@ -115,8 +115,17 @@ def test_calibration_is_random_training_text_and_nothing_else(tokenizer):
     assert found != words(TaskData(splits(), tokenizer, 16, seed=2).calibration(10, 4))
 
 
+@pytest.mark.parametrize("kind", ["multiclass", "lm"])
+def test_calibration_is_other_text_where_that_is_given(tokenizer, kind):
+    other = Dataset.from_dict({"text": [f"{WORDS[4]} {WORDS[4]}"] * 12})
+    data = TaskData(splits(kind), tokenizer, 4, calibration_text=other)
+    (batch,) = data.calibration(samples=4, batch_size=4)
+    assert {word for text in words([batch]) for word in text} == {WORDS[4]}
+    assert ("labels" in batch) == (kind == "lm")
+
+
 def test_too_little_text_to_calibrate_on_is_told(tokenizer):
-    with pytest.raises(UserError, match="asks for 41 texts of training text and task `t` has 40"):
+    with pytest.raises(UserError, match="asks for 41 texts and the text of task `t` has 40"):
         TaskData(splits(), tokenizer, 16).calibration(samples=41, batch_size=4)
 
 

@@ -135,6 +135,32 @@ def test_more_calibration_text_than_there_is_is_told_before_training():
         plan.check_data(planned, SimpleNamespace(train=range(3)))
 
 
+def test_calibration_text_is_a_file_or_a_task_and_part_of_the_address(tmp_path):
+    file = tmp_path / "text.txt"
+
+    def address(text):
+        file.write_text(text)
+        return check("technique=gptq", f"technique.gptq.calibration={file}").steps[0].read(0).address
+
+    assert address("one text\nand another") == address("one text\nand another") != address("one text")
+    settings = "{task: files, kind: lm, metrics: [perplexity], primary: perplexity, path: %s}" % tmp_path
+    planned = check("technique=gptq", f"technique.gptq.calibration={settings}")
+    assert planned.steps[0].calibration.source.path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        ("wikitxt", r"technique.gptq.calibration is wikitxt, which is neither a text file nor a task \(meant: wikitext\?"),
+        ("{path: /nowhere}", "neither a text file nor a task"),
+        ("{task: wikitext, pth: x}", "technique.gptq.calibration.pth is no setting"),
+    ],
+)
+def test_what_is_no_calibration_text_is_told(asked, advice):
+    with pytest.raises(UserError, match=advice):
+        check("technique=gptq", f"technique.gptq.calibration={asked}")
+
+
 @pytest.mark.parametrize("model", ["bert", "roberta", "roberta_large", "distilbert", "minilm", "tinyllama", "llama"])
 def test_every_model_can_be_planned_from_its_architecture(model):
     check(f"model={model}", "model.path=null", "technique=prune+gptq")

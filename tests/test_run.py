@@ -68,6 +68,24 @@ def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, mo
     assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # integers that round to zero come on top
 
 
+def test_calibration_on_other_text_changes_what_is_rounded(carry_out, tmp_path):
+    (tmp_path / "other.txt").write_text("\n".join(f"a text of number {i}" for i in range(32)))
+
+    def integers(*settings):
+        carry_out("technique=gptq", *settings)
+        return load_file(tmp_path / "artifact" / "model.safetensors")
+
+    own, other = integers(), integers(f"technique.gptq.calibration={tmp_path / 'other.txt'}")
+    assert any(not torch.equal(own[name], other[name]) for name in own)
+    assert torch.equal(own["classifier.weight"], other["classifier.weight"])
+
+
+def test_blocks_to_calibrate_on_are_counted_before_anything_is_trained(carry_out, monkeypatch):
+    monkeypatch.setattr(run, "fit", lambda *args: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"asks for 9999 blocks and the text of task `toy_lm` has \d+: .*\(samples="):
+        carry_out("technique=awq", "technique.awq.samples=9999", "seed=9", model="tiny_llama", task="toy_lm")
+
+
 @pytest.mark.parametrize(("stage", "settings"), [("w8a8", ["dynamic=false", "samples=16"]), ("qat", ["samples=16"])])
 def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, stage, settings):
     outcome = carry_out(f"technique=prune+{stage}", *(f"technique.{stage}.{setting}" for setting in settings))
