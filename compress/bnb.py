@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.nbits import Floats, Weight
+from compress.packing import Integers
+from compress.quantization import Grid, Scheme
 from compress.quiet import without_bars
 
 
@@ -62,6 +65,40 @@ def values(weight: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state)
+
+
+def take_out(model: nn.Module) -> dict[str, Weight]:
+    """Put plain layers in the place of bitsandbytes' own; what their weights were stored as, by layer.
+
+    Raises:
+        ValueError: as :func:`values`.
+    """
+    found: dict[str, Weight] = {}
+    for name, layer in list(model.named_modules()):
+        weight: Any = getattr(layer, "weight", None)
+        if hasattr(layer, "init_8bit_state"):
+            scale = (weight.SCB if layer.state.SCB is None else layer.state.SCB).float()[:, None] / 127
+            found[name] = Integers(Scheme(8), weight.data, Grid(scale, torch.zeros_like(scale, dtype=torch.int8)))
+            plain = weight.data * scale
+        elif state := getattr(weight, "quant_state", None):
+            state.dtype = torch.float32
+            plain = values(weight)
+            found[name] = Floats(weight.data.view(torch.uint8), scales(state), state.blocksize, state.quant_type)
+        else:
+            continue
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False).train(layer.training)  # type: ignore[arg-type]
+        linear.weight.data, linear.bias = plain, layer.bias  # type: ignore[assignment]
+        model.set_submodule(name, linear)
+    return found
+
+
+def scales(state: Any) -> Tensor:
+    """Those of the blocks of 4-bit weights, which may be quantized themselves."""
+    if not state.nested:
+        return state.absmax
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
 def move(model: Any, device: torch.device) -> None:

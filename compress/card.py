@@ -30,6 +30,18 @@ session = onnxruntime.InferenceSession("{folder}/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 (logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
 """
+LOAD_ONNX_LM = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+onnxruntime.set_default_logger_severity(3)  # it warns of every key and value that may be left out
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokens = dict(tokenizer("A text.", return_tensors="np"))
+(logits,) = session.run(["logits"], tokens)  # and, with its keys and values, by `compress.load` token by token:
+# model, tokenizer, _ = compress.load("{folder}")
+# tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
+"""
 LOAD_OPENVINO = """\
 import json
 
@@ -55,9 +67,8 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
     form = config.get("quantization_config", {}).get("quant_method")
     packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
-    loads = {"onnxruntime": LOAD_ONNX, "openvino": LOAD_OPENVINO}.get(
-        description.runtime, LOAD_UNEVEN if uneven else LOAD
-    )
+    onnx = LOAD_ONNX_LM if description.kind == "lm" else LOAD_ONNX
+    loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
     lines = [
         "---",
         f"library_name: {'transformers' if description.runtime == 'torch' else description.weights}",

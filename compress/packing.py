@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from compress.quantization import Grid, Inputs, Scheme
 from compress.quiet import without_bars
@@ -31,6 +33,15 @@ class Quantized(NamedTuple):
         """What it may have in common with other layers: the schemes of weights and inputs, and whether every token has
         a grid of its own."""
         return self.scheme, self.inputs and self.inputs.scheme, self.inputs is not None and self.inputs.grid is None
+
+
+class Integers(NamedTuple):
+    """A layer's weights as they are stored, ``(integers - zero) * scale``: the integers ``[rows, inputs]`` from
+    ``scheme.lowest`` to ``scheme.highest``."""
+
+    scheme: Scheme
+    integers: Tensor
+    grid: Grid
 
 
 def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
@@ -102,6 +113,33 @@ def packed_layers(folder: Path) -> set[str]:
                 name, weight, _ = key.partition(".weight")
                 if weight and not file.get_tensor(key).is_floating_point():
                     found.add(name)
+    return found
+
+
+def integers(folder: Path) -> dict[str, Integers]:
+    """The packed weights that ``folder`` holds, by layer; none where all are floats."""
+    config = json.loads((folder / "config.json").read_text())
+    if "quantization_config" not in config:
+        return {}
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationConfig
+
+    groups = QuantizationConfig(**config["quantization_config"]).config_groups
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    found = {}
+    for key in tensors:
+        name, packed, _ = key.partition(".weight_packed")
+        if not packed:
+            continue
+        how = next(one.weights for one in groups.values() if {name, "Linear"} & set(one.targets))
+        scheme = Scheme(how.num_bits, how.group_size or -1, how.symmetric)
+        shape, scale = torch.Size(tensors[f"{name}.weight_shape"].tolist()), tensors[f"{name}.weight_scale"]
+        zero = torch.zeros_like(scale, dtype=torch.int8)
+        if not scheme.symmetric:
+            zero = unpack_from_int32(tensors[f"{name}.weight_zero_point"], scheme.bits, scale.shape, packed_dim=0)
+        found[name] = Integers(scheme, unpack_from_int32(tensors[key], scheme.bits, shape), Grid(scale, zero))
     return found
 
 

@@ -78,9 +78,15 @@ def to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The nearest values of the grid to ``weight`` ``[rows, inputs]``, as a checkpoint's reader computes them: in the
     dtype of the scale. A value that is exactly zero stays so."""
     scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
-    groups = weight.float().unflatten(1, (scale.shape[1], -1))
-    integers = (groups / scale.float() + zero).round().clamp(scheme.lowest, scheme.highest)
+    integers = to_integers(weight, grid, scheme).unflatten(1, (scale.shape[1], -1))
     return ((integers - zero).to(scale.dtype) * scale).float().flatten(1)
+
+
+def to_integers(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """The integers of the grid that stand for the nearest values to ``weight`` ``[rows, inputs]``, as floats."""
+    scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    return (groups / scale.float() + zero).round().clamp(scheme.lowest, scheme.highest).flatten(1)
 
 
 def fitted_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:

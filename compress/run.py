@@ -202,12 +202,11 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
     expected = promises.logits(trait(stage, "exported") or model, probe)
-    limits = trait(stage, "limits")
     description = replace(
         description,
         runtime=trait(stage, "runtime"),
         weights=trait(stage, "leaves") or description.weights,
-        limits=(*description.limits, f"{step.name}: {limits}") if limits else description.limits,
+        limits=limits(planned, step, stage, description),
         history=(*description.history, Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)),
     )
     artifact.write(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
@@ -217,6 +216,16 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
     if asked := trait(stage, "average_bits"):
         promises.check_bits(step.key, asked, model, into)
+
+
+def limits(planned: Plan, step: Step, stage: Any, before: Description) -> tuple[str, ...]:
+    """What the artifact cannot do for size or speed: in another runtime, nothing that earlier stages say of a format
+    of theirs."""
+    formats = {one.name for one in planned.steps if trait(one.technique, "leaves") not in ("float", None)}
+    moved = trait(stage, "runtime") != before.runtime
+    kept = [one for one in before.limits if not (moved and one.partition(":")[0] in formats)]
+    own = trait(stage, "limits")
+    return (*kept, *([f"{step.name}: {own}"] if own else []))
 
 
 class KeepBest(ModelCheckpoint):

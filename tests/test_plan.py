@@ -53,9 +53,22 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["technique=nf4+distill"], r"`distill` works on float or packed weights.*distill\+nf4"),
         (
             ["technique=gptq+onnx", "technique.onnx.precision=int8_dynamic"],
-            r"would round weights again .*precision=fp32",
+            r"would round weights again .*precision=null",
+        ),
+        (
+            ["technique=gptq+onnx", "technique.gptq.group_size=8"],
+            r"technique.gptq.group_size=8 cannot be kept: .* technique.gptq.group_size=32, or .*onnx.precision=fp32",
+        ),
+        (
+            ["technique=mixed+onnx", "technique.mixed.group_size=8", "technique.mixed.average_bits=8"],
+            r"technique.mixed.group_size=8 cannot be kept",
+        ),
+        (
+            ["technique=nf4+onnx", "technique.nf4.blocksize=512", "model.config.hidden_size=512"],
+            r"technique.nf4.blocksize=512 cannot be kept: .*, 256 weights a scale",
         ),
         (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"would round weights again"),
+        (["technique=nf4+onnx", "technique.onnx.precision=int8_static"], r"would round weights again"),
         (["technique=nf4+openvino"], r"`openvino` works on float or packed weights"),
         (["technique=prune+qat+onnx"], r"leaves integer ones: try technique=prune\+qat or technique=prune\+onnx"),
         (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),

@@ -327,6 +327,16 @@ def test_an_export_loads_without_us_and_without_a_model_in_pytorch(
     assert told["label_agreement"] > 0.9
 
 
+def test_a_quantized_model_stays_as_small_in_onnx_and_its_format_is_no_limit_there(carry_out):
+    *_, packed = carry_out("technique=prune+gptq").measurements.values()
+    outcome = carry_out("technique=prune+gptq+onnx")
+    *_, exported = outcome.measurements.values()
+    assert exported.size_bytes < 1.15 * packed.size_bytes and exported.parameters == packed.parameters
+    assert exported.nonzeros == packed.nonzeros
+    *_, description = outcome.descriptions.values()
+    assert [limit.partition(":")[0] for limit in description.limits] == ["prune"]
+
+
 class Drifts(Onnx):
     def save(self, model, folder):
         super().save(model, folder)

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from compress import nbits
 from compress.models import from_pretrained
 from compress.runtimes import need
 
@@ -19,8 +21,19 @@ BESIDE = ("_scale", "_zero_point")
 """The ends of the names of what is stored beside quantized weights."""
 
 
+KINDS = (np.float32, np.float16, np.int8)
+PAST = "past_key_values."
+PRESENT = (PAST, "present.")
+"""How the name of a block's keys or values for earlier tokens begins, and what that of the graph's answer has there."""
+
+
 class Model:
-    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``."""
+    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
+
+    A causal language model answers with ``.past`` too, the keys and values of the tokens so far, which the next call
+    may take with the next tokens and the mask of all: ``model(input_ids=..., attention_mask=..., past=...)``. Of others
+    it is None.
+    """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         import onnxruntime
@@ -29,12 +42,34 @@ class Model:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.past = [one.name for one in self.session.get_outputs()[1:]]
         self.path = path
         self.config = config
 
-    def __call__(self, **batch: Tensor) -> Any:
-        (logits,) = self.session.run(["logits"], {name: tensor.numpy() for name, tensor in batch.items()})
-        return SimpleNamespace(logits=torch.from_numpy(logits))
+    def __call__(self, past: tuple[Any, ...] | None = None, **batch: Tensor) -> Any:
+        from onnxruntime import OrtValue
+
+        given = {name: OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in batch.items()}
+        earlier = {name.replace(*reversed(PRESENT)): part for name, part in zip(self.past, past or ())}
+        logits, *after = self.session.run_with_ort_values(["logits", *self.past], {**given, **earlier})
+        return SimpleNamespace(logits=torch.from_numpy(logits.numpy()), past=tuple(after) or None)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
+        """The tokens with those after them, each the likeliest, until every text ends. Texts of a batch are filled up
+        on the left."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ends = torch.tensor(self.config.eos_token_id if self.config.eos_token_id is not None else []).flatten()
+        tokens, new, past = input_ids, input_ids, None
+        done = torch.zeros(len(tokens), 1, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            answer = self(past, input_ids=new, attention_mask=mask)
+            new, past = answer.logits[:, -1:].argmax(-1), answer.past
+            new = new.masked_fill(done, self.config.pad_token_id or 0)
+            tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+            done |= torch.isin(new, ends)
+            if done.all():
+                break
+        return tokens
 
     def to(self, device: torch.device | str) -> Model:
         if torch.device(device).type != "cpu":
@@ -46,16 +81,15 @@ class Model:
         shapes and indices that are constants of the graph."""
         import onnx
 
-        kinds = onnx.TensorProto
-        weights = (kinds.FLOAT, kinds.FLOAT16, kinds.INT8, kinds.UINT8)
-        stored = {one.name: one for one in onnx.load(self.path).graph.initializer}
+        graph = onnx.load(self.path).graph
+        stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+        for node in graph.node:
+            if node.op_type in nbits.OPERATORS and node.input[1] in stored:
+                yield nbits.read(node, stored)
+                del stored[node.input[1]]
         for name, one in stored.items():
-            if one.data_type in weights and not name.endswith(BESIDE):
-                weight = torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
-                if one.data_type == kinds.UINT8:
-                    zero = stored[name.removesuffix("_quantized") + "_zero_point"]
-                    weight = weight.short() - int(onnx.numpy_helper.to_array(zero))
-                yield weight
+            if one.dtype in KINDS and not name.endswith(BESIDE):
+                yield torch.from_numpy(one.copy())
 
 
 def load(folder: Path, kind: str) -> Model:

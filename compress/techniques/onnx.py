@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -12,9 +12,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache
 
+from compress import bnb, nbits, packing
 from compress.calibration import Batch, calibration_batches
+from compress.errors import UserError
 from compress.exchange import (
     Agreement,
     Logits,
@@ -26,13 +29,21 @@ from compress.exchange import (
     plain_config,
     round_once,
 )
-from compress.models import Layer, compressed, evaluating, select
+from compress.models import Layer, compressed, evaluating, kind_of, select
+from compress.nbits import Weight
+from compress.packing import Integers
 from compress.promises import digest
+from compress.quantization import Scheme
 from compress.quiet import muted
-from compress.runtimes.onnxruntime import Model
+from compress.runtimes.onnxruntime import PAST, PRESENT, Model
+from compress.techniques import trait
 
 KEY = "technique.onnx"
-LIMITS = {"fp16": "the weights are turned back into float32 when they are loaded: less to store, no speed there"}
+FP16 = "the weights are turned back into float32 when they are loaded: less to store, no speed there"
+FLOATS = "4-bit floats become floats again at every call: less to store, slower than floats"
+THREE = "an integer of 3 bits takes four there"
+UNPACKED = "the integers of the stages before are floats again: precision=null keeps them"
+SIZES = {0: "batch", 1: "length"}
 LARGEST = 2**31 - 2**20
 """Bytes that a file in ONNX's format holds; the tensors of a larger model lie beside it."""
 
@@ -40,31 +51,43 @@ LARGEST = 2**31 - 2**20
 class Onnx(pl.Callback):
     """Export the model as an ONNX graph, for any number and length of texts, that runs without PyTorch.
 
-    Works when the fit ends; the model itself stays as it is, on the CPU in float32. A causal language model gives the
-    logits of every position, without a cache. The graph is traced with plain attention, which ONNX Runtime's
-    transformer optimizer fuses into one operator where it knows the architecture (BERT and its relatives).
+    Works when the fit ends; the model itself stays as it is, on the CPU in float32 (bitsandbytes' layers become plain
+    ones of the same values). The graph is traced with plain attention, which ONNX Runtime's transformer optimizer fuses
+    into one operator where it knows the architecture (BERT and its relatives). That of a causal language model gives
+    the logits of every position, and takes and gives keys and values of each block as well (``past_key_values.0.key``
+    and ``present.0.key``, under Optimum's names): without them it scores texts, with them it decodes token by token.
 
-    - ``fp16``: weights in float16, arithmetic in float32, for which CPUs are made.
+    - None, the default: what the chain left. Floats stay float32; weights that ``gptq``, ``awq``, ``mixed``, ``int8``
+      or ``nf4`` have rounded stay the very numbers that they are, in ONNX Runtime's operators for few bits.
+    - ``fp32``: all as float32. ``fp16``: weights in float16, arithmetic in float32, for which CPUs are made.
     - ``int8_dynamic``: weights as signed integers with a scale for every output, inputs rounded as they come.
     - ``int8_static``: inputs too on scales found beforehand, on the first ``samples`` examples of the datamodule's
       ``calibration`` or else of the training loader. The graph is not fused: ONNX Runtime would run it in floats.
+    - ``int4``: weights as integers of 4 bits with a scale for every ``block_size`` inputs, rounded to the nearest;
+      those that a stage before has rounded are kept.
 
-    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
-    arXiv:1712.05877.
+    Embeddings are stored by ``int8_*`` and ``int4`` as 8-bit integers with a scale for every token, an output layer
+    that is tied to them likewise, and only once. Jacob et al., "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
 
     Args:
         precision: of the graph.
+        block_size: inputs that share a scale in ``int4``.
+        symmetric: integers of ``int4`` around zero, no zero points stored.
+        activations: what they are when they meet weights of ``int4`` or kept ones: ``int8``, rounded as they come, for
+            which ONNX Runtime is fast, or ``float32``, with which 2 and 8 bits are many times slower than floats.
         samples: training examples (for a language model, blocks of tokens) that ``int8_static`` calibrates on.
-        skip: what int8 leaves in floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and
-            patterns of layers' names. Where query, key and value are fused, one of them left leaves all three.
+        skip: what integers leave in floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and
+            patterns of layers' names. Where int8 fuses query, key and value, one of them left leaves all three.
+        source: the folder of the artifact that the model was loaded from, for the integers in it.
 
     Raises:
-        UserError: a pattern fits no layer, or no layer is left.
+        UserError: a pattern fits no layer, no layer is left, or a stage before has groups that fit no block.
 
         pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
     """
 
-    needs = ("float", "packed")
+    needs = ("float", "packed", "bitsandbytes")
     leaves = "onnx"
     runtime = "onnxruntime"
     packages = ("onnx", "onnxruntime")
@@ -73,46 +96,82 @@ class Onnx(pl.Callback):
     @validate_call
     def __init__(
         self,
-        precision: Literal["fp32", "fp16", "int8_dynamic", "int8_static"] = "fp32",
+        precision: Literal["fp32", "fp16", "int8_dynamic", "int8_static", "int4"] | None = None,
+        block_size: Literal[16, 32, 64, 128, 256] = 32,
+        symmetric: bool = True,
+        activations: Literal["int8", "float32"] = "int8",
         samples: Annotated[int, Field(ge=1)] = 128,
-        skip: tuple[str, ...] = ("embeddings", "head"),
+        skip: tuple[str, ...] = ("head",),
+        source: Path | None = None,
     ) -> None:
         self.precision = precision
+        self.scheme = Scheme(4, block_size, symmetric)
+        self.activations = activations
         self.skip = skip
+        self.source = source
         self.train_samples = samples if precision == "int8_static" else 1
-        self.limits = LIMITS.get(precision, "")
+        self.limits = ""
         self.shrinks = False
+        self.packed: dict[str, Weight] = {}
         self.exported: Model | None = None
         self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        round_once(KEY, self.precision, before)
+        if self.precision in ("int8_dynamic", "int8_static"):
+            round_once(KEY, self.precision, before, instead="null")
         select(skeleton, self.skip, f"{KEY}.skip")
+        for stage in before if self.keeps else ():
+            key = f"technique.{type(stage).__module__.rpartition('.')[2]}"
+            if trait(stage, "leaves") == "packed":
+                for scheme in getattr(stage, "schemes", [getattr(stage, "scheme", Scheme())]):
+                    fits("group_size", scheme.group_size, key)
+            elif trait(stage, "leaves") == "bitsandbytes":
+                fits("blocksize", getattr(stage, "blocksize", -1), key)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights that a stage before has rounded stay what they are."""
+        return self.precision in (None, "int4")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module)
+        self.packed = stored(model, self.source)  # before any forward pass, which rearranges 4-bit floats
+        packing.freeze(model, self.packed)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = compressed(pl_module)
-        self.shrinks = self.precision != "fp32" and is_float32(model)
-        model.cpu().float()
+        lowers = self.precision not in (None, "fp32")
+        self.shrinks = lowers and is_float32(model)
+        self.packed |= bnb.take_out(model)  # of a stage of the same fit
+        kept = self.packed if self.keeps else {}
+        self.limits = told(self.precision, self.packed, kept)
+        nn.Module.float(model.cpu())  # transformers refuses on behalf of layers that bitsandbytes had
         # One at a time, so that no scale is that of padding.
         batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
-        layers = select(model, self.skip, f"{KEY}.skip").values()
+        layers = select(model, self.skip, f"{KEY}.skip") if lowers and self.precision != "fp16" else {}
+        tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+        few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
         self.folder = TemporaryDirectory()  # there for as long as the stage is
         traced, path = (Path(self.folder.name) / name for name in ("traced.onnx", "model.onnx"))
         with evaluating(model):
             with muted():
-                trace(model, batches[0], traced)
+                past = trace(model, batches[0], traced)
                 if self.precision == "int8_static":
-                    quantize_static(traced, path, layers, batches)
+                    quantize_static(traced, path, layers.values(), [{**batch, **past} for batch in batches])
                 else:
-                    fuse(traced, path, model.config, embeddings="embeddings" in self.skip)
+                    fuse(traced, path, model.config, embeddings=not tables, whole=len(few) == len(tables))
                 if self.precision == "int8_dynamic":
-                    quantize_dynamic(path, layers)
+                    quantize_dynamic(path, layers.values())
+                if few:
+                    lower(path, few, kept, self.scheme, self.activations)
                 store_once(path)
                 if self.precision == "fp16":
                     to_float16(path)
+                if past:
+                    begin_with(path, past)
             exported = Model(path, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
-        if self.precision != "fp32":
+        if lowers or kept:
             self.exported = exported
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -125,36 +184,107 @@ class Onnx(pl.Callback):
             self.agreement.write(folder)
 
 
-def trace(model: Any, example: Batch, path: Path) -> None:
-    """Write the graph that PyTorch runs for the ``example``, for batches of any shape."""
-    example = any_shape(example)
-    sizes = {0: "batch", 1: "length"}
-    with plain_attention(model), torch.no_grad():
-        torch.onnx.export(
-            Logits(model, example).eval(),  # in whose mode the exporter leaves the model
-            tuple(example.values()),
-            path,
-            input_names=list(example),
-            output_names=["logits"],
-            dynamic_axes={**dict.fromkeys(example, sizes), "logits": sizes if is_per_token(model) else {0: "batch"}},
-            opset_version=17,
-            dynamo=False,  # the other exporter's graph is not fused
+def fits(setting: str, size: int, key: str) -> None:
+    """Raise UserError where ``size`` weights that share a scale are none of ONNX Runtime's blocks, nor made up of
+    them."""
+    whole = size in (-1, *nbits.BLOCKS) if setting == "blocksize" else size % nbits.BLOCKS[0] == 0 or size == -1
+    if not whole:
+        sizes = ", ".join(map(str, nbits.BLOCKS))
+        raise UserError(
+            f"{key}.{setting}={size} cannot be kept: ONNX Runtime gives {sizes} weights a scale. Set "
+            f"{key}.{setting}=32, or {KEY}.precision=fp32 to have them as floats again."
         )
 
 
-def is_per_token(model: Any) -> bool:
-    """Whether there are logits for every token, not one row of them for a text."""
-    return "ForSequenceClassification" not in type(model).__name__
+def stored(model: nn.Module, source: Path | None) -> dict[str, Weight]:
+    """How the stages before have rounded the weights of ``model``, by layer: as the artifact ``source`` holds them, or
+    bitsandbytes' own layers, which plain ones replace."""
+    found: dict[str, Weight] = dict(bnb.take_out(model))
+    if source and packing.packed_layers(source) - set(found):
+        found |= packing.integers(source)
+    return found
 
 
-def fuse(source: Path, target: Path, config: Any, embeddings: bool = True) -> None:
-    """Fuse what ONNX Runtime has an operator for: attention, layer norms, GELU, the sum of BERT's ``embeddings``."""
+def told(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
+    """What the export cannot do for size or speed."""
+    limits = {
+        UNPACKED: packed and not kept,
+        FP16: precision == "fp16",
+        FLOATS: any(not isinstance(one, Integers) for one in kept.values()),
+        THREE: any(isinstance(one, Integers) and one.scheme.bits == 3 for one in kept.values()),
+    }
+    return ", and ".join(limit for limit, holds in limits.items() if holds)
+
+
+class Cached(nn.Module):
+    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
+    values for the tokens before, that answers with its logits and with keys and values for those after."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        past = inputs[len(self.names) :]
+        cache = DynamicCache(list(zip(past[::2], past[1::2])))
+        answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
+        return answer.logits, *parts(answer.past_key_values)
+
+
+def parts(cache: Any) -> list[Tensor]:
+    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+@torch.no_grad()
+def trace(model: Any, example: Batch, path: Path) -> Batch:
+    """Write the graph that PyTorch runs for the ``example``, for batches of any shape. Gives what it takes for the keys
+    and values of earlier tokens where there are none; nothing if it takes none."""
+    example = any_shape(example)
+    module: type[nn.Module] = Logits
+    inputs, past = example, Batch()
+    outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
+    if kind_of(model) == "lm" and model.can_generate():
+        inputs, past = with_past(model, example)
+        module, outputs = Cached, {**outputs, **{name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}}
+    axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
+    if past:
+        axes["attention_mask"] = {0: "batch", 1: "total"}
+    with plain_attention(model):
+        torch.onnx.export(
+            module(model, example).eval(),  # in whose mode the exporter leaves the model
+            (*inputs.values(), *past.values()),
+            path,
+            input_names=[*inputs, *past],
+            output_names=list(outputs),
+            dynamic_axes={**axes, **outputs},
+            opset_version=17,
+            dynamo=False,  # the other exporter's graph is not fused
+        )
+    return {name: part[:1, :, :0] for name, part in past.items()}
+
+
+def with_past(model: Any, example: Batch) -> tuple[Batch, Batch]:
+    """The second half of the ``example``, and the keys and values of the first; the mask stays that of both."""
+    half = example["input_ids"].shape[1] // 2
+    first = {name: value[:, :half] for name, value in example.items()}
+    cache = model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    names = (f"{PAST}{i}.{part}" for i in range(len(cache.layers)) for part in ("key", "value"))
+    second = {name: value if name == "attention_mask" else value[:, half:] for name, value in example.items()}
+    return second, dict(zip(names, parts(cache)))
+
+
+def fuse(source: Path, target: Path, config: Any, embeddings: bool, whole: bool) -> None:
+    """Fuse what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query, key and
+    value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     options = FusionOptions("bert")
     options.enable_rotary_embeddings = False  # a table of 131,072 positions, and one row of them for all texts
     options.enable_embed_layer_norm = embeddings
+    options.use_multi_head_attention = not whole
     heads, width = config.num_attention_heads, config.hidden_size
     even = width % heads == 0  # what the optimizer's attention takes for granted
     options.enable_attention = even
@@ -168,12 +298,19 @@ def fuse(source: Path, target: Path, config: Any, embeddings: bool = True) -> No
     )
     graph = optimizer.model.graph
     shapes = {one.name: one.dims for one in graph.initializer}
+    products = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
+        # The optimizer gives every block the config's number of heads, and some may have been cut.
         if node.op_type == "Attention":
-            # The optimizer gives every block the config's number of heads, and some may have been cut.
-            (attribute,) = (one for one in node.attribute if one.name == "num_heads")
-            attribute.i = shapes[node.input[1]][1] // 3 // (width // heads)
+            set_heads(node, shapes[node.input[1]][1] // 3 // (width // heads))
+        elif node.op_type == "MultiHeadAttention":
+            set_heads(node, shapes[products[node.input[0]].input[1]][1] // (width // heads))
     optimizer.save_model_to_file(str(target), use_external_data_format=is_large(source))
+
+
+def set_heads(attention: Any, heads: int) -> None:
+    (attribute,) = (one for one in attention.attribute if one.name == "num_heads")
+    attribute.i = heads
 
 
 def store_once(path: Path) -> None:
@@ -181,9 +318,10 @@ def store_once(path: Path) -> None:
     import onnx
 
     model = onnx.load(path)
-    stored = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) == 2]
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
+    matrices = [one for one in model.graph.initializer if one.data_type in kinds and len(one.dims) == 2]
     seen: dict[tuple[bytes, torch.Size], str] = {}
-    for one in stored:
+    for one in matrices:
         name, weight = one.name, torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
         if source := seen.get((digest(weight.T), weight.T.shape)):
             model.graph.initializer.remove(one)
@@ -192,6 +330,15 @@ def store_once(path: Path) -> None:
             )
         else:
             seen[digest(weight), weight.shape] = name
+    write(model, path)
+
+
+def begin_with(path: Path, past: Batch) -> None:
+    """Let the graph take ``past`` where it is given nothing else."""
+    import onnx
+
+    model = onnx.load(path)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(part.numpy(), name) for name, part in past.items())
     write(model, path)
 
 
@@ -207,6 +354,48 @@ def to_float16(path: Path) -> None:
             stored.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_float16"))
             cast = onnx.helper.make_node("Cast", [stored.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
             model.graph.node.insert(0, cast)
+    write(model, path)
+
+
+def lower(
+    path: Path, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
+) -> None:
+    """Store the ``layers``' weights as integers: as they are ``kept``, or rounded by the ``scheme``, or embeddings and
+    what is tied to them in 8 bits. What multiplies by them rounds its inputs to the type of the ``activations``."""
+    import onnx
+
+    model = onnx.load(path)
+    tensors = {one.name: one for one in model.graph.initializer}
+    names = {digest(layer.weight): name for name, layer in layers.items()}
+    tables: dict[str, str] = {}
+    nodes: list[Any] = []
+    for node in model.graph.node:
+        found = [names.get(digest(one)) for one in factors(node, tensors)]
+        if len(found) != 1 or found[0] is None:
+            nodes.append(node)
+            continue
+        (name,), weight = found, layers[found[0]].weight.detach()
+        if node.op_type == "Gather":
+            new, lowered = nbits.look_up(node, nbits.rounded_rows(weight))
+            tables[name] = node.input[0]
+        else:
+            if name in kept:
+                rounded = kept[name]
+            else:
+                tied = isinstance(layers[name], nn.Embedding)
+                rounded = nbits.rounded_rows(weight) if tied else nbits.rounded(weight, scheme)
+            new, lowered = nbits.multiply(node, rounded, weight.shape[1], activations)
+            if name in tables:
+                new, lowered = nbits.share(tables[name], new, lowered)
+        nodes += new
+        tensors |= {key: onnx.numpy_helper.from_array(one, key) for key, one in lowered.items()}
+    used = {name for node in nodes for name in node.input}
+    model.graph.ClearField("node")
+    model.graph.ClearField("initializer")
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(one for name, one in tensors.items() if name in used)
+    if not any(one.domain == nbits.DOMAIN for one in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(nbits.DOMAIN, 1))
     write(model, path)
 
 
@@ -253,24 +442,26 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
 
 
 def nodes_of(model: Any, layers: Iterable[Layer]) -> list[str]:
-    """The names of the graph's nodes with the weights of some of the ``layers`` and no others, transposed or not."""
+    """The names of the graph's nodes that multiply by weights of some of the ``layers`` and no others."""
+    chosen = {digest(layer.weight) for layer in layers}
+    tensors = {one.name: one for one in model.graph.initializer}
+    products = {node.name: factors(node, tensors) for node in model.graph.node if node.op_type != "Gather"}
+    return [name for name, found in products.items() if found and all(digest(one) in chosen for one in found)]
+
+
+def factors(node: Any, tensors: dict[str, Any]) -> list[Tensor]:
+    """The weights ``[rows, inputs]`` that the node multiplies by, three where it is all of attention, or the table in
+    which it looks up rows; none if it does neither."""
     import onnx
 
-    weights = {digest(one) for layer in layers for one in (layer.weight, layer.weight.T)}
-    stored = {one.name: one for one in model.graph.initializer}
-
-    def parts(node: Any) -> list[np.ndarray]:
-        if node.op_type == "Attention":
-            return np.split(onnx.numpy_helper.to_array(stored[node.input[1]]), 3, axis=1)
-        if node.op_type in ("MatMul", "Gemm", "Gather"):
-            found = [onnx.numpy_helper.to_array(stored[name]) for name in node.input if name in stored]
-            return [one for one in found if one.ndim == 2]
+    place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
+    stored = tensors.get(node.input[place]) if place is not None else None
+    if stored is None or len(stored.dims) != 2:
         return []
-
-    def chosen(arrays: list[np.ndarray]) -> bool:
-        return bool(arrays) and all(digest(torch.from_numpy(one.copy())) in weights for one in arrays)
-
-    return [node.name for node in model.graph.node if chosen(parts(node))]
+    weight = torch.from_numpy(onnx.numpy_helper.to_array(stored).copy())
+    if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
+        return [weight]
+    return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
 
 
 def write(model: Any, path: Path) -> None:
