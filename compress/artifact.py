@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress import packing
 from compress.errors import UserError
 from compress.models import from_pretrained, set_pad_token
+from compress.runtimes import need
 
 DESCRIPTION = "compress.json"
+EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
+"""The stage whose ``export`` writes what a runtime other than PyTorch runs."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,59 @@ def load(folder: Path | str, kind: str | None = None) -> Artifact:
     """
     description = describe(folder, kind)
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
-    model = runtime(description).load(Path(folder), description.kind)
+    model = module(description).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)
     return Artifact(model, tokenizer, description)
 
 
+def move(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> Artifact:
+    """The artifact as another runtime runs it, exported to ``folder`` where that is not PyTorch's own.
+
+    Raises:
+        UserError: it cannot run there, or what it runs with is not installed.
+    """
+    own, weights, method = loaded.description.runtime, loaded.description.weights, loaded.description.method
+    if runtime == own:
+        return loaded
+    if own != "torch":
+        raise UserError(
+            f"hardware.runtime is {runtime} and the artifact of `{method}` was exported for {own}, which alone runs "
+            "it: leave hardware.runtime out."
+        )
+    if runtime == "torch_compile":
+        description = replace(loaded.description, runtime=runtime)
+        return loaded._replace(model=torch.compile(loaded.model, dynamic=True), description=description)
+    stage = EXPORTS[runtime]
+    if weights != "float":
+        raise UserError(
+            f"hardware.runtime={runtime} is for weights that are floats and those of `{method}` are {weights}: let a "
+            f"chain end on `{stage}` (python train.py technique=...+{stage}), or set hardware.runtime=torch."
+        )
+    need(stage, f"hardware.runtime={runtime}", (stage, runtime))
+    export(loaded, runtime, example, folder)
+    return exported(loaded, runtime, folder)
+
+
+def export(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> None:
+    """Write what another runtime than PyTorch runs of the artifact, whose model becomes one in float32; the
+    ``example`` is a batch as it will be called with."""
+    technique = importlib.import_module(f"compress.techniques.{EXPORTS[runtime]}")
+    technique.export(loaded.model.cpu().float(), example, folder)
+
+
+def exported(loaded: Artifact, runtime: str, folder: Path) -> Artifact:
+    """The artifact as that runtime runs what :func:`export` wrote."""
+    description = replace(loaded.description, runtime=runtime)
+    return loaded._replace(model=module(description).load(folder, description.kind), description=description)
+
+
 def size_bytes(folder: Path | str) -> int:
     """Bytes on disk of the weights that are loaded from ``folder``."""
-    patterns = runtime(describe(folder, kind="")).WEIGHTS
+    patterns = module(describe(folder, kind="")).WEIGHTS
     found = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
     return sum(next(filter(None, found), []))
 
 
-def runtime(description: Description) -> Any:
+def module(description: Description) -> Any:
     """The module of ``compress.runtimes`` that runs the artifact."""
     return importlib.import_module(f"compress.runtimes.{description.runtime}")

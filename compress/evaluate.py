@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -62,12 +65,14 @@ def evaluate(cfg: DictConfig) -> list[report.Row]:
     }
     if len(set(names.values())) < len(folders):
         names = {folder: str(folder) for folder in folders}
-    measurements = measure(
-        {names[folder]: bench(splits, folder, one, settings) for folder, one in loaded.items()},
-        metrics(splits.task),
-        settings.hardware.latency,
-        settings.hardware.device,
-    )
+    benches = {names[folder]: bench(splits, folder, one, settings) for folder, one in loaded.items()}
+    hardware = settings.hardware
+    with ExitStack() as stack:
+        for name, ready in benches.items() if hardware.runtime else ():
+            graph = Path(stack.enter_context(TemporaryDirectory()))
+            moved = artifact.move(ready.artifact, str(hardware.runtime), ready.texts[0], graph)
+            benches[name] = replace(ready, artifact=moved)
+        measurements = measure(benches, metrics(splits.task), hardware.latency, hardware.device)
     descriptions = {names[folder]: one.description for folder, one in loaded.items()}
     outcome = report.Outcome(task.primary, descriptions, measurements)
     model = loaded[folders[-1]].description.model

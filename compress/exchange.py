@@ -36,13 +36,13 @@ class Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs)), **self.how).logits
 
 
-def round_once(key: str, precision: str, before: list[Any], instead: str = "fp32") -> None:
+def round_once(key: str, precision: str, before: list[Any]) -> None:
     """Raise UserError where a ``precision`` of fewer bits would round again what a stage ``before`` has rounded."""
     packs = any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before)
     if packs and precision.startswith("int"):
         raise UserError(
             f"{key}.precision={precision} would round weights again that a stage before has rounded on its own grid: "
-            f"set {key}.precision={instead}, or leave that stage out."
+            f"set {key}.precision=null, or leave that stage out."
         )
 
 

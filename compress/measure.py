@@ -74,8 +74,10 @@ class Measurement:
     """One artifact's figures; the same code makes them for every artifact.
 
     ``quality`` holds fractions (perplexity apart) over all ``examples`` of the test split. ``speedup`` is how many
-    times faster than the baseline one text runs, timed in turns with it; None where there was no baseline. The tokens
-    are those of the texts that were timed: on average for the latency, each for the throughput.
+    times faster than the baseline one text runs, timed in turns with it; None where there was no baseline. On another
+    runtime than PyTorch ``speedup_same_runtime`` is the same against the baseline exported to it in float32: what
+    compression alone is worth there. The tokens are those of the texts that were timed: on average for the latency,
+    each for the throughput.
     """
 
     quality: dict[str, float]
@@ -88,16 +90,22 @@ class Measurement:
     throughput_per_s: float
     throughput_tokens: int
     speedup: Interval | None
+    speedup_same_runtime: Interval | None
+    runtime: str
     device: str
     threads: int
 
 
 def measure(
-    benches: dict[str, Bench], metrics: MetricCollection, latency: Latency, device: torch.device
+    benches: dict[str, Bench],
+    metrics: MetricCollection,
+    latency: Latency,
+    device: torch.device,
+    exported: Artifact | None = None,
 ) -> dict[str, Measurement]:
-    """Measure every artifact; the first is the baseline that the others are timed against. Runtimes other than PyTorch
-    work on the CPU here, and what is compared with them does too."""
-    if any(bench.artifact.description.runtime != "torch" for bench in benches.values()):
+    """Measure every artifact; the first is the baseline that the others are timed against, and ``exported`` is it on
+    another runtime. Runtimes other than PyTorch work on the CPU here, and what is compared with them does too."""
+    if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
         device = torch.device("cpu")
     counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
     singles, batches = {}, {}
@@ -109,9 +117,11 @@ def measure(
     qualities = {name: quality(b.artifact, metrics, b.test, device, f"testing {name}") for name, b in benches.items()}
     one = {name: runner(bench.artifact, singles[name], device) for name, bench in benches.items()}
     many = {name: runner(bench.artifact, [batches[name]], device) for name, bench in benches.items()}
+    baseline = next(iter(benches))
+    if exported:
+        one[""] = runner(exported, singles[baseline], device)
     alone = take_turns(one, latency, cycle=len(next(iter(singles.values()))), label="latency")
     together = take_turns(many, latency, cycle=1, label="throughput")
-    baseline = next(iter(benches))
     return {
         name: Measurement(
             quality=qualities[name],
@@ -124,6 +134,10 @@ def measure(
             throughput_per_s=1000 * latency.throughput_batch_size / spread(together[name]).median_ms,
             throughput_tokens=batches[name]["input_ids"].shape[1],
             speedup=None if name == baseline else speedup(alone[baseline], alone[name]),
+            speedup_same_runtime=speedup(alone[""], alone[name])
+            if exported and exported.description.runtime == bench.artifact.description.runtime
+            else None,
+            runtime=bench.artifact.description.runtime,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             threads=torch.get_num_threads(),
         )

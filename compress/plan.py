@@ -114,6 +114,7 @@ class Hardware:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     threads: Annotated[int, Field(ge=1)] | None = None
+    runtime: Literal["torch", "torch_compile", "onnxruntime", "openvino"] | None = None
     latency: Latency = field(default_factory=Latency)
 
     def __post_init__(self) -> None:
@@ -186,6 +187,12 @@ def check(cfg: DictConfig) -> Plan:
     follow(cfg.technique.name, steps)
     training = parse(Training, plain(cfg.baseline), "baseline")
     planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
+    if planned.settings.hardware.runtime:
+        raise UserError(
+            "hardware.runtime is for artifacts that are there (python evaluate.py artifact=FOLDER "
+            "hardware.runtime=...) and a chain runs where its last stage leaves it: leave hardware.runtime out, or end "
+            "the chain on `onnx` or `openvino`."
+        )
     skeleton = backbone.skeleton(task)
     reads = backbone.path and any("tokenizer" in inspect.signature(one.technique).parameters for one in steps)
     offered = {
@@ -255,10 +262,12 @@ def follow(method: str, steps: tuple[Step, ...]) -> None:
         if weights not in needs:
             last = [s.name for s in steps if trait(s.technique, "leaves") not in ("float", None)]
             rest = [s.name for s in steps if trait(s.technique, "leaves") in ("float", None)]
-            works = dict.fromkeys("technique=" + "+".join([*rest, name]) for name in last)
+            works = {name: "technique=" + "+".join([*rest, name]) for name in last}
+            if setting := trait(one.technique, "instead").get(before or ""):
+                works[one.name] += f" technique.{one.name}.{setting}"
             raise UserError(
                 f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
-                f"leaves {weights} ones: try {' or '.join(works)}."
+                f"leaves {weights} ones: try {' or '.join(works.values())}."
             )
         weights, before = trait(one.technique, "leaves") or weights, one.key
 

@@ -139,7 +139,7 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
     fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     baseline = next(iter(outcome.measurements.values()))
-    quality, speedup = measured.quality, measured.speedup
+    quality, speedup, same = measured.quality, measured.speedup, measured.speedup_same_runtime
     return {
         "method": method,
         "size_mb": measured.size_bytes / 1e6,
@@ -160,6 +160,9 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "speedup": speedup.value if speedup else None,
         "speedup_low": speedup.low if speedup else None,
         "speedup_high": speedup.high if speedup else None,
+        "speedup_same_runtime": same.value if same else None,
+        "speedup_same_runtime_low": same.low if same else None,
+        "speedup_same_runtime_high": same.high if same else None,
         "latency_mean_ms": measured.latency.mean_ms,
         "latency_p95_ms": measured.latency.p95_ms,
         "throughput_per_s": measured.throughput_per_s,
@@ -169,6 +172,7 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "throughput_tokens": measured.throughput_tokens,
         "compression_time_s": description.compression_time_s,
         "examples": measured.examples,
+        "runtime": measured.runtime,
         "device": measured.device,
         "threads": measured.threads,
         "limits": "; ".join(description.limits),
@@ -258,6 +262,11 @@ def notes(rows: list[Row]) -> list[str]:
         for one in rows
         if one["status"] == "completed"
     ]
+    timed += [
+        "in its runtime: faster than the baseline exported to the same runtime in float32"
+        for one in rows
+        if one.get("speedup_same_runtime")
+    ]
     found = [part for one in rows for part in one.get("limits", "").split("; ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
@@ -273,6 +282,8 @@ def table(rows: list[Row], narrow: bool = False) -> Table:
     varying = [key for key in ("model", "task", "seed", "settings") if len({one[key] for one in rows}) > 1]
     metrics = ", ".join(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed")) or "quality"
     figures = [metrics, "change", "MB", "smaller", "ms", "faster [95%]", "texts/s", "train s", "compress s"]
+    if any(one.get("speedup_same_runtime") for one in rows):
+        figures.append("in its runtime [95%]")
     figures = figures[:6] if narrow else figures
     for name in ("method", *varying):
         longest = max(len(word) for one in rows for word in (name, *str(one[name]).split()))
@@ -301,6 +312,7 @@ def apart(rows: list[Row]) -> list[str]:
 def drawn_figures(one: Row) -> list[str]:
     """The figures of a completed row as text; a baseline is compared with nothing."""
     perplexity, baseline = one["metric"] == "perplexity", one["speedup"] is None
+    same = one.get("speedup_same_runtime")
     change = f"{one['change']:+.3f}" if perplexity else f"{100 * one['change']:+.2f} pt"
     return [
         f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
@@ -312,6 +324,7 @@ def drawn_figures(one: Row) -> list[str]:
         f"{one['throughput_per_s']:,.0f}",
         f"{one['training_time_s']:.1f}",
         "" if baseline else f"{one['compression_time_s']:.1f}",
+        f"{same:.2f}x [{one['speedup_same_runtime_low']:.2f}, {one['speedup_same_runtime_high']:.2f}]" if same else "",
     ]
 
 

@@ -98,6 +98,7 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
     address = [planned.address(splits.fingerprint), plan.plain(planned.training)]
     baseline = source = cache.get(address, partial(start, planned, splits), "baseline")
     entries = {"baseline": baseline}
+    begun = list(address)
     for step in planned.steps:
         address.append(step.address)
         source = cache.get(address, partial(apply, planned, splits, step, baseline, source), step.key)
@@ -119,11 +120,20 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
         **({planned.method: into} if planned.steps else {}),
     }
     loaded = {name: artifact.load(path, planned.task.kind) for name, path in measured.items()}
+    benches = {name: bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
+    runtime, exported = loaded[planned.method].description.runtime, None
+    if runtime != "torch":
+        example = benches["none"].texts[0]
+        key = [*begun, runtime, planned.steps[-1].address["libraries"]]
+        name = f"baseline for {runtime}"
+        graph = cache.get(key, lambda to: artifact.export(artifact.load(baseline), runtime, example, to), name)
+        exported = artifact.exported(loaded["none"], runtime, graph)
     measurements = measure(
-        {name: bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()},
+        benches,
         metrics(splits.task),
         planned.settings.hardware.latency,
         planned.settings.hardware.device,
+        exported,
     )
     outcome = report.Outcome(
         primary=planned.task.primary,

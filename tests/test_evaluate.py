@@ -1,12 +1,17 @@
 """`evaluate.py` measures what a run measured, again, and what others made."""
 
+from functools import partial
+
 import pytest
+import tiny
+import torch
 from hydra import compose, initialize_config_dir
 from test_conf import CONF
 from test_run import SMALL, cache, carry_out  # noqa: F401
 
-from compress import evaluate
+from compress import artifact, evaluate
 from compress.errors import UserError
+from compress.exchange import inputs_of
 
 
 @pytest.fixture
@@ -26,6 +31,46 @@ def test_an_artifact_is_worth_the_same_again(carry_out, measure_again, tmp_path)
     assert row["method"] == "prune+gptq" and row["value"] == first.quality["accuracy"]
     assert row["size_mb"] * 1e6 == first.size_bytes and row["examples"] == first.examples
     assert row["speedup"] is None
+
+
+def test_an_artifact_is_measured_on_the_runtime_that_is_asked_for(carry_out, measure_again, tmp_path):  # noqa: F811
+    first = carry_out("technique=none").measurements["none"]
+    (row,) = measure_again(f"artifact={tmp_path / 'artifact'}", "hardware.runtime=openvino")
+    assert row["runtime"] == "openvino" and row["value"] == first.quality["accuracy"]
+    assert (row["size_mb"] * 1e6, row["parameters"]) == (first.size_bytes, first.parameters)
+
+
+def loaded(runtime="torch", weights="float"):
+    done = tuple(artifact.Done(name, {}, 0.0, False) for name in ("baseline", "stage"))
+    description = artifact.Description("multiclass", "tiny", "toy", runtime, weights, history=done)
+    return artifact.Artifact(tiny.bert(), None, description)
+
+
+@pytest.mark.parametrize("runtime", ["torch_compile", "onnxruntime", "openvino"])
+def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # for no C++ compiler to run
+    batch = inputs_of(tiny.batch())
+    ours = loaded()
+    expected = ours.model(**batch).logits
+    moved = artifact.move(ours, runtime, batch, tmp_path)
+    with torch.inference_mode():
+        assert torch.allclose(moved.model(**batch).logits, expected, atol=1e-5)
+    assert moved.description.runtime == runtime and ours.description.runtime == "torch"
+
+
+@pytest.mark.parametrize(
+    ("there", "sentence"),
+    [
+        ({"weights": "packed"}, r"those of `stage` are packed: let a chain end on `openvino`"),
+        (
+            {"runtime": "onnxruntime", "weights": "onnx"},
+            r"artifact of `stage` was exported for onnxruntime",
+        ),
+    ],
+)
+def test_what_cannot_run_there_is_refused(there, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        artifact.move(loaded(**there), "openvino", tiny.batch(), tmp_path)
 
 
 def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):  # noqa: F811

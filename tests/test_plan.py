@@ -67,16 +67,19 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
             ["technique=nf4+onnx", "technique.nf4.blocksize=512", "model.config.hidden_size=512"],
             r"technique.nf4.blocksize=512 cannot be kept: .*, 256 weights a scale",
         ),
-        (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"would round weights again"),
         (["technique=nf4+onnx", "technique.onnx.precision=int8_static"], r"would round weights again"),
-        (["technique=nf4+openvino"], r"`openvino` works on float or packed weights"),
+        (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"weights again .*precision=null"),
+        (["technique=prune+nf4+openvino"], r"try .* technique=prune\+openvino .*openvino.precision=int4_weights\.$"),
+        (
+            ["technique=openvino", "technique.openvino.max_drop=1"],
+            r"max_drop bounds .*precision is null: set technique.openvino.precision=int8",
+        ),
         (["technique=prune+qat+onnx"], r"leaves integer ones: try technique=prune\+qat or technique=prune\+onnx"),
         (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
         (["technique=onnx+prune"], r"`prune` works on float .* `onnx` .* leaves onnx ones.*try technique=prune\+onnx"),
         (["technique=onnx", "technique.onnx.precision=int3"], r"technique.onnx.precision is 'int3': .*'fp32', 'fp16'"),
         (["technique=onnx", "technique.onnx.skip=[*qery]"], r"technique.onnx.skip: `\*qery` fits none"),
         (["technique=onnx+openvino"], r"`openvino` works on float or packed weights and `onnx` before it leaves onnx"),
-        (["technique=openvino", "technique.openvino.hint=speed"], r"technique.openvino.hint is 'speed'"),
         (["technique=gptq+gptq"], r"`gptq_2` works on float weights"),
         (["technique=prune+prune"], r"sparsity of 0.2 follows one to 0.2"),
         (["technique=prune", "technique.prune.sparsity=1.5"], r"technique.prune.sparsity is 1.5: .* less than 1"),
@@ -111,6 +114,7 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["model.dtype=int8"], r"model.dtype is 'int8'"),
         (["hardware.accelerator=tpu"], r"hardware.accelerator is 'tpu': .*'auto', 'cpu' or 'gpu'"),
         (["hardware.threads=two"], r"hardware.threads is 'two'"),
+        (["hardware.runtime=openvino"], r"python evaluate.py artifact=FOLDER hardware.runtime=.*end the chain on"),
         (["hardware.precision=foo"], r"hardware.precision is 'foo'"),
         (["hardware.latency.seconds=0"], r"hardware.latency.seconds is 0"),
         (["+hardware.foo=1"], r"hardware.foo is no setting of `hardware`"),
@@ -156,7 +160,7 @@ def test_calibration_text_is_a_file_or_a_task_and_part_of_the_address(tmp_path):
         return check("technique=gptq", f"technique.gptq.calibration={file}").steps[0].read(0).address
 
     assert address("one text\nand another") == address("one text\nand another") != address("one text")
-    settings = "{task: files, kind: lm, metrics: [perplexity], primary: perplexity, path: %s}" % tmp_path
+    settings = f"{{task: wikitext, path: {tmp_path}}}"
     planned = check("technique=gptq", f"technique.gptq.calibration={settings}")
     assert planned.steps[0].calibration.source.path == str(tmp_path)
 
@@ -164,7 +168,10 @@ def test_calibration_text_is_a_file_or_a_task_and_part_of_the_address(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "advice"),
     [
-        ("wikitxt", r"technique.gptq.calibration is wikitxt, which is neither a text file nor a task \(meant: wikitext\?"),
+        (
+            "wikitxt",
+            r"gptq.calibration is wikitxt, which is neither a text file nor a task \(meant: wikitext\?",
+        ),
         ("{path: /nowhere}", "neither a text file nor a task"),
         ("{task: wikitext, pth: x}", "technique.gptq.calibration.pth is no setting"),
     ],

@@ -12,9 +12,10 @@ from compress.measure import Interval, Measurement, Spread
 from compress.report import Job, Outcome
 
 
-def measured(accuracy, size, speedup=None):
+def measured(accuracy, size, speedup=None, same=None):
     latency = Spread(median_ms=2.0, mean_ms=2.5, p95_ms=4.0, repeats=9)
-    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, latency, 12.5, 50.0, 11, speedup, "cpu", 2)
+    times = (latency, 12.5, 50.0, 11, speedup, same)
+    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, *times, "torch", "cpu", 2)
 
 
 BASELINE = Done("baseline", {}, 10.0, trained=True)
@@ -49,6 +50,18 @@ def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "| prune  |   0.8800 | -2.00 pt | 1.00 |   4.00x | 2.00 | 1.50x [1.40, 1.60] |" in text
     assert "100 test examples, cpu, 2 threads" in text and "- prune: no speed" in text
+
+
+def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_path):
+    there = measured(0.88, 1_000_000, Interval(4.5, 4.4, 4.6), Interval(1.5, 1.4, 1.6))
+    outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
+    report.finish(tmp_path, JOB, outcome)
+    text = (tmp_path / "results.md").read_text()
+    assert "4.50x [4.40, 4.60]" in text and "1.50x [1.40, 1.60] |" in text
+    assert "- in its runtime: faster than the baseline exported to the same runtime" in text
+    assert [row["speedup_same_runtime"] for row in read(tmp_path)] == ["", "1.5"]
+    report.finish(tmp_path, JOB, OUTCOME)
+    assert "in its runtime" not in (tmp_path / "results.md").read_text()
 
 
 def test_perplexity_is_no_fraction():

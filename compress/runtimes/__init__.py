@@ -10,8 +10,8 @@ from pathlib import Path
 from compress.errors import UserError
 
 
-def need(extra: str, folder: Path, packages: tuple[str, ...]) -> None:
-    """Raise UserError where a package that the artifact in ``folder`` runs with is not installed."""
+def need(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
+    """Raise UserError where a package that ``what`` runs with is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{folder} runs with {', '.join(missing)}, which is not installed: pip install -e '.[{extra}]'")
+        raise UserError(f"{what} runs with {', '.join(missing)}, which is not installed: pip install -e '.[{extra}]'")

@@ -18,24 +18,38 @@ from compress.runtimes import need
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
 WEIGHTS = ("openvino_model.bin",)
+SCALE, ZERO = "/fq_weights_1/scale", "/fq_weights_1/zero_point"
+"""What NNCF adds to a weight's name for what belongs to its integers."""
 AROUND = ("/fq_", "/nncf_smooth_quant", "rotary_emb")
 """Parts of the names of what is no weight: scales and ranges of quantization, and the angles of positions."""
+HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+"""One caller who waits for each batch, of one text or many, is served best by all threads at once; and they run where
+a busy machine has room, as those of PyTorch do."""
 
 
 class Model:
-    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``."""
+    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
+
+    A causal language model decodes as well: ``model(input_ids=..., attention_mask=..., past=())`` answers with
+    ``.past`` too, the keys and values of the tokens so far, which the next call takes with the next tokens and the mask
+    of all, and which are used up by it.
+    """
 
     def __init__(self, path: Path, settings: dict[str, str], config: PretrainedConfig) -> None:
         import openvino
 
         self.graph = openvino.Core().read_model(path)
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.compiled = openvino.compile_model(self.graph, "CPU", {**settings, **threads})
+        self.compiled = openvino.compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
+        self.request = self.compiled.create_infer_request()
         self.config = config
 
-    def __call__(self, **batch: Tensor) -> Any:
-        logits = self.compiled({name: tensor.numpy() for name, tensor in batch.items()})["logits"]
-        return SimpleNamespace(logits=torch.from_numpy(logits))
+    def __call__(self, past: Any = None, **batch: Tensor) -> Any:
+        request = self.request if past is None else past or self.compiled.create_infer_request()
+        if past is None:
+            request.reset_state()
+        logits = request.infer({name: tensor.numpy() for name, tensor in batch.items()}, share_inputs=True)["logits"]
+        return SimpleNamespace(logits=torch.from_numpy(logits), past=request)
 
     def to(self, device: torch.device | str) -> Model:
         if torch.device(device).type != "cpu":
@@ -43,18 +57,38 @@ class Model:
         return self
 
     def parameters(self) -> Iterator[Tensor]:
-        """The weights as they are stored, as integers where they are quantized; neither scales nor other constants of
-        the graph."""
+        """The weights as they are stored, where they are quantized as integers with zero at 0; neither scales nor other
+        constants of the graph."""
         for node in self.graph.get_ops():
             if node.get_type_name() != "Constant":
                 continue
             kind, count = node.get_element_type(), int(np.prod(list(node.shape)))
-            readers = [one.get_node().get_friendly_name() for one in node.output(0).get_target_inputs()]
-            around = any(part in name for part in AROUND for name in (node.get_friendly_name(), *readers))
+            around = any(part in name for part in AROUND for name in (node.get_friendly_name(), *names(readers(node))))
             if kind.bitwidth <= 8 and kind.is_integral_number():
-                yield torch.from_numpy(node.get_data(dtype=np.float32)).char()  # four bits are packed otherwise
+                (convert, *_) = readers(node)
+                after = [one for one in readers(convert) if one.get_type_name() == "Subtract"]
+                if after and after[0].input_value(1).get_node() == convert:
+                    continue  # it is a zero point
+                weight = values(node)  # four bits are packed otherwise
+                if after:
+                    weight = weight - values(after[0].input_value(1).get_node().input_value(0).get_node())
+                yield weight.short()
             elif kind.is_real() and count > 1 and not around:
-                yield torch.from_numpy(node.get_data(dtype=np.float32).copy())
+                yield values(node)
+
+
+def readers(node: Any) -> list[Any]:
+    """The nodes that read what ``node`` gives."""
+    return [port.get_node() for port in node.output(0).get_target_inputs()]
+
+
+def names(nodes: list[Any]) -> list[str]:
+    return [node.get_friendly_name() for node in nodes]
+
+
+def values(constant: Any) -> Tensor:
+    """A constant as floats."""
+    return torch.from_numpy(constant.get_data(dtype=np.float32).copy())
 
 
 def load(folder: Path, kind: str) -> Model:

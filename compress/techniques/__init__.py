@@ -42,6 +42,8 @@ class Technique(Protocol):
     """What it imports beyond the base install; its extra has the stage's name."""
     versions: tuple[str, ...] = ()
     """What it imports where that is installed: its result depends on their versions too."""
+    instead: Mapping[str, str] = MappingProxyType({})
+    """The setting of its own that does what a stage does whose weights it cannot work on."""
     changes: bool = True
     """Promised and checked: some weight differs afterwards."""
     keeps_zeros: bool = True

@@ -118,7 +118,7 @@ class Onnx(pl.Callback):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         if self.precision in ("int8_dynamic", "int8_static"):
-            round_once(KEY, self.precision, before, instead="null")
+            round_once(KEY, self.precision, before)
         select(skeleton, self.skip, f"{KEY}.skip")
         for stage in before if self.keeps else ():
             key = f"technique.{type(stage).__module__.rpartition('.')[2]}"
@@ -182,6 +182,19 @@ class Onnx(pl.Callback):
     def report(self, folder: Path) -> None:
         if self.agreement is not None:
             self.agreement.write(folder)
+
+
+def export(model: Any, example: Batch, folder: Path) -> None:
+    """Write the model's graph in float32, as the runtime loads it."""
+    traced, path = folder / "traced.onnx", folder / "model.onnx"
+    with evaluating(model), muted():
+        past = trace(model, example, traced)
+        fuse(traced, path, model.config, embeddings=True, whole=True)
+        store_once(path)
+        if past:
+            begin_with(path, past)
+    traced.unlink()
+    plain_config(model).save_pretrained(folder)
 
 
 def fits(setting: str, size: int, key: str) -> None:

@@ -5,12 +5,20 @@ import tiny
 import torch
 from pydantic import ValidationError
 from test_onnx import every_shape, tied, told_apart, uneven
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
 
+from compress import packing
 from compress.errors import UserError
-from compress.exchange import Agreement, agreement
+from compress.exchange import Agreement, agreement, inputs_of
+from compress.metrics import metrics
 from compress.models import linears, prunable
-from compress.runtimes.openvino import load
+from compress.quantization import Scheme
+from compress.runtimes.openvino import SCALE, ZERO, load, values
+from compress.runtimes.torch import load as load_torch
+from compress.tasks import Task
 from compress.techniques.finetune import FineTune
+from compress.techniques.gptq import quantize
 from compress.techniques.openvino import OpenVINO
 from compress.techniques.prune import Prune
 
@@ -24,8 +32,8 @@ def export(model, folder, *before, lm=False, **settings):
     return stage, load(folder, "")
 
 
-def integers(exported):
-    return [p for p in exported.parameters() if p.dtype == torch.int8]
+def integers_of(exported):
+    return [p for p in exported.parameters() if not p.is_floating_point()]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,7 @@ def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path
     found = agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit and found.label_agreement == 1
     assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert exported.compiled.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
     assert stage.exported is None  # so that the chain compares the artifact with the model itself
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
 
@@ -50,30 +59,83 @@ def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path
         (tiny.bert, "int8_weights", 0.1),
         (tiny.llama_lm, "int8", 0.5),
         (tiny.llama_lm, "int4_weights", 0.5),
+        (tied, "int8", 0.5),
     ],
 )
-def test_a_lower_precision_stays_near_and_keeps_head_and_embeddings_and_reloads_exactly(
+def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_exactly(
     build, precision, share, tmp_path
 ):
     model = told_apart(build())
-    stage, exported = export(model, tmp_path, precision=precision, lm=build is tiny.llama_lm)
+    stage, exported = export(model, tmp_path, precision=precision, lm=build in (tiny.llama_lm, tied))
     found = agreement(model.eval(), exported, every_shape())
     assert 0 < found.max_logit_difference < share * found.largest_logit
     for batch in every_shape():
         batch.pop("labels")
         assert torch.equal(stage.exported(**batch).logits, exported(**batch).logits)
-    wanted = sum(layer.weight.numel() for _, layer in linears(model)) if precision.startswith("int") else 0
-    assert sum(p.numel() for p in integers(exported)) == wanted
+    layers = prunable(model, embeddings=True, head=False).values() if precision.startswith("int") else ()
+    assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
-    if wanted:
-        assert any(torch.equal(p, model.get_input_embeddings().weight) for p in exported.parameters())
+    table = model.get_input_embeddings().weight
+    if precision.startswith("int"):  # a scale for every row, as one token is looked up at a time
+        (found,) = (p for p in integers_of(exported) if p.shape == table.shape)
+        assert (found.abs().amax(1) >= 127).equal(table.any(1))
 
 
-def test_head_and_embeddings_are_quantized_if_asked(tmp_path):
+@pytest.mark.parametrize("skip", [(), ("embeddings", "head")])
+def test_what_is_quantized_can_be_chosen(skip, tmp_path):
     model = told_apart(tiny.bert())
-    _, exported = export(model, tmp_path, precision="int8_weights", skip=())
-    layers = prunable(model, embeddings=True, head=True).values()
-    assert sum(p.numel() for p in integers(exported)) == sum(layer.weight.numel() for layer in layers)
+    _, exported = export(model, tmp_path, precision="int8_weights", skip=skip)
+    layers = prunable(model, embeddings=not skip, head=not skip).values()
+    assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed artifact with layers of every kind that there is, and its model as PyTorch loads it."""
+    folder, model = tmp_path_factory.mktemp("packed"), told_apart(tiny.bert())
+    kinds = [Scheme(4, 16), Scheme(4, -1, False), Scheme(8, 16), Scheme(8, -1, False), Scheme(2, 16), Scheme(3, 8)]
+    schemes = dict(zip(dict(linears(model)), kinds * 2))
+    batches = [{key: value for key, value in tiny.batch().items() if key != "labels"}]
+    packing.save(model, quantize(model, batches, schemes, damping=0.01, act_order=True), folder)
+    return folder, load_torch(folder, "multiclass"), schemes
+
+
+def test_packed_integers_stay_as_they_are(packed, tmp_path):
+    folder, model, schemes = packed
+    stage, exported = export(model, tmp_path, source=folder)
+    stored = packing.integers(folder)
+    assert {name: layer.scheme for name, layer in stored.items()} == schemes
+    constants = {n.get_friendly_name(): n for n in exported.graph.get_ops() if n.get_type_name() == "Constant"}
+    kinds = {}
+    for name, (scheme, integers, grid) in stored.items():
+        weight = constants[f"self.model.{name}.weight"]
+        kinds[name] = weight.get_element_type().to_string()
+        lift = 0 if kinds[name][0] == "i" else -scheme.lowest
+        assert torch.equal(values(weight).view(integers.shape) - lift, integers.float())
+        assert torch.equal(values(constants[f"self.model.{name}.weight{SCALE}"]).flatten(), grid.scale.flatten())
+        if not scheme.symmetric:
+            zero = values(constants[f"self.model.{name}.weight{ZERO}"]).view(grid.zero.shape)
+            assert torch.equal(zero - lift, grid.zero.float())
+    assert [kinds[name] for name in schemes] == ["i4", "u4", "i8", "u8", "u2", "u3"] * 2 and "3 bits" in stage.limits
+    assert (tmp_path / "openvino_model.bin").stat().st_size < (folder / "model.safetensors").stat().st_size
+    assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
+    nonzeros = sum(int(layer.weight.count_nonzero()) for _, layer in linears(model))
+    assert sum(int(p.count_nonzero()) for p in integers_of(exported)) == nonzeros
+    found = agreement(model.eval(), exported, every_shape())
+    assert found.max_logit_difference < 1e-5 * found.largest_logit and stage.exported is None
+
+
+@pytest.mark.parametrize(("precision", "tables"), [("int8_weights", "i8"), ("bf16", "f16")])
+def test_what_packed_weights_left_in_floats_can_be_rounded_beside_them(precision, tables, packed, tmp_path):
+    folder, model, _ = packed
+    _, exported = export(model, tmp_path, source=folder, precision=precision)
+    constants = [n for n in exported.graph.get_ops() if n.get_type_name() == "Constant"]
+    kinds = [one.get_element_type().to_string() for one in constants if one.shape == [60, 32]]
+    assert kinds == [tables]
+    of_three_bits = [one for one in constants if one.get_element_type().to_string() == "u3"]
+    assert len(of_three_bits) == 2 * 2  # with their zero points
+    found = agreement(model.eval(), exported, every_shape())
+    assert 0 < found.max_logit_difference < 0.1 * found.largest_logit
 
 
 def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
@@ -81,8 +143,45 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
     skip = ("embeddings", "head", "*output.dense")
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision="int8_weights", skip=skip)
     left = sum(layer.weight.numel() for name, layer in linears(model) if not name.endswith("output.dense"))
-    found = torch.cat([p.flatten() for p in integers(exported)])
+    found = torch.cat([p.flatten() for p in integers_of(exported)])
     assert len(found) == left and sum(int((p == 0).sum()) for p in exported.parameters()) >= 0.5 * 2 * 8192
+
+
+def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tmp_path):
+    model = told_apart(uneven(tied()))
+    _, exported = export(model, tmp_path, lm=True)
+    batch = inputs_of(tiny.batch(rows=3, length=9, padded=False))
+    for row in range(3):
+        batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
+    expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    tokens = new = batch["input_ids"]
+    mask, past = batch["attention_mask"], ()
+    for _ in range(6):
+        answer = exported(past, input_ids=new, attention_mask=mask)
+        past, new = answer.past, answer.logits[:, -1:].argmax(-1)
+        tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    assert torch.equal(tokens, expected)
+    alone = [exported(**batch).logits for _ in range(2)]  # texts to score leave nothing behind
+    assert torch.equal(*alone)
+
+
+@pytest.mark.parametrize("max_drop", [0, 100])
+def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path):
+    shape = {**tiny.SHAPE, "num_hidden_layers": 1}
+    model = told_apart(BertForSequenceClassification(BertConfig(**shape, num_labels=1)).eval())
+    batches = [inputs_of(tiny.batch(rows=16, seed=seed)) for seed in range(2)]
+    with torch.no_grad():  # its own answers are right, so that any other is worse
+        batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
+    task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
+    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=metrics(task))
+    module = FineTune(model, metrics(task))
+    tiny.trainer(stage).fit(module, tiny.loader(batches=2), DataLoader(batches, batch_size=None))
+    stage.save(model, tmp_path)
+    exported = load(tmp_path, "")
+    every = sum(layer.weight.numel() for layer in prunable(model, embeddings=True, head=False).values())
+    rounded = sum(p.numel() for p in integers_of(exported))
+    assert rounded < every if max_drop == 0 else rounded == every
+    assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"  # as it was judged
 
 
 def test_the_angles_of_positions_keep_their_digits_in_float16(tmp_path):
@@ -97,16 +196,22 @@ def test_the_model_is_left_as_it_was_and_the_report_says_how_far_the_answers_are
     model = tiny.bert()
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stage, _ = export(model, tmp_path, precision="bf16", hint="throughput")
+    stage, _ = export(model, tmp_path, precision="bf16")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()) and model.training
     stage.report(tmp_path)
     told = Agreement(**json.loads((tmp_path / "agreement.json").read_text()))
     assert told.examples == 8 and told.max_logit_difference > 0 and told.label_agreement > 0.5
     settings = json.loads((tmp_path / "compile.json").read_text())
-    assert settings == {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}
+    assert settings["INFERENCE_PRECISION_HINT"] == "bf16" and "PERFORMANCE_HINT" not in settings
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "nf4"}, {"samples": 0}, {"group_size": -2}, {"hint": "speed"}])
+def test_a_drop_cannot_be_bounded_without_a_metric_or_a_validation_split():
+    stage = OpenVINO(precision="int8", max_drop=1, samples=2)
+    with pytest.raises(UserError, match=r"max_drop=1 is told on validation text by the task's metric: give OpenVINO"):
+        tiny.trainer(stage).fit(FineTune(tiny.bert()), tiny.loader(batches=1))
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "nf4"}, {"samples": 0}, {"group_size": -2}, {"max_drop": -1}])
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         OpenVINO(**wrong)
