@@ -1,0 +1,114 @@
+"""Time for each next token of a causal language model of TinyLlama's shape: PyTorch in float32 against what the stages
+`onnx` and `openvino` make of it, in turns in one process.
+
+    python benchmarks/decoding.py [--blocks 22] [--context 64] [--tokens 16] [--repeats 5]
+
+The weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from against_llmcompressor import Untrained
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from yaml import safe_load
+
+from compress.measure import speedup
+from compress.quiet import hush
+from compress.runtimes import onnxruntime, openvino
+from compress.techniques.onnx import Onnx
+from compress.techniques.openvino import OpenVINO
+
+MODEL = Path(__file__).parents[1] / "conf" / "model" / "tinyllama.yaml"
+STAGES = {
+    "ONNX Runtime int4": (Onnx("int4"), onnxruntime),
+    "OpenVINO int8_weights": (OpenVINO("int8_weights"), openvino),
+    "OpenVINO int4_weights": (OpenVINO("int4_weights"), openvino),
+}
+Step = Callable[[torch.Tensor, torch.Tensor, Any], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=22)
+    parser.add_argument("--context", type=int, default=64, help="tokens that are there before the first is timed")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens that are timed in a row")
+    parser.add_argument("--repeats", type=int, default=5, help="such rows of each")
+    asked = parser.parse_args()
+    hush()
+    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": asked.blocks})
+    torch.manual_seed(0)
+    context = torch.randint(config.vocab_size, (1, asked.context))
+    folders = {name: exported(built(config), stage, context) for name, (stage, _) in STAGES.items()}
+    model = built(config)
+    steps: dict[str, Step] = {"PyTorch float32": in_pytorch(model)}
+    for name, (_, runtime) in STAGES.items():
+        steps[name] = in_runtime(runtime.load(folders[name], "lm"))
+    times: dict[str, list[np.ndarray]] = {name: [] for name in steps}
+    for repeat in range(asked.repeats + 1):
+        for name, step in steps.items():
+            row = decode(step, context, asked.tokens)
+            if repeat:  # the first warms up
+                times[name].append(row)
+    table = Table("", "ms a token", "faster [95%]")
+    for name, rows in times.items():
+        found = speedup(times["PyTorch float32"], rows)
+        table.add_row(
+            name, f"{np.median(np.concatenate(rows)):.1f}", f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        )
+    Console(width=110).print(table)
+
+
+def built(config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def exported(model: LlamaForCausalLM, stage: Onnx | OpenVINO, ids: torch.Tensor) -> Path:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=0, callbacks=[stage], enable_model_summary=False, **quiet)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    trainer.fit(Untrained(model), DataLoader([batch], batch_size=None))
+    folder = Path(mkdtemp())
+    stage.save(model, folder)
+    return folder
+
+
+def in_pytorch(model: LlamaForCausalLM) -> Step:
+    return lambda ids, mask, past: model(
+        input_ids=ids, attention_mask=mask, past_key_values=past or None, use_cache=True
+    )
+
+
+def in_runtime(model: Any) -> Step:
+    return lambda ids, mask, past: model(input_ids=ids, attention_mask=mask, past=past)
+
+
+@torch.inference_mode()
+def decode(step: Step, context: torch.Tensor, tokens: int) -> np.ndarray:
+    """Milliseconds of every one of ``tokens`` tokens after the ``context``."""
+    ids, mask, past, times = context, torch.ones_like(context), (), []
+    for _ in range(tokens + 1):
+        begin = time.perf_counter()
+        answer = step(ids, mask, past)
+        times.append(1000 * (time.perf_counter() - begin))
+        past = answer.past_key_values if "past_key_values" in answer.__dict__ else answer.past
+        ids = answer.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    return np.array(times[1:])
+
+
+if __name__ == "__main__":
+    main()
