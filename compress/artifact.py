@@ -24,12 +24,14 @@ EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 @dataclass(frozen=True)
 class Done:
-    """One finished step of a chain: its name, settings, and the time its Trainer took."""
+    """One finished step of a chain: its name, settings, the time its Trainer took, and whether it promises fewer
+    bytes on disk."""
 
     name: str
     settings: dict[str, Any]
     seconds: float
     trained: bool
+    shrinks: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from compress import report
+from compress.artifact import Description
+from compress.measure import Measurement
 from compress.report import Outcome
 from compress.runtimes.torch import FORMATS
 
@@ -59,7 +65,6 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the hub's form."""
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
-    task = "text-generation" if description.kind == "lm" else "text-classification"
     job = report.Job(method, description.model, description.task, seed=0)
     rows = [report.row(job, name, outcome) for name in outcome.measurements]
     config = json.loads((folder / "config.json").read_text())
@@ -71,9 +76,7 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
     lines = [
         "---",
-        f"library_name: {'transformers' if description.runtime == 'torch' else description.weights}",
-        f"pipeline_tag: {task}",
-        "tags: [compress]",
+        front_matter(description, measured),
         "---",
         "",
         f"# {description.model} on {description.task}: {method}",
@@ -89,7 +92,9 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         f"Quality is over the {measured.examples:,} examples of the test split, which chose nothing and calibrated "
         "nothing.",
         "Latency is the median time of one text, timed in turns with the baseline.",
+        *cost(measured),
         "",
+        *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
         "## Load it with `compress`" if uneven else "## Load it without `compress`",
         ours if uneven else "",
         packed if form in FORMATS else "",
@@ -98,6 +103,40 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))
+
+
+def front_matter(description: Description, measured: Measurement) -> str:
+    """What the hub reads: the library, the task, and the metrics as a model-index."""
+    pipeline = "text-generation" if description.kind == "lm" else "text-classification"
+    library = "transformers" if description.runtime == "torch" else description.weights
+    facts: dict[str, Any] = {"task_type": pipeline, "dataset_type": description.task, "dataset_name": description.task}
+    results = [
+        EvalResult(**facts, dataset_split="test", metric_type=name, metric_name=name, metric_value=round(value, 6))
+        for name, value in measured.quality.items()
+    ]
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=["compress"],
+        metrics=list(measured.quality),
+        model_name=f"{description.model}-{description.task}-{description.method}",
+        eval_results=results,
+    ).to_yaml()
+
+
+def cost(measured: Measurement) -> Iterator[str]:
+    """What else running it took, as far as it was measured."""
+    yield (
+        f"One text: {measured.latency.median_ms:.2f} ms (p95 {measured.latency.p95_ms:.2f}, p99 "
+        f"{measured.latency.p99_ms:.2f}) on {measured.device}, {measured.threads} threads."
+    )
+    if one := measured.generation:
+        yield (
+            f"After a prompt of {one.prompt_tokens} tokens the first new one took {one.first_token.median_ms:.2f} ms, "
+            f"each one after it {one.per_token.median_ms:.2f} ms."
+        )
+    if measured.memory:
+        yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory beside the libraries."
 
 
 def settings(values: dict) -> str:

@@ -112,20 +112,30 @@ class TaskData(pl.LightningDataModule):
             rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
         )
 
-    def texts(self, count: int, split: str) -> list[Batch]:
-        """``count`` texts of a split without their labels, a batch each, from short to long: the middles of as many
-        equal parts of the split. Every tokenizer gets the same ones (a language model's blocks apart, which it cuts
-        itself)."""
-        rows, texts = self.tokenised(split), getattr(self.splits, split)
-        order = list(range(len(rows)))
-        if self.kind != "lm":
-            pairs = texts["text_pair"] if "text_pair" in texts.column_names else [""] * len(rows)
-            lengths = [len(text) + len(pair) for text, pair in zip(texts["text"], pairs)]
-            order.sort(key=lengths.__getitem__)
-        count = min(count, len(rows))
-        picked = [order[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
-        batches = (self.collate([rows[i]]) for i in picked)
+    def texts(self, count: int, split: str, batch_size: int = 1) -> list[Batch]:
+        """``count`` batches of texts of a split without their labels: the middles of as many equal parts of the split
+        by length, from short to long. Every tokenizer gets the same ones (a language model's blocks apart, which it
+        cuts itself)."""
+        rows, picked = self.tokenised(split), self._spread(count * batch_size, split)
+        cuts = (picked[at : at + batch_size] for at in range(0, len(picked), batch_size))
+        batches = (self.collate([rows[i] for i in cut]) for cut in cuts)
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+    def words(self, split: str, count: int | None = None) -> list[tuple[str, ...]]:
+        """The same ``count`` texts (and what they are paired with), or all in their own order, as they are before the
+        tokenizer reads them."""
+        rows, texts = self.tokenised(split), getattr(self.splits, split)
+        picked = self._spread(count, split) if count else list(range(len(rows)))
+        if self.kind == "lm":
+            return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
+        chosen: Any = texts.select(picked)
+        columns: list[list[str]] = [chosen[name] for name in ("text", "text_pair") if name in texts.column_names]
+        return list(zip(*columns))
+
+    def in_order(self, split: str) -> list[int]:
+        """The rows of a split in the order in which its batches have them: from long to short."""
+        lengths = [-len(ids) for ids in self.tokenised(split)["input_ids"]]
+        return sorted(range(len(lengths)), key=lengths.__getitem__)
 
     def tokenised(self, split: str) -> Dataset:
         """The split's ``input_ids``, ``attention_mask`` and, but for a language model, ``labels``."""
@@ -143,9 +153,16 @@ class TaskData(pl.LightningDataModule):
         return batch
 
     def _in_order(self, split: str) -> DataLoader:
-        rows = self.tokenised(split)
-        by_length = sorted(range(len(rows)), key=[-len(ids) for ids in rows["input_ids"]].__getitem__)
-        return DataLoader(rows.select(by_length), self.batch_size, collate_fn=self.collate)
+        rows = self.tokenised(split).select(self.in_order(split))
+        return DataLoader(rows, self.batch_size, collate_fn=self.collate)
+
+    def _spread(self, count: int, split: str) -> list[int]:
+        """``count`` rows of a split from its shortest texts to its longest; some of them twice where it has fewer."""
+        order = list(range(len(self.tokenised(split))))
+        if self.kind != "lm":
+            lengths = [sum(map(len, texts)) for texts in self.words(split)]
+            order.sort(key=lengths.__getitem__)
+        return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
 
     def _kept(self, rows: Dataset) -> Dataset:
         if self.tokens is None:

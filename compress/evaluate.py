@@ -1,4 +1,5 @@
-"""Measure an artifact again, or any Hugging Face folder, with the code that measures every run."""
+"""Measure an artifact again, or any Hugging Face folder, with the code that measures every run; or report runs and
+sweeps again, together, or one against another."""
 
 from __future__ import annotations
 
@@ -7,18 +8,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from compress import artifact, plan, report
+from compress import artifact, curves, plan, report
+from compress.compare import changes
 from compress.errors import UserError
 from compress.measure import measure
-from compress.metrics import metrics
 from compress.models import same_labels
 from compress.quiet import hush
-from compress.run import bench, guarded
+from compress.run import bench_of, guarded
 from compress.tasks import Task
 
 
@@ -29,10 +31,19 @@ def main(cfg: DictConfig) -> int:
     folder = Path(hydra.runtime.output_dir)
 
     def work() -> None:
-        rows = evaluate(cfg)
-        report.conclude(folder, rows)
-        if hydra.mode == RunMode.RUN:
-            report.show(rows, folder)
+        if cfg.compare:
+            lines = changes(*(report.gather(found(one)) for one in two(cfg.compare)))
+            report.write_whole(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
+            print(*lines, sep="\n")
+        elif cfg.report:
+            rows = rebuilt(cfg)
+            report.publish(folder, rows)
+            curves.write(folder, rows)
+        else:
+            rows = evaluate(cfg, folder)
+            report.conclude(folder, rows)
+            if hydra.mode == RunMode.RUN:
+                report.publish(folder, rows)
 
     def fail(reason: str) -> None:
         name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
@@ -41,8 +52,46 @@ def main(cfg: DictConfig) -> int:
     return guarded(work, fail)
 
 
-def evaluate(cfg: DictConfig) -> list[report.Row]:
-    """A row for ``cfg.artifact``, after one for ``cfg.baseline`` where that is given.
+def rebuilt(cfg: DictConfig) -> list[report.Row]:
+    """The rows of the runs and sweeps in ``cfg.report``, those that ``cfg.where`` chooses.
+
+    Raises:
+        UserError: a folder holds no results, or no row is left.
+    """
+    folders = [cfg.report] if isinstance(cfg.report, str) else cfg.report
+    rows = [row for folder in folders for row in report.gather(found(folder))]
+    chosen = {key: listed(value) for key, value in plan.plain(cfg.where).items() if value is not None}
+    left = [row for row in rows if all(str(row[key]) in values for key, values in chosen.items())]
+    if not left:
+        there = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
+        told = "; ".join(f"where.{key} can be {values}" for key, values in there.items())
+        raise UserError(f"No row is left of {len(rows)}: {told}.")
+    return report.without_repeated_baselines(left)
+
+
+def listed(value: Any) -> list[str]:
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
+
+
+def two(folders: Any) -> list[str]:
+    if isinstance(folders, str) or len(folders) != 2:
+        raise UserError(f"compare is {folders}: name two folders of runs or sweeps, compare=[before,after].")
+    return list(folders)
+
+
+def found(folder: str) -> Path:
+    """The folder of a run or a sweep; that of a run's artifact stands for the run."""
+    path = Path(folder)
+    if (path / artifact.DESCRIPTION).is_file():
+        path = path.parent
+    if not (path / report.RESULT).is_file() and not any(path.glob("*/.hydra")):
+        raise UserError(f"{folder} holds no results: name the folder of a run or a sweep, multirun/DATE/TIME.")
+    return path
+
+
+def evaluate(cfg: DictConfig, folder: Path) -> list[report.Row]:
+    """A row for ``cfg.artifact``, after one for ``cfg.baseline`` where that is given; what they answered is kept in
+    ``folder``.
 
     Raises:
         UserError: there is no such folder, or its model is not one for the task.
@@ -52,31 +101,31 @@ def evaluate(cfg: DictConfig) -> list[report.Row]:
     artifact.describe(cfg.artifact, kind="")  # a folder that is not there is told first
     settings = plan.settings(cfg)
     task = plan.parse(Task, task_of(cfg), "task")
-    folders = [Path(folder) for folder in (cfg.baseline, cfg.artifact) if folder]
-    loaded = {folder: artifact.load(folder, task.kind) for folder in folders}
+    folders = [Path(path) for path in (cfg.baseline, cfg.artifact) if path]
+    loaded = {path: artifact.load(path, task.kind) for path in folders}
     splits = task.load(settings.seed)
-    for folder, one in loaded.items():
-        fits(folder, one, splits.task)
+    for path, one in loaded.items():
+        fits(path, one, splits.task)
     vocabularies = {json.dumps(one.tokenizer.get_vocab(), sort_keys=True) for one in loaded.values()}
     if task.kind == "lm" and len(vocabularies) > 1:
         raise UserError("Perplexities over different vocabularies cannot be compared: leave baseline out.")
-    names = {
-        folder: one.description.method if one.description.history else folder.name for folder, one in loaded.items()
-    }
+    names = {path: one.description.method if one.description.history else path.name for path, one in loaded.items()}
     if len(set(names.values())) < len(folders):
-        names = {folder: str(folder) for folder in folders}
-    benches = {names[folder]: bench(splits, folder, one, settings) for folder, one in loaded.items()}
+        names = {path: str(path) for path in folders}
+    benches = {names[path]: bench_of(splits, path, one, settings) for path, one in loaded.items()}
     hardware = settings.hardware
     with ExitStack() as stack:
         for name, ready in benches.items() if hardware.runtime else ():
             graph = Path(stack.enter_context(TemporaryDirectory()))
             moved = artifact.move(ready.artifact, str(hardware.runtime), ready.texts[0], graph)
             benches[name] = replace(ready, artifact=moved)
-        measurements = measure(benches, metrics(splits.task), hardware.latency, hardware.device)
-    descriptions = {names[folder]: one.description for folder, one in loaded.items()}
-    outcome = report.Outcome(task.primary, descriptions, measurements)
+        # A process of its own loads what is in the folder, on the runtime that it is for.
+        latency = replace(hardware.latency, memory=False) if hardware.runtime else hardware.latency
+        measurements, predictions = measure(benches, splits.task, latency, hardware.device)
+    descriptions = {names[path]: one.description for path, one in loaded.items()}
+    outcome = report.Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
     model = loaded[folders[-1]].description.model
-    return [report.row(report.Job(name, model, task.name, settings.seed), name, outcome) for name in measurements]
+    return report.rows_of(folder, report.Job("", model, task.name, settings.seed), outcome)
 
 
 def task_of(cfg: DictConfig) -> dict:

@@ -1,72 +1,102 @@
-"""What a reloaded artifact is worth: quality on the test split, size on disk, time to run."""
+"""What a reloaded artifact is worth: quality on the test split, size on disk, time, memory and energy to run."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
-from compress import bnb
+from compress import bnb, meters
 from compress.artifact import Artifact, size_bytes
+from compress.data import TaskData
+from compress.meters import Memory
+from compress.metrics import metrics
+from compress.predictions import NEGATION, Comparison, Predictions, compare
+from compress.stats import Interval, mean_interval
+from compress.tasks import Task
 from compress.techniques.finetune import aligned
 
 Batch = dict[str, torch.Tensor]
+Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Latency:
-    """How latency and throughput are measured.
+    """How the cost of running an artifact is measured.
 
-    ``texts`` texts of the test split, from short to long, run one at a time for the latency; the one of median length,
-    ``throughput_batch_size`` times, runs for the throughput. Artifacts take turns in blocks of at least ``block_s``
-    seconds and one round of the texts, until each has had ``seconds`` and three blocks.
+    Real texts of the test split, from short to long, run in batches of each of ``batch_sizes``: ``texts`` of them in
+    all, or one whole batch where that is more. The first size is that of the latency, the last that of the throughput.
+    Artifacts take turns in blocks of at least ``block_s`` seconds and one round of the batches, until each has had
+    ``seconds`` and four blocks. That is the budget of every size, and for a causal language model again of the
+    generation of ``new_tokens``. ``memory``: the peak of each artifact in a process of its own.
     """
 
     seconds: Annotated[float, Field(gt=0)] = 2.0
-    block_s: Annotated[float, Field(gt=0)] = 0.25
+    block_s: Annotated[float, Field(gt=0)] = 0.1
     warmup: Annotated[int, Field(ge=1)] = 3
     texts: Annotated[int, Field(ge=1)] = 8
-    throughput_batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 32)
+    new_tokens: Annotated[int, Field(ge=1)] = 16
+    memory: bool = True
 
 
 @dataclass(frozen=True)
 class Bench:
-    """An artifact ready to be measured: its folder, the test split in its tokens, and texts to time, one a batch."""
+    """An artifact ready to be measured: its folder, the test split in its tokens, the single texts to time and the same
+    before they were tokens, and the batches to time by their size."""
 
     folder: Path
     artifact: Artifact
     test: DataLoader
     texts: list[Batch]
+    data: TaskData
+    words: list[tuple[str, ...]]
+    batches: dict[int, list[Batch]]
+
+
+def bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency) -> Bench:
+    """An artifact with the test split of ``data``, which is in its own tokens."""
+    batches = {size: data.texts(max(1, latency.texts // size), "test", size) for size in latency.batch_sizes}
+    singles, words = data.texts(latency.texts, "test"), data.words("test", latency.texts)
+    return Bench(folder, loaded, data.test_dataloader(), singles, data, words, batches)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Times of single calls, in milliseconds."""
+    """Times of single calls, in milliseconds; ``low_ms`` and ``high_ms`` are the 95 % bootstrap interval of the median,
+    blocks drawn whole."""
 
     median_ms: float
     mean_ms: float
     p95_ms: float
     repeats: int
+    sd_ms: float = 0.0
+    p99_ms: float = 0.0
+    low_ms: float = 0.0
+    high_ms: float = 0.0
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % bootstrap interval."""
+class Generation:
+    """A causal language model that goes on from a prompt, a token at a time, with what it keeps of the tokens before:
+    the time to the first new token, and that of each one after it. Every artifact is fed the text's own tokens."""
 
-    value: float
-    low: float
-    high: float
+    first_token: Spread
+    per_token: Spread
+    prompt_tokens: int
+    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,10 +104,13 @@ class Measurement:
     """One artifact's figures; the same code makes them for every artifact.
 
     ``quality`` holds fractions (perplexity apart) over all ``examples`` of the test split. ``speedup`` is how many
-    times faster than the baseline one text runs, timed in turns with it; None where there was no baseline. On another
-    runtime than PyTorch ``speedup_same_runtime`` is the same against the baseline exported to it in float32: what
-    compression alone is worth there. The tokens are those of the texts that were timed: on average for the latency,
-    each for the throughput.
+    times faster than the baseline the batches of the latency run, timed in turns with it, and ``comparison`` is of the
+    quality; both are None where there was no baseline, the latter also where the examples differ. On another runtime
+    than PyTorch ``speedup_same_runtime`` is the speed-up over the baseline exported to it in float32: what compression
+    alone is worth there. The tokens are those of the texts that were timed, on average, padding left out. ``batches``
+    has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, and ``macs`` and
+    ``energy_j`` are of one text, that of median length and the average; None where they cannot be told.
+    ``measuring_time_s`` is of the whole measurement, everything that it was compared with counted.
     """
 
     quality: dict[str, float]
@@ -88,61 +121,94 @@ class Measurement:
     latency: Spread
     latency_tokens: float
     throughput_per_s: float
-    throughput_tokens: int
+    throughput_tokens: float
     speedup: Interval | None
     speedup_same_runtime: Interval | None
     runtime: str
     device: str
     threads: int
+    batches: dict[int, Spread] = field(default_factory=dict)
+    comparison: Comparison | None = None
+    generation: Generation | None = None
+    memory: Memory | None = None
+    macs: int | None = None
+    energy_j: float | None = None
+    tokenizer_ms: float | None = None
+    measuring_time_s: float = 0.0
 
 
 def measure(
-    benches: dict[str, Bench],
-    metrics: MetricCollection,
-    latency: Latency,
-    device: torch.device,
-    exported: Artifact | None = None,
-) -> dict[str, Measurement]:
-    """Measure every artifact; the first is the baseline that the others are timed against, and ``exported`` is it on
-    another runtime. Runtimes other than PyTorch work on the CPU here, and what is compared with them does too."""
+    benches: dict[str, Bench], task: Task, latency: Latency, device: torch.device, exported: Artifact | None = None
+) -> tuple[dict[str, Measurement], dict[str, Predictions]]:
+    """Measure every artifact, and what each answered on the test split; the first is the baseline that the others are
+    compared with, and ``exported`` is it on another runtime. Runtimes other than PyTorch work on the CPU here, and what
+    is compared with them does too."""
+    begin = time.perf_counter()
     if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
         device = torch.device("cpu")
     counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
-    singles, batches = {}, {}
-    for name, bench in benches.items():
+    memory = {
+        name: meters.memory(
+            bench.folder, task.kind, [batch for batches in bench.batches.values() for batch in batches], device
+        )
+        for name, bench in benches.items()
+        if latency.memory
+    }
+    for bench in benches.values():
         bnb.move(bench.artifact.model, device)
-        texts = [to_device(text, device) for text in bench.texts]
-        singles[name] = texts
-        batches[name] = repeat(texts[len(texts) // 2], latency.throughput_batch_size)
-    qualities = {name: quality(b.artifact, metrics, b.test, device, f"testing {name}") for name, b in benches.items()}
-    one = {name: runner(bench.artifact, singles[name], device) for name, bench in benches.items()}
-    many = {name: runner(bench.artifact, [batches[name]], device) for name, bench in benches.items()}
+    answers = {name: answer(bench, task, device, f"testing {name}") for name, bench in benches.items()}
+    macs = {
+        name: meters.macs(bench.artifact.model, to_device(bench.texts[len(bench.texts) // 2], device))
+        for name, bench in benches.items()
+    }
     baseline = next(iter(benches))
-    if exported:
-        one[""] = runner(exported, singles[baseline], device)
-    alone = take_turns(one, latency, cycle=len(next(iter(singles.values()))), label="latency")
-    together = take_turns(many, latency, cycle=1, label="throughput")
+    first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
+    times = {}
+    for size in latency.batch_sizes:
+        calls = {name: runner(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
+        if exported and size == first:
+            calls[""] = runner(exported, benches[baseline].batches[size], device)
+        cycle = len(benches[baseline].batches[size])
+        times[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
+    energy = {}
+    if meter := meters.energy_meter(device):
+        for name, bench in benches.items():
+            call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
+            energy[name] = meters.energy_j(call, cycle, latency.seconds, meter) / first
+    reading = {name: reader(bench) for name, bench in benches.items()}
+    read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing")
+    generations = generate(benches, latency, device) if task.kind == "lm" else {}
+    spreads = {name: {size: spread(times[size][name]) for size in latency.batch_sizes} for name in benches}
+    spent = time.perf_counter() - begin
     return {
         name: Measurement(
-            quality=qualities[name],
-            examples=len(bench.test.dataset),  # type: ignore[arg-type]
+            quality=answers[name][0],
+            examples=len(answers[name][1].labels),
             size_bytes=size_bytes(bench.folder),
             parameters=counts[name][0],
             nonzeros=counts[name][1],
-            latency=spread(alone[name]),
-            latency_tokens=float(np.mean([text["input_ids"].shape[1] for text in singles[name]])),
-            throughput_per_s=1000 * latency.throughput_batch_size / spread(together[name]).median_ms,
-            throughput_tokens=batches[name]["input_ids"].shape[1],
-            speedup=None if name == baseline else speedup(alone[baseline], alone[name]),
-            speedup_same_runtime=speedup(alone[""], alone[name])
+            latency=spreads[name][first],
+            latency_tokens=tokens(bench.batches[first]),
+            throughput_per_s=1000 * last / spreads[name][last].median_ms,
+            throughput_tokens=tokens(bench.batches[last]),
+            speedup=None if name == baseline else speedup(times[first][baseline], times[first][name]),
+            speedup_same_runtime=speedup(times[first][""], times[first][name])
             if exported and exported.description.runtime == bench.artifact.description.runtime
             else None,
             runtime=bench.artifact.description.runtime,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             threads=torch.get_num_threads(),
+            batches=spreads[name],
+            comparison=None if name == baseline else compare(answers[baseline][1], answers[name][1], task.primary),
+            generation=generations.get(name),
+            memory=memory.get(name),
+            macs=macs[name],
+            energy_j=energy.get(name),
+            tokenizer_ms=spread(read[name]).median_ms,
+            measuring_time_s=spent,
         )
         for name, bench in benches.items()
-    }
+    }, {name: predictions for name, (_, predictions) in answers.items()}
 
 
 def count(model: nn.Module) -> tuple[int, int]:
@@ -152,17 +218,115 @@ def count(model: nn.Module) -> tuple[int, int]:
     return sum(number for number, _ in each), sum(nonzero for _, nonzero in each)
 
 
+def tokens(batches: list[Batch]) -> float:
+    """Of a text on average."""
+    return float(np.mean([length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]))
+
+
 @torch.inference_mode()
-def quality(
-    artifact: Artifact, metrics: MetricCollection, loader: DataLoader, device: torch.device, label: str = "testing"
-) -> dict[str, float]:
-    """The metrics over all of ``loader``."""
-    metrics = metrics.clone().to(device)
-    for batch in tqdm(loader, desc=label, unit="batch", leave=False, disable=None):
+def answer(
+    bench: Bench, task: Task, device: torch.device, label: str = "testing"
+) -> tuple[dict[str, float], Predictions]:
+    """The task's metrics over the whole test split, and what was answered to each of its examples."""
+    scores = metrics(task).to(device)
+    outputs, labels, lengths = [], [], []
+    for batch in tqdm(bench.test, desc=label, unit="batch", leave=False, disable=None):
         batch = to_device(batch, device)
-        labels = batch.pop("labels")
-        metrics.update(*aligned(artifact.model(**batch).logits, labels))
-    return {name: float(value) for name, value in metrics.compute().items()}
+        wanted = batch.pop("labels")
+        lengths.append(batch["attention_mask"].sum(1).cpu())
+        logits, wanted = aligned(bench.artifact.model(**batch).logits.float(), wanted)
+        scores.update(logits, wanted)
+        if task.kind == "lm":
+            logits, wanted = by_block(logits, wanted)
+        outputs.append(logits.cpu())
+        labels.append(wanted.cpu())
+    order = torch.tensor(bench.data.in_order("test")).argsort()
+    found = {
+        name: torch.cat(parts)[order].numpy()
+        for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
+    }
+    examples = len(order)
+    quality = {name: float(value) for name, value in scores.compute().items()}
+    texts = [] if task.kind == "lm" else [" ".join(row) for row in bench.data.words("test")]
+    characters = np.array([len(text) for text in texts] or [0] * examples)
+    negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
+    return quality, Predictions(task.kind, **found, characters=characters, negated=negated, names=task.labels or ())
+
+
+def by_block(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every block the sum of its tokens' losses in nats and how many were predicted right, ``[blocks, 2]``; and how
+    many there were to predict."""
+    there = labels != -100
+    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").double().sum(1)
+    right = ((logits.argmax(-1) == labels) & there).sum(1)
+    return torch.stack([losses, right.double()], dim=1), there.sum(1)
+
+
+def generate(benches: dict[str, Bench], latency: Latency, device: torch.device) -> dict[str, Generation]:
+    """The times of those artifacts that keep the tokens before, in turns."""
+    calls, prompt, new = {}, 0, 0
+    for name, bench in benches.items():
+        text = to_device(bench.texts[len(bench.texts) // 2], device)
+        new = min(latency.new_tokens, text["input_ids"].shape[1] // 2)
+        prompt = text["input_ids"].shape[1] - new
+        if new > 1 and (step := decoder(bench.artifact.model, text)):
+            calls[name] = writer(step, text["input_ids"], text["attention_mask"], prompt, device)
+    found = take_turns(calls, latency, cycle=new, label="generation") if calls else {}
+    split = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in found.items()}
+    return {
+        name: Generation(
+            spread([block[:, 0] for block in blocks]), spread([block[:, 1:].ravel() for block in blocks]), prompt, new
+        )
+        for name, blocks in split.items()
+    }
+
+
+@torch.inference_mode()
+def decoder(model: Any, text: Batch) -> Step | None:
+    """``step(ids, mask, past)``: the logits of the tokens ``ids`` after those that ``past`` keeps, and what is to be
+    kept then; None where the model keeps nothing."""
+    if isinstance(model, nn.Module):
+        answered = "past_key_values"
+
+        def step(ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+            given = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True)
+            return given.logits, given.past_key_values
+    else:
+        answered = "past"
+        if answered not in inspect.signature(type(model).__call__).parameters:
+            return None
+
+        def step(ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+            given = model(input_ids=ids, attention_mask=mask, past=past)
+            return given.logits, getattr(given, answered, None)
+
+    return step if step(text["input_ids"], text["attention_mask"], None)[1] is not None else None
+
+
+def writer(step: Step, ids: Tensor, mask: Tensor, prompt: int, device: torch.device) -> Callable[[int], None]:
+    """A call that reads the prompt when ``i`` is 0, and then one more of the tokens that follow it."""
+    past: Any = None
+
+    @torch.inference_mode()
+    def call(i: int) -> None:
+        nonlocal past
+        new = ids[:, prompt + i - 1 : prompt + i] if i else ids[:, :prompt]
+        logits, past = step(new, mask[:, : prompt + i], past if i else None)
+        logits[:, -1].argmax(-1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def reader(bench: Bench) -> Callable[[int], None]:
+    """A call that makes tokens of text ``i``."""
+    tokenizer, length = bench.artifact.tokenizer, bench.data.max_length
+
+    def call(i: int) -> None:
+        tokenizer(*bench.words[i], truncation=True, max_length=length)
+
+    return call
 
 
 def take_turns(
@@ -170,21 +334,23 @@ def take_turns(
 ) -> dict[str, list[np.ndarray]]:
     """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``; milliseconds, ``{name: blocks}``.
 
-    Taking turns lets a disturbance of the machine fall on all alike, and the pause between blocks lets the thread pool
-    of one come to rest before the next is timed.
+    Taking turns, in one order and then in the other, lets a disturbance of the machine fall on all alike, and the pause
+    between blocks lets the thread pool of one come to rest before the next is timed.
     """
     for call in calls.values():
         begin = time.perf_counter()
         for i in range(max(latency.warmup, cycle)):
             if i < cycle or time.perf_counter() - begin < latency.seconds:
-                call(i)
+                call(i % cycle)
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     bar = tqdm(
         total=latency.seconds, desc=label, bar_format="{desc}: {percentage:.0f}%|{bar}|", leave=False, disable=None
     )
-    while min(spent.values()) < latency.seconds or min(map(len, blocks.values())) < 3:
-        for name, call in calls.items():
+    order = list(calls)
+    while min(spent.values()) < latency.seconds or min(map(len, blocks.values())) < 4:
+        for name in order:
+            call = calls[name]
             time.sleep(0.04)
             times: list[float] = []
             begin = time.perf_counter()
@@ -195,27 +361,47 @@ def take_turns(
                     times.append(1000 * (time.perf_counter() - start))
             blocks[name].append(np.array(times))
             spent[name] += sum(times) / 1000
+        order.reverse()
         bar.update(min(latency.seconds, *spent.values()) - bar.n)
     bar.close()
     return blocks
 
 
 def speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
-    """The median ratio of neighbouring blocks' median times: above one is faster than the baseline."""
-    from scipy.stats import bootstrap
-
-    ratios = np.array([np.median(b) / np.median(v) for b, v in zip(baseline, variant)])
-    found = bootstrap((ratios,), np.median, n_resamples=2000, method="percentile", random_state=0).confidence_interval
-    return Interval(float(np.median(ratios)), float(found.low), float(found.high))
+    """The geometric mean of the ratios of neighbouring blocks' median times, with Student's t interval: above one is
+    faster than the baseline. (A bootstrap of so few blocks is too sure of itself.)"""
+    ratios = [float(np.log(np.median(b) / np.median(v))) for b, v in zip(baseline, variant)]
+    found = mean_interval(ratios)
+    return Interval(*np.exp([found.value, found.low, found.high]).tolist())
 
 
 def spread(blocks: list[np.ndarray]) -> Spread:
+    from scipy.stats import bootstrap
+
     times = np.concatenate(blocks)
-    return Spread(float(np.median(times)), float(times.mean()), float(np.percentile(times, 95)), len(times))
+
+    def median(drawn: np.ndarray) -> float:
+        return float(np.median(np.concatenate([blocks[i] for i in drawn])))
+
+    low = high = float(np.median(times))
+    if len(blocks) > 1:
+        low, high = bootstrap((np.arange(len(blocks)),), median, vectorized=False, n_resamples=500, batch=1,
+                              method="percentile", random_state=0).confidence_interval  # fmt: skip
+    return Spread(
+        median_ms=float(np.median(times)),
+        mean_ms=float(times.mean()),
+        p95_ms=float(np.percentile(times, 95)),
+        repeats=len(times),
+        sd_ms=float(times.std(ddof=1)) if len(times) > 1 else 0.0,
+        p99_ms=float(np.percentile(times, 99)),
+        low_ms=float(low),
+        high_ms=float(high),
+    )
 
 
 def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
     """A call that runs batch ``i`` to its end: a GPU's work is waited for."""
+    batches = [to_device(batch, device) for batch in batches]
 
     @torch.inference_mode()
     def call(i: int) -> None:
@@ -224,11 +410,6 @@ def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Ca
             torch.cuda.synchronize(device)
 
     return call
-
-
-def repeat(text: Batch, batch_size: int) -> Batch:
-    """One text ``batch_size`` times: a batch in which every token is real."""
-    return {key: value.expand(batch_size, -1).contiguous() for key, value in text.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,23 +1,27 @@
-"""What came of a run or a sweep: ``results.csv``, ``results.md``, the terminal's table, TensorBoard.
+"""What came of a run or a sweep: ``results.csv``, ``.parquet`` and ``.md``, and the terminal's table; ``html.py`` draws
+``report.html`` and ``board.py`` writes for TensorBoard.
 
 Importing this module is cheap: Hydra does so before every job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import logging
 import os
+import platform
 import sys
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from compress import curves
+from compress import board, curves
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from compress.artifact import Description
     from compress.measure import Measurement
+    from compress.predictions import Predictions
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +45,18 @@ FIRST = (
     "seed",
     "overrides",
     "status",
+)
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "pytorch-lightning",
+    "torchmetrics",
+    "tokenizers",
+    "compressed-tensors",
+    "bitsandbytes",
+    "onnxruntime",
+    "openvino",
+    "nncf",
 )
 Row = dict[str, Any]
 
@@ -59,13 +76,16 @@ class Job:
 class Outcome:
     """What came of it by method: the baseline first, then what is compared with it, if anything is.
 
-    ``baseline`` is the address of the baseline: rows of one address are measurements of one artifact.
+    ``baseline`` is the address of the baseline: rows of one address are measurements of one artifact. ``data`` is the
+    fingerprint of the task's splits.
     """
 
     primary: str
     descriptions: dict[str, Description]
     measurements: dict[str, Measurement]
     baseline: str = ""
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    data: str = ""
 
 
 class SweepReport(Callback):
@@ -79,6 +99,8 @@ class SweepReport(Callback):
             publish(folder, rows)
             if curves.write(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
+            board.overlay(folder, rows, labels(rows))
+            print(f"  TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
         except Exception:  # which Hydra would turn into a warning, and the sweep into a success
             log.exception("The sweep's report could not be written.")
             sys.exit(1)
@@ -87,13 +109,16 @@ class SweepReport(Callback):
 
 
 def gather(folder: Path) -> list[Row]:
-    """The rows of all jobs of a sweep in their order; a job that left no result, killed perhaps, has failed."""
+    """The rows of all jobs of a sweep in their order, or of one run; a job that left no result, killed perhaps, has
+    failed."""
+    jobs = sorted((hidden.parent for hidden in folder.glob("*/.hydra")), key=job_number)
     rows: list[Row] = []
-    for job in sorted((hidden.parent for hidden in folder.glob("*/.hydra")), key=job_number):
+    for job in jobs or [folder]:
         if (job / RESULT).is_file():
-            rows += json.loads((job / RESULT).read_text())["rows"]
+            found = json.loads((job / RESULT).read_text())["rows"]
         else:
-            rows.append(failed(Job(job.name, "", "", 0), f"it left no result: see {job}"))
+            found = [failed(Job(job.name, "", "", 0), f"it left no result: see {job}")]
+        rows += [{**one, "folder": str(job)} for one in found]  # which may have been moved
     return rows
 
 
@@ -105,9 +130,21 @@ def job_number(folder: Path) -> tuple[int, str]:
 
 def finish(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     """Write a completed job's results."""
-    rows = [row(job, method, outcome) for method in outcome.measurements]
+    rows = rows_of(folder, job, outcome)
     conclude(folder, rows)
-    to_tensorboard(folder / "tensorboard", job, rows[-1], "SUCCESS")
+    board.write(folder / "tensorboard", rows[-1], "SUCCESS")
+    return rows
+
+
+def rows_of(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
+    """A row for everything that was measured, its predictions kept in ``folder``."""
+    rows = []
+    for number, method in enumerate(outcome.measurements):
+        one = {**row(job, method, outcome), "folder": str(folder)}
+        if method in outcome.predictions:
+            one["predictions"] = f"predictions/{number}.npz"
+            outcome.predictions[method].save(folder / one["predictions"])
+        rows.append(one)
     return rows
 
 
@@ -115,7 +152,7 @@ def fail(folder: Path, job: Job, reason: str) -> None:
     """Write that a job failed, and why."""
     rows = [failed(job, reason)]
     conclude(folder, rows)
-    to_tensorboard(folder / "tensorboard", job, rows[-1], "FAILURE")
+    board.write(folder / "tensorboard", rows[-1], "FAILURE")
 
 
 def failed(job: Job, reason: str) -> Row:
@@ -124,22 +161,59 @@ def failed(job: Job, reason: str) -> Row:
 
 def conclude(folder: Path, rows: list[Row]) -> None:
     """Write a job's rows, for the sweep's report to find and for people."""
-    write_whole(folder / RESULT, json.dumps({"rows": rows}, indent=2))
+    write_whole(folder / RESULT, json.dumps({"rows": rows, "environment": environment()}, indent=2))
     write(folder, rows)
+
+
+def environment() -> dict[str, str]:
+    """Where the figures come from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    found = {
+        "system": platform.platform(),
+        "cpu": f"{next(named, platform.processor())}, {os.cpu_count()} logical cores",
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def publish(folder: Path, rows: list[Row]) -> None:
-    """Write the tables of ``rows`` and show them."""
+    """Write the tables and the report of ``rows`` and show them."""
+    from compress import html
+
+    rows = corrected(rows)
     write(folder, rows)
+    html.write(folder, rows)
     show(rows, folder)
 
 
+def corrected(rows: list[Row]) -> list[Row]:
+    """The rows with ``p_holm``, their p-values corrected for being tested together."""
+    from compress.stats import holm
+
+    tested = [i for i, one in enumerate(rows) if one.get("p_value") is not None]
+    fair = dict(zip(tested, holm([rows[i]["p_value"] for i in tested])))
+    return [{**one, "p_holm": fair[i]} if i in fair else one for i, one in enumerate(rows)]
+
+
 def row(job: Job, method: str, outcome: Outcome) -> Row:
-    """One line of ``results.csv``. Times are seconds or milliseconds as named, sizes are 10^6 bytes, quality is in
-    fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
+    """One line of ``results.csv``. Times are seconds or milliseconds as named, sizes and memory are 10^6 bytes, quality
+    is in fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
+    from compress.effects import effects, zeros_alone
+
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     baseline = next(iter(outcome.measurements.values()))
-    quality, speedup, same = measured.quality, measured.speedup, measured.speedup_same_runtime
+    compared = measured is not baseline
+    quality, change = measured.quality, measured.comparison
+    did = effects(description, measured, baseline) if compared else {}
+    zeros = "dense zeros: " if compared and zeros_alone(description, measured, baseline) else ""
+    writing, memory = measured.generation, measured.memory
     return {
         "method": method,
         "size_mb": measured.size_bytes / 1e6,
@@ -155,29 +229,54 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "metric": outcome.primary,
         "value": quality[outcome.primary],
         "change": quality[outcome.primary] - baseline.quality[outcome.primary],
+        "change_low": change.change.low if change else None,
+        "change_high": change.change.high if change else None,
+        "p_value": change.p_value if change else None,
+        "churn": change.churn if change else None,
         **quality,
         "compression_ratio": baseline.size_bytes / measured.size_bytes,
-        "speedup": speedup.value if speedup else None,
-        "speedup_low": speedup.low if speedup else None,
-        "speedup_high": speedup.high if speedup else None,
-        "speedup_same_runtime": same.value if same else None,
-        "speedup_same_runtime_low": same.low if same else None,
-        "speedup_same_runtime_high": same.high if same else None,
+        **interval("speedup", measured.speedup),
+        **interval("speedup_same_runtime", measured.speedup_same_runtime),
+        "effect": zeros + ", ".join(did.values()),
+        **{f"effect_{name}": said for name, said in did.items()},
+        "latency_low_ms": measured.latency.low_ms,
+        "latency_high_ms": measured.latency.high_ms,
         "latency_mean_ms": measured.latency.mean_ms,
+        "latency_sd_ms": measured.latency.sd_ms,
         "latency_p95_ms": measured.latency.p95_ms,
+        "latency_p99_ms": measured.latency.p99_ms,
+        **{f"batch_{size}_ms": spread.median_ms for size, spread in measured.batches.items()},
         "throughput_per_s": measured.throughput_per_s,
+        "first_token_ms": writing.first_token.median_ms if writing else None,
+        "per_token_ms": writing.per_token.median_ms if writing else None,
+        "per_token_p95_ms": writing.per_token.p95_ms if writing else None,
+        "prompt_tokens": writing.prompt_tokens if writing else None,
+        "tokenizer_ms": measured.tokenizer_ms,
+        "peak_memory_mb": memory.peak_bytes / 1e6 if memory else None,
+        "model_memory_mb": memory.model_bytes / 1e6 if memory else None,
+        "gpu_memory_mb": memory.gpu_bytes / 1e6 if memory and memory.gpu_bytes else None,
+        "macs": measured.macs,
+        "energy_j": measured.energy_j,
         "parameters": measured.parameters,
         "nonzeros": measured.nonzeros,
         "latency_tokens": measured.latency_tokens,
         "throughput_tokens": measured.throughput_tokens,
         "compression_time_s": description.compression_time_s,
+        "measuring_time_s": measured.measuring_time_s,
         "examples": measured.examples,
         "runtime": measured.runtime,
         "device": measured.device,
         "threads": measured.threads,
         "limits": "; ".join(description.limits),
         "baseline": outcome.baseline,
+        "data": outcome.data,
     }
+
+
+def interval(name: str, one: Any) -> dict[str, float | None]:
+    """An interval as three columns."""
+    parts = {"": "value", "_low": "low", "_high": "high"}
+    return {f"{name}{end}": getattr(one, part) if one else None for end, part in parts.items()}
 
 
 def without_repeated_baselines(rows: list[Row]) -> list[Row]:
@@ -197,12 +296,16 @@ def without_repeated_baselines(rows: list[Row]) -> list[Row]:
 
 
 def write(folder: Path, rows: list[Row]) -> None:
-    """Write ``results.csv`` and ``results.md``."""
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
+    import pandas
+
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys((*FIRST, *(name for one in rows for name in one)))))
+    columns = list(dict.fromkeys((*FIRST, *(name for one in rows for name in one))))
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
     write_whole(folder / "results.csv", text.getvalue())
+    pandas.DataFrame(rows, columns=columns).to_parquet(folder / "results.parquet")
     write_whole(folder / "results.md", markdown(rows))
 
 
@@ -223,7 +326,7 @@ def markdown(rows: list[Row]) -> str:
     text = io.StringIO()
     Console(file=text, width=1000).print(drawn)
     lines = [f"# {title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
-    lines += [f"- {note}" for note in notes(rows)]
+    lines += [f"- {note}" for note in (*recommendations(rows), *notes(rows))]
     return "\n".join(lines) + "\n"
 
 
@@ -237,6 +340,8 @@ def show(rows: list[Row], folder: Path) -> None:
     console.print()
     wide = table(rows)
     console.print(wide if console.measure(wide).maximum <= console.width else table(rows, narrow=True))
+    for line in recommendations(rows):
+        console.print(f"  {line}")
     for note in notes(rows):
         console.print(f"  {note}", style="dim")
     console.print(f"  results: {folder}", soft_wrap=True)
@@ -256,20 +361,129 @@ def title(rows: list[Row]) -> str:
 
 def notes(rows: list[Row]) -> list[str]:
     """What the table alone does not say, each thing once."""
+    done = [one for one in rows if one["status"] == "completed"]
     timed = [
-        f"ms: one text, {one['latency_tokens']:.0f} tokens on average; "
-        f"texts/s: batches of texts of {one['throughput_tokens']} tokens; faster: in turns with the baseline in one job"
-        for one in rows
-        if one["status"] == "completed"
+        f"ms: one text, {one['latency_tokens']:.0f} tokens on average; texts/s: batches of texts of "
+        f"{one['throughput_tokens']:.0f} tokens; faster: in turns with the baseline in one job"
+        for one in done
     ]
     timed += [
         "in its runtime: faster than the baseline exported to the same runtime in float32"
-        for one in rows
+        for one in done
         if one.get("speedup_same_runtime")
     ]
+    tested = sum(one.get("p_holm") is not None for one in rows)
+    if any(significant(one) for one in rows):
+        timed.append(f"*: p < 0.05 on the same examples, corrected for {tested} comparisons (Holm)")
+    elif tested:
+        timed.append("no change of quality is significant (p < 0.05 on the same examples, corrected by Holm)")
+    for one in done:
+        kept = [said for what in ("size", "speed", "memory") if (said := one.get(f"effect_{what}") or "")[:3] == "no "]
+        if kept:
+            zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
+            timed.append(f"{one['method']}: {zeros}{', '.join(kept)}")
     found = [part for one in rows for part in one.get("limits", "").split("; ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
+
+
+def significant(one: Row) -> bool:
+    """Whether the quality differs from the baseline's by more than chance, of all rows that were tested together."""
+    return (one.get("p_holm") if one.get("p_holm") is not None else 1.0) < 0.05
+
+
+def groups(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The completed rows that can be compared: of one model, task and metric."""
+    found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for one in rows:
+        if one["status"] == "completed":
+            found[one["model"], one["task"], one["metric"]].append(one)
+    return dict(found)
+
+
+def recommendations(rows: list[Row]) -> list[str]:
+    """The smallest and the fastest row whose quality is within a point of its baseline's (a hundredth of a
+    perplexity), for each model and task."""
+    found = []
+    for (model, task, metric), group in groups(rows).items():
+        if len(group) < 2:
+            continue
+        named = {id(one): label for one, label in zip(group, labels(group))}
+        where = f" ({model} on {task})" if len(groups(rows)) > 1 else ""
+        near = [one for one in group if one["method"] != "none" and is_near(one)]
+        smaller = [one for one in near if one["compression_ratio"] > 1.005]
+        faster = [one for one in near if one["speedup_low"] is not None and one["speedup_low"] > 1]
+        margin = "1 % of the baseline" if metric == "perplexity" else "1 point of the baseline"
+        for word, able, key in (
+            ("smallest", smaller, lambda one: -one["compression_ratio"]),
+            ("fastest", faster, lambda one: -one["speedup"]),
+        ):
+            if not able:
+                found.append(f"{word} within {margin}{where}: none is {'smaller' if word == 'smallest' else 'faster'}")
+                continue
+            best = min(able, key=key)
+            _, change, size, ratio, _, speed, *_ = drawn_figures(best)
+            figure = f"{size} MB, {ratio} smaller" if word == "smallest" else f"{speed} faster"
+            found.append(f"{word} within {margin}{where}: {named[id(best)]}, {figure}, {metric} {told(best, change)}")
+    return found
+
+
+def is_near(one: Row) -> bool:
+    lost = one["change"] / (one["value"] - one["change"]) if one["metric"] == "perplexity" else -one["change"]
+    return lost <= 0.01 + 1e-9
+
+
+def told(one: Row, change: str) -> str:
+    """The change with its interval, and whether it may be chance."""
+    if one.get("p_value") is None:
+        return change
+    p = one.get("p_holm", one["p_value"])
+    low, high = (amount(one, one[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
+    return f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant (p = {p:.2g})"
+
+
+def amount(one: Row, change: float) -> str:
+    return f"{change:+.3f}" if one["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
+
+
+def labels(rows: list[Row]) -> list[str]:
+    """A short name of each row that tells it from all others."""
+    varying = [key for key in ("model", "task", "seed") if len({one[key] for one in rows if one["model"]}) > 1]
+    found = []
+    for one, settings in zip(rows, apart(rows)):
+        facts = [f"seed={one[key]}" if key == "seed" else str(one[key]) for key in varying]
+        found.append(" ".join(filter(None, (one["method"], *facts, settings))))
+    return found
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """One experiment with several seeds: its value, and its change against the baseline of each seed (None of the
+    baseline itself), as a mean with Student's t interval."""
+
+    label: str
+    metric: str
+    seeds: int
+    value: Any
+    change: Any
+
+
+def over_seeds(rows: list[Row]) -> list[Seeds]:
+    """The experiments of which there are several seeds."""
+    from compress.stats import mean_interval
+
+    same: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for one, settings in zip(rows, apart(rows)):
+        if one["status"] == "completed":
+            same[one["model"], one["task"], one["metric"], one["method"], settings].append(one)
+    found = []
+    for (model, task, metric, method, settings), group in same.items():
+        if len({one["seed"] for one in group}) > 1:
+            change = None if method == "none" else mean_interval([one["change"] for one in group])
+            value = mean_interval([one["value"] for one in group])
+            label = " ".join(filter(None, (method, settings, f"({model} on {task})")))
+            found.append(Seeds(label, metric, len(group), value, change))
+    return found
 
 
 def table(rows: list[Row], narrow: bool = False) -> Table:
@@ -300,8 +514,9 @@ def table(rows: list[Row], narrow: bool = False) -> Table:
 
 
 def apart(rows: list[Row]) -> list[str]:
-    """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques."""
-    compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none"]
+    """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques, and a job that
+    was killed none at all."""
+    compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none" and one["model"]]
     shared = set.intersection(*compared) if compared else set()
     told = [[o.lstrip("+") for o in one["overrides"].split() if o not in shared] for one in rows]
     stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in told for o in overrides}
@@ -313,7 +528,7 @@ def drawn_figures(one: Row) -> list[str]:
     """The figures of a completed row as text; a baseline is compared with nothing."""
     perplexity, baseline = one["metric"] == "perplexity", one["speedup"] is None
     same = one.get("speedup_same_runtime")
-    change = f"{one['change']:+.3f}" if perplexity else f"{100 * one['change']:+.2f} pt"
+    change = amount(one, one["change"]) + "*" * significant(one)
     return [
         f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
         "" if baseline else change,
@@ -326,31 +541,3 @@ def drawn_figures(one: Row) -> list[str]:
         "" if baseline else f"{one['compression_time_s']:.1f}",
         f"{same:.2f}x [{one['speedup_same_runtime_low']:.2f}, {one['speedup_same_runtime_high']:.2f}]" if same else "",
     ]
-
-
-def to_tensorboard(folder: Path, job: Job, result: Row, status: str) -> None:
-    """The final figures as scalars and as a row of the HParams tab, marked as failed where the job failed.
-
-    The summaries are written one by one: ``add_hparams`` would start a run of its own, and declaring the metrics with
-    values would draw a false point.
-    """
-    from tensorboard.plugins.hparams import api_pb2, metadata
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import Summary, hparams
-
-    figures = {
-        f"final/{name}": result[name]
-        for name in ("value", "change", "size_mb", "latency_ms", "speedup", "training_time_s", "compression_time_s")
-        if result.get(name) is not None
-    }
-    settings = {**asdict(job), "overrides": " ".join(job.overrides), "metric": result.get("metric", "")}
-    with SummaryWriter(str(folder)) as writer:
-        declared = hparams({key: value for key, value in settings.items() if value != ""}, dict.fromkeys(figures, 0.0))
-        for summary in declared[:2]:
-            writer.file_writer.add_summary(summary)
-        for name, value in figures.items():
-            writer.add_scalar(name, value)
-        end = SessionEndInfo(status=api_pb2.Status.Value(f"STATUS_{status}"))
-        data = metadata.create_summary_metadata(HParamsPluginData(session_end_info=end))
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]))

@@ -27,10 +27,11 @@ from compress.artifact import Artifact, Description, Done
 from compress.cache import Cache
 from compress.data import TaskData
 from compress.errors import PostconditionError, UserError
-from compress.measure import Bench, measure
+from compress.measure import Bench, bench, measure
 from compress.metrics import higher_is_better, metrics
 from compress.models import compressed, max_length
 from compress.plan import Plan, Settings, Step
+from compress.predictions import FILE
 from compress.quiet import hush
 from compress.tasks import Splits
 from compress.techniques import Training, trait
@@ -59,7 +60,7 @@ def main(cfg: DictConfig) -> int:
         chain.leave_out(cfg.technique, hydra.overrides.task)
         rows = report.finish(folder, job, run(cfg, folder))
         if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
-            report.show(rows, folder)
+            report.publish(folder, rows)
 
     return guarded(work, lambda reason: report.fail(folder, job, reason))
 
@@ -120,7 +121,7 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
         **({planned.method: into} if planned.steps else {}),
     }
     loaded = {name: artifact.load(path, planned.task.kind) for name, path in measured.items()}
-    benches = {name: bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
+    benches = {name: bench_of(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
     runtime, exported = loaded[planned.method].description.runtime, None
     if runtime != "torch":
         example = benches["none"].texts[0]
@@ -128,9 +129,9 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
         name = f"baseline for {runtime}"
         graph = cache.get(key, lambda to: artifact.export(artifact.load(baseline), runtime, example, to), name)
         exported = artifact.exported(loaded["none"], runtime, graph)
-    measurements = measure(
+    measurements, predictions = measure(
         benches,
-        metrics(splits.task),
+        splits.task,
         planned.settings.hardware.latency,
         planned.settings.hardware.device,
         exported,
@@ -140,16 +141,19 @@ def run(cfg: DictConfig, folder: Path) -> report.Outcome:
         descriptions={name: one.description for name, one in loaded.items()},
         measurements=measurements,
         baseline=baseline.name,
+        predictions=predictions,
+        data=splits.fingerprint,
     )
+    predictions[planned.method].save(into / FILE)
     (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2))
     card.write(into, outcome, planned.method)
     return outcome
 
 
-def bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
+def bench_of(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
     """An artifact with the test split in its own tokens."""
     data = task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
-    return Bench(folder, loaded, data.test_dataloader(), data.texts(settings.hardware.latency.texts, "test"))
+    return bench(folder, loaded, data, settings.hardware.latency)
 
 
 def start(planned: Plan, splits: Splits, into: Path) -> None:
@@ -212,12 +216,13 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
     expected = promises.logits(trait(stage, "exported") or model, probe)
+    done = Done(step.name, step.settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"))
     description = replace(
         description,
         runtime=trait(stage, "runtime"),
         weights=trait(stage, "leaves") or description.weights,
         limits=limits(planned, step, stage, description),
-        history=(*description.history, Done(step.name, step.settings, seconds, trained=step.training.epochs > 0)),
+        history=(*description.history, done),
     )
     artifact.write(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
     if hasattr(stage, "report"):

@@ -4,6 +4,7 @@ import pytest
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import OUTCOME
 
 from compress import report
 from compress.curves import curves, settings
@@ -98,9 +99,8 @@ def test_a_sweep_leaves_pictures_figures_for_tensorboard_and_a_line_that_says_wh
     for number, sparsity in enumerate(("0.2", "0.5")):
         folder = tmp_path / f"{number}_job"
         (folder / ".hydra").mkdir(parents=True)
-        figures = {"change": 0.0, "speedup": None, "latency_ms": 1.0, "throughput_per_s": 1.0, "training_time_s": 1.0}
-        figures |= {"latency_tokens": 1.0, "throughput_tokens": 1, "examples": 1, "device": "cpu", "threads": 1}
-        report.conclude(folder, [row(f"technique.prune.sparsity={sparsity}", **figures)])
+        job = report.Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}",))
+        report.finish(folder, job, OUTCOME)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     report.SweepReport().on_multirun_end(config)
     assert imread(tmp_path / "curves" / "prune.sparsity.png").shape == (720, 960, 4)

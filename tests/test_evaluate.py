@@ -1,5 +1,6 @@
 """`evaluate.py` measures what a run measured, again, and what others made."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,19 +8,23 @@ import tiny
 import torch
 from hydra import compose, initialize_config_dir
 from test_conf import CONF
+from test_report import OUTCOME, WORSE
 from test_run import SMALL, cache, carry_out  # noqa: F401
 
-from compress import artifact, evaluate
+from compress import artifact, evaluate, report
+from compress.compare import changes
 from compress.errors import UserError
 from compress.exchange import inputs_of
 
 
 @pytest.fixture
-def measure_again(cache):  # noqa: F811
+def measure_again(cache, tmp_path):  # noqa: F811
     def measure_again(*overrides):
         small = [o for o in SMALL if o.startswith("hardware")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return evaluate.evaluate(compose("evaluate", [f"cache.dir={cache}", *small, *overrides]))
+            return evaluate.evaluate(
+                compose("evaluate", [f"cache.dir={cache}", *small, *overrides]), tmp_path / "again"
+            )
 
     return measure_again
 
@@ -135,3 +140,45 @@ def test_real_weights_are_measured_by_their_folder(measure_again, shared_models,
     (row,) = measure_again(f"artifact={folder}", "task=tinystories", f"task.path={data}")
     assert row["metric"] == "perplexity" and 4 < row["value"] < 7
     assert row["parameters"] == 260_032
+
+
+def gathered(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return evaluate.rebuilt(compose("evaluate", list(overrides)))
+
+
+@pytest.fixture
+def sweeps(tmp_path):
+    """Two sweeps with one baseline: `first` prunes at two sparsities, `second` with other answers."""
+    for name, job, outcome in (
+        ("first/0_a", "technique.prune.sparsity=0.2", OUTCOME),
+        ("first/1_b", "technique.prune.sparsity=0.5", OUTCOME),
+        ("second/0_a", "technique.prune.sparsity=0.2", WORSE),
+    ):
+        folder = tmp_path / name
+        (folder / ".hydra").mkdir(parents=True)
+        report.finish(folder, report.Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_several_sweeps_become_one_report_and_a_part_of_it_another(sweeps):
+    first, second = sweeps
+    rows = gathered(f"report=[{first},{second}]")
+    assert [row["method"] for row in rows] == ["none", "prune", "prune", "prune"]
+    assert [row["overrides"][-3:] for row in gathered(f"report={first}", "where.method=prune")] == ["0.2", "0.5"]
+    with pytest.raises(UserError, match=r"No row is left of 4: where.model can be tiny\."):
+        gathered(f"report={first}", "where.model=[bert,llama]")
+    with pytest.raises(UserError, match="holds no results: name the folder of a run or a sweep"):
+        gathered(f"report={first.parent}")
+
+
+def test_what_changed_between_two_sweeps_is_tested_on_the_same_examples(sweeps):
+    first, second = (report.gather(folder) for folder in sweeps)
+    line, alone = changes(first, second)
+    assert line.startswith("prune: accuracy 0.8800 -> 0.8000 (-8.00 pt [")
+    assert "significant, p = 0.00" in line and "not significant" not in line
+    assert "1.00 -> 2.00 MB; 1.50 -> 1.20x of the baseline's speed, beyond both intervals" in line
+    assert alone.startswith("only in the first: tiny toy accuracy prune 0 technique.prune.sparsity=0.5")
+    assert "(+0.00 pt [+0.00 pt, +0.00 pt], not significant, p = 1); same size; same speed" in changes(first, first)[0]
+    with pytest.raises(UserError, match="no experiment in common"):
+        changes(first, [{**row, "task": "sst2"} for row in [*second, {**second[1], "seed": 1}]])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compress.metrics import METRICS, higher_is_better, metrics
+from compress.metrics import METRICS, SCORES, higher_is_better, metrics
 from compress.tasks import Task
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: pip install -e '.[dev]'")
@@ -103,3 +103,26 @@ def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
     logits = torch.where(labels == 1, 2.0, -2.0)
     one = task("multilabel", ("roc_auc",), ("a", "b", "c"))
     assert scores(one, logits, labels, batches=1)["roc_auc"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
+def test_the_metrics_of_arrays_are_the_same(kind):
+    torch.manual_seed(0)
+    logits = torch.randn(200, {"regression": 1}.get(kind, 5))
+    labels = {
+        "multiclass": torch.randint(0, 4, (200,)),  # the fifth is never there
+        "multilabel": torch.randint(0, 2, (200, 5)).float(),
+        "regression": logits[:, 0] + torch.randn(200),
+    }[kind]
+    names = [name for name in METRICS[kind] if (kind, name) != ("multiclass", "roc_auc")]
+    one = task(kind, names, labels=("a", "b", "c", "d", "e"))
+    found = {name: SCORES[kind][name](logits.numpy(), labels.numpy()) for name in names}
+    assert found == pytest.approx(scores(one, logits, labels), abs=1e-5)
+    assert SCORES[kind].keys() == set(METRICS[kind])
+
+
+def test_the_area_under_the_curve_of_arrays_is_scikit_learns():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(200, 4), torch.randint(0, 4, (200,))
+    expected = sklearn.roc_auc_score(labels, logits.softmax(-1), multi_class="ovr")
+    assert SCORES["multiclass"]["roc_auc"](logits.numpy(), labels.numpy()) == pytest.approx(expected, abs=1e-6)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 QUICK = (
     "hardware=cpu task.limit.train=128 task.limit.validation=32 task.limit.test=64 baseline.epochs=1 "
-    "hardware.latency.seconds=0.05 hardware.latency.block_s=0.01"
+    "hardware.latency.seconds=0.05 hardware.latency.block_s=0.01 hardware.latency.memory=false"
 ).split()
 
 

@@ -1,14 +1,23 @@
+import base64
 import csv
+import json
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
 
+import numpy as np
+import pandas
 import pytest
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from compress import report
+from compress import board, card, html, report
 from compress.artifact import Description, Done
 from compress.measure import Interval, Measurement, Spread
+from compress.predictions import Predictions, compare
 from compress.report import Job, Outcome
 
 
@@ -16,6 +25,14 @@ def measured(accuracy, size, speedup=None, same=None):
     latency = Spread(median_ms=2.0, mean_ms=2.5, p95_ms=4.0, repeats=9)
     times = (latency, 12.5, 50.0, 11, speedup, same)
     return Measurement({"accuracy": accuracy}, 100, size, 10, 8, *times, "torch", "cpu", 2)
+
+
+def answered(wrong):
+    """A hundred examples of two labels of which the first ``wrong`` were missed."""
+    labels = np.arange(100) % 2
+    logits = np.eye(2)[np.where(np.arange(100) < wrong, 1 - labels, labels)]
+    lengths, negated = np.arange(1, 101), np.arange(100) < 30
+    return Predictions("multiclass", logits, labels, lengths, lengths, negated, ("bad", "good"))
 
 
 BASELINE = Done("baseline", {}, 10.0, trained=True)
@@ -27,6 +44,18 @@ OUTCOME = Outcome(
         "prune": Description("multiclass", "tiny", "toy", limits=("prune: no speed",), history=(BASELINE, PRUNE)),
     },
     measurements={"none": measured(0.9, 4_000_000), "prune": measured(0.88, 1_000_000, Interval(1.5, 1.4, 1.6))},
+    predictions={"none": answered(10), "prune": answered(12)},
+)
+WORSE = replace(
+    OUTCOME,
+    measurements={
+        "none": OUTCOME.measurements["none"],
+        "prune": replace(
+            measured(0.8, 2_000_000, Interval(1.2, 1.1, 1.3)),
+            comparison=compare(answered(10), answered(20), "accuracy"),
+        ),
+    },
+    predictions={"none": answered(10), "prune": answered(20)},
 )
 JOB = Job("prune", "tiny", "toy", 0)
 
@@ -167,3 +196,124 @@ def test_tensorboard_marks_a_failed_run(tmp_path):
     report.fail(tmp_path, JOB, "no such thing")
     content = EventAccumulator(str(tmp_path / "tensorboard")).Reload().PluginTagToContent("hparams")
     assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
+
+
+def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_path):
+    for number, sparsity in enumerate((0.2, 0.5)):
+        (tmp_path / f"{number}_job" / ".hydra").mkdir(parents=True)
+        job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}", "task.epochs=1"))
+        report.finish(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
+    (tmp_path / "2_job" / ".hydra").mkdir(parents=True)
+    rows = report.without_repeated_baselines(report.gather(tmp_path))
+    board.overlay(tmp_path, rows, report.labels(rows))
+    folder = tmp_path / "tensorboard"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "none",
+        "prune sparsity=0.2",
+        "prune sparsity=0.5",
+        "2_job",
+    }
+    (layout,) = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
+    charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    assert [one.title for one in charts.category] == ["final", "training"]
+    assert board.settings(rows[1])["prune.sparsity"] == 0.2
+
+
+def many(folder):
+    """Twenty rows, a failed one among them."""
+    for number in range(19):
+        (folder / f"{number}_job" / ".hydra").mkdir(parents=True)
+        (folder / f"{number}_job" / ".hydra" / "config.yaml").write_text("seed: 0\n")
+        (folder / f"{number}_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
+        job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
+        report.finish(folder / f"{number}_job", job, replace(WORSE, baseline="a", data="fingerprint-of-the-data"))
+    (folder / "19_job" / ".hydra").mkdir(parents=True)
+    report.fail(folder / "19_job", JOB, "<no such> thing")
+    return report.corrected(report.without_repeated_baselines(report.gather(folder)))
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.outside, self.pictures, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.pictures.append(attributes["alt"])
+        self.outside += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+
+
+def test_the_page_has_everything_and_needs_no_network(tmp_path):
+    text = html.write(tmp_path, many(tmp_path)).read_text()
+    page = Page(text)
+    assert not page.outside
+    assert page.pictures == [
+        "accuracy against latency",
+        "accuracy against size",
+        "latency, and accuracy in the bars",
+        "change of each part of the test split, in points",
+        "against prune.sparsity",
+    ]
+    assert text.count("<tr><td data-value") + text.count('<tr class="failed"><td data-value') == 2 * 21
+    for said in ("&lt;no such&gt; thing", "fingerprint-of-the-data", "python train.py technique=prune", "torch",
+                 "smallest within 1 point of the baseline: none is smaller", "-10.00 [-16.00, -4.00]*"):  # fmt: skip
+        assert said in text
+    maps = [base64.b64decode(one).decode() for one in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert len(maps) == 5 and all(one.rstrip().endswith("</svg>") for one in maps)
+
+
+def test_every_point_that_no_other_beats_is_on_the_front():
+    assert html.undominated([3, 1, 2, 2, 4], [0.9, 0.5, 0.7, 0.6, 0.8]) == [1, 2, 0]
+
+
+def test_names_beside_a_plot_do_not_overlap():
+    moved = html.apart([0.5, 0.5, 0.51, 1.0, 0.99], 0.1)
+    assert sorted(moved) == pytest.approx([0.5, 0.6, 0.7, 0.9, 1.0]) and moved[4] < moved[3]
+
+
+def test_parquet_is_the_same_table(tmp_path):
+    report.finish(tmp_path, JOB, WORSE)
+    table = pandas.read_parquet(tmp_path / "results.parquet")
+    assert list(table.columns) == list(read(tmp_path)[0]) and table["size_mb"].tolist() == [4.0, 2.0]
+    assert table["churn"][1] == 0.1 and table["change_high"][1] < 0
+    assert json.loads((tmp_path / "result.json").read_text())["environment"]["python"]
+
+
+def test_significance_allows_for_the_number_of_comparisons():
+    rows = [{"p_value": p} for p in (0.03, 0.001, None)]
+    assert [row.get("p_holm") for row in report.corrected(rows)] == pytest.approx([0.03, 0.002, None])
+    assert report.significant({"p_holm": 0.03}) and not report.significant({"p_holm": None})
+
+
+def test_recommendations_stay_within_a_point_and_say_how_sure_they_are():
+    near, far = (report.row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
+    none = report.row(JOB, "none", OUTCOME)
+    assert all(line.endswith("none is smaller") or line.endswith("none is faster")
+               for line in report.recommendations([none, far, near]))  # fmt: skip
+    near = {**near, "change": -0.01, "change_low": -0.02, "change_high": 0.0, "p_value": 0.5}
+    smallest, fastest = report.recommendations([none, far, near])
+    assert smallest.endswith("1.00 MB, 4.00x smaller, accuracy -1.00 pt [-2.00, +0.00], not significant (p = 0.5)")
+    assert "1.50x [1.40, 1.60] faster" in fastest
+
+
+def test_seeds_become_a_mean_with_an_interval():
+    rows = [{**row, "change": row["change"] - 0.01 * seed} for seed in (0, 1, 2) for row in rows_of_seed(seed)]
+    none, prune = report.over_seeds(rows)
+    assert none.change is None and (prune.seeds, prune.label) == (3, "prune (tiny on toy)")
+    assert prune.change.value == pytest.approx(-0.03) and prune.change.low < -0.05 < -0.01 < prune.change.high
+
+
+def rows_of_seed(seed):
+    return [report.row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
+
+
+def test_the_card_tells_the_hub_what_was_measured(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    card.write(tmp_path, OUTCOME, "prune")
+    found = ModelCard.load(tmp_path / "README.md")
+    (result,) = found.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.88, "toy")
+    assert found.data.pipeline_tag == "text-classification" and found.data.model_name == "tiny-toy-prune"
+    assert "## Limits\n\n- prune: no speed" in found.text and "One text: 2.00 ms (p95 4.00" in found.text

@@ -16,10 +16,12 @@ from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
-from compress import artifact, promises, run
+from compress import artifact, plan, promises, run
 from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
+from compress.predictions import Predictions
+from compress.tasks import Task
 from compress.teachers import KeptLogits
 from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune, measured_sparsity
@@ -33,7 +35,8 @@ SMALL = [
     "baseline.epochs=1",
     "hardware.latency.seconds=0.05",
     "hardware.latency.block_s=0.01",
-    "hardware.latency.throughput_batch_size=4",
+    "hardware.latency.batch_sizes=[1,4]",
+    "hardware.latency.memory=false",
 ]
 
 
@@ -108,6 +111,40 @@ def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, tas
     sparsity = measured_sparsity(weights)
     assert sparsity >= 0.2 if "prune" in technique else sparsity < 0.2
     assert packed.nonzeros == none.nonzeros - sum(int((weight == 0).sum()) for weight in weights)
+
+
+def test_the_metrics_are_scikit_learns_of_the_predictions_that_lie_with_the_artifact(carry_out, tmp_path):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    outcome = carry_out("technique=prune", "technique.prune.sparsity=0.5", "task.metrics=[accuracy,f1_macro,matthews]")
+    kept = Predictions.load(tmp_path / "artifact" / "predictions.npz")
+    guess = kept.outputs.argmax(1)
+    assert outcome.measurements["prune"].quality == pytest.approx(
+        {
+            "accuracy": sklearn.accuracy_score(kept.labels, guess),
+            "f1_macro": sklearn.f1_score(kept.labels, guess, average="macro"),
+            "matthews": sklearn.matthews_corrcoef(kept.labels, guess),
+        },
+        abs=1e-5,
+    )
+    # In the order of the split, whatever the order of the batches.
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["task=toy", *SMALL])
+    test = plan.parse(Task, plan.plain(cfg.task), "task").load().test
+    assert kept.labels.tolist() == test["label"] and kept.characters.tolist() == list(map(len, test["text"]))
+    assert outcome.measurements["prune"].comparison.change.value == pytest.approx(
+        outcome.measurements["prune"].quality["accuracy"] - outcome.measurements["none"].quality["accuracy"]
+    )
+
+
+def test_a_causal_model_is_timed_as_it_writes_and_its_blocks_are_kept(carry_out, tmp_path):
+    outcome = carry_out("technique=prune", "hardware.latency.new_tokens=4", model="tiny_llama", task="toy_lm")
+    pruned = outcome.measurements["prune"]
+    assert pruned.generation.new_tokens == 4 and pruned.generation.first_token.median_ms > 0
+    assert pruned.generation.per_token.repeats == 3 * pruned.generation.first_token.repeats
+    kept = Predictions.load(tmp_path / "artifact" / "predictions.npz")
+    assert kept.score("perplexity") == pytest.approx(pruned.quality["perplexity"], rel=1e-5)
+    assert kept.outputs.shape == (pruned.examples, 2) and pruned.macs > 0 and pruned.tokenizer_ms > 0
+    assert set(pruned.batches) == {1, 4} and pruned.measuring_time_s > 0
 
 
 def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeypatch):

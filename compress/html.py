@@ -1,0 +1,348 @@
+"""``report.html``: one file that opens without a network, with everything that a run or a sweep found out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import curves, report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from compress.predictions import Regression
+    from compress.report import Row
+
+LINE = 0.24  # inches that a row of a plot takes
+GREY = "0.55"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot as it stands in the page."""
+
+    title: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading, and what of a row is shown and sorted by."""
+
+    name: str
+    form: str
+    key: str
+    ends: tuple[str, str] | None = None
+
+    def text(self, one: Row) -> str:
+        if one.get(self.key) is None:
+            return ""
+        shown = self.form.format(self.scaled(one, self.key))
+        if self.ends and one.get(self.ends[0]) is not None:
+            low, high = (self.form.format(self.scaled(one, end)) for end in self.ends)
+            shown += f" [{low}, {high}]"
+        return shown + "*" * (self.key == "change" and report.significant(one))
+
+    def scaled(self, one: Row, key: str) -> float:
+        return one[key] * (100 if self.key in ("change", "churn") and one["metric"] != "perplexity" else 1)
+
+
+QUALITY_AND_COST = (
+    Column("change [95%]", "{:+.2f}", "change", ("change_low", "change_high")),
+    Column("p (Holm)", "{:.2g}", "p_holm"),
+    Column("churn, %", "{:.1f}", "churn"),
+    Column("MB", "{:.2f}", "size_mb"),
+    Column("smaller", "{:.2f}x", "compression_ratio"),
+    Column("ms [95%]", "{:.2f}", "latency_ms", ("latency_low_ms", "latency_high_ms")),
+    Column("faster [95%]", "{:.2f}", "speedup", ("speedup_low", "speedup_high")),
+    Column("texts/s", "{:,.0f}", "throughput_per_s"),
+    Column("memory, MB", "{:,.1f}", "model_memory_mb"),
+    Column("compress s", "{:.1f}", "compression_time_s"),
+)
+DETAILS = (
+    Column("mean ms", "{:.2f}", "latency_mean_ms"),
+    Column("sd", "{:.2f}", "latency_sd_ms"),
+    Column("p95", "{:.2f}", "latency_p95_ms"),
+    Column("p99", "{:.2f}", "latency_p99_ms"),
+    Column("tokenizer ms", "{:.3f}", "tokenizer_ms"),
+    Column("first token ms", "{:.2f}", "first_token_ms"),
+    Column("per token ms", "{:.2f}", "per_token_ms"),
+    Column("process peak, MB", "{:,.0f}", "peak_memory_mb"),
+    Column("GPU peak, MB", "{:,.0f}", "gpu_memory_mb"),
+    Column("MACs, 10⁶", "{:,.1f}", "mmacs"),
+    Column("J/text", "{:.3g}", "energy_j"),
+    Column("parameters", "{:,}", "parameters"),
+    Column("non-zeros", "{:,}", "nonzeros"),
+    Column("train s", "{:.1f}", "training_time_s"),
+    Column("measure s", "{:.1f}", "measuring_time_s"),
+)
+
+
+def write(folder: Path, rows: list[Row]) -> Path:
+    """Write ``report.html`` of ``rows`` into ``folder``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    rows = [{**one, "mmacs": one["macs"] / 1e6 if one.get("macs") else None} for one in rows]
+    labels = report.labels(rows)
+    content = environment.get_template("report.html.j2").render(
+        title=report.title(rows),
+        recommendations=report.recommendations(rows),
+        tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
+        effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
+        seeds=report.over_seeds(rows),
+        pictures=pictures(rows),
+        notes=report.notes(rows),
+        repeat=repeat(rows),
+        environments=environments(rows),
+    )
+    report.write_whole(folder / "report.html", content)
+    return folder / "report.html"
+
+
+def table(rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False) -> dict[str, Any]:
+    """Headings and lines, each cell as what is shown and what it is sorted by; columns that no row fills are left out,
+    and a failed row is a line of its own kind."""
+    metrics = list(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed"))
+    if value and metrics:
+        columns = (Column(" / ".join(metrics), "{:.4f}", "value"), *columns)
+    columns = tuple(column for column in columns if any(one.get(column.key) is not None for one in rows))
+    lines = []
+    for number, (one, label) in enumerate(zip(rows, labels), 1):
+        lost = one["status"] == "failed"
+        compared = one["method"] != "none"
+        cells = [
+            ("", "")
+            if lost or (column.key in ("change", "compression_ratio", "compression_time_s") and not compared)
+            else (column.text(one), one.get(column.key))
+            for column in columns
+        ]
+        lines.append({"number": number, "label": label, "cells": cells, "failed": lost, "reason": one.get("reason")})
+    return {"headings": [column.name for column in columns], "lines": lines}
+
+
+def pictures(rows: list[Row]) -> list[Picture]:
+    """Everything that is drawn, of several models, tasks or metrics each for itself."""
+    numbers = {id(one): number for number, one in enumerate(rows, 1)}
+    found = []
+    every = report.groups(rows)
+    for (model, task, _), group in every.items():
+        names = [f"{numbers[id(one)]} {label}" for one, label in zip(group, report.labels(group))]
+        where = f"{model} on {task}: " if len(every) > 1 else ""
+        if len(group) > 1:
+            found += [
+                Picture(f"{where}{metric_of(group)} against {what}", uri(figure))
+                for what, figure in pareto(group, names)
+            ]
+        found.append(Picture(f"{where}latency, and {metric_of(group)} in the bars", uri(bars(group, names))))
+        changes = by_slice(group)
+        if changes:
+            chosen = [name for name, one in zip(names, group) if id(one) in changes]
+            figure = heat_map(chosen, list(changes.values()))
+            found.append(Picture(f"{where}change of each part of the test split, in points", uri(figure)))
+    found += [Picture(f"against {name}", uri(figure)) for name, figure in curves.curves(rows).items()]
+    return found
+
+
+def metric_of(rows: list[Row]) -> str:
+    return str(rows[0]["metric"])
+
+
+def uri(figure: Figure) -> str:
+    """A figure as an image in the page; outside the axes nothing is cut off."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def pareto(rows: list[Row], names: list[str]) -> list[tuple[str, Figure]]:
+    """Quality against what it costs, with intervals: latency as a multiple of the baseline's, which was timed in turns,
+    size, and memory."""
+    axes = {
+        "latency": ("latency / that of the baseline", [relative(one) for one in rows]),
+        "size": ("size, MB", [(one["size_mb"],) * 3 for one in rows]),
+        "memory": ("memory to load and run, MB", [(one.get("model_memory_mb"),) * 3 for one in rows]),
+    }
+    return [
+        (what, front(rows, names, label, places))
+        for what, (label, places) in axes.items()
+        if all(place[0] is not None for place in places)
+    ]
+
+
+def relative(one: Row) -> tuple[float, float, float]:
+    """The latency as a multiple of the baseline's, and its interval."""
+    if one["speedup"] is None:
+        return 1.0, 1.0, 1.0
+    return 1 / one["speedup"], 1 / one["speedup_high"], 1 / one["speedup_low"]
+
+
+def front(rows: list[Row], names: list[str], label: str, places: list[tuple[float, float, float]]) -> Figure:
+    """The points, their names beside the plot, and the line of those that no other beats in both."""
+    from compress.metrics import higher_is_better
+
+    figure, axis = plot(len(rows))
+    better = 1 if higher_is_better(metric_of(rows)) else -1
+    best = undominated([place[0] for place in places], [better * one["value"] for one in rows])
+    axis.step([places[i][0] for i in best], [rows[i]["value"] for i in best], where="post", color="C0", linewidth=1)
+    for i, (one, (x, low, high)) in enumerate(zip(rows, places)):
+        color = "black" if one["method"] == "none" else "C0" if i in best else GREY
+        axis.errorbar(x, one["value"], xerr=[[x - low], [high - x]], yerr=quality_error(one), fmt="o", markersize=4,
+                      color=color, ecolor=color, elinewidth=0.6, capsize=1.5)  # fmt: skip
+    beside(axis, [(place[0], one["value"]) for place, one in zip(places, rows)], names)
+    axis.set_xlabel(label)
+    axis.set_ylabel(metric_of(rows))
+    return figure
+
+
+def undominated(costs: list[float], worths: list[float]) -> list[int]:
+    """Of all points those that no other matches at less cost and no less worth, in the order of their cost."""
+    found: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -worths[i])):
+        if not found or worths[i] > worths[found[-1]]:
+            found.append(i)
+    return found
+
+
+def quality_error(one: Row) -> list[list[float]] | None:
+    """How far the interval of the change reaches from the value, down and up."""
+    if one.get("change_low") is None:
+        return None
+    return [[max(0.0, one["change"] - one["change_low"])], [max(0.0, one["change_high"] - one["change"])]]
+
+
+def beside(axis: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
+    """The names in a column to the right of the plot, none over another, each with a thin line to its point."""
+    low, high = axis.get_ylim()
+    wanted = [(y - low) / (high - low) for _, y in points]
+    for (x, y), place, name in zip(points, apart(wanted, 1 / max(len(names) - 1, 16)), names):
+        axis.annotate(
+            name,
+            (x, y),
+            (1.06, place),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1},
+            annotation_clip=False,
+        )
+
+
+def apart(places: list[float], gap: float) -> list[float]:
+    """The places moved as little as it takes to lie a ``gap`` apart within 0 and 1."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    moved, floor = list(places), 0.0
+    for i in order:
+        moved[i] = floor = max(moved[i], floor)
+        floor += gap
+    ceiling = 1.0
+    for i in reversed(order):
+        moved[i] = ceiling = min(moved[i], ceiling)
+        ceiling -= gap
+    return moved
+
+
+def bars(rows: list[Row], names: list[str]) -> Figure:
+    """The latency of every row with its interval, and in the bar its quality."""
+    figure, axis = plot(len(rows))
+    times = [one["latency_ms"] for one in rows]
+    errors = [
+        [max(0.0, one["latency_ms"] - one["latency_low_ms"]) for one in rows],
+        [max(0.0, one["latency_high_ms"] - one["latency_ms"]) for one in rows],
+    ]
+    colors = ["0.75" if one["method"] == "none" else "#a8c8e8" for one in rows]
+    axis.barh(range(len(rows)), times, xerr=errors, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
+    for number, one in enumerate(rows):
+        axis.text(0.01 * max(times), number, f"{one['value']:.4f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("latency, ms (median)")
+    return figure
+
+
+def plot(rows: int) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, max(3.2, 0.8 + LINE * rows)))
+    axis = figure.add_subplot()
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def by_slice(rows: list[Row]) -> dict[int, list[Regression]]:
+    """The changes of every row whose predictions lie beside its baseline's, by the row's id."""
+    from compress.predictions import Predictions, regressions
+
+    found = {}
+    for one in rows:
+        folder = Path(one.get("folder") or ".")
+        baseline = folder / "predictions" / "0.npz"
+        if one.get("predictions") and baseline.is_file() and one["method"] != "none":
+            path = folder / one["predictions"]
+            if path != baseline and path.is_file():
+                found[id(one)] = regressions(Predictions.load(baseline), Predictions.load(path), one["metric"])
+    return {number: changes for number, changes in found.items() if changes}
+
+
+def heat_map(names: list[str], changes: list[list[Regression]]) -> Figure:
+    """A line for every row, a column for every slice; a star where McNemar's test finds the change significant among
+    all of the map (Holm)."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from compress.stats import holm
+
+    columns = list(dict.fromkeys(one.name for line in changes for one in line))
+    sizes = {one.name: one.examples for line in changes for one in line}
+    tested = [one for line in changes for one in line if one.p_value is not None]
+    stars = {id(one) for one, p in zip(tested, holm([one.p_value or 0.0 for one in tested])) if p < 0.05}
+    values = np.array(
+        [[100 * next((o.change for o in line if o.name == c), np.nan) for c in columns] for line in changes]
+    )
+    figure = Figure(figsize=(1 + 0.62 * len(columns), 1 + LINE * len(names)))
+    axis = figure.add_subplot()
+    reach = max(1.0, float(np.nanmax(np.abs(values))))
+    image = axis.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    for row, line in enumerate(changes):
+        for one in line:
+            shown = f"{100 * one.change:+.1f}" + "*" * (id(one) in stars)
+            dark = abs(100 * one.change) > 0.6 * reach
+            axis.text(columns.index(one.name), row, shown, ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")  # fmt: skip
+    axis.set_xticks(range(len(columns)), [f"{name} ({sizes[name]})" for name in columns], fontsize=8, rotation=35,
+                    ha="right", rotation_mode="anchor")  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+    return figure
+
+
+def repeat(rows: list[Row]) -> list[dict[str, str]]:
+    """What made each job: its command and the fingerprint of its data; its whole config where Hydra left it."""
+    found = {}
+    for one in rows:
+        hydra = Path(one.get("folder") or ".") / ".hydra"
+        if one.get("folder") and one["folder"] not in found and (hydra / "config.yaml").is_file():
+            words = [line.removeprefix("- ") for line in (hydra / "overrides.yaml").read_text().splitlines()]
+            found[one["folder"]] = {
+                "command": " ".join(["python train.py", *(word for word in words if word != "[]")]),
+                "config": (hydra / "config.yaml").read_text(),
+                "data": one.get("data", ""),
+            }
+    return list(found.values())
+
+
+def environments(rows: list[Row]) -> list[dict[str, str]]:
+    """Where the jobs ran, each place once."""
+    found: list[dict[str, str]] = []
+    for folder in dict.fromkeys(one["folder"] for one in rows if one.get("folder")):
+        result = Path(folder) / report.RESULT
+        told = json.loads(result.read_text()).get("environment") if result.is_file() else None
+        if told and told not in found:
+            found.append(told)
+    return found
