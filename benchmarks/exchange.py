@@ -87,7 +87,7 @@ def compared(runs: dict[str, tuple[Run, Run | None]], batch: Batch, seconds: flo
         if by_hand:
             calls[f"{name} by hand"] = lambda _, run=by_hand: run(batch)
     with torch.inference_mode():
-        times = take_turns(calls, Latency(seconds=seconds, block_s=0.5), cycle=1)
+        times = take_turns(calls, Latency(seconds=seconds, block_s=0.5), cycle=1).blocks
     size, length = batch["input_ids"].shape
     table = Table(f"batch {size}, {length} tokens", "ms", "faster [95%]", "by hand", "ours is faster [95%]")
     for name, (_, by_hand) in runs.items():

@@ -63,7 +63,7 @@ def main() -> None:
             kept = KeptLogits(Path(tempfile.mkdtemp()) / "logits", rows)
             kept.fill(lambda cut: module._ask(cut).logits, collate, BATCH)  # noqa: B023  (called at once)
             module._kept = [kept]
-    times = take_turns(steps, Latency(seconds=20.0), cycle=1)
+    times = take_turns(steps, Latency(seconds=20.0), cycle=1).blocks
     for name in ("float32 teacher", "bfloat16 teacher"):
         ratio = speedup(times["kept"], times[name])
         print(f"kept / {name}: {ratio.value:.2f} of the time per step [{ratio.low:.2f}, {ratio.high:.2f}]")

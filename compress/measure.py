@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
@@ -29,6 +30,10 @@ from compress.tasks import Task
 from compress.techniques.finetune import aligned
 
 Batch = dict[str, torch.Tensor]
+BUSY = 0.1
+"""The share of the CPUs beyond which other processes disturb a round."""
+PATIENCE = 3
+FEWEST = 4
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
@@ -39,8 +44,9 @@ class Latency:
     Real texts of the test split, from short to long, run in batches of each of ``batch_sizes``: ``texts`` of them in
     all, or one whole batch where that is more. The first size is that of the latency, the last that of the throughput.
     Artifacts take turns in blocks of at least ``block_s`` seconds and one round of the batches, until each has had
-    ``seconds`` and four blocks. That is the budget of every size, and for a causal language model again of the
-    generation of ``new_tokens``. ``memory``: the peak of each artifact in a process of its own.
+    ``seconds`` and four blocks while the machine was quiet, or three times as long. That is the budget of every size,
+    and for a causal language model again of the generation of ``new_tokens``. ``memory``: the peak of each artifact in
+    a process of its own.
     """
 
     seconds: Annotated[float, Field(gt=0)] = 2.0
@@ -110,6 +116,7 @@ class Measurement:
     alone is worth there. The tokens are those of the texts that were timed, on average, padding left out. ``batches``
     has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, and ``macs`` and
     ``energy_j`` are of one text, that of median length and the average; None where they cannot be told.
+    ``others`` is the share of the machine's CPUs that other processes took while the latency was timed, and
     ``measuring_time_s`` is of the whole measurement, everything that it was compared with counted.
     """
 
@@ -134,7 +141,13 @@ class Measurement:
     macs: int | None = None
     energy_j: float | None = None
     tokenizer_ms: float | None = None
+    others: float = 0.0
     measuring_time_s: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took so much of the machine that the times mean little."""
+        return self.others > BUSY
 
 
 def measure(
@@ -163,20 +176,21 @@ def measure(
     }
     baseline = next(iter(benches))
     first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
-    times = {}
+    turns = {}
     for size in latency.batch_sizes:
         calls = {name: runner(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
         if exported and size == first:
             calls[""] = runner(exported, benches[baseline].batches[size], device)
         cycle = len(benches[baseline].batches[size])
-        times[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
+        turns[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
+    times = {size: one.blocks for size, one in turns.items()}
     energy = {}
     if meter := meters.energy_meter(device):
         for name, bench in benches.items():
             call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
             energy[name] = meters.energy_j(call, cycle, latency.seconds, meter) / first
     reading = {name: reader(bench) for name, bench in benches.items()}
-    read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing")
+    read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
     generations = generate(benches, latency, device) if task.kind == "lm" else {}
     spreads = {name: {size: spread(times[size][name]) for size in latency.batch_sizes} for name in benches}
     spent = time.perf_counter() - begin
@@ -205,6 +219,7 @@ def measure(
             macs=macs[name],
             energy_j=energy.get(name),
             tokenizer_ms=spread(read[name]).median_ms,
+            others=turns[first].others,
             measuring_time_s=spent,
         )
         for name, bench in benches.items()
@@ -271,7 +286,7 @@ def generate(benches: dict[str, Bench], latency: Latency, device: torch.device) 
         prompt = text["input_ids"].shape[1] - new
         if new > 1 and (step := decoder(bench.artifact.model, text)):
             calls[name] = writer(step, text["input_ids"], text["attention_mask"], prompt, device)
-    found = take_turns(calls, latency, cycle=new, label="generation") if calls else {}
+    found = take_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
     split = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in found.items()}
     return {
         name: Generation(
@@ -329,42 +344,85 @@ def reader(bench: Bench) -> Callable[[int], None]:
     return call
 
 
-def take_turns(
-    calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing"
-) -> dict[str, list[np.ndarray]]:
-    """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``; milliseconds, ``{name: blocks}``.
+@dataclass(frozen=True)
+class Turns:
+    """Milliseconds of single calls, ``{name: blocks}``, and the share of the machine's CPUs that other processes took
+    in the meantime."""
+
+    blocks: dict[str, list[np.ndarray]]
+    others: float
+
+
+def take_turns(calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing") -> Turns:
+    """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``.
 
     Taking turns, in one order and then in the other, lets a disturbance of the machine fall on all alike, and the pause
-    between blocks lets the thread pool of one come to rest before the next is timed.
+    between blocks lets the thread pool of one come to rest before the next is timed. Rounds in which other processes
+    took more than a tenth of the CPUs are dropped and made up for, for up to three times the budget; where the machine
+    does not come to rest by then, all count.
     """
     for call in calls.values():
         begin = time.perf_counter()
         for i in range(max(latency.warmup, cycle)):
             if i < cycle or time.perf_counter() - begin < latency.seconds:
                 call(i % cycle)
-    blocks: dict[str, list[np.ndarray]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
+    rounds: list[dict[str, np.ndarray]] = []
+    shares: list[float] = []
+    others = Others()
     bar = tqdm(
         total=latency.seconds, desc=label, bar_format="{desc}: {percentage:.0f}%|{bar}|", leave=False, disable=None
     )
     order = list(calls)
-    while min(spent.values()) < latency.seconds or min(map(len, blocks.values())) < 4:
-        for name in order:
-            call = calls[name]
-            time.sleep(0.04)
-            times: list[float] = []
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < latency.block_s:
-                for i in range(cycle):
-                    start = time.perf_counter()
-                    call(i)
-                    times.append(1000 * (time.perf_counter() - start))
-            blocks[name].append(np.array(times))
-            spent[name] += sum(times) / 1000
+    patience, quiet = PATIENCE * latency.seconds * len(calls), rounds
+    begin = time.perf_counter()
+    while len(quiet) < FEWEST or least(quiet) < latency.seconds:
+        if len(rounds) >= FEWEST and time.perf_counter() - begin > patience:
+            break
+        rounds.append({name: block(calls[name], latency.block_s, cycle) for name in order})
+        shares.append(others())
         order.reverse()
-        bar.update(min(latency.seconds, *spent.values()) - bar.n)
+        quiet = [one for one, share in zip(rounds, shares) if share <= BUSY]
+        bar.update(min(latency.seconds, least(quiet)) - bar.n)
     bar.close()
-    return blocks
+    kept, counted = (quiet, [share for share in shares if share <= BUSY]) if len(quiet) >= FEWEST else (rounds, shares)
+    return Turns({name: [one[name] for one in kept] for name in calls}, float(np.mean(counted)))
+
+
+def block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
+    """Milliseconds of the calls of whole cycles."""
+    time.sleep(0.04)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < block_s:
+        for i in range(cycle):
+            start = time.perf_counter()
+            call(i)
+            times.append(1000 * (time.perf_counter() - start))
+    return np.array(times)
+
+
+def least(rounds: list[dict[str, np.ndarray]]) -> float:
+    """Seconds that the one had that had fewest."""
+    return min((sum(one[name].sum() for one in rounds) / 1000 for name in rounds[0]), default=0.0) if rounds else 0.0
+
+
+class Others:
+    """Called, the share of the machine's CPUs that other processes took since the last call, as the system counts."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.last = self.now()
+
+    def now(self) -> tuple[float, float, float]:
+        every, own = psutil.cpu_times()._asdict(), self.process.cpu_times()
+        # Linux counts guests among the users as well.
+        total = sum(seconds for name, seconds in every.items() if not name.startswith("guest"))
+        return total, total - every["idle"] - every.get("iowait", 0.0), own.user + own.system
+
+    def __call__(self) -> float:
+        before, self.last = self.last, self.now()
+        total, busy, own = (now - then for now, then in zip(self.last, before))
+        return max(0.0, busy - own) / total if total > 0 else 0.0
 
 
 def speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:

@@ -239,6 +239,8 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         **interval("speedup_same_runtime", measured.speedup_same_runtime),
         "effect": zeros + ", ".join(did.values()),
         **{f"effect_{name}": said for name, said in did.items()},
+        "others_cpu": measured.others,
+        "disturbed": measured.disturbed,
         "latency_low_ms": measured.latency.low_ms,
         "latency_high_ms": measured.latency.high_ms,
         "latency_mean_ms": measured.latency.mean_ms,
@@ -371,6 +373,12 @@ def notes(rows: list[Row]) -> list[str]:
         "in its runtime: faster than the baseline exported to the same runtime in float32"
         for one in done
         if one.get("speedup_same_runtime")
+    ]
+    timed += [
+        f"{one['method']}: others took {one['others_cpu']:.0%} of the CPUs while it was timed, so that its times "
+        "are unsure"
+        for one in done
+        if one.get("disturbed")
     ]
     tested = sum(one.get("p_holm") is not None for one in rows)
     if any(significant(one) for one in rows):

@@ -9,7 +9,7 @@ import torch
 from test_nf4 import wide
 from test_prune import fit
 
-from compress.measure import Latency, by_block, count, decoder, speedup, spread, take_turns, writer
+from compress.measure import Latency, Others, by_block, count, decoder, speedup, spread, take_turns, writer
 from compress.techniques.int8 import Int8
 from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
@@ -38,10 +38,11 @@ def test_the_interval_of_a_speedup_is_students_of_the_logarithms():
     assert (found.low, found.high) == pytest.approx((0.5 * np.exp(-half), 0.5 * np.exp(half)), rel=1e-4)
 
 
-def test_calls_take_turns_in_whole_cycles():
+def test_calls_take_turns_in_whole_cycles(monkeypatch):
+    monkeypatch.setattr(Others, "__call__", lambda self: 0.0)
     order = []
     calls = {name: lambda i, name=name: order.append((name, i)) for name in ("baseline", "variant")}
-    blocks = take_turns(calls, Latency(seconds=0.004, block_s=0.001, warmup=1), cycle=3)
+    blocks = take_turns(calls, Latency(seconds=0.004, block_s=0.001, warmup=1), cycle=3).blocks
     count = len(blocks["baseline"])
     assert count == len(blocks["variant"]) >= 4
     assert all(len(block) % 3 == 0 for block in blocks["variant"])
@@ -52,10 +53,24 @@ def test_calls_take_turns_in_whole_cycles():
     assert turns == [("baseline", "variant")[i % 2] for i in range(count + 1)]
 
 
+@pytest.mark.parametrize(("patience", "rounds", "others"), [(1e9, 4, 0.0125), (0, 4, 0.2)])
+def test_rounds_that_others_disturb_are_made_up_for_while_there_is_time(monkeypatch, patience, rounds, others):
+    shares = iter([0.5, 0.0, 0.3, 0.0, 0.0, 0.05])
+    monkeypatch.setattr(Others, "__call__", lambda self: next(shares))
+    monkeypatch.setattr("compress.measure.PATIENCE", patience)
+    turns = take_turns({"one": lambda i: None}, Latency(seconds=1e-9, block_s=1e-3, warmup=1), cycle=1)
+    assert len(turns.blocks["one"]) == rounds and turns.others == pytest.approx(others)
+    assert len(list(shares)) == (0 if patience else 2)
+
+
+def test_what_others_take_is_a_share_of_all_cpus():
+    assert 0 <= Others()() <= 1
+
+
 def test_slow_calls_are_timed_for_their_budget_and_no_longer():
     latency = Latency(seconds=0.001, block_s=0.001, warmup=50)
     calls = []
-    blocks = take_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1)
+    blocks = take_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1).blocks
     assert len(calls) == 1 + 4 and len(blocks["slow"]) == 4  # warm-up stops with the budget, four blocks are the least
 
 
