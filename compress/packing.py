@@ -34,6 +34,12 @@ class Quantized(NamedTuple):
         a grid of its own."""
         return self.scheme, self.inputs and self.inputs.scheme, self.inputs is not None and self.inputs.grid is None
 
+    def attach(self, layer: Any) -> None:
+        """From now on the layer computes with quantized inputs, and says how."""
+        assert self.inputs is not None
+        self.inputs.attach(layer)
+        layer.quantized = self
+
 
 class Integers(NamedTuple):
     """A layer's weights as they are stored, ``(integers - zero) * scale``: the integers ``[rows, inputs]`` from
@@ -96,6 +102,26 @@ def quantization_scheme(scheme: Scheme, inputs: Scheme | None, dynamic: bool, ta
     # Integers of fewer bits would lie in a byte each.
     how = "int-quantized" if scheme.bits == 8 else "pack-quantized"
     return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=how)
+
+
+def described(layer: Any) -> Quantized | None:
+    """How a layer that compressed-tensors has loaded, with quantized inputs, computes; None where that is in another
+    way than ours."""
+    weights, activations = layer.quantization_scheme.weights, layer.quantization_scheme.input_activations
+    ours = activations and weights and weights.type == activations.type == "int" and weights.symmetric
+    if not ours or layer.quantization_scheme.output_activations:
+        return None
+    scale = layer.weight_scale.data.clone()
+    inputs = Scheme(activations.num_bits, symmetric=activations.symmetric)
+    between = None
+    if not activations.dynamic:
+        zero = getattr(layer, "input_zero_point", torch.zeros(1, dtype=torch.int8))
+        between = Grid(layer.input_scale.data.clone(), zero.data.clone())
+    return Quantized(
+        Scheme(weights.num_bits, weights.group_size or -1, weights.symmetric),
+        Grid(scale, torch.zeros_like(scale, dtype=torch.int8)),
+        Inputs(inputs, between),
+    )
 
 
 def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:

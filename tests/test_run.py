@@ -99,6 +99,16 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     assert loaded.description.weights == "integer"
 
 
+@pytest.mark.parametrize("stage", ["onnx", "openvino"])
+def test_integers_that_training_has_found_run_elsewhere(carry_out, tmp_path, stage):
+    outcome = carry_out(f"technique=prune+qat+{stage}", "technique.qat.samples=16")
+    none, exported = outcome.measurements.values()
+    assert exported.size_bytes < 0.7 * none.size_bytes and exported.parameters == none.parameters
+    assert exported.nonzeros < 0.95 * none.nonzeros
+    told = json.loads((tmp_path / f"report/3_{stage}/agreement.json").read_text())
+    assert told["label_agreement"] == 1 and told["max_logit_difference"] < 0.02 * told["largest_logit"]
+
+
 @pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy"), ("prune+nf4", "toy_lm"), ("int8", "toy")])
 def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, task):
     outcome = carry_out(f"technique={technique}", model="tiny_llama" if task == "toy_lm" else "tiny", task=task)

@@ -41,6 +41,7 @@ class Model:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
+        options.add_session_config_entry("session.x64quantprecision", "1")  # or sums overflow on a CPU without VNNI
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.past = [one.name for one in self.session.get_outputs()[1:]]
         self.path = path

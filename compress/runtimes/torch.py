@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from compress import packing
 from compress.errors import UserError
 from compress.models import auto_class, from_pretrained, load_weights
 from compress.quiet import without_bars
@@ -59,11 +60,15 @@ def unwrap(model: PreTrainedModel) -> None:
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model)
+    module: Any
     for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        quantizes = scheme is not None and (scheme.input_activations or scheme.output_activations)
+        if quantizes:
+            module.quantized = packing.described(module)
         for name in {"weight_scale", "weight_zero_point", "weight_shape"} & set(module._parameters):
             delattr(module, name)
-        scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or not (scheme.input_activations or scheme.output_activations):
+        if not quantizes:
             vars(module).pop("forward", None)
             continue
         for name in set(module._parameters) - {"weight", "bias"}:

@@ -15,7 +15,7 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from compress import bnb, nbits, packing
+from compress import bnb, nbits, packing, qdq
 from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
 from compress.exchange import (
@@ -31,7 +31,7 @@ from compress.exchange import (
 )
 from compress.models import Layer, compressed, evaluating, kind_of, select
 from compress.nbits import Weight
-from compress.packing import Integers
+from compress.packing import Integers, Quantized
 from compress.promises import digest
 from compress.quantization import Scheme
 from compress.quiet import muted
@@ -58,7 +58,9 @@ class Onnx(pl.Callback):
     and ``present.0.key``, under Optimum's names): without them it scores texts, with them it decodes token by token.
 
     - None, the default: what the chain left. Floats stay float32; weights that ``gptq``, ``awq``, ``mixed``, ``int8``
-      or ``nf4`` have rounded stay the very numbers that they are, in ONNX Runtime's operators for few bits.
+      or ``nf4`` have rounded stay the very numbers that they are, in ONNX Runtime's operators for few bits; integers
+      that meet quantized inputs, by ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, and so do the ranges of the
+      inputs. (That graph is not fused.)
     - ``fp32``: all as float32. ``fp16``: weights in float16, arithmetic in float32, for which CPUs are made.
     - ``int8_dynamic``: weights as signed integers with a scale for every output, inputs rounded as they come.
     - ``int8_static``: inputs too on scales found beforehand, on the first ``samples`` examples of the datamodule's
@@ -87,7 +89,7 @@ class Onnx(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
     """
 
-    needs = ("float", "packed", "bitsandbytes")
+    needs = ("float", "packed", "integer", "bitsandbytes")
     leaves = "onnx"
     runtime = "onnxruntime"
     packages = ("onnx", "onnxruntime")
@@ -117,6 +119,7 @@ class Onnx(pl.Callback):
         self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        qdq.check(KEY, self.precision, before)
         if self.precision in ("int8_dynamic", "int8_static"):
             round_once(KEY, self.precision, before)
         select(skeleton, self.skip, f"{KEY}.skip")
@@ -140,11 +143,12 @@ class Onnx(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = compressed(pl_module)
+        integers = qdq.layers(model, KEY, self.precision)
         lowers = self.precision not in (None, "fp32")
         self.shrinks = lowers and is_float32(model)
         self.packed |= bnb.take_out(model)  # of a stage of the same fit
-        kept = self.packed if self.keeps else {}
-        self.limits = told(self.precision, self.packed, kept)
+        kept = self.packed if self.keeps and not integers else {}
+        self.limits = qdq.limits(integers) if integers else told(self.precision, self.packed, kept)
         nn.Module.float(model.cpu())  # transformers refuses on behalf of layers that bitsandbytes had
         # One at a time, so that no scale is that of padding.
         batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
@@ -155,8 +159,11 @@ class Onnx(pl.Callback):
         traced, path = (Path(self.folder.name) / name for name in ("traced.onnx", "model.onnx"))
         with evaluating(model):
             with muted():
-                past = trace(model, batches[0], traced)
-                if self.precision == "int8_static":
+                with qdq.plain(model, integers):
+                    past = trace(model, batches[0], traced)
+                if integers:
+                    quantize_as_trained(traced, path, model, integers)
+                elif self.precision == "int8_static":
                     quantize_static(traced, path, layers.values(), [{**batch, **past} for batch in batches])
                 else:
                     fuse(traced, path, model.config, embeddings=not tables, whole=len(few) == len(tables))
@@ -171,7 +178,7 @@ class Onnx(pl.Callback):
                     begin_with(path, past)
             exported = Model(path, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
-        if lowers or kept:
+        if lowers or kept or integers:
             self.exported = exported
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -452,6 +459,15 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
         nodes_to_quantize=nodes_of(onnx.load(source), layers),
         use_external_data_format=is_large(source),
     )
+
+
+def quantize_as_trained(source: Path, target: Path, model: nn.Module, layers: dict[str, Quantized]) -> None:
+    """Quantize the ``layers`` and their inputs as they are in PyTorch."""
+    import onnx
+
+    traced = onnx.load(source)
+    qdq.into_onnx(traced.graph, model, layers)
+    write(traced, target)
 
 
 def nodes_of(model: Any, layers: Iterable[Layer]) -> list[str]:

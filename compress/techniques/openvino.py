@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compress import packing
+from compress import packing, qdq
 from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
 from compress.exchange import (
@@ -63,7 +63,8 @@ class OpenVINO(pl.Callback):
 
     - None, the default: what the chain left. Floats stay float32, arithmetic is in float32, which is not OpenVINO's own
       choice on a CPU that has bfloat16, and weights that ``gptq``, ``awq`` or ``mixed`` have rounded keep their
-      integers, scales and zero points, as they do with all that follow but ``fp32``.
+      integers, scales and zero points, as they do with all that follow but ``fp32``. Integers that meet quantized
+      inputs, by ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, and so do the ranges of the inputs.
     - ``fp32``: all as float32.
     - ``fp16``: weights in float16, arithmetic in float32.
     - ``bf16``: weights in float16, arithmetic in bfloat16 where the CPU has it.
@@ -95,19 +96,12 @@ class OpenVINO(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[OpenVINO(precision="int8")]).fit(module, loader)
     """
 
-    needs = ("float", "packed")
+    needs = ("float", "packed", "integer")
     leaves = "openvino"
     runtime = "openvino"
     packages = ("openvino", "nncf")
     changes = False
-    instead = MappingProxyType(
-        {
-            "nf4": "precision=int4_weights",
-            "int8": "precision=int8_weights",
-            "w8a8": "precision=int8",
-            "qat": "precision=int8",
-        }
-    )
+    instead = MappingProxyType({"nf4": "precision=int4_weights", "int8": "precision=int8_weights"})
 
     @validate_call
     def __init__(
@@ -142,6 +136,7 @@ class OpenVINO(pl.Callback):
         self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        qdq.check(KEY, self.precision, before)
         if self.precision in ("int8", "int4_weights"):
             round_once(KEY, self.precision, before)
         layers = select(skeleton, self.skip, f"{KEY}.skip")
@@ -154,11 +149,13 @@ class OpenVINO(pl.Callback):
 
         model: Any = compressed(pl_module)
         accuracy = self.accuracy(trainer)
+        integers = qdq.layers(model, KEY, self.precision)
         lowers = self.precision not in (None, "fp32")
         self.shrinks = lowers and self.max_drop is None and is_float32(model)
-        kept = packing.integers(self.source) if self.source and self.precision != "fp32" else {}
+        kept = {} if integers or not self.source or self.precision == "fp32" else packing.integers(self.source)
         if any(one.scheme.bits == 3 for one in kept.values()):
             self.limits = f"{self.limits}; {THREE}".removeprefix("; ")
+        self.limits = qdq.limits(integers) or self.limits
         model.cpu().float()
         # One at a time, so that no scale is that of padding.
         batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
@@ -166,7 +163,9 @@ class OpenVINO(pl.Callback):
         path = Path(self.folder.name) / GRAPH
         with evaluating(model):
             with muted():
-                graph = convert(model, batches[0])
+                with qdq.plain(model, integers):
+                    graph = convert(model, batches[0])
+                qdq.into_openvino(graph, model, integers)
                 left = readers_of_others(graph, select(model, self.skip, f"{KEY}.skip").keys() - kept.keys())
                 if self.precision == "int8":
                     graph = quantize(graph, batches, left, accuracy)
@@ -178,7 +177,7 @@ class OpenVINO(pl.Callback):
                 openvino.save_model(graph, path, compress_to_fp16=False)
             exported = Model(path, self.settings, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
-        if lowers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
+        if lowers or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
             self.exported = exported
 
     def accuracy(self, trainer: pl.Trainer) -> dict[str, Any]:

@@ -91,6 +91,8 @@ class QAT(pl.Callback):
     ) -> None:
         self.scheme = Scheme(bits, group_size)
         self.activations = activations
+        if not activations:
+            self.leaves = "packed"  # integers that stand for floats, as those of gptq
         self.learnt = ranges == "learnt"
         self.samples = self.train_samples = samples
         self.batch_size = batch_size
@@ -211,6 +213,6 @@ def settle(layer: Any) -> Quantized:
     del layer.fake_quantization, layer.forward
     if fake.between is None:
         return Quantized(fake.scheme, grid)
-    inputs = Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype))
-    inputs.attach(layer)
-    return Quantized(fake.scheme, grid, inputs)
+    found = Quantized(fake.scheme, grid, Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype)))
+    found.attach(layer)
+    return found

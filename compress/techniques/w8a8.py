@@ -141,8 +141,8 @@ class W8A8(pl.Callback):
             weight = linear.weight.data
             grid = minmax_grid(weight, WEIGHTS, weight.dtype)
             weight.copy_(to_grid(weight, grid, WEIGHTS))
-            inputs.attach(linear)
             self.quantized[name] = Quantized(WEIGHTS, grid, inputs)
+            self.quantized[name].attach(linear)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         packing.save(model, self.quantized, folder)
