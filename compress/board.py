@@ -37,6 +37,8 @@ LAYOUT = {
 }
 """Custom Scalars: a chart for each, with a line for every run."""
 
+LONGEST = 100  # characters of a run's name, which is a folder's as well
+
 
 def write(folder: Path, result: Row, status: str) -> None:
     """The final figures as scalars and as a row of the HParams tab, marked as failed where the job failed.
@@ -78,9 +80,11 @@ def overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    for number, (one, label) in enumerate(zip(rows, labels)):
-        name = re.sub(r"[^\w+.= -]+", "-", label) + f" ({number})" * (label in labels[:number])
-        into = folder / "tensorboard" / name
+    names: list[str] = []
+    for one, label in zip(rows, labels):
+        name = re.sub(r"[^\w+.= -]+", "-", label)[:LONGEST]
+        names.append(f"{name} ({len(names)})" if name in names else name)
+        into = folder / "tensorboard" / names[-1]
         shutil.rmtree(into, ignore_errors=True)
         job = Path(one["folder"]) / "tensorboard"
         if job.is_dir() and not is_baseline_of_another(one, rows):

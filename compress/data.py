@@ -32,22 +32,44 @@ class LengthBuckets(Sampler[list[int]]):
 
     Of every 50 batches' worth of random texts the sorted ones make batches, and all batches are shuffled: transformers'
     own sampler leaves them running from long to short, from which a model learns worse.
+
+    Args:
+        lengths: of the texts, in tokens.
+        batch_size: texts in a batch, over all processes.
+        seed: of the order.
+        rank: of this process among those that train together and have a part of every batch each.
+        processes: how many they are.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0) -> None:
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1) -> None:
         self.lengths = torch.tensor(lengths)
         self.batch_size = batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.rank, self.processes = rank, processes
+        self.seed = seed
+        self.go_on(0)
+
+    def go_on(self, seen: int) -> None:
+        """Start after as many batches, over all epochs, as were ``seen`` before."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+        epochs, self.seen = divmod(seen, len(self))
+        for _ in range(epochs):
+            self._order()
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        batches, self.seen = self._order()[self.seen :], 0
+        for batch in batches:
+            short = -len(batch) % self.processes  # every process needs as many as the others
+            yield [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
+
+    def _order(self) -> list[list[int]]:
+        """The batches of the next epoch."""
         pools = torch.randperm(len(self.lengths), generator=self.generator).split(50 * self.batch_size)
         by_length = (pool[self.lengths[pool].argsort(stable=True)] for pool in pools)
         batches = [batch.tolist() for pool in by_length for batch in pool.split(self.batch_size)]
-        for i in torch.randperm(len(batches), generator=self.generator).tolist():
-            yield batches[i]
+        return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
 
 
 class TaskData(pl.LightningDataModule):
@@ -79,13 +101,23 @@ class TaskData(pl.LightningDataModule):
         self.tokens = tokens
         self.calibration_text = calibration_text
         self.kind = splits.task.kind
+        self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.trainer.fit_loop.total_batch_idx + 1}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if self.trainer.train_dataloader is None:  # type: ignore[union-attr]
+            self.trainer.fit_loop.setup_data()  # type: ignore[union-attr]
+        self.buckets.go_on(state["seen"])  # its iterator, made already, begins at the first batch
 
     def train_dataloader(self) -> DataLoader:
         rows = self.tokenised("train")
         lengths = [len(ids) for ids in rows["input_ids"]]
-        buckets = LengthBuckets(lengths, self.batch_size, self.seed)
-        return DataLoader(rows, batch_sampler=buckets, collate_fn=self.collate)
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.buckets = LengthBuckets(lengths, self.batch_size, self.seed, rank, processes)
+        return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
         return self._in_order("validation")
@@ -181,7 +213,8 @@ class TaskData(pl.LightningDataModule):
                 disable_progress_bars()
                 tokenised.save_to_disk(partial)
                 os.replace(partial, folder)
-        return load_from_disk(str(folder))
+            folder.with_suffix(".used").touch()
+            return load_from_disk(str(folder))
 
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()

@@ -1,4 +1,9 @@
-"""The two ways in which a run fails that are no bug."""
+"""The ways in which a run fails that are no bug."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -7,3 +12,24 @@ class UserError(Exception):
 
 class PostconditionError(Exception):
     """A stage did not do what it says, so its result is worth nothing."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def told(error: BaseException) -> str:
+    """One sentence where a disk is full or cannot be written; empty where it is something else."""
+    for one in causes(error):
+        number, where, why = (one.errno, one.filename, one.strerror) if isinstance(one, OSError) else (None, None, "")
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(one):
+            return (
+                f"No space is left on the disk{f' of {where}' if where else ''}: free some (python -m compress.cache "
+                "prune) and run the same command into the same folder, which goes on with what is finished."
+            )
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"{where} cannot be written or read ({why}): choose another folder, or its permissions."
+    return ""

@@ -112,6 +112,8 @@ class Hardware:
     """Where to work, in which precision to train, and how to time."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     threads: Annotated[int, Field(ge=1)] | None = None
     runtime: Literal["torch", "torch_compile", "onnxruntime", "openvino"] | None = None
@@ -122,15 +124,23 @@ class Hardware:
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
 
     @property
+    def processes(self) -> int:
+        """How many train together, a device each."""
+        return self.devices * self.nodes
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Kept:
-    """Where finished stages and tokens are kept."""
+    """Where finished stages and tokens are kept: for everybody (``use``), made anew (``refresh``), or for this job
+    alone and until it ends (``off``). Beyond ``max_gb`` the least recently used go at the end of a job."""
 
     dir: str
+    mode: Literal["use", "refresh", "off"] = "use"
+    max_gb: Annotated[float, Field(ge=0)] | None = None
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -152,19 +162,28 @@ class Plan:
     training: Training
     steps: tuple[Step, ...]
     settings: Settings
+    team: Any = None
+    """The processes that train together, a :class:`compress.together.Team`."""
+
+    def read(self, splits: Splits, team: Any = None) -> Plan:
+        """This plan with the labels of the data, and every step's own calibration text, at hand."""
+        steps = tuple(one.read(self.settings.seed) for one in self.steps)
+        return replace(self, task=splits.task, steps=steps, team=team)
 
     def address(self, data: str) -> dict[str, Any]:
         """What decides the baseline besides its training, given the fingerprint of the data."""
         task = plain(self.task)
         for key in ("path", "hub", "files"):
             del task[key]  # where the data lies decides nothing: its content is in the fingerprint
+        hardware = self.settings.hardware
         return {
             "model": {**plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
             "task": task,
             "data": data,
             "seed": self.settings.seed,
-            "device": self.settings.hardware.device.type,
-            "precision": self.settings.hardware.precision,
+            "device": hardware.device.type,
+            "processes": hardware.processes,
+            "precision": hardware.precision,
             "threads": torch.get_num_threads(),
         }
 
@@ -208,6 +227,11 @@ def check(cfg: DictConfig) -> Plan:
                 stage.check(skeleton, built)
             if hasattr(stage, "preview"):
                 skeleton = stage.preview(skeleton)
+        if planned.settings.hardware.processes > 1 and one.training.epochs and not trait(stage, "together"):
+            raise UserError(
+                f"`{one.key}` trains in one process and hardware asks for {planned.settings.hardware.processes}: set "
+                "hardware.devices=1 and hardware.nodes=1."
+            )
         built.append(stage)
     wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))

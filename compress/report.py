@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from compress import board, curves
+from compress import board, curves, errors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,23 +95,26 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             folder = Path(config.hydra.sweep.dir)
-            rows = without_repeated_baselines(gather(folder))
+            begun = (folder / "multirun.yaml").stat().st_mtime  # an earlier sweep into the folder is none of this one's
+            rows = without_repeated_baselines(gather(folder, begun))
             publish(folder, rows)
             if curves.write(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
             board.overlay(folder, rows, labels(rows))
             print(f"  TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
-        except Exception:  # which Hydra would turn into a warning, and the sweep into a success
-            log.exception("The sweep's report could not be written.")
+        except Exception as error:  # which Hydra would turn into a warning, and the sweep into a success
+            reason = errors.told(error)
+            (log.error if reason else log.exception)(f"The sweep's report could not be written. {reason or ''}")
             sys.exit(1)
         if any(one["status"] == "failed" for one in rows):
             sys.exit(1)
 
 
-def gather(folder: Path) -> list[Row]:
-    """The rows of all jobs of a sweep in their order, or of one run; a job that left no result, killed perhaps, has
-    failed."""
-    jobs = sorted((hidden.parent for hidden in folder.glob("*/.hydra")), key=job_number)
+def gather(folder: Path, begun: float = 0.0) -> list[Row]:
+    """The rows of all jobs of a sweep in their order, of those that began at ``begun`` or later, or of one run; a job
+    that left no result, killed perhaps, has failed."""
+    configs = (config for config in folder.glob("*/.hydra/config.yaml") if config.stat().st_mtime >= begun)
+    jobs = sorted((config.parents[1] for config in configs), key=job_number)
     rows: list[Row] = []
     for job in jobs or [folder]:
         if (job / RESULT).is_file():

@@ -57,7 +57,8 @@ class KeptLogits:
                 partial.mkdir(exist_ok=True)
                 self._write(partial, ask, collate, batch_size)
                 os.replace(partial, self.folder)
-        self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
+            self.folder.with_suffix(".used").touch()
+            self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
         self.labels = int((self.folder / "labels").read_text())
 
     def _write(

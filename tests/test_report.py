@@ -27,6 +27,13 @@ def measured(accuracy, size, speedup=None, same=None):
     return Measurement({"accuracy": accuracy}, 100, size, 10, 8, *times, "torch", "cpu", 2)
 
 
+def begin(job):
+    """What Hydra writes when a job begins."""
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    (job / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
+
+
 def answered(wrong):
     """A hundred examples of two labels of which the first ``wrong`` were missed."""
     labels = np.arange(100) % 2
@@ -149,8 +156,9 @@ def test_a_failed_baseline_is_no_repeated_one():
 
 
 def sweep(folder, *jobs):
+    (folder / "multirun.yaml").write_text("")
     for number, job in enumerate(jobs):
-        (folder / f"{number}_job" / ".hydra").mkdir(parents=True)
+        begin(folder / f"{number}_job")
         if job:
             report.conclude(folder / f"{number}_job", job)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
@@ -200,10 +208,10 @@ def test_tensorboard_marks_a_failed_run(tmp_path):
 
 def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_path):
     for number, sparsity in enumerate((0.2, 0.5)):
-        (tmp_path / f"{number}_job" / ".hydra").mkdir(parents=True)
+        begin(tmp_path / f"{number}_job")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}", "task.epochs=1"))
         report.finish(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
-    (tmp_path / "2_job" / ".hydra").mkdir(parents=True)
+    begin(tmp_path / "2_job")
     rows = report.without_repeated_baselines(report.gather(tmp_path))
     board.overlay(tmp_path, rows, report.labels(rows))
     folder = tmp_path / "tensorboard"
@@ -227,7 +235,7 @@ def many(folder):
         (folder / f"{number}_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
         report.finish(folder / f"{number}_job", job, replace(WORSE, baseline="a", data="fingerprint-of-the-data"))
-    (folder / "19_job" / ".hydra").mkdir(parents=True)
+    begin(folder / "19_job")
     report.fail(folder / "19_job", JOB, "<no such> thing")
     return report.corrected(report.without_repeated_baselines(report.gather(folder)))
 

@@ -26,6 +26,8 @@ class Training:
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients make one step."""
 
 
 class Technique(Protocol):
@@ -64,6 +66,12 @@ class Technique(Protocol):
     """How many validation examples it measures on."""
     limits: str = ""
     """What it cannot do for size or speed, for the report."""
+    resumes: bool = False
+    """Whether its training, stopped and gone on with, ends as if it had not been: what ``on_fit_start`` does it does
+    the same way again, and what changes afterwards is in the weights or in its ``state_dict``."""
+    together: bool = False
+    """Whether it can train in several processes: its parameters are those that the model had before ``on_fit_start``,
+    and what it does to them beside the optimizer it does in all processes alike."""
     average_bits: Mapping[str, float] = MappingProxyType({})
     """Promised and checked, once the stage is done: the bits that a weight of each layer takes on disk, scales and zero
     points counted."""

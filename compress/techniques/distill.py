@@ -173,6 +173,7 @@ class Distill(FineTune):
         self.tokenizer = tokenizer
         self.baseline = baseline
         self.keep_in = keep_in
+        self.resumes = self.together = extra_text is None  # where its reader stands is neither saved nor shared
         self.baseline_config = baseline_config
         self.alone = source is not None and source == baseline and not teacher
         self.keeps_zeros = student == Student() and not self.alone

@@ -39,6 +39,7 @@ class DropLayers(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=2)]).fit(module, loader)
     """
 
+    resumes = True
     keeps_zeros = False  # those of the blocks that stay are kept under new names
     shrinks = True
 

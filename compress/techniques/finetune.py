@@ -24,6 +24,8 @@ class FineTune(pl.LightningModule):
 
     needs = ("float", "packed")  # of which all but the packed weights is trained
     leaves = None
+    resumes = True
+    together = True
 
     def __init__(
         self, model: nn.Module, metrics: MetricCollection | None = None, training: Training | None = None
@@ -38,7 +40,7 @@ class FineTune(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         loss = self.model(**batch).loss
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:

@@ -68,6 +68,8 @@ class Prune(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[Prune(sparsity=0.5)]).fit(module, loader)
     """
 
+    resumes = True
+    together = True
     limits = "pruned weights are stored and multiplied as zeros: no size, no speed on a dense runtime"
 
     @validate_call(config={"arbitrary_types_allowed": True})
@@ -138,6 +140,14 @@ class Prune(pl.Callback):
                 f"{key}.schedule={schedule} prunes during training and {key}.train.epochs is 0: set it to 1 or more, "
                 f"or {key}.schedule=one_shot."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("due", "start", "masks", "movement", "dense")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.due, self.start = state["due"], state["start"]
+        for kind in ("masks", "movement", "dense"):
+            setattr(self, kind, {name: one.to(self.layers[name].weight.device) for name, one in state[kind].items()})
 
     @property
     def train_samples(self) -> int:
@@ -358,6 +368,8 @@ class Prune(pl.Callback):
 class HoldZeros(pl.Callback):
     """Keep the weights that are zero when the fit starts at zero through all of it: a later stage must not fill in
     what an earlier one pruned."""
+
+    resumes = True
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}

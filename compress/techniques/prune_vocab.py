@@ -46,6 +46,7 @@ class PruneVocab(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[PruneVocab(tokenizer=tokenizer)]).fit(module, loader)
     """
 
+    resumes = True
     shrinks = True
     limits = (
         "texts with other words cost more tokens, and a language model's perplexity, which is per token, does not "

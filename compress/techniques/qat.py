@@ -70,6 +70,7 @@ class QAT(pl.Callback):
     """
 
     leaves = "integer"
+    resumes = True
     packages = ("compressed_tensors",)
     shrinks = True
     limits = (

@@ -63,6 +63,7 @@ class Structured(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=8, target_ffn_size=2048)]).fit(module, loader)
     """
 
+    resumes = True
     versions = ("textpruner",)
     keeps_zeros = False  # what is left of a layer has another shape
     shrinks = True

@@ -1,0 +1,88 @@
+"""A run's own folder, and what is left of a sweep that did not end.
+
+Importing this module is cheap: Hydra does so before every job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from hydra.experimental.callback import Callback
+
+from compress import live, report
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+HELD: list[Any] = []
+"""Locks and live lines of this process. Hydra sends its callbacks to other processes, where these cannot go."""
+
+
+class Folder(Callback):
+    """Hydra's callback around a run or a sweep: nobody else writes into its folder meanwhile, and a sweep that ends
+    early (Ctrl-C, a job that was killed) leaves a table of what it finished all the same. In a terminal a sweep shows a
+    line for every job, and what the jobs say goes to the files in their folders alone."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.lines = False
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._claim(Path(config.hydra.run.dir), "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        self._claim(folder, "hydra.sweep.dir")
+        atexit.register(self._tell, folder)
+        if sys.stdout.isatty() and (jobs := live.names(config)):
+            self.lines = True
+            HELD.append(live.Lines(folder, jobs))
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.lines:
+            for handler in logging.getLogger().handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.setLevel(logging.CRITICAL)
+            sys.stderr = (Path(config.hydra.runtime.output_dir) / "stderr.log").open("a", buffering=1)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if self.lines:
+            sys.stderr.close()
+            sys.stderr = sys.__stderr__
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        self.ended = True
+        close()
+
+    def _claim(self, folder: Path, key: str) -> None:
+        """Hydra would turn an exception of ours into a warning, and ``SystemExit`` is none."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock", timeout=0)
+            lock.acquire()
+            HELD.append(lock)
+        except Timeout:
+            sys.exit(f"Another run is writing into {folder}: wait for its end, or set {key} to another folder.")
+        except OSError as error:
+            sys.exit(f"{folder} cannot be written ({error.strerror}): set {key} to a folder that can.")
+
+    def _tell(self, folder: Path) -> None:
+        close()
+        if not self.ended:
+            rows = report.without_repeated_baselines(report.gather(folder))
+            if rows:
+                report.publish(folder, rows)
+            print(f"The sweep did not end: the same command with hydra.sweep.dir={folder} goes on with it.")
+
+
+def close() -> None:
+    """End the live lines, if there are any."""
+    for one in [one for one in HELD if isinstance(one, live.Lines)]:
+        HELD.remove(one)
+        one.close()

@@ -1,0 +1,90 @@
+"""A sweep that is killed at any moment and started again ends as if nothing had happened.
+
+COMPRESS_KILLS=20 pytest tests/test_kills.py kills it more often than three times.
+"""
+
+import atexit
+import csv
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import sys
+import time
+
+from test_command_line import ROOT
+from test_run import SMALL
+
+from compress.cache import checksum, entries, unused
+
+KILLS = int(os.environ.get("COMPRESS_KILLS", "3"))
+SWEEP = [
+    "technique=none,prune,prune+gptq",
+    *SMALL,
+    "task.limit.test=64",
+    "baseline.epochs=3",
+    "hardware.threads=1",
+]
+FORK = multiprocessing.get_context("forkserver")  # imports what is heavy once, and no thread has run there yet
+FORK.set_forkserver_preload(["compress.run", "test_command_line", "test_run"])
+
+
+def sweep(words, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    os.chdir(ROOT)
+    sys.argv = ["train.py", "-m", *words]
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a forked process does not
+
+
+def start(folder):
+    words = [*SWEEP, f"cache.dir={folder}/cache", f"hydra.sweep.dir={folder}/sweep"]
+    process = FORK.Process(target=sweep, args=(words, folder / "log"))
+    process.start()
+    return process
+
+
+def found(folder):
+    """Of every row what does not depend on the clock, and the weights of every job."""
+    with (folder / "sweep" / "results.csv").open() as file:
+        rows = [{key: row[key] for key in ("method", "status", "accuracy", "f1_macro", "size_mb", "nonzeros")}
+                for row in csv.DictReader(file)]  # fmt: skip
+    weights = [checksum(file) for file in sorted((folder / "sweep").glob("*/artifact/model.safetensors"))]
+    return rows, weights
+
+
+def test_killed_at_random_moments_and_started_again_it_ends_in_the_same_table(tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    begin = time.perf_counter()
+    process = start(tmp_path / "whole")
+    process.join()
+    seconds = time.perf_counter() - begin
+    assert process.exitcode == 0, (tmp_path / "whole" / "log").read_text()
+
+    killed, moments = tmp_path / "killed", random.Random(0)
+    for _ in range(KILLS):
+        process = start(killed)
+        process.join(moments.uniform(0, seconds))
+        process.kill()
+        process.join()
+    process = start(killed)
+    process.join()
+    assert process.exitcode == 0, (killed / "log").read_text()
+
+    rows, weights = found(killed)
+    assert [row["method"] for row in rows] == ["none", "prune", "prune+gptq"] and len(weights) == 3
+    assert (rows, weights) == found(tmp_path / "whole")
+    assert not list(killed.rglob("*.partial"))
+    for entry in entries(killed / "cache"):
+        with unused(entry.path) as free:
+            assert free
+    before = (killed / "log").read_text().count("finished before")
+    process = start(killed)
+    process.join()
+    assert (killed / "log").read_text().count("finished before") == before + 3
+    assert json.loads(next((killed / "sweep").glob("0_*/result.json")).read_text())["rows"]
