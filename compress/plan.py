@@ -122,6 +122,11 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
+        if self.device.type == "cuda" and self.devices > torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(
+                f"hardware.devices is {self.devices} and PyTorch sees {found} GPUs: ask for {found} or fewer."
+            )
 
     @property
     def processes(self) -> int:

@@ -117,7 +117,13 @@ class Checkpoints(Checkpoint):
                 path.unlink()
         self.saved = time.perf_counter()
 
+    def on_exception(self, *args: Any) -> None:
+        self._restore()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         handlers, self.handlers = self.handlers, {}
         for number, handler in handlers.items():
             signal.signal(number, handler)

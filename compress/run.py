@@ -79,8 +79,8 @@ def main(cfg: DictConfig) -> int:
                 log.info(f"finished before: {folder}")
                 rows = json.loads((folder / report.RESULT).read_text())["rows"]
             else:
-                for earlier in (finished, folder / report.RESULT):
-                    remove(earlier)
+                for earlier in (FINISHED, report.RESULT, "tensorboard", "report", "predictions"):
+                    remove(folder / earlier)
                 rows = report.finish(folder, job, run(cfg, folder, team))
                 report.write_whole(finished, key)
                 remove(folder / STAGE)
