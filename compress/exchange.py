@@ -46,6 +46,17 @@ def round_once(key: str, precision: str, before: list[Any]) -> None:
         )
 
 
+def readable(key: str, before: list[Any]) -> None:
+    """Raise UserError where a stage ``before`` saves integers in a format that the export ``key`` does not read."""
+    for stage in before:
+        if getattr(stage, "format", "compressed-tensors") != "compressed-tensors":
+            setting = f"technique.{type(stage).__module__.rpartition('.')[2]}.format"
+            raise UserError(
+                f"`{key.rpartition('.')[2]}` does not read the integers of {setting}={stage.format}: set "
+                f"{setting}=compressed-tensors, whose integers it keeps."
+            )
+
+
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """With attention written out in matrix products, and afterwards as it was."""

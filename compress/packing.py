@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,10 @@ from compress.quiet import without_bars
 
 ABOUT = ("weight_shape", "weight_format", "quant_map", "quant_state")
 """Parts of the names of tensors that describe a layer and are the same for every number of weights."""
+
+
+PARTS = r"\.(weight.*|SCB|qweight|qzeros|scales|g_idx)$"
+"""How the names of a layer's tensors end; those of LLM.int8 and of GPTQ are their own."""
 
 
 class Quantized(NamedTuple):
@@ -136,7 +141,7 @@ def packed_layers(folder: Path) -> set[str]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (it is no dict)
-                name, weight, _ = key.partition(".weight")
+                name, weight, _ = key.replace(".qweight", ".weight").partition(".weight")
                 if weight and not file.get_tensor(key).is_floating_point():
                     found.add(name)
     return found
@@ -145,7 +150,7 @@ def packed_layers(folder: Path) -> set[str]:
 def integers(folder: Path) -> dict[str, Integers]:
     """The packed weights that ``folder`` holds, by layer; none where all are floats."""
     config = json.loads((folder / "config.json").read_text())
-    if "quantization_config" not in config:
+    if config.get("quantization_config", {}).get("quant_method") != "compressed-tensors":
         return {}
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.quantization import QuantizationConfig
@@ -196,7 +201,7 @@ def stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (it is no dict)
-                name = key.removesuffix(".SCB").partition(".weight")[0]  # LLM.int8's scales have a name of their own
+                name = re.sub(PARTS, "", key)
                 if name in found and not any(word in key for word in ABOUT):
                     tensor = file.get_tensor(key)
                     found[name] += tensor.numel() * tensor.element_size() * 8

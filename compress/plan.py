@@ -122,6 +122,11 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
+        if self.precision == "16-mixed" and self.device.type == "cpu":
+            raise UserError(
+                "hardware.precision is 16-mixed, for which a CPU has no arithmetic: set hardware.precision=bf16-mixed "
+                "or 32-true."
+            )
         if self.device.type == "cuda" and self.devices > torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise UserError(

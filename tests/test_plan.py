@@ -67,6 +67,14 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
             ["technique=nf4+onnx", "technique.nf4.blocksize=512", "model.config.hidden_size=512"],
             r"technique.nf4.blocksize=512 cannot be kept: .*, 256 weights a scale",
         ),
+        (
+            ["technique=gptq+onnx", "technique.gptq.format=gptq", "model=tiny_llama", "task=toy_lm"],
+            r"`onnx` does not read .*gptq.format=gptq: set technique.gptq.format=compressed-tensors",
+        ),
+        (
+            ["hardware=cpu", "hardware.precision=16-mixed"],
+            r"16-mixed, .*: set hardware.precision=bf16-mixed or 32-true",
+        ),
         (["technique=nf4+onnx", "technique.onnx.precision=int8_static"], r"would round weights again"),
         (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"weights again .*precision=null"),
         (["technique=prune+nf4+openvino"], r"try .* technique=prune\+openvino .*openvino.precision=int4_weights\.$"),

@@ -8,14 +8,18 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from compress import packing
+from compress import gptq_format, packing
 from compress.errors import UserError
 from compress.models import auto_class, from_pretrained, load_weights
 from compress.quiet import without_bars
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
-FORMATS = {"compressed-tensors": ("compressed-tensors",), "bitsandbytes": ("bitsandbytes", "accelerate")}
-"""What transformers needs to load weights in a packed format."""
+FORMATS = {
+    "compressed-tensors": ("compressed-tensors",),
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "gptq": ("gptqmodel", "optimum"),
+}
+"""What transformers needs to load weights in a packed format. (We read that of GPTQ ourselves.)"""
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
@@ -28,6 +32,8 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     how: dict[str, Any] = {"dtype": "auto"}
     packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
+    if packed == "gptq":
+        return gptq_format.load(auto_class(kind, config), config, folder).eval()
     needed = FORMATS.get(packed, ())
     if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in needed):
         raise UserError(f"{folder} is in the {packed} format: pip install {' '.join(needed)}")

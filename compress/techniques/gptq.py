@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import packing
+from compress import gptq_format, packing
 from compress.calibration import Batch, calibrate, calibration_batches
 from compress.hessian import inverse_factor, second_moment
 from compress.models import compressed, evaluating, quantizable
@@ -31,7 +31,8 @@ class GPTQ(pl.Callback):
     Blocks are quantized in order, and within a block the layers that share an input, every one calibrated on what the
     quantized layers before it give out; the activations of one block are in memory. Works when the fit ends, on the
     first ``samples`` examples of the datamodule's ``calibration`` or else of the training loader. Saved in the
-    compressed-tensors format, which transformers and vLLM load.
+    compressed-tensors format, which transformers and vLLM load, or, a language model, in GPTQ's own, which GPTQModel
+    loads too, and transformers with its help.
 
     Args:
         bits: of each integer.
@@ -42,11 +43,12 @@ class GPTQ(pl.Callback):
         damping: fraction of the Hessian's mean diagonal added to it; ten times more where it is not yet positive.
         samples: training examples (for a language model, blocks of tokens) to calibrate on.
         batch_size: of them run at a time.
+        format: ``compressed-tensors`` or ``gptq``, whose scales are in float16.
         skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
             and patterns of layers' names.
 
     Raises:
-        UserError: groups do not divide a layer, or a pattern fits none.
+        UserError: groups do not divide a layer, a pattern fits none, or the format has no place for what is asked.
 
         pl.Trainer(max_epochs=1, callbacks=[GPTQ(bits=4)]).fit(module, loader)
     """
@@ -66,6 +68,7 @@ class GPTQ(pl.Callback):
         damping: Annotated[float, Field(gt=0)] = 0.01,
         samples: Annotated[int, Field(ge=1)] = 128,
         batch_size: Annotated[int, Field(ge=1)] = 8,
+        format: Literal["compressed-tensors", "gptq"] = "compressed-tensors",
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
         self.scheme = Scheme(bits, group_size, symmetric)
@@ -73,6 +76,7 @@ class GPTQ(pl.Callback):
         self.damping = damping
         self.samples = samples
         self.batch_size = batch_size
+        self.format = format
         self.skip = skip
         self.train_samples = samples
         self.keeps_head = "head" in skip
@@ -80,30 +84,45 @@ class GPTQ(pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, linear in quantizable(skeleton, self.skip, KEY).items():
+        layers = quantizable(skeleton, self.skip, KEY)
+        for name, linear in layers.items():
             self.scheme.check(KEY, name, linear)
+        if self.format == "gptq":
+            gptq_format.check(KEY, skeleton, layers, self.scheme, self.skip)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = compressed(pl_module).to(trainer.strategy.root_device)
+        self.check(model, [])  # which a script of one's own has not done
         schemes = dict.fromkeys(quantizable(model, self.skip, KEY), self.scheme)
         batches = list(calibration_batches(trainer, self.samples, self.batch_size))
-        self.quantized = quantize(model, batches, schemes, self.damping, self.act_order)
-        self.average_bits = packing.average_bits(model, self.quantized)
+        own = self.format == "gptq"
+        scale = gptq_format.SCALE if own else None
+        self.quantized = quantize(model, batches, schemes, self.damping, self.act_order, scale)
+        self.average_bits = (gptq_format if own else packing).average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packing.save(model, self.quantized, folder)
+        if self.format == "gptq":
+            gptq_format.save(model, self.quantized, folder, damp_percent=self.damping)
+        else:
+            packing.save(model, self.quantized, folder)
 
 
 def quantize(
-    model: nn.Module, batches: list[Batch], schemes: dict[str, Scheme], damping: float, act_order: bool
+    model: nn.Module,
+    batches: list[Batch],
+    schemes: dict[str, Scheme],
+    damping: float,
+    act_order: bool,
+    scale: torch.dtype | None = None,
 ) -> dict[str, Quantized]:
-    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``."""
+    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``; scales are stored in the dtype
+    ``scale`` or else that of the weights."""
     quantized = {}
     with evaluating(model):
         for layers, hessian in calibrate(model, batches, second_moment, schemes):
             for name, linear in layers.items():
-                weight, grid = gptq(linear.weight.data, hessian, schemes[name], damping, act_order)
+                weight, grid = gptq(linear.weight.data, hessian, schemes[name], damping, act_order, scale=scale)
                 linear.weight.data.copy_(weight)
                 quantized[name] = Quantized(schemes[name], grid)
     return quantized
@@ -111,7 +130,13 @@ def quantize(
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01, act_order: bool = False, lazy: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    damping: float = 0.01,
+    act_order: bool = False,
+    lazy: int = 128,
+    scale: torch.dtype | None = None,
 ) -> tuple[Tensor, Grid]:
     """Quantize ``weight`` ``[rows, inputs]`` so that its outputs on inputs of second moment ``hessian``
     ``[inputs, inputs]`` change least; exact zeros stay.
@@ -121,7 +146,7 @@ def gptq(
     comes early, that of the weights as they are given. ``lazy`` columns are compensated at a time before the rest is,
     which changes the cost and not the result.
     """
-    dtype, columns = weight.dtype, weight.shape[1]
+    dtype, columns = scale or weight.dtype, weight.shape[1]
     size = scheme.group(columns)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = inverse_factor(hessian[order][:, order], damping)
@@ -147,4 +172,4 @@ def gptq(
             errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
             left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return quantized[order.argsort()].T.to(dtype).contiguous(), grid
+    return quantized[order.argsort()].T.to(weight.dtype).contiguous(), grid

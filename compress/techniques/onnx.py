@@ -27,6 +27,7 @@ from compress.exchange import (
     on_validation_text,
     plain_attention,
     plain_config,
+    readable,
     round_once,
 )
 from compress.models import Layer, compressed, evaluating, kind_of, select
@@ -119,6 +120,7 @@ class Onnx(pl.Callback):
         self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        readable(KEY, before)
         qdq.check(KEY, self.precision, before)
         if self.precision in ("int8_dynamic", "int8_static"):
             round_once(KEY, self.precision, before)

@@ -29,6 +29,7 @@ from compress.exchange import (
     is_float32,
     on_validation_text,
     plain_config,
+    readable,
     round_once,
 )
 from compress.metrics import higher_is_better
@@ -136,6 +137,7 @@ class OpenVINO(pl.Callback):
         self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        readable(KEY, before)
         qdq.check(KEY, self.precision, before)
         if self.precision in ("int8", "int4_weights"):
             round_once(KEY, self.precision, before)
