@@ -116,7 +116,7 @@ def gather(folder: Path, begun: float = 0.0) -> list[Row]:
     configs = (config for config in folder.glob("*/.hydra/config.yaml") if config.stat().st_mtime >= begun)
     jobs = sorted((config.parents[1] for config in configs), key=job_number)
     rows: list[Row] = []
-    for job in jobs or [folder]:
+    for job in jobs or [folder] * (folder / RESULT).is_file():
         if (job / RESULT).is_file():
             found = json.loads((job / RESULT).read_text())["rows"]
         else:
