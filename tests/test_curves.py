@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import OUTCOME
+from test_report import begin, OUTCOME
 
 from compress import report
 from compress.curves import curves, settings
@@ -96,9 +96,10 @@ def test_ticks_are_the_values_where_there_is_room(values, scale, ticks):
 
 
 def test_a_sweep_leaves_pictures_figures_for_tensorboard_and_a_line_that_says_where(tmp_path, capsys):
+    (tmp_path / "multirun.yaml").write_text("")
     for number, sparsity in enumerate(("0.2", "0.5")):
         folder = tmp_path / f"{number}_job"
-        (folder / ".hydra").mkdir(parents=True)
+        begin(folder)
         job = report.Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}",))
         report.finish(folder, job, OUTCOME)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
