@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import begin, OUTCOME
+from test_report import OUTCOME, begin
 
 from compress import report
 from compress.curves import curves, settings
