@@ -157,6 +157,7 @@ def sweeps(tmp_path):
     ):
         folder = tmp_path / name
         (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/config.yaml").touch()
         report.finish(folder, report.Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
     return tmp_path / "first", tmp_path / "second"
 
