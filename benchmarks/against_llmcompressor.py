@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -26,8 +25,8 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from untrained import carry_out
 
 from compress.packing import quantization_scheme
 from compress.quantization import Scheme
@@ -84,24 +83,7 @@ def perplexity(model: LlamaForCausalLM, test: Windows) -> float:
 
 def ours(technique: type, model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
     stage = technique(scheme.bits, scheme.group_size, scheme.symmetric, samples=len(calibration))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=0, callbacks=[stage], enable_model_summary=False, **quiet)
-    trainer.fit(Untrained(model), DataLoader(calibration, batch_size=None))
-    return model.eval()
-
-
-class Untrained(pl.LightningModule):
-    """A module around a model that is quantized and not trained."""
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: dict, _: int) -> torch.Tensor:
-        return self.model(**batch, labels=batch["input_ids"]).loss
-
-    def configure_optimizers(self) -> None:
-        return None
+    return carry_out(model, calibration, stage)
 
 
 def modified(modifier: Callable) -> Callable[[LlamaForCausalLM, Scheme, Windows], LlamaForCausalLM]:

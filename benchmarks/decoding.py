@@ -16,13 +16,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from against_llmcompressor import Untrained
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from untrained import carry_out
 from yaml import safe_load
 
 from compress.measure import speedup
@@ -77,12 +75,8 @@ def built(config: Any) -> LlamaForCausalLM:
 
 
 def exported(model: LlamaForCausalLM, stage: Onnx | OpenVINO, ids: torch.Tensor) -> Path:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=0, callbacks=[stage], enable_model_summary=False, **quiet)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    trainer.fit(Untrained(model), DataLoader([batch], batch_size=None))
     folder = Path(mkdtemp())
-    stage.save(model, folder)
+    stage.save(carry_out(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], stage), folder)
     return folder
 
 

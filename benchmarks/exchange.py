@@ -18,14 +18,13 @@ import nncf
 import numpy as np
 import onnxruntime
 import openvino
-import pytorch_lightning as pl
 import torch
 from onnxruntime import quantization
 from onnxruntime.transformers.optimizer import optimize_model
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from untrained import Batch, carry_out
 from yaml import safe_load
 
 from compress.measure import Latency, speedup, spread, take_turns
@@ -38,7 +37,6 @@ from compress.techniques.structured import Structured
 
 MODEL = Path(__file__).parents[1] / "conf" / "model" / "bert.yaml"
 NAMES = ("input_ids", "attention_mask")
-Batch = dict[str, torch.Tensor]
 Run = Callable[[Batch], object]
 
 
@@ -55,8 +53,8 @@ def main() -> None:
     config._attn_implementation = "sdpa"
     model = AutoModelForSequenceClassification.from_config(config).eval()
     calibration = [texts(config, 1, asked.length) for _ in range(32)]
-    half, halved = stages(model, calibration, Structured(6, config.intermediate_size // 2, importance="activation"))
-    del halved
+    halve = Structured(6, config.intermediate_size // 2, importance="activation")
+    half = carry_out(copy.deepcopy(model), calibration, halve)
     runs: dict[str, tuple[Run, Run | None]] = {
         "PyTorch": (in_pytorch(model), None),
         "PyTorch, oneDNN": (in_pytorch(model, "bf16"), None),
@@ -117,37 +115,12 @@ def in_pytorch(model: PreTrainedModel, fp32: str = "none") -> Run:
     return run
 
 
-def stages(model: PreTrainedModel, calibration: list[Batch], *callbacks: pl.Callback) -> tuple[PreTrainedModel, Path]:
-    """The model after the stages, and the folder in which the last one saved it."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=0, callbacks=list(callbacks), enable_model_summary=False, **quiet)
-    module = Untrained(copy.deepcopy(model))
-    trainer.fit(module, DataLoader(calibration, batch_size=None))
-    folder = Path(mkdtemp())
-    if not isinstance(callbacks[-1], Structured):
-        callbacks[-1].save(module.model, folder)
-    return module.model.eval(), folder
-
-
 def in_ours(model: PreTrainedModel, calibration: list[Batch], stage: Onnx | OpenVINO) -> Run:
-    _, folder = stages(model, calibration, stage)
+    folder = Path(mkdtemp())
+    stage.save(carry_out(copy.deepcopy(model), calibration, stage), folder)
     runtime = ours_onnxruntime if isinstance(stage, Onnx) else ours_openvino
     loaded = runtime.load(folder, "sequence_classification")
     return lambda batch: loaded(**batch)
-
-
-class Untrained(pl.LightningModule):
-    """A module around a model that is not trained."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def configure_optimizers(self) -> None:
-        return None
 
 
 class Logits(torch.nn.Module):

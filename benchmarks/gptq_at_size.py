@@ -72,15 +72,12 @@ def peak_gib() -> float:
 
 
 def ours(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    import pytorch_lightning as pl
-    from against_llmcompressor import Untrained
+    from untrained import carry_out
 
     from compress.techniques.gptq import GPTQ
 
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=0, callbacks=[GPTQ(samples=len(windows))], enable_model_summary=False, **quiet)
-    trainer.fit(Untrained(model), DataLoader(batches, batch_size=None))
+    carry_out(model, batches, GPTQ(samples=len(windows)))
 
 
 def llm_compressor(model: LlamaForCausalLM, windows: torch.Tensor) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
+from compress import qdq
 from compress.calibration import Batch
 from compress.errors import UserError
+from compress.models import Layer, kind_of, select
 from compress.techniques import trait
 from compress.techniques.sensitivity import evenly_spread, validation_batches
 
@@ -36,13 +39,92 @@ class Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs)), **self.how).logits
 
 
-def round_once(key: str, precision: str, before: list[Any]) -> None:
-    """Raise UserError where a ``precision`` of fewer bits would round again what a stage ``before`` has rounded."""
-    packs = any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before)
-    if packs and precision.startswith("int"):
+class Cached(nn.Module):
+    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
+    values for the tokens before, that answers with its logits and with keys and values for all."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        past, cache = inputs[len(self.names) :], DynamicCache()
+        for keys, values in zip(past[::2], past[1::2]):
+            layer = DynamicLayer()  # filled by hand: one that fills itself begins with a tensor without dimensions
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device = keys.dtype, keys.device
+            cache.layers.append(layer)
+        answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
+        return answer.logits, *parts(answer.past_key_values)
+
+
+def parts(cache: Any) -> list[Tensor]:
+    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def to_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]]:
+    """What is traced of the model, and with which inputs: those of the ``example``, or where it decodes those of the
+    example's second half (the mask stays that of both) and the keys and values of the first."""
+    example = any_shape(example)
+    if not (kind_of(model) == "lm" and model.can_generate()):
+        return Logits(model, example), example, []
+    half = example["input_ids"].shape[1] // 2
+    first = {name: value[:, :half] for name, value in example.items()}
+    past = parts(model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values)
+    second = {name: value if name == "attention_mask" else value[:, half:] for name, value in example.items()}
+    return Cached(model, example), second, past
+
+
+class Export(pl.Callback):
+    """What the stages have in common that leave a graph for a runtime without PyTorch.
+
+    Of each: ``key``, its settings in the configuration; ``rounds``, the precisions for which weights are rounded that
+    no stage before may have rounded.
+    """
+
+    needs: tuple[str, ...] = ("float", "packed", "integer")
+    changes = False
+    key: str
+    rounds: tuple[str, ...]
+
+    def __init__(self, precision: str | None, skip: tuple[str, ...], source: Path | None) -> None:
+        self.precision = precision
+        self.skip = skip
+        self.source = source
+        self.limits = ""
+        self.shrinks = False
+        self.exported: Any = None
+        self.agreement: Agreement | None = None
+
+    @property
+    def lowers(self) -> bool:
+        """Whether it makes floats less precise."""
+        return self.precision not in (None, "fp32")
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        readable(self.key, before)
+        qdq.check(self.key, self.precision, before)
+        if self.precision in self.rounds:
+            round_once(f"{self.key}.precision", self.precision, before)
+        self.chosen(skeleton)
+
+    def chosen(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers that ``skip`` leaves to integers."""
+        return select(model, self.skip, f"{self.key}.skip")
+
+    def report(self, folder: Path) -> None:
+        if self.agreement is not None:
+            (folder / "agreement.json").write_text(json.dumps(asdict(self.agreement), indent=2))
+
+
+def round_once(setting: str, precision: str, before: list[Any]) -> None:
+    """Raise UserError where a stage ``before`` has rounded the weights, which the ``precision`` would round again."""
+    if any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before):
         raise UserError(
-            f"{key}.precision={precision} would round weights again that a stage before has rounded on its own grid: "
-            f"set {key}.precision=null, or leave that stage out."
+            f"{setting}={precision} would round weights again that a stage before has rounded on its own grid: set "
+            f"{setting}=null, or leave that stage out."
         )
 
 
@@ -104,9 +186,6 @@ class Agreement:
     max_logit_difference: float
     largest_logit: float
     label_agreement: float | None
-
-    def write(self, folder: Path) -> None:
-        (folder / "agreement.json").write_text(json.dumps(asdict(self), indent=2))
 
 
 def on_validation_text(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:

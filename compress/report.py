@@ -435,7 +435,9 @@ def recommendations(rows: list[Row]) -> list[str]:
             best = min(able, key=key)
             _, change, size, ratio, _, speed, *_ = drawn_figures(best)
             figure = f"{size} MB, {ratio} smaller" if word == "smallest" else f"{speed} faster"
-            found.append(f"{word} within {margin}{where}: {named[id(best)]}, {figure}, {metric} {told(best, change)}")
+            found.append(
+                f"{word} within {margin}{where}: {named[id(best)]}, {figure}, {metric} {significance(best, change)}"
+            )
     return found
 
 
@@ -444,7 +446,7 @@ def is_near(one: Row) -> bool:
     return lost <= 0.01 + 1e-9
 
 
-def told(one: Row, change: str) -> str:
+def significance(one: Row, change: str) -> str:
     """The change with its interval, and whether it may be chance."""
     if one.get("p_value") is None:
         return change

@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_data import splits, tokenizer  # noqa: F401  (a fixture)
 
-from compress import resume, run
+from compress import resume, stages
 from compress.data import TaskData
 from compress.errors import UserError
 from compress.metrics import metrics
@@ -48,7 +48,7 @@ def fit(tokenizer, tmp_path):  # noqa: F811
         planned = SimpleNamespace(task=task, team=None, settings=SimpleNamespace(hardware=Hardware(accelerator="cpu")))
         data = TaskData(splits(), tokenizer, max_length=16, batch_size=8)
         callbacks = CALLBACKS.get(kind, list)()
-        run.fit(module, callbacks, data, planned, training, tmp_path / folder, "stage")
+        stages.fit(module, callbacks, data, planned, training, tmp_path / folder, "stage")
         return module.model.state_dict()
 
     return fit
@@ -75,7 +75,9 @@ def test_it_ends_bit_equal_to_what_was_not_stopped(fit, monkeypatch, kind, minut
         with pytest.raises(Killed):
             fit(kind)
     steps = []
-    monkeypatch.setattr(run.Finite, "on_train_batch_end", lambda self, trainer, *_: steps.append(trainer.global_step))
+    monkeypatch.setattr(
+        stages.Finite, "on_train_batch_end", lambda self, trainer, *_: steps.append(trainer.global_step)
+    )
     again = fit(kind)
     assert len(steps) == (BATCHES if minutes else 2 * BATCHES - 2)
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
@@ -95,7 +97,7 @@ def test_a_process_that_is_asked_to_stop_saves_first_and_then_does_as_it_would_h
 
     before = signal.signal(number, stop)
     with monkeypatch.context() as patch:
-        patch.setattr(run.Finite, "on_train_batch_end", ask)
+        patch.setattr(stages.Finite, "on_train_batch_end", ask)
         with pytest.raises(Killed):
             fit("nothing")
     assert heard == [number] and signal.signal(number, before) == stop
@@ -108,7 +110,7 @@ def test_a_process_that_is_asked_to_stop_saves_first_and_then_does_as_it_would_h
 def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypatch, tmp_path, caplog):
     whole = fit("nothing", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(run.KeepBest, "on_train_end", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(stages.KeepBest, "on_train_end", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit("nothing")
     (last,) = (tmp_path / "stopped" / "resume").glob("*.ckpt")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from compress import nbits
 from compress.models import from_pretrained
 from compress.runtimes import need
+from compress.runtimes.decoder import Decoder
 
 WEIGHTS = ("model.onnx*",)  # the tensors of a large one lie beside it
 BESIDE = ("_scale", "_zero_point")
@@ -27,7 +28,7 @@ PRESENT = (PAST, "present.")
 """How the name of a block's keys or values for earlier tokens begins, and what that of the graph's answer has there."""
 
 
-class Model:
+class Model(Decoder):
     """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
 
     A causal language model answers with ``.past`` too, the keys and values of the tokens so far, which the next call
@@ -55,23 +56,6 @@ class Model:
         earlier = {name.replace(*reversed(PRESENT)): part for name, part in zip(self.past, past or ())}
         logits, *after = self.session.run_with_ort_values(["logits", *self.past], {**given, **earlier})
         return SimpleNamespace(logits=torch.from_numpy(logits.numpy()), past=tuple(after) or None)
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
-        """The tokens with those after them, each the likeliest, until every text ends. Texts of a batch are filled up
-        on the left."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ends = torch.tensor(self.config.eos_token_id if self.config.eos_token_id is not None else []).flatten()
-        tokens, new, past = input_ids, input_ids, None
-        done = torch.zeros(len(tokens), 1, dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            answer = self(past, input_ids=new, attention_mask=mask)
-            new, past = answer.logits[:, -1:].argmax(-1), answer.past
-            new = new.masked_fill(done, self.config.pad_token_id or 0)
-            tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
-            done |= torch.isin(new, ends)
-            if done.all():
-                break
-        return tokens
 
     def to(self, device: torch.device | str) -> Model:
         if torch.device(device).type != "cpu":

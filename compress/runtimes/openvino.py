@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from compress.models import from_pretrained
 from compress.runtimes import need
+from compress.runtimes.decoder import Decoder
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
 WEIGHTS = ("openvino_model.bin",)
@@ -27,7 +28,7 @@ HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 a busy machine has room, as those of PyTorch do."""
 
 
-class Model:
+class Model(Decoder):
     """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
 
     A causal language model decodes as well: ``model(input_ids=..., attention_mask=..., past=())`` answers with

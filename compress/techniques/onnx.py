@@ -13,24 +13,20 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from compress import bnb, nbits, packing, qdq
 from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
 from compress.exchange import (
-    Agreement,
-    Logits,
-    any_shape,
+    Export,
     inputs_of,
     is_float32,
     on_validation_text,
     plain_attention,
     plain_config,
-    readable,
-    round_once,
+    to_trace,
 )
-from compress.models import Layer, compressed, evaluating, kind_of, select
+from compress.models import Layer, compressed, evaluating
 from compress.nbits import Weight
 from compress.packing import Integers, Quantized
 from compress.promises import digest
@@ -49,7 +45,7 @@ LARGEST = 2**31 - 2**20
 """Bytes that a file in ONNX's format holds; the tensors of a larger model lie beside it."""
 
 
-class Onnx(pl.Callback):
+class Onnx(Export):
     """Export the model as an ONNX graph, for any number and length of texts, that runs without PyTorch.
 
     Works when the fit ends; the model itself stays as it is, on the CPU in float32 (bitsandbytes' layers become plain
@@ -90,11 +86,12 @@ class Onnx(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
     """
 
-    needs = ("float", "packed", "integer", "bitsandbytes")
+    needs = (*Export.needs, "bitsandbytes")
     leaves = "onnx"
     runtime = "onnxruntime"
     packages = ("onnx", "onnxruntime")
-    changes = False
+    key = KEY
+    rounds = ("int8_dynamic", "int8_static")
 
     @validate_call
     def __init__(
@@ -107,24 +104,14 @@ class Onnx(pl.Callback):
         skip: tuple[str, ...] = ("head",),
         source: Path | None = None,
     ) -> None:
-        self.precision = precision
+        super().__init__(precision, skip, source)
         self.scheme = Scheme(4, block_size, symmetric)
         self.activations = activations
-        self.skip = skip
-        self.source = source
         self.train_samples = samples if precision == "int8_static" else 1
-        self.limits = ""
-        self.shrinks = False
         self.packed: dict[str, Weight] = {}
-        self.exported: Model | None = None
-        self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        readable(KEY, before)
-        qdq.check(KEY, self.precision, before)
-        if self.precision in ("int8_dynamic", "int8_static"):
-            round_once(KEY, self.precision, before)
-        select(skeleton, self.skip, f"{KEY}.skip")
+        super().check(skeleton, before)
         for stage in before if self.keeps else ():
             key = f"technique.{type(stage).__module__.rpartition('.')[2]}"
             if trait(stage, "leaves") == "packed":
@@ -146,15 +133,14 @@ class Onnx(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = compressed(pl_module)
         integers = qdq.layers(model, KEY, self.precision)
-        lowers = self.precision not in (None, "fp32")
-        self.shrinks = lowers and is_float32(model)
+        self.shrinks = self.lowers and is_float32(model)
         self.packed |= bnb.take_out(model)  # of a stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
-        self.limits = qdq.limits(integers) if integers else told(self.precision, self.packed, kept)
+        self.limits = qdq.limits(integers) if integers else limits(self.precision, self.packed, kept)
         nn.Module.float(model.cpu())  # transformers refuses on behalf of layers that bitsandbytes had
         # One at a time, so that no scale is that of padding.
         batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
-        layers = select(model, self.skip, f"{KEY}.skip") if lowers and self.precision != "fp16" else {}
+        layers = self.chosen(model) if self.lowers and self.precision != "fp16" else {}
         tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
         few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
         self.folder = TemporaryDirectory()  # there for as long as the stage is
@@ -180,17 +166,13 @@ class Onnx(pl.Callback):
                     begin_with(path, past)
             exported = Model(path, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
-        if lowers or kept or integers:
+        if self.lowers or kept or integers:
             self.exported = exported
 
     def save(self, model: nn.Module, folder: Path) -> None:
         for path in Path(self.folder.name).glob("model.onnx*"):
             shutil.copy(path, folder)
         plain_config(model).save_pretrained(folder)
-
-    def report(self, folder: Path) -> None:
-        if self.agreement is not None:
-            self.agreement.write(folder)
 
 
 def export(model: Any, example: Batch, folder: Path) -> None:
@@ -227,7 +209,7 @@ def stored(model: nn.Module, source: Path | None) -> dict[str, Weight]:
     return found
 
 
-def told(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
+def limits(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
     """What the export cannot do for size or speed."""
     limits = {
         UNPACKED: packed and not kept,
@@ -238,44 +220,20 @@ def told(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weigh
     return ", and ".join(limit for limit, holds in limits.items() if holds)
 
 
-class Cached(nn.Module):
-    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
-    values for the tokens before, that answers with its logits and with keys and values for those after."""
-
-    def __init__(self, model: Any, names: Iterable[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        past = inputs[len(self.names) :]
-        cache = DynamicCache(list(zip(past[::2], past[1::2])))
-        answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
-        return answer.logits, *parts(answer.past_key_values)
-
-
-def parts(cache: Any) -> list[Tensor]:
-    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
-    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
-
-
 @torch.no_grad()
 def trace(model: Any, example: Batch, path: Path) -> Batch:
     """Write the graph that PyTorch runs for the ``example``, for batches of any shape. Gives what it takes for the keys
     and values of earlier tokens where there are none; nothing if it takes none."""
-    example = any_shape(example)
-    module: type[nn.Module] = Logits
-    inputs, past = example, Batch()
+    module, inputs, parts = to_trace(model, example)
+    past = {f"{PAST}{i // 2}.{('key', 'value')[i % 2]}": part for i, part in enumerate(parts)}
     outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
-    if kind_of(model) == "lm" and model.can_generate():
-        inputs, past = with_past(model, example)
-        module, outputs = Cached, {**outputs, **{name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}}
+    outputs |= {name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}
     axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
     if past:
         axes["attention_mask"] = {0: "batch", 1: "total"}
     with plain_attention(model):
         torch.onnx.export(
-            module(model, example).eval(),  # in whose mode the exporter leaves the model
+            module.eval(),  # in whose mode the exporter leaves the model
             (*inputs.values(), *past.values()),
             path,
             input_names=[*inputs, *past],
@@ -285,16 +243,6 @@ def trace(model: Any, example: Batch, path: Path) -> Batch:
             dynamo=False,  # the other exporter's graph is not fused
         )
     return {name: part[:1, :, :0] for name, part in past.items()}
-
-
-def with_past(model: Any, example: Batch) -> tuple[Batch, Batch]:
-    """The second half of the ``example``, and the keys and values of the first; the mask stays that of both."""
-    half = example["input_ids"].shape[1] // 2
-    first = {name: value[:, :half] for name, value in example.items()}
-    cache = model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    names = (f"{PAST}{i}.{part}" for i in range(len(cache.layers)) for part in ("key", "value"))
-    second = {name: value if name == "attention_mask" else value[:, half:] for name, value in example.items()}
-    return second, dict(zip(names, parts(cache)))
 
 
 def fuse(source: Path, target: Path, config: Any, embeddings: bool, whole: bool) -> None:

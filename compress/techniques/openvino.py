@@ -15,25 +15,20 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from compress import packing, qdq
 from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
 from compress.exchange import (
-    Agreement,
-    Logits,
-    any_shape,
+    Export,
     inputs_of,
     is_float32,
     on_validation_text,
     plain_config,
-    readable,
-    round_once,
+    to_trace,
 )
 from compress.metrics import higher_is_better
-from compress.models import compressed, evaluating, kind_of, select
+from compress.models import compressed, evaluating
 from compress.packing import Integers
 from compress.quantization import Scheme
 from compress.quiet import muted
@@ -55,7 +50,7 @@ LIMITS = {
 THREE = "integers of 3 bits are turned into floats when they are loaded: less to store, no speed there"
 
 
-class OpenVINO(pl.Callback):
+class OpenVINO(Export):
     """Export the model in OpenVINO's format, for any number and length of texts, to run without PyTorch.
 
     Works when the fit ends; the model itself stays as it is, on the CPU in float32. A causal language model gives the
@@ -97,11 +92,11 @@ class OpenVINO(pl.Callback):
         pl.Trainer(max_epochs=1, callbacks=[OpenVINO(precision="int8")]).fit(module, loader)
     """
 
-    needs = ("float", "packed", "integer")
     leaves = "openvino"
     runtime = "openvino"
     packages = ("openvino", "nncf")
-    changes = False
+    key = KEY
+    rounds = ("int8", "int4_weights")
     instead = MappingProxyType({"nf4": "precision=int4_weights", "int8": "precision=int8_weights"})
 
     @validate_call
@@ -121,28 +116,19 @@ class OpenVINO(pl.Callback):
                 f"{KEY}.max_drop bounds what precision=int8 may cost and precision is {precision or 'null'}: set "
                 f"{KEY}.precision=int8, or leave max_drop out."
             )
-        self.precision = precision
+        super().__init__(precision, skip, source)
         self.scheme = Scheme(4, group_size)
         self.max_drop = max_drop
-        self.skip = skip
         self.metrics, self.task = metrics, task
-        self.source = source
         # NNCF judges in float32 what it does not quantize, and so it must run.
         judged = {} if max_drop is None else {"INFERENCE_PRECISION_HINT": "f32"}
         self.settings = ARITHMETIC.get(precision or "fp32", judged)
         self.train_samples = samples if precision == "int8" else 1
         self.limits = LIMITS.get(precision or "fp32", "")
-        self.shrinks = False
-        self.exported: Model | None = None
-        self.agreement: Agreement | None = None
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        readable(KEY, before)
-        qdq.check(KEY, self.precision, before)
-        if self.precision in ("int8", "int4_weights"):
-            round_once(KEY, self.precision, before)
-        layers = select(skeleton, self.skip, f"{KEY}.skip")
-        for name, layer in layers.items() if self.precision == "int4_weights" else ():
+        super().check(skeleton, before)
+        for name, layer in self.chosen(skeleton).items() if self.precision == "int4_weights" else ():
             if isinstance(layer, nn.Linear):
                 self.scheme.check(KEY, name, layer)
 
@@ -152,8 +138,7 @@ class OpenVINO(pl.Callback):
         model: Any = compressed(pl_module)
         accuracy = self.accuracy(trainer)
         integers = qdq.layers(model, KEY, self.precision)
-        lowers = self.precision not in (None, "fp32")
-        self.shrinks = lowers and self.max_drop is None and is_float32(model)
+        self.shrinks = self.lowers and self.max_drop is None and is_float32(model)
         kept = {} if integers or not self.source or self.precision == "fp32" else packing.integers(self.source)
         if any(one.scheme.bits == 3 for one in kept.values()):
             self.limits = f"{self.limits}; {THREE}".removeprefix("; ")
@@ -168,18 +153,18 @@ class OpenVINO(pl.Callback):
                 with qdq.plain(model, integers):
                     graph = convert(model, batches[0])
                 qdq.into_openvino(graph, model, integers)
-                left = readers_of_others(graph, select(model, self.skip, f"{KEY}.skip").keys() - kept.keys())
+                left = readers_of_others(graph, self.chosen(model).keys() - kept.keys())
                 if self.precision == "int8":
                     graph = quantize(graph, batches, left, accuracy)
                 elif self.precision in ("int8_weights", "int4_weights"):
                     graph = quantize_weights(graph, self.precision, self.scheme.group_size, left)
-                elif lowers:
+                elif self.lowers:
                     halve(graph, kept)
                 keep_integers(graph, kept)  # last, as NNCF knows none of three bits
                 openvino.save_model(graph, path, compress_to_fp16=False)
             exported = Model(path, self.settings, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
-        if lowers or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
+        if self.lowers or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
             self.exported = exported
 
     def accuracy(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -214,10 +199,6 @@ class OpenVINO(pl.Callback):
         (folder / SETTINGS).write_text(json.dumps(self.settings))
         plain_config(model).save_pretrained(folder)
 
-    def report(self, folder: Path) -> None:
-        if self.agreement is not None:
-            self.agreement.write(folder)
-
 
 def export(model: Any, example: Batch, folder: Path) -> None:
     """Write the model's graph in float32, as the runtime loads it."""
@@ -229,46 +210,15 @@ def export(model: Any, example: Batch, folder: Path) -> None:
     plain_config(model).save_pretrained(folder)
 
 
-class Cached(nn.Module):
-    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
-    values for the tokens before, that answers with its logits and with keys and values for all."""
-
-    def __init__(self, model: Any, names: Iterable[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        past, cache = inputs[len(self.names) :], DynamicCache()
-        for keys, values in zip(past[::2], past[1::2]):
-            layer = DynamicLayer()  # filled by hand: one that fills itself begins with a tensor without dimensions
-            layer.keys, layer.values, layer.is_initialized = keys, values, True
-            layer.dtype, layer.device = keys.dtype, keys.device
-            cache.layers.append(layer)
-        answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
-        return answer.logits, *parts(answer.past_key_values)
-
-
-def parts(cache: Any) -> list[Tensor]:
-    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
-    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
-
-
 @torch.no_grad()
 def convert(model: Any, example: Batch) -> Any:
     """The graph of what PyTorch runs for the ``example``, for batches of any shape."""
     import openvino
 
-    example, past = any_shape(example), []
-    module: nn.Module = Logits(model, example)
-    if kind_of(model) == "lm" and model.can_generate():
-        half, module = example["input_ids"].shape[1] // 2, Cached(model, example)
-        first = {name: value[:, :half] for name, value in example.items()}
-        past = parts(model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values)
-        example = {name: one if name == "attention_mask" else one[:, half:] for name, one in example.items()}
-    graph = openvino.convert_model(module.eval(), example_input=(*example.values(), *past))
+    module, inputs, past = to_trace(model, example)
+    graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
     before, after = ([f"{when}.{i}" for i in range(len(past))] for when in ("before", "after"))
-    for name, port in zip((*example, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
+    for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
         port.get_tensor().set_names({name})
     if past:
         keep_state(graph, dict(zip(before, after)), [one.shape for one in past])

@@ -13,6 +13,7 @@ from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.runtimes import torch as runtime
 from compress.techniques.int8 import Int8, eight_bit
+from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
 
 BUILDS = [*tiny.ALL, lambda: family("distilbert")]
@@ -161,8 +162,9 @@ def test_a_format_without_its_library_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-def test_it_runs_on_a_gpu(tmp_path):
-    model, stage = family("bert"), Int8()
+@pytest.mark.parametrize("technique", [Int8, NF4])
+def test_it_runs_on_a_gpu(technique, tmp_path):
+    model, stage = wide("bert"), technique()
     tiny.trainer(stage, accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())
     stage.save(model, tmp_path)
     from compress.bnb import move

@@ -6,7 +6,7 @@ import tiny
 import torch
 from pydantic import ValidationError
 from test_prune import fit
-from test_shapes import INPUTS, logits
+from test_shapes import logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress import promises
@@ -219,21 +219,6 @@ def test_weights_that_a_cpu_has_rearranged_are_not_misread():
     logits(model.eval())
     with pytest.raises(ValueError, match="before the first forward pass"):
         zeros(model)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-def test_it_runs_on_a_gpu(tmp_path):
-    model, stage = wide("bert"), NF4()
-    tiny.trainer(stage, accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())
-    stage.save(model, tmp_path)
-    from compress.bnb import move
-
-    loaded = runtime.load(tmp_path, "multiclass")
-    expected = logits(runtime.load(tmp_path, "multiclass"))
-    move(loaded, torch.device("cuda"))
-    with torch.no_grad():
-        found = loaded(**{key: tensor.cuda() for key, tensor in INPUTS.items()}).logits.cpu()
-    assert torch.allclose(found, expected, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("wrong", [{"quant_type": "int4"}, {"blocksize": 48}, {"compute_dtype": "int8"}])

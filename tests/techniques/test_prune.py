@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from compress import sparsity as maths
 from compress.errors import UserError
 from compress.models import linears, zeros
-from compress.run import KeepBest
+from compress.stages import KeepBest
 from compress.techniques import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune import HoldZeros, Prune, measured_sparsity

@@ -16,7 +16,7 @@ from compress import promises
 from compress.errors import UserError
 from compress.models import linears, zeros
 from compress.quantization import Scheme, minmax_grid, to_grid
-from compress.run import KeepBest
+from compress.stages import KeepBest
 from compress.techniques import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune import HoldZeros, Prune

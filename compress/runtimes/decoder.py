@@ -1,0 +1,36 @@
+"""Text from a graph that gives the keys and values of the tokens so far."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+
+class Decoder(ABC):
+    """A graph that, if it is a causal language model, goes on with a text."""
+
+    config: PretrainedConfig
+
+    @abstractmethod
+    def __call__(self, past: Any = None, **batch: Tensor) -> Any:
+        """The logits, and with ``past`` (those of the call before, or ``()``) the keys and values of the tokens so
+        far."""
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
+        """The tokens with those after them, each the likeliest, until every text ends. Texts of a batch are filled up
+        on the left."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ends = torch.tensor(self.config.eos_token_id if self.config.eos_token_id is not None else []).flatten()
+        tokens, new, past = input_ids, input_ids, ()
+        done = torch.zeros(len(tokens), 1, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            answer = self(past, input_ids=new, attention_mask=mask)
+            new, past = answer.logits[:, -1:].argmax(-1), answer.past
+            new = new.masked_fill(done, self.config.pad_token_id or 0)
+            tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+            done |= torch.isin(new, ends)
+            if done.all():
+                break
+        return tokens
