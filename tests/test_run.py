@@ -16,7 +16,7 @@ from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
-from compress import artifact, plan, promises, run
+from compress import artifact, plan, promises, run, stages
 from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
@@ -84,7 +84,7 @@ def test_calibration_on_other_text_changes_what_is_rounded(carry_out, tmp_path):
 
 
 def test_blocks_to_calibrate_on_are_counted_before_anything_is_trained(carry_out, monkeypatch):
-    monkeypatch.setattr(run, "fit", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(stages, "fit", lambda *args: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"asks for 9999 blocks and the text of task `toy_lm` has \d+: .*\(samples="):
         carry_out("technique=awq", "technique.awq.samples=9999", "seed=9", model="tiny_llama", task="toy_lm")
 
