@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,6 +31,25 @@ HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 a busy machine has room, as those of PyTorch do."""
 
 
+@cache
+def core() -> Any:
+    """OpenVINO itself, once for the process: each brings a stack for signal handlers, and where two go in the order in
+    which they came, that of the first is left in use after it is gone, which a process does not survive on Ctrl-C."""
+    import openvino
+
+    return openvino.Core()
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """With NNCF, which takes a new one for every graph, on that of the process."""
+    import openvino
+
+    core()  # made by what is patched
+    with patch.object(openvino, "Core", core), patch.object(openvino._ov_api, "Core", core):
+        yield
+
+
 class Model(Decoder):
     """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
 
@@ -37,11 +59,9 @@ class Model(Decoder):
     """
 
     def __init__(self, path: Path, settings: dict[str, str], config: PretrainedConfig) -> None:
-        import openvino
-
-        self.graph = openvino.Core().read_model(path)
+        self.graph = core().read_model(path)
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.compiled = openvino.compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
+        self.compiled = core().compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
         self.request = self.compiled.create_infer_request()
         self.config = config
 

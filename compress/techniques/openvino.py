@@ -32,7 +32,7 @@ from compress.models import compressed, evaluating
 from compress.packing import Integers
 from compress.quantization import Scheme
 from compress.quiet import muted
-from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO, Model
+from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO, Model, on_one_core
 from compress.techniques.finetune import aligned
 from compress.techniques.sensitivity import validation_batches
 
@@ -149,7 +149,7 @@ class OpenVINO(Export):
         self.folder = TemporaryDirectory()  # there for as long as the stage is
         path = Path(self.folder.name) / GRAPH
         with evaluating(model):
-            with muted():
+            with muted(), on_one_core():
                 with qdq.plain(model, integers):
                     graph = convert(model, batches[0])
                 qdq.into_openvino(graph, model, integers)

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -219,3 +221,16 @@ def test_what_does_not_fit_the_model_is_told_from_the_shapes_alone():
     with pytest.raises(UserError, match=r"technique.openvino.group_size=48 does not divide the 32 inputs"):
         OpenVINO(precision="int4_weights", group_size=48).check(skeleton, [])
     OpenVINO(precision="int8", group_size=48).check(skeleton, [])
+
+
+def test_a_process_in_which_graphs_came_and_went_still_hears_signals(tmp_path):
+    export(tiny.bert(), tmp_path, precision="int8")
+    script = (
+        "import signal, sys; from compress.runtimes.openvino import load\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard'))\n"
+        "first, second = (load(Path(sys.argv[1]), '') for _ in range(2))\n"
+        "del first; del second\n"
+        "signal.raise_signal(signal.SIGTERM)"
+    )
+    command = [sys.executable, "-c", f"from pathlib import Path; {script}", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True).stderr.endswith("heard\n")
