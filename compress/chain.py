@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
@@ -89,6 +90,11 @@ def slug(number: int, overrides: str) -> str:
     if safe == full and len(full) <= LONGEST_SLUG:
         return full
     return f"{safe[: LONGEST_SLUG - 9]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+
+def scaled(full: Any, small: Any, *, _root_: DictConfig) -> Any:
+    """One of two values in an experiment, by `scale`: `epochs: ${scaled:5,1}`; likewise the model in its defaults."""
+    return {"full": full, "small": small}[_root_.scale]
 
 
 class ChainSource(ConfigSource):
@@ -194,3 +200,4 @@ def _keyed(names: list[str]) -> dict[str, str]:
 Plugins.instance().register(ChainSource)
 Plugins.instance().register(ChainSearchPath)
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("scaled", scaled, replace=True)

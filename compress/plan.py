@@ -208,7 +208,7 @@ def check(cfg: DictConfig) -> Plan:
     known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed")
     if missing := [key for key in known if cfg.get(key) is None]:
         raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
-    if unknown := sorted(set(map(str, cfg)) - set(known)):
+    if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
         raise UserError(f"`{unknown[0]}` is set and means nothing here: the settings are {', '.join(known)}.")
     task = parse(Task, plain(cfg.task), "task")
     backbone = parse(Backbone, plain(cfg.model), "model")

@@ -1,0 +1,81 @@
+"""Every row of the studies at its own size: the models built from their configs at random weights, one step of each
+training on texts of full length, one measurement; the seconds that it took and the most memory that was in use.
+
+    python benchmarks/studies_at_size.py                        # all of them
+    python benchmarks/studies_at_size.py bert_semeval beyond
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from test_studies import CONF, STUDIES, generated, rows, shortened  # noqa: E402
+
+MOST = 24.0  # GiB
+
+
+def work(config: DictConfig, folder: Path) -> None:
+    from compress import run
+    from compress.tasks import Task
+
+    Task._read = generated(words=200)  # type: ignore[method-assign]
+    run.run(config, folder)
+
+
+def watched(process: multiprocessing.process.BaseProcess, before: float) -> float:
+    """The most GiB that a process used until its end: of the GPU where there is one, beyond what was in use before,
+    else of the machine's memory."""
+    most = 0.0
+    while process.is_alive():
+        most = max(most, in_use(process.pid) - before)
+        process.join(0.05)
+    return most
+
+
+def in_use(pid: int | None) -> float:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    try:
+        return psutil.Process(pid).memory_info().rss / 2**30
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def main() -> None:
+    apart, lost = multiprocessing.get_context("spawn"), 0
+    print("| experiment | row | GiB | s |\n|---|---|---|---|")
+    for experiment in sys.argv[1:] or STUDIES:
+        with tempfile.TemporaryDirectory() as folder:
+            fixed = [f"experiment={experiment}", "model.path=null", f"cache.dir={folder}/cache"]
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                configs = rows(*fixed)
+            for config in map(shortened, configs):
+                before = in_use(None) if torch.cuda.is_available() else 0.0
+                begin = time.perf_counter()
+                process = apart.Process(target=work, args=(config, Path(folder)))
+                process.start()
+                most = watched(process, before)
+                failed = process.exitcode != 0 or most > MOST
+                lost += failed
+                cut = config.technique.get("structured", {})
+                sizes = [str(cut[key]) for key in ("target_heads", "target_ffn_size") if cut.get(key)]
+                row = " ".join([config.technique.name, *sizes])
+                seconds = time.perf_counter() - begin
+                print(f"| {experiment} | {row} | {most:.1f} | {seconds:.0f} |{' failed' * failed}", flush=True)
+    sys.exit(f"{lost} rows failed or took more than {MOST:g} GiB" if lost else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The experiments that repeat earlier studies: every row can be planned at both sizes, and a row of each kind runs."""
+
+import random
+
+import pytest
+from hydra import compose
+from omegaconf import open_dict
+from test_conf import CONF, hydra, jobs  # noqa: F401
+
+from compress import plan, run
+from compress.chain import leave_out, stages
+from compress.tasks import SPLITS, Task
+
+TEXTS = {path.stem: path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))}
+STUDIES = [
+    name for name, text in TEXTS.items() if "${scaled:" in text or any(f"  - {other}\n" in text for other in TEXTS)
+]
+NARROW = ["model.path=null", "model.config.hidden_size=48", "model.config.vocab_size=500"]
+
+
+def rows(*words):
+    """The configs of a sweep, as its jobs get them."""
+    configs = jobs("train", list(words))
+    for config in configs:
+        leave_out(config.technique, config.hydra.overrides.task)
+        with open_dict(config):
+            del config["hydra"]
+    return configs
+
+
+def shortened(config):
+    """One step of training for the baseline and for each stage that trains, and hardly any timing."""
+    texts = config.baseline.batch_size * config.baseline.accumulate
+    config.task.limit = {"train": texts, "validation": 8, "test": 16}
+    config.baseline.epochs = 1
+    config.hardware.latency.seconds, config.hardware.latency.block_s = 0.02, 0.01
+    config.hardware.latency.batch_sizes, config.hardware.latency.memory = [1, 4], False
+    for stage in stages(config.technique):
+        if "samples" in stage.node:
+            stage.node.samples = texts
+        if stage.node.get("train", {}).get("epochs"):
+            stage.node.train.epochs = 1
+    return config
+
+
+def generated(words):
+    """In place of a task's data: texts of so many random words under its labels in turn."""
+
+    def read(task):
+        draw = random.Random(0)
+
+        def text():
+            return " ".join("".join(draw.choices("aeioklmnrst", k=draw.randint(2, 6))) for _ in range(words))
+
+        def label(i):
+            name = task.labels[i % len(task.labels)]
+            return [name] if task.kind == "multilabel" else name
+
+        return {
+            split: {"text": [text() for _ in range(64)], "label": [label(i) for i in range(64)]} for split in SPLITS
+        }
+
+    return read
+
+
+def test_the_scale_swaps_the_model_where_none_is_typed():
+    def names(*words):
+        config = compose("train", ["experiment=tinyllama_augesc", *words])
+        return config.model.name, config.baseline.accumulate, config.hardware.accelerator
+
+    assert names() == ("tinyllama", 4, "auto")
+    assert names("scale=small") == ("tiny_llama", 1, "cpu")
+    assert names("scale=small", "model=llama", "hardware=auto") == ("llama", 1, "auto")
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("experiment", STUDIES)
+def test_every_row_can_be_planned(experiment, scale):
+    planned = [plan.check(config) for config in rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")]
+    assert len({(one.method, str(one.steps)) for one in planned}) == len(planned)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "technique", "settings"),
+    [
+        ("roberta_sst2_both", "structured+finetune", [*NARROW, "technique.structured.target_heads=6"]),
+        ("roberta_sst2_distill", "distill", NARROW),
+        ("roberta_cola_int8", "qat+onnx", NARROW),
+        (
+            "bert_semeval",
+            "structured+distill+prune_vocab+openvino",
+            [*NARROW, "technique.prune_vocab.min_count=2"],  # of so few texts the tokenizer has no token too many
+        ),
+        ("exchange_tinyllama", "awq+openvino", []),
+    ],
+)
+def test_a_row_of_each_kind_runs_at_small_scale(experiment, technique, settings, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Task, "_read", generated(words=6))
+    words = [f"experiment={experiment}", "scale=small", f"technique={technique}", f"cache.dir={cache}", *settings]
+    (config,) = rows(*words)
+    none, changed = run.run(shortened(config), tmp_path).measurements.values()
+    assert changed.size_bytes < none.size_bytes and changed.speedup is not None
