@@ -6,7 +6,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-import compress.chain  # noqa: F401  makes technique=a+b a choice
+import compress.chain  # makes technique=a+b a choice
+import compress.sweeper  # noqa: F401  and search=latency one
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -87,10 +87,10 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
         "",
         "## Measured",
         "",
-        *report.markdown(rows).splitlines()[2:],
+        *report.markdown(rows, report.recommendations(rows)).splitlines()[2:],
         "",
-        f"Quality is over the {measured.examples:,} examples of the test split, which chose nothing and calibrated "
-        "nothing.",
+        f"Quality is over the {measured.examples:,} examples of the {measured.split} split, which calibrated nothing"
+        f"{' and chose nothing' if measured.split == 'test' else ''}.",
         "Latency is the median time of one text, timed in turns with the baseline.",
         *cost(measured),
         "",
@@ -110,8 +110,9 @@ def front_matter(description: Description, measured: Measurement) -> str:
     pipeline = "text-generation" if description.kind == "lm" else "text-classification"
     library = "transformers" if description.runtime == "torch" else description.weights
     facts: dict[str, Any] = {"task_type": pipeline, "dataset_type": description.task, "dataset_name": description.task}
+    facts["dataset_split"] = measured.split
     results = [
-        EvalResult(**facts, dataset_split="test", metric_type=name, metric_name=name, metric_value=round(value, 6))
+        EvalResult(**facts, metric_type=name, metric_name=name, metric_value=round(value, 6))
         for name, value in measured.quality.items()
     ]
     return ModelCardData(

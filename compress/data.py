@@ -120,10 +120,10 @@ class TaskData(pl.LightningDataModule):
         return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        return self._in_order("validation")
+        return self.in_batches("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self._in_order("test")
+        return self.in_batches("test")
 
     def calibration(self, samples: int, batch_size: int) -> DataLoader:
         """``samples`` random examples (blocks, for a language model) of the training split, or of other text that was
@@ -184,7 +184,8 @@ class TaskData(pl.LightningDataModule):
             batch["labels"] = torch.tensor(labels)
         return batch
 
-    def _in_order(self, split: str) -> DataLoader:
+    def in_batches(self, split: str) -> DataLoader:
+        """The split once, from long texts to short."""
         rows = self.tokenised(split).select(self.in_order(split))
         return DataLoader(rows, self.batch_size, collate_fn=self.collate)
 

@@ -92,7 +92,7 @@ def write(folder: Path, rows: list[Row]) -> Path:
     labels = report.labels(rows)
     content = environment.get_template("report.html.j2").render(
         title=report.title(rows),
-        recommendations=report.recommendations(rows),
+        recommendations=report.conclusions(folder, rows),
         tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
         effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
         seeds=report.over_seeds(rows),

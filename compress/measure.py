@@ -60,23 +60,24 @@ class Latency:
 
 @dataclass(frozen=True)
 class Bench:
-    """An artifact ready to be measured: its folder, the test split in its tokens, the single texts to time and the same
-    before they were tokens, and the batches to time by their size."""
+    """An artifact ready to be measured: its folder, a split in its tokens, the single texts to time and the same before
+    they were tokens, and the batches to time by their size."""
 
     folder: Path
     artifact: Artifact
-    test: DataLoader
+    split: str
+    batched: DataLoader
     texts: list[Batch]
     data: TaskData
     words: list[tuple[str, ...]]
     batches: dict[int, list[Batch]]
 
 
-def bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency) -> Bench:
-    """An artifact with the test split of ``data``, which is in its own tokens."""
-    batches = {size: data.texts(max(1, latency.texts // size), "test", size) for size in latency.batch_sizes}
-    singles, words = data.texts(latency.texts, "test"), data.words("test", latency.texts)
-    return Bench(folder, loaded, data.test_dataloader(), singles, data, words, batches)
+def bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency, split: str = "test") -> Bench:
+    """An artifact with a split of ``data``, which is in its own tokens."""
+    batches = {size: data.texts(max(1, latency.texts // size), split, size) for size in latency.batch_sizes}
+    singles, words = data.texts(latency.texts, split), data.words(split, latency.texts)
+    return Bench(folder, loaded, split, data.in_batches(split), singles, data, words, batches)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Generation:
 class Measurement:
     """One artifact's figures; the same code makes them for every artifact.
 
-    ``quality`` holds fractions (perplexity apart) over all ``examples`` of the test split. ``speedup`` is how many
+    ``quality`` holds fractions (perplexity apart) over all ``examples`` of the ``split``. ``speedup`` is how many
     times faster than the baseline the batches of the latency run, timed in turns with it, and ``comparison`` is of the
     quality; both are None where there was no baseline, the latter also where the examples differ. On another runtime
     than PyTorch ``speedup_same_runtime`` is the speed-up over the baseline exported to it in float32: what compression
@@ -143,6 +144,7 @@ class Measurement:
     tokenizer_ms: float | None = None
     others: float = 0.0
     measuring_time_s: float = 0.0
+    split: str = "test"
 
     @property
     def disturbed(self) -> bool:
@@ -153,7 +155,7 @@ class Measurement:
 def measure(
     benches: dict[str, Bench], task: Task, latency: Latency, device: torch.device, exported: Artifact | None = None
 ) -> tuple[dict[str, Measurement], dict[str, Predictions]]:
-    """Measure every artifact, and what each answered on the test split; the first is the baseline that the others are
+    """Measure every artifact, and what each answered on its split; the first is the baseline that the others are
     compared with, and ``exported`` is it on another runtime. Runtimes other than PyTorch work on the CPU here, and what
     is compared with them does too."""
     begin = time.perf_counter()
@@ -221,6 +223,7 @@ def measure(
             tokenizer_ms=spread(read[name]).median_ms,
             others=turns[first].others,
             measuring_time_s=spent,
+            split=bench.split,
         )
         for name, bench in benches.items()
     }, {name: predictions for name, (_, predictions) in answers.items()}
@@ -242,10 +245,10 @@ def tokens(batches: list[Batch]) -> float:
 def answer(
     bench: Bench, task: Task, device: torch.device, label: str = "testing"
 ) -> tuple[dict[str, float], Predictions]:
-    """The task's metrics over the whole test split, and what was answered to each of its examples."""
+    """The task's metrics over the whole split, and what was answered to each of its examples."""
     scores = metrics(task).to(device)
     outputs, labels, lengths = [], [], []
-    for batch in tqdm(bench.test, desc=label, unit="batch", leave=False, disable=None):
+    for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
         batch = to_device(batch, device)
         wanted = batch.pop("labels")
         lengths.append(batch["attention_mask"].sum(1).cpu())
@@ -255,14 +258,14 @@ def answer(
             logits, wanted = by_block(logits, wanted)
         outputs.append(logits.cpu())
         labels.append(wanted.cpu())
-    order = torch.tensor(bench.data.in_order("test")).argsort()
+    order = torch.tensor(bench.data.in_order(bench.split)).argsort()
     found = {
         name: torch.cat(parts)[order].numpy()
         for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
     }
     examples = len(order)
     quality = {name: float(value) for name, value in scores.compute().items()}
-    texts = [] if task.kind == "lm" else [" ".join(row) for row in bench.data.words("test")]
+    texts = [] if task.kind == "lm" else [" ".join(row) for row in bench.data.words(bench.split)]
     characters = np.array([len(text) for text in texts] or [0] * examples)
     negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
     return quality, Predictions(task.kind, **found, characters=characters, negated=negated, names=task.labels or ())

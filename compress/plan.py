@@ -115,6 +115,8 @@ class Hardware:
     devices: Annotated[int, Field(ge=1)] = 1
     nodes: Annotated[int, Field(ge=1)] = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    batch_size: Literal["auto"] | None = None
+    """``auto``: trainings take batches that fit into memory and accumulate gradients to the batch they ask for."""
     threads: Annotated[int, Field(ge=1)] | None = None
     runtime: Literal["torch", "torch_compile", "onnxruntime", "openvino"] | None = None
     latency: Latency = field(default_factory=Latency)
@@ -126,6 +128,11 @@ class Hardware:
             raise UserError(
                 "hardware.precision is 16-mixed, for which a CPU has no arithmetic: set hardware.precision=bf16-mixed "
                 "or 32-true."
+            )
+        if self.batch_size and self.processes > 1:
+            raise UserError(
+                f"hardware.batch_size=auto tries batches in one process and hardware asks for {self.processes}: set "
+                "hardware.devices=1 and hardware.nodes=1, or the batch_size of each training."
             )
         if self.device.type == "cuda" and self.devices > torch.cuda.device_count():
             found = torch.cuda.device_count()
@@ -160,6 +167,8 @@ class Settings:
     hardware: Hardware
     cache: Kept
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    split: Literal["test", "validation"] = "test"
+    """What the finished artifact is measured on."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,7 @@ class Plan:
             "device": hardware.device.type,
             "processes": hardware.processes,
             "precision": hardware.precision,
+            "batch_size": hardware.batch_size,
             "threads": torch.get_num_threads(),
         }
 
@@ -205,7 +215,7 @@ def check(cfg: DictConfig) -> Plan:
         UserError: a key, type or value is wrong, an extra is missing, stages do not follow on one another, or task,
             model and stages do not fit together.
     """
-    known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed")
+    known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed", "split")
     if missing := [key for key in known if cfg.get(key) is None]:
         raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
     if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
@@ -331,7 +341,7 @@ def check_blocks(planned: Plan, data: TaskData) -> None:
 
 def settings(cfg: DictConfig) -> Settings:
     """The settings of ``cfg`` that are no part of an experiment; sets the number of CPU threads."""
-    found = parse(Settings, {key: plain(cfg[key]) for key in ("hardware", "cache", "seed")}, "")
+    found = parse(Settings, {key: plain(cfg[key]) for key in ("hardware", "cache", "seed", "split") if key in cfg}, "")
     if found.hardware.threads:
         torch.set_num_threads(found.hardware.threads)
     return found

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
+CONCLUSIONS = "search.txt"
+"""What a search has chosen, a line each."""
 FIRST = (
     "method",
     "size_mb",
@@ -188,12 +190,17 @@ def environment() -> dict[str, str]:
 
 def publish(folder: Path, rows: list[Row]) -> None:
     """Write the tables and the report of ``rows`` and show them."""
+    show(record(folder, rows), folder)
+
+
+def record(folder: Path, rows: list[Row]) -> list[Row]:
+    """Write the tables and the report of ``rows``; the rows with what is known of them together."""
     from compress import html
 
     rows = corrected(rows)
     write(folder, rows)
     html.write(folder, rows)
-    show(rows, folder)
+    return rows
 
 
 def corrected(rows: list[Row]) -> list[Row]:
@@ -269,6 +276,7 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "compression_time_s": description.compression_time_s,
         "measuring_time_s": measured.measuring_time_s,
         "examples": measured.examples,
+        "split": measured.split,
         "runtime": measured.runtime,
         "device": measured.device,
         "threads": measured.threads,
@@ -311,7 +319,7 @@ def write(folder: Path, rows: list[Row]) -> None:
     writer.writerows(rows)
     write_whole(folder / "results.csv", text.getvalue())
     pandas.DataFrame(rows, columns=columns).to_parquet(folder / "results.parquet")
-    write_whole(folder / "results.md", markdown(rows))
+    write_whole(folder / "results.md", markdown(rows, conclusions(folder, rows)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -321,8 +329,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table as Markdown, and under it how to read it."""
+def markdown(rows: list[Row], concluded: list[str]) -> str:
+    """The table as Markdown, and under it what to conclude and how to read it."""
     from rich import box
     from rich.console import Console
 
@@ -331,7 +339,7 @@ def markdown(rows: list[Row]) -> str:
     text = io.StringIO()
     Console(file=text, width=1000).print(drawn)
     lines = [f"# {title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
-    lines += [f"- {note}" for note in (*recommendations(rows), *notes(rows))]
+    lines += [f"- {note}" for note in (*concluded, *notes(rows))]
     return "\n".join(lines) + "\n"
 
 
@@ -345,8 +353,8 @@ def show(rows: list[Row], folder: Path) -> None:
     console.print()
     wide = table(rows)
     console.print(wide if console.measure(wide).maximum <= console.width else table(rows, narrow=True))
-    for line in recommendations(rows):
-        console.print(f"  {line}")
+    for line in conclusions(folder, rows):
+        console.print(f"  {line}", markup=False)
     for note in notes(rows):
         console.print(f"  {note}", style="dim")
     console.print(f"  results: {folder}", soft_wrap=True)
@@ -360,7 +368,9 @@ def title(rows: list[Row]) -> str:
         return [form.format(value) for value in dict.fromkeys(one[key] for one in done)]
 
     models, tasks = (", ".join(dict.fromkeys(str(one[key]) for one in rows if one[key])) for key in ("model", "task"))
-    facts = [*all_of("examples", "{:,} test examples"), *all_of("device", "{}"), *all_of("threads", "{} threads")]
+    split = " and ".join(dict.fromkeys(one.get("split", "test") for one in done))
+    examples = all_of("examples", f"{{:,}} {split} examples")
+    facts = [*examples, *all_of("device", "{}"), *all_of("threads", "{} threads")]
     return f"{models} on {tasks}" + (f": {', '.join(facts)}" if len(facts) == 3 else "")
 
 
@@ -412,6 +422,12 @@ def groups(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     return dict(found)
 
 
+def conclusions(folder: Path, rows: list[Row]) -> list[str]:
+    """What a search has chosen by other figures than these, which then choose nothing; else what they recommend."""
+    said = folder / CONCLUSIONS
+    return said.read_text().splitlines() if said.is_file() else recommendations(rows)
+
+
 def recommendations(rows: list[Row]) -> list[str]:
     """The smallest and the fastest row whose quality is within a point of its baseline's (a hundredth of a
     perplexity), for each model and task."""
@@ -422,8 +438,8 @@ def recommendations(rows: list[Row]) -> list[str]:
         named = {id(one): label for one, label in zip(group, labels(group))}
         where = f" ({model} on {task})" if len(groups(rows)) > 1 else ""
         near = [one for one in group if one["method"] != "none" and is_near(one)]
-        smaller = [one for one in near if one["compression_ratio"] > 1.005]
-        faster = [one for one in near if one["speedup_low"] is not None and one["speedup_low"] > 1]
+        smaller = [one for one in near if is_smaller(one)]
+        faster = [one for one in near if is_faster(one)]
         margin = "1 % of the baseline" if metric == "perplexity" else "1 point of the baseline"
         for word, able, key in (
             ("smallest", smaller, lambda one: -one["compression_ratio"]),
@@ -441,9 +457,23 @@ def recommendations(rows: list[Row]) -> list[str]:
     return found
 
 
+def is_smaller(one: Row) -> bool:
+    return bool(one["compression_ratio"] > 1.005)
+
+
+def is_faster(one: Row) -> bool:
+    """Beyond chance."""
+    return one["speedup_low"] is not None and one["speedup_low"] > 1
+
+
 def is_near(one: Row) -> bool:
-    lost = one["change"] / (one["value"] - one["change"]) if one["metric"] == "perplexity" else -one["change"]
-    return lost <= 0.01 + 1e-9
+    return drop(one) <= 1 + 1e-7
+
+
+def drop(one: Row) -> float:
+    """What is lost of the baseline's quality: points, of a perplexity percent."""
+    perplexity = one["metric"] == "perplexity"
+    return float(100 * (one["change"] / (one["value"] - one["change"]) if perplexity else -one["change"]))
 
 
 def significance(one: Row, change: str) -> str:

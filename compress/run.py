@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress import artifact, card, chain, plan, report, together
@@ -32,6 +32,7 @@ from compress.plan import Plan, Settings
 from compress.predictions import FILE
 from compress.quiet import hush
 from compress.stages import apply, start, task_data
+from compress.sweeper import TARGET
 from compress.tasks import Splits
 from compress.together import Team
 
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> int:
     hush()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    said = ("technique=", "model=", "task=", "seed=")
+    said = ("technique=", "model=", "task=", "seed=", "split=")
     job = report.Job(
         method=str(OmegaConf.select(cfg, "technique.name", default="")),
         model=str(OmegaConf.select(cfg, "model.name", default="")),
@@ -56,10 +57,14 @@ def main(cfg: DictConfig) -> int:
         overrides=tuple(override for override in hydra.overrides.task if not override.startswith(said)),
     )
 
+    with open_dict(cfg):
+        search = cfg.pop("search", None)
     finished, key = folder / FINISHED, digest([resolved(cfg), environment()])
     first = os.environ.get("SLURM_PROCID", "0") == "0"
 
     def work() -> None:
+        if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
+            raise UserError("A search tries many chains, a job each: python train.py -m search=latency ...")
         chain.leave_out(cfg.technique, hydra.overrides.task)
         with together.gathered(cfg, plan.settings(cfg).hardware, follow) as team:
             if team and team.rank:
@@ -253,6 +258,6 @@ def follow(cfg: DictConfig, team: Team) -> None:
 
 
 def bench_of(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
-    """An artifact with the test split in its own tokens."""
+    """An artifact with the split that it is measured on in its own tokens."""
     data = task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
-    return bench(folder, loaded, data, settings.hardware.latency)
+    return bench(folder, loaded, data, settings.hardware.latency, settings.split)

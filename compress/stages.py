@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from compress import artifact, packing, plan, promises, resume
 from compress.artifact import Description, Done
+from compress.batch_size import fitted
 from compress.cache import remove
 from compress.data import TaskData
 from compress.errors import UserError
@@ -45,6 +46,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     seconds = 0.0
     if training.epochs:
         module = FineTune(model, metrics(planned.task), training)
+        training = fitted(training, module, [], data, planned.settings.hardware, into)
         seconds = fit(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
@@ -85,7 +87,8 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     with step.told():
-        seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
+        training = fitted(step.training, module, callbacks, data, planned.settings.hardware, into)
+        seconds = fit(module, callbacks, data, planned, training, into, step.key)
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
@@ -94,7 +97,8 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
         data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
     expected = promises.logits(trait(stage, "exported") or model, probe)
-    done = Done(step.name, step.settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"))
+    settings = {**step.settings, "train": plan.plain(training)}
+    done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"))
     description = replace(
         description,
         runtime=trait(stage, "runtime"),

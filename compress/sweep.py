@@ -74,7 +74,7 @@ class Folder(Callback):
 
     def _tell(self, folder: Path) -> None:
         close()
-        if not self.ended:
+        if not self.ended and any(folder.rglob(".hydra")):  # a job was begun
             rows = report.without_repeated_baselines(report.gather(folder))
             if rows:
                 report.publish(folder, rows)
