@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import OmegaConf
 
 from compress import report
 from compress.artifact import Description
@@ -76,7 +77,7 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
     lines = [
         "---",
-        front_matter(description, measured),
+        front_matter(folder, description, measured),
         "---",
         "",
         f"# {description.model} on {description.task}: {method}",
@@ -105,17 +106,28 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     (folder / "README.md").write_text("\n".join(lines))
 
 
-def front_matter(description: Description, measured: Measurement) -> str:
-    """What the hub reads: the library, the task, and the metrics as a model-index."""
+def front_matter(folder: Path, description: Description, measured: Measurement) -> str:
+    """What the hub reads: the library, the task, the model and the data set where they are the hub's own, and the
+    metrics as a model-index."""
     pipeline = "text-generation" if description.kind == "lm" else "text-classification"
     library = "transformers" if description.runtime == "torch" else description.weights
-    facts: dict[str, Any] = {"task_type": pipeline, "dataset_type": description.task, "dataset_name": description.task}
-    facts["dataset_split"] = measured.split
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
+    path = OmegaConf.select(config, "model.path")
+    base = str(path) if path and not Path(path).exists() else None
+    hub = None if OmegaConf.select(config, "task.path") else OmegaConf.select(config, "task.hub")
+    data: dict[str, Any] = {
+        "dataset_type": hub.id if hub else description.task,
+        "dataset_name": description.task,
+        "dataset_config": hub.get("config") if hub else None,
+        "dataset_split": hub.get(measured.split) if hub else measured.split,
+    }
     results = [
-        EvalResult(**facts, metric_type=name, metric_name=name, metric_value=round(value, 6))
+        EvalResult(task_type=pipeline, **data, metric_type=name, metric_name=name, metric_value=round(value, 6))
         for name, value in measured.quality.items()
     ]
     return ModelCardData(
+        base_model=base,
+        datasets=[hub.id] if hub else None,
         library_name=library,
         pipeline_tag=pipeline,
         tags=["compress"],

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LINE = 0.24  # inches that a row of a plot takes
 GREY = "0.55"
+SHARES = ("change", "churn", "against_teacher", "worst_slice_change")
+"""Columns in fractions, which are shown as percent or points."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,15 @@ class Column:
             shown += f" [{low}, {high}]"
         return shown + "*" * (self.key == "change" and report.significant(one))
 
-    def scaled(self, one: Row, key: str) -> float:
-        return one[key] * (100 if self.key in ("change", "churn") and one["metric"] != "perplexity" else 1)
+    def scaled(self, one: Row, key: str) -> Any:
+        return one[key] * 100 if self.key in SHARES and one["metric"] != "perplexity" else one[key]
 
 
 QUALITY_AND_COST = (
     Column("change [95%]", "{:+.2f}", "change", ("change_low", "change_high")),
     Column("p (Holm)", "{:.2g}", "p_holm"),
     Column("churn, %", "{:.1f}", "churn"),
+    Column("to teacher", "{:+.2f}", "against_teacher"),
     Column("MB", "{:.2f}", "size_mb"),
     Column("smaller", "{:.2f}x", "compression_ratio"),
     Column("ms [95%]", "{:.2f}", "latency_ms", ("latency_low_ms", "latency_high_ms")),
@@ -80,6 +83,8 @@ DETAILS = (
     Column("non-zeros", "{:,}", "nonzeros"),
     Column("train s", "{:.1f}", "training_time_s"),
     Column("measure s", "{:.1f}", "measuring_time_s"),
+    Column("worst part", "{}", "worst_slice"),
+    Column("its change", "{:+.1f}", "worst_slice_change"),
 )
 
 
@@ -96,7 +101,13 @@ def write(folder: Path, rows: list[Row]) -> Path:
         tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
         effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
         seeds=report.over_seeds(rows),
-        pictures=pictures(rows),
+        pictures=[
+            Picture(title, uri(figure))
+            for title, figure in (
+                *figures(rows),
+                *((f"against {name}", figure) for name, figure in curves.curves(rows).items()),
+            )
+        ],
         notes=report.notes(rows),
         repeat=repeat(rows),
         environments=environments(rows),
@@ -126,8 +137,8 @@ def table(rows: list[Row], labels: list[str], columns: tuple[Column, ...], value
     return {"headings": [column.name for column in columns], "lines": lines}
 
 
-def pictures(rows: list[Row]) -> list[Picture]:
-    """Everything that is drawn, of several models, tasks or metrics each for itself."""
+def figures(rows: list[Row]) -> list[tuple[str, Figure]]:
+    """Everything that is drawn by its title, of several models, tasks or metrics each for itself."""
     numbers = {id(one): number for number, one in enumerate(rows, 1)}
     found = []
     every = report.groups(rows)
@@ -135,17 +146,14 @@ def pictures(rows: list[Row]) -> list[Picture]:
         names = [f"{numbers[id(one)]} {label}" for one, label in zip(group, report.labels(group))]
         where = f"{model} on {task}: " if len(every) > 1 else ""
         if len(group) > 1:
-            found += [
-                Picture(f"{where}{metric_of(group)} against {what}", uri(figure))
-                for what, figure in pareto(group, names)
-            ]
-        found.append(Picture(f"{where}latency, and {metric_of(group)} in the bars", uri(bars(group, names))))
+            fronts = pareto(group, names)
+            found += [(f"{where}{metric_of(group)} against {what}", figure) for what, figure in fronts]
+        found.append((f"{where}latency, and {metric_of(group)} in the bars", bars(group, names)))
         changes = by_slice(group)
         if changes:
             chosen = [name for name, one in zip(names, group) if id(one) in changes]
-            figure = heat_map(chosen, list(changes.values()))
-            found.append(Picture(f"{where}change of each part of the test split, in points", uri(figure)))
-    found += [Picture(f"against {name}", uri(figure)) for name, figure in curves.curves(rows).items()]
+            title = f"{where}change of each part of the test split, in points"
+            found.append((title, heat_map(chosen, list(changes.values()))))
     return found
 
 
@@ -257,8 +265,9 @@ def bars(rows: list[Row], names: list[str]) -> Figure:
     ]
     colors = ["0.75" if one["method"] == "none" else "#a8c8e8" for one in rows]
     axis.barh(range(len(rows)), times, xerr=errors, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
+    plain = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}  # over the line of an interval
     for number, one in enumerate(rows):
-        axis.text(0.01 * max(times), number, f"{one['value']:.4f}", va="center", fontsize=8)
+        axis.text(0.01 * max(times), number, f"{one['value']:.4f}", va="center", fontsize=8, bbox=plain)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("latency, ms (median)")

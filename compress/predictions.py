@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress.metrics import SCORES
-from compress.stats import Interval, churn, difference, mcnemar, swapped, terciles
+from compress.stats import Interval, churn, difference, holm, mcnemar, swapped, terciles
 
 FILE = "predictions.npz"
 NEGATION = re.compile(r"\b(?:no|not|never|none|nobody|nothing|neither|nor|without|cannot)\b|n['’]t\b", re.IGNORECASE)
@@ -141,3 +141,13 @@ def regressions(baseline: Predictions, variant: Predictions, metric: str) -> lis
             change -= score(baseline.outputs[mask], variant.labels[mask])
         found.append(Regression(name, int(mask.sum()), change, p_value))
     return found
+
+
+def worst(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
+    """The slice that lost most, its p-value corrected for how many slices there are (Holm); None where none lost."""
+    every = regressions(baseline, variant, metric)
+    fair = dict(zip(map(id, every), holm([1.0 if one.p_value is None else one.p_value for one in every])))
+    lost = min(every, key=lambda one: one.change, default=None)
+    if lost is None or lost.change >= 0:
+        return None
+    return lost if lost.p_value is None else replace(lost, p_value=fair[id(lost)])

@@ -15,11 +15,13 @@ import os
 import platform
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
 
 from compress import board, curves, errors
 
@@ -60,6 +62,19 @@ LIBRARIES = (
     "openvino",
     "nncf",
 )
+GIVE_WAY = (
+    "train s",
+    "compress s",
+    "texts/s",
+    "parameters",
+    "ms",
+    "in its\nruntime [95%]",
+    "smaller",
+    "to teacher",
+    "MB",
+)
+"""The columns that a narrow terminal does without, the first of them first."""
+LOST = "it left no result, as happens to a process that is killed, for want of memory perhaps"
 Row = dict[str, Any]
 
 
@@ -122,9 +137,22 @@ def gather(folder: Path, begun: float = 0.0) -> list[Row]:
         if (job / RESULT).is_file():
             found = json.loads((job / RESULT).read_text())["rows"]
         else:
-            found = [failed(Job(job.name, "", "", 0), f"it left no result: see {job}")]
+            hydra = job / ".hydra"
+            words: Any = OmegaConf.load(hydra / "overrides.yaml") if (hydra / "overrides.yaml").is_file() else []
+            lost = asked(OmegaConf.load(hydra / "config.yaml"), words)
+            found = [failed(replace(lost, method=lost.method or job.name), f"{LOST}: see {job}")]
         rows += [{**one, "folder": str(job)} for one in found]  # which may have been moved
     return rows
+
+
+def asked(cfg: Any, overrides: Iterable[str]) -> Job:
+    """The job of a config and of what was typed for it."""
+    said = ("technique=", "model=", "task=", "seed=", "split=")  # which have columns of their own
+    method, model, task = (
+        str(OmegaConf.select(cfg, f"{key}.name", default="")) for key in ("technique", "model", "task")
+    )
+    typed = tuple(one for one in overrides if not one.startswith(said))
+    return Job(method, model, task, cfg.get("seed", 0), typed)
 
 
 def job_number(folder: Path) -> tuple[int, str]:
@@ -137,7 +165,7 @@ def finish(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     """Write a completed job's results."""
     rows = rows_of(folder, job, outcome)
     conclude(folder, rows)
-    board.write(folder / "tensorboard", rows[-1], "SUCCESS")
+    board.write(folder / "tensorboard", rows[-1])
     return rows
 
 
@@ -157,7 +185,7 @@ def fail(folder: Path, job: Job, reason: str) -> None:
     """Write that a job failed, and why."""
     rows = [failed(job, reason)]
     conclude(folder, rows)
-    board.write(folder / "tensorboard", rows[-1], "FAILURE")
+    board.write(folder / "tensorboard", rows[-1])
 
 
 def failed(job: Job, reason: str) -> Row:
@@ -216,6 +244,7 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
     """One line of ``results.csv``. Times are seconds or milliseconds as named, sizes and memory are 10^6 bytes, quality
     is in fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
     from compress.effects import effects, zeros_alone
+    from compress.predictions import worst
 
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     baseline = next(iter(outcome.measurements.values()))
@@ -224,6 +253,12 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
     did = effects(description, measured, baseline) if compared else {}
     zeros = "dense zeros: " if compared and zeros_alone(description, measured, baseline) else ""
     writing, memory = measured.generation, measured.memory
+    teachers = [
+        one.quality[outcome.primary] for name, one in outcome.measurements.items() if name.startswith("teacher")
+    ]
+    taught = compared and not method.startswith("teacher") and teachers
+    answered, before = outcome.predictions.get(method), next(iter(outcome.predictions.values()), None)
+    lost = worst(before, answered, outcome.primary) if compared and before and answered else None
     return {
         "method": method,
         "size_mb": measured.size_bytes / 1e6,
@@ -243,6 +278,10 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "change_high": change.change.high if change else None,
         "p_value": change.p_value if change else None,
         "churn": change.churn if change else None,
+        "against_teacher": quality[outcome.primary] - teachers[0] if taught else None,
+        "worst_slice": lost.name if lost else None,
+        "worst_slice_change": lost.change if lost else None,
+        "worst_slice_p_holm": lost.p_value if lost else None,
         **quality,
         "compression_ratio": baseline.size_bytes / measured.size_bytes,
         **interval("speedup", measured.speedup),
@@ -275,12 +314,13 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "throughput_tokens": measured.throughput_tokens,
         "compression_time_s": description.compression_time_s,
         "measuring_time_s": measured.measuring_time_s,
+        "run_time_s": measured.measuring_time_s + sum(done.seconds for done in description.history),
         "examples": measured.examples,
         "split": measured.split,
         "runtime": measured.runtime,
         "device": measured.device,
         "threads": measured.threads,
-        "limits": "; ".join(description.limits),
+        "limits": " | ".join(description.limits),
         "baseline": outcome.baseline,
         "data": outcome.data,
     }
@@ -351,8 +391,7 @@ def show(rows: list[Row], folder: Path) -> None:
     if not console.is_terminal:
         console.width = 140
     console.print()
-    wide = table(rows)
-    console.print(wide if console.measure(wide).maximum <= console.width else table(rows, narrow=True))
+    console.print(table(rows, console.width))
     for line in conclusions(folder, rows):
         console.print(f"  {line}", markup=False)
     for note in notes(rows):
@@ -387,25 +426,44 @@ def notes(rows: list[Row]) -> list[str]:
         for one in done
         if one.get("speedup_same_runtime")
     ]
-    timed += [
-        f"{one['method']}: others took {one['others_cpu']:.0%} of the CPUs while it was timed, so that its times "
-        "are unsure"
-        for one in done
-        if one.get("disturbed")
-    ]
+    if disturbed := [one for one in done if one.get("disturbed")]:
+        most = max(one["others_cpu"] for one in disturbed)
+        timed.append(
+            f"{together(disturbed)}: others took up to {most:.0%} of the CPUs in the meantime, so that its times are "
+            "unsure"
+        )
     tested = sum(one.get("p_holm") is not None for one in rows)
     if any(significant(one) for one in rows):
         timed.append(f"*: p < 0.05 on the same examples, corrected for {tested} comparisons (Holm)")
     elif tested:
         timed.append("no change of quality is significant (p < 0.05 on the same examples, corrected by Holm)")
+    if losing := [one for one in done if one.get("worst_slice")]:
+        one = min(losing, key=lambda one: one["worst_slice_change"])
+        p = one["worst_slice_p_holm"]
+        timed.append(
+            f"the part of the test split that lost most: {one['worst_slice']}, {100 * one['worst_slice_change']:+.1f} "
+            f"points by {one['method']}"
+            + (f" ({'' if p < 0.05 else 'not '}significant among its parts)" if p is not None else "")
+        )
+    shares = [one["measuring_time_s"] / one["run_time_s"] for one in done if one.get("run_time_s")]
+    if any(shares):
+        timed.append(
+            f"measuring took up to {max(shares):.0%} of the time of a run that finds nothing in the cache; its budget "
+            "is hardware.latency"
+        )
+    nothing: dict[str, list[Row]] = defaultdict(list)
     for one in done:
         kept = [said for what in ("size", "speed", "memory") if (said := one.get(f"effect_{what}") or "")[:3] == "no "]
-        if kept:
-            zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
-            timed.append(f"{one['method']}: {zeros}{', '.join(kept)}")
-    found = [part for one in rows for part in one.get("limits", "").split("; ") if part]
+        zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
+        nothing[zeros + ", ".join(kept)].append(one)
+    timed += [f"{together(same)}: {said}" for said, same in nothing.items() if said]
+    found = [part for one in rows for part in one.get("limits", "").split(" | ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
+
+
+def together(rows: list[Row]) -> str:
+    return ", ".join(dict.fromkeys(one["method"] for one in rows))
 
 
 def significant(one: Row) -> bool:
@@ -449,11 +507,14 @@ def recommendations(rows: list[Row]) -> list[str]:
                 found.append(f"{word} within {margin}{where}: none is {'smaller' if word == 'smallest' else 'faster'}")
                 continue
             best = min(able, key=key)
-            _, change, size, ratio, _, speed, *_ = drawn_figures(best)
-            figure = f"{size} MB, {ratio} smaller" if word == "smallest" else f"{speed} faster"
-            found.append(
-                f"{word} within {margin}{where}: {named[id(best)]}, {figure}, {metric} {significance(best, change)}"
+            told = drawn_figures(best)
+            figure = (
+                f"{told['MB']} MB, {told['smaller']} smaller"
+                if word == "smallest"
+                else f"{told['faster [95%]']} faster"
             )
+            change = significance(best, told["change"])
+            found.append(f"{word} within {margin}{where}: {named[id(best)]}, {figure}, {metric} {change}")
     return found
 
 
@@ -489,12 +550,16 @@ def amount(one: Row, change: float) -> str:
     return f"{change:+.3f}" if one["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
 
 
+def varying(rows: list[Row]) -> list[str]:
+    """What else than the method and its settings tells rows apart."""
+    return [key for key in ("model", "task", "seed") if len({one[key] for one in rows if one["model"]}) > 1]
+
+
 def labels(rows: list[Row]) -> list[str]:
     """A short name of each row that tells it from all others."""
-    varying = [key for key in ("model", "task", "seed") if len({one[key] for one in rows if one["model"]}) > 1]
     found = []
     for one, settings in zip(rows, apart(rows)):
-        facts = [f"seed={one[key]}" if key == "seed" else str(one[key]) for key in varying]
+        facts = [f"seed={one[key]}" if key == "seed" else str(one[key]) for key in varying(rows)]
         found.append(" ".join(filter(None, (one["method"], *facts, settings))))
     return found
 
@@ -529,31 +594,61 @@ def over_seeds(rows: list[Row]) -> list[Seeds]:
     return found
 
 
-def table(rows: list[Row], narrow: bool = False) -> Table:
-    """The columns a person compares, the first of them where it must be ``narrow``; settings show where they differ
-    between rows."""
+def table(rows: list[Row], width: int | None = None) -> Table:
+    """The columns a person compares; settings show where they differ between rows. A terminal of ``width`` characters
+    gets those that it has room for."""
+    from rich.markup import escape
     from rich.table import Table
 
     drawn = Table(title=title(rows), title_justify="left")
-    rows = [{**one, "settings": told} for one, told in zip(rows, apart(rows))]
-    varying = [key for key in ("model", "task", "seed", "settings") if len({one[key] for one in rows}) > 1]
-    metrics = ", ".join(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed")) or "quality"
-    figures = [metrics, "change", "MB", "smaller", "ms", "faster [95%]", "texts/s", "train s", "compress s"]
-    if any(one.get("speedup_same_runtime") for one in rows):
-        figures.append("in its runtime [95%]")
-    figures = figures[:6] if narrow else figures
-    for name in ("method", *varying):
-        longest = max(len(word) for one in rows for word in (name, *str(one[name]).split()))
-        drawn.add_column(name, overflow="fold", min_width=min(longest, 24))
-    for name in figures:
-        drawn.add_column(name.replace("[", r"\["), justify="right", no_wrap=True)
-    for one in rows:
-        cells = [one["method"], *(str(one[key]) for key in varying)]
-        if one["status"] == "failed":
-            drawn.add_row(*cells, "failed", style="red")
-        else:
-            drawn.add_row(*cells, *(cell.replace("[", r"\[") for cell in drawn_figures(one)[: len(figures)]))
+    told = apart(rows)
+    names = {"method": [one["method"] for one in rows]}
+    for key in varying(rows):
+        names[key] = [str(one[key]) for one in rows]
+    if len(set(told)) > 1:
+        names["settings"] = told
+    columns = figures(rows)
+    widths = fit(names, columns, width) if width else {}
+    for name in names:
+        drawn.add_column(name, overflow="fold", width=widths.get(name))
+    for name in columns:
+        drawn.add_column(escape(name if width else name.replace("\n", " ")), justify="right", no_wrap=True)
+    for one, *cells in zip(rows, *names.values(), *columns.values()):
+        drawn.add_row(*map(escape, cells), style="red" if one["status"] == "failed" else None)
     return drawn
+
+
+def figures(rows: list[Row]) -> dict[str, list[str]]:
+    """The columns of figures by their headings, those that say something: the parameters where they differ."""
+    done = [one for one in rows if one["status"] == "completed"]
+    metrics = ", ".join(dict.fromkeys(one["metric"] for one in done)) or "quality"
+    drawn = [drawn_figures(one) if one["status"] == "completed" else {"value": "failed"} for one in rows]
+    names = dict.fromkeys(name for one in drawn for name in one)
+    if len({one["parameters"] for one in done}) < 2:
+        names.pop("parameters", None)
+    found = {metrics if name == "value" else name: [one.get(name, "") for one in drawn] for name in names}
+    return {name: cells for name, cells in found.items() if any(cells)}
+
+
+def fit(names: dict[str, list[str]], columns: dict[str, list[str]], width: int) -> dict[str, int]:
+    """Leave out the ``columns`` that a terminal has no room for, and say how wide those of the ``names`` may be: as
+    wide as their longest word, up to 24 characters, or 10 where nothing else helps, and wider where there is room."""
+
+    def size(texts: Iterable[str]) -> int:
+        return max(len(line) for text in texts for line in text.split("\n"))
+
+    words = {name: size((name, *(word for cell in cells for word in cell.split()))) for name, cells in names.items()}
+    for most, gone in [(24, ""), *((24, name) for name in GIVE_WAY), (10, ""), (10, "faster [95%]")]:
+        columns.pop(gone, None)
+        widths = {name: min(length, most) for name, length in words.items()}
+        taken = [*widths.values(), *(size((name, *cells)) for name, cells in columns.items())]
+        spare = width - 1 - sum(length + 3 for length in taken)  # a line and two spaces each
+        if spare >= 0:
+            break
+    for name, cells in names.items():
+        more = max(0, min(spare, size((name, *cells)) - widths[name]))
+        widths[name], spare = widths[name] + more, spare - more
+    return widths
 
 
 def apart(rows: list[Row]) -> list[str]:
@@ -567,20 +662,28 @@ def apart(rows: list[Row]) -> list[str]:
     return [" ".join(override.removeprefix(only) for override in overrides) for overrides in told]
 
 
-def drawn_figures(one: Row) -> list[str]:
-    """The figures of a completed row as text; a baseline is compared with nothing."""
+def drawn_figures(one: Row) -> dict[str, str]:
+    """The figures of a completed row as text, by the heading of their column; a baseline is compared with nothing."""
     perplexity, baseline = one["metric"] == "perplexity", one["speedup"] is None
-    same = one.get("speedup_same_runtime")
-    change = amount(one, one["change"]) + "*" * significant(one)
-    return [
-        f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
-        "" if baseline else change,
-        f"{one['size_mb']:.2f}",
-        "" if baseline else f"{one['compression_ratio']:.2f}x",
-        f"{one['latency_ms']:.2f}",
-        "" if baseline else f"{one['speedup']:.2f}x [{one['speedup_low']:.2f}, {one['speedup_high']:.2f}]",
-        f"{one['throughput_per_s']:,.0f}",
-        f"{one['training_time_s']:.1f}",
-        "" if baseline else f"{one['compression_time_s']:.1f}",
-        f"{same:.2f}x [{one['speedup_same_runtime_low']:.2f}, {one['speedup_same_runtime_high']:.2f}]" if same else "",
-    ]
+    to_teacher = one.get("against_teacher")
+    return {
+        "value": f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
+        "change": "" if baseline else amount(one, one["change"]) + "*" * significant(one),
+        "to teacher": "" if to_teacher is None else amount(one, to_teacher),
+        "parameters": f"{one['parameters']:,}",
+        "MB": f"{one['size_mb']:.2f}",
+        "smaller": "" if baseline else f"{one['compression_ratio']:.2f}x",
+        "ms": f"{one['latency_ms']:.2f}",
+        "faster [95%]": ratio(one, "speedup"),
+        "in its\nruntime [95%]": ratio(one, "speedup_same_runtime"),
+        "texts/s": f"{one['throughput_per_s']:,.0f}",
+        "train s": f"{one['training_time_s']:.1f}",
+        "compress s": "" if baseline else f"{one['compression_time_s']:.1f}",
+    }
+
+
+def ratio(one: Row, key: str) -> str:
+    """A ratio with its interval; empty where there is none."""
+    if one.get(key) is None:
+        return ""
+    return f"{one[key]:.2f}x [{one[f'{key}_low']:.2f}, {one[f'{key}_high']:.2f}]"

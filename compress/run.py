@@ -48,14 +48,7 @@ def main(cfg: DictConfig) -> int:
     hush()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    said = ("technique=", "model=", "task=", "seed=", "split=")
-    job = report.Job(
-        method=str(OmegaConf.select(cfg, "technique.name", default="")),
-        model=str(OmegaConf.select(cfg, "model.name", default="")),
-        task=str(OmegaConf.select(cfg, "task.name", default="")),
-        seed=cfg.get("seed", 0),
-        overrides=tuple(override for override in hydra.overrides.task if not override.startswith(said)),
-    )
+    job = report.asked(cfg, hydra.overrides.task)
 
     with open_dict(cfg):
         search = cfg.pop("search", None)

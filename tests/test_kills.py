@@ -1,7 +1,4 @@
-"""A sweep that is killed at any moment and started again ends as if nothing had happened.
-
-COMPRESS_KILLS=20 pytest tests/test_kills.py kills it more often than three times.
-"""
+"""A sweep that is killed at any moment and started again ends as if nothing had happened."""
 
 import atexit
 import csv
@@ -10,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import sys
 import time
 
@@ -18,7 +16,7 @@ from test_run import SMALL
 
 from compress.cache import checksum, entries, unused
 
-KILLS = int(os.environ.get("COMPRESS_KILLS", "3"))
+KILLS = 20
 SWEEP = [
     "technique=none,prune,prune+gptq",
     *SMALL,
@@ -57,32 +55,35 @@ def found(folder):
     return rows, weights
 
 
-def test_killed_at_random_moments_and_started_again_it_ends_in_the_same_table(tmp_path):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
+def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_table(tmp_path):
+    whole, kills, rounds = tmp_path / "whole", 0, 0
+    whole.mkdir()
     begin = time.perf_counter()
-    process = start(tmp_path / "whole")
+    process = start(whole)
     process.join()
     seconds = time.perf_counter() - begin
-    assert process.exitcode == 0, (tmp_path / "whole" / "log").read_text()
+    assert process.exitcode == 0, (whole / "log").read_text()
+    expected, moments = found(whole), random.Random(0)
+    assert [row["method"] for row in expected[0]] == ["none", "prune", "prune+gptq"] and len(expected[1]) == 3
 
-    killed, moments = tmp_path / "killed", random.Random(0)
-    for _ in range(KILLS):
-        process = start(killed)
-        process.join(moments.uniform(0, seconds))
-        process.kill()
-        process.join()
-    process = start(killed)
-    process.join()
-    assert process.exitcode == 0, (killed / "log").read_text()
+    while kills < KILLS:  # a sweep that has come to its end is followed by another one
+        killed, rounds = tmp_path / f"killed {rounds}", rounds + 1
+        killed.mkdir()
+        ended = False
+        while not ended:
+            process = start(killed)
+            process.join(moments.uniform(0, seconds / 3) if kills < KILLS else None)
+            process.kill()
+            process.join()
+            ended = process.exitcode != -signal.SIGKILL
+            kills += not ended
+        assert process.exitcode == 0, (killed / "log").read_text()
+        assert found(killed) == expected
+        assert not list(killed.rglob("*.partial"))
+        for entry in entries(killed / "cache"):
+            with unused(entry.path) as free:
+                assert free
 
-    rows, weights = found(killed)
-    assert [row["method"] for row in rows] == ["none", "prune", "prune+gptq"] and len(weights) == 3
-    assert (rows, weights) == found(tmp_path / "whole")
-    assert not list(killed.rglob("*.partial"))
-    for entry in entries(killed / "cache"):
-        with unused(entry.path) as free:
-            assert free
     before = (killed / "log").read_text().count("finished before")
     process = start(killed)
     process.join()

@@ -9,7 +9,7 @@ import torch
 from test_nf4 import wide
 from test_prune import fit
 
-from compress.measure import Latency, Others, by_block, count, decoder, speedup, spread, take_turns, writer
+from compress.measure import PATIENCE, Latency, Others, by_block, count, decoder, speedup, spread, take_turns, writer
 from compress.techniques.int8 import Int8
 from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
@@ -72,6 +72,34 @@ def test_slow_calls_are_timed_for_their_budget_and_no_longer():
     calls = []
     blocks = take_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1).blocks
     assert len(calls) == 1 + 4 and len(blocks["slow"]) == 4  # warm-up stops with the budget, four blocks are the least
+
+
+class Clock:
+    """Time that passes in calls alone, so that they can be counted."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("busy", "budgets"), [(0.0, 1), (0.5, PATIENCE)])
+def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monkeypatch, busy, budgets):
+    clock, calls = Clock(), []
+    monkeypatch.setattr("compress.measure.time", clock)
+    monkeypatch.setattr(Others, "__call__", lambda self: busy)
+    latency = Latency(seconds=2.0, block_s=0.1, warmup=3)
+    both = {name: lambda i, name=name: (calls.append(name), clock.sleep(0.01)) for name in ("baseline", "variant")}
+    blocks = take_turns(both, latency, cycle=5).blocks
+    warm, in_a_block, budget = 5, 10, budgets * 2.0 / 0.01
+    for name in both:  # the pauses of 40 ms count as well where rounds are made up for
+        assert budget / 1.5 - in_a_block <= calls.count(name) - warm <= budget + in_a_block
+        assert sum(map(len, blocks[name])) == calls.count(name) - warm
+    assert clock.now <= (2 * budgets * 2.0 + 0.1) * 1.5
 
 
 def test_a_causal_model_writes_as_it_would_without_keeping_anything():

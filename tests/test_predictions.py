@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from compress.predictions import NEGATION, Predictions, compare, regressions, slices
+from compress.predictions import NEGATION, Predictions, compare, regressions, slices, worst
 
 
 def predictions(right, negated=None, lengths=None, seed=0):
@@ -36,6 +36,15 @@ def test_a_regression_is_found_in_its_slice():
     assert found["short texts"].change == pytest.approx(-15 / 34) and found["label bad"].change == pytest.approx(
         -8 / 50
     )
+
+
+def test_the_worst_slice_is_named_and_its_p_value_allows_for_the_others():
+    negated = np.arange(100) < 30
+    lost = predictions(~(np.arange(100) < 15), negated)
+    found = worst(predictions(EVERY, negated), lost, "accuracy")
+    assert (found.name, found.change) == ("with negation", -0.5)
+    assert found.p_value == pytest.approx(7 * 2 / 2**15)  # of seven slices the most certain
+    assert worst(lost, predictions(EVERY, negated), "accuracy") is None
 
 
 def test_slices_of_few_examples_are_left_out():

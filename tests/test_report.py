@@ -1,5 +1,6 @@
 import base64
 import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,11 +9,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from omegaconf import OmegaConf
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from torch.utils.tensorboard import SummaryWriter
 
 from compress import board, card, html, report
 from compress.artifact import Description, Done
@@ -102,12 +106,54 @@ def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_
 
 def test_perplexity_is_no_fraction():
     row = {**report.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
-    assert report.drawn_figures(row)[:2] == ["5.500", "+0.250"]
+    figures = report.drawn_figures(row)
+    assert (figures["value"], figures["change"]) == ("5.500", "+0.250")
 
 
-def test_a_narrow_terminal_gets_fewer_columns_and_no_cut_ones():
-    rows = [report.row(JOB, name, OUTCOME) for name in OUTCOME.measurements]
-    assert len(report.table(rows, narrow=True).columns) < len(report.table(rows).columns)
+def drawn(rows, width):
+    """The headings of a terminal's table, in which nothing may be cut off."""
+    console = Console(width=width, file=io.StringIO())
+    table = report.table(rows, width)
+    console.print(table)
+    lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
+    cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
+    shown = ["".join(column) for column in zip(*cells)]
+    told = [str(column.header) + "".join(column.cells) for column in table.columns]
+    assert [text.replace(" ", "") for text in shown] == [re.sub(r"\s", "", text) for text in told]
+    assert max(map(len, console.file.getvalue().splitlines())) <= width
+    return [str(column.header).replace("\n", " ") for column in table.columns]
+
+
+def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
+    there = replace(OUTCOME.measurements["prune"], parameters=7, speedup_same_runtime=Interval(11.5, 11.4, 11.6))
+    outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
+    settings = [("a=1", "technique.prune.sparsity=0.2"), ("a=1", "technique.prune.calibration=" + "x" * 90)]
+    jobs = [Job("prune+distill+openvino", f"model_{i}", "toy", i, words) for i, words in enumerate(settings)]
+    rows = [report.row(job, name, outcome) for job in jobs for name in outcome.measurements]
+    assert drawn(rows[:2], 150) == [
+        "method", "accuracy", "change", "parameters", "MB", "smaller", "ms", "faster [95%]", "in its runtime [95%]",
+        "texts/s", "train s", "compress s",
+    ]  # fmt: skip
+    assert drawn(rows[:2], 120)[-2:] == ["faster [95%]", "in its runtime [95%]"]
+    narrower = ["method", "accuracy", "change", "MB", "smaller", "faster [95%]", "in its runtime [95%]"]
+    assert drawn(rows[:2], 100) == narrower
+    assert drawn(rows[:2], 80) == narrower[:-1]
+    assert drawn([*rows, report.failed(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
+    assert drawn(rows, 80) == ["method", "model", "seed", "settings", "accuracy", "change"]
+
+
+def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(tmp_path):
+    none, prune = OUTCOME.measurements.values()
+    outcome = replace(
+        OUTCOME,
+        descriptions={**OUTCOME.descriptions, "teacher": OUTCOME.descriptions["none"]},
+        measurements={"none": none, "teacher": measured(0.93, 9_000_000, Interval(0.5, 0.4, 0.6)), "prune": prune},
+    )
+    report.finish(tmp_path, JOB, outcome)
+    assert [row["against_teacher"][:5] for row in read(tmp_path)] == ["", "", "-0.05"]
+    table = report.markdown([report.row(JOB, "prune", outcome)], [])
+    assert "| to teacher |" in (tmp_path / "results.md").read_text() and "-5.00 pt" in table
+    assert "to teacher" not in report.figures([report.row(JOB, "prune", OUTCOME)])
 
 
 def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
@@ -143,6 +189,29 @@ def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
     assert report.apart(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
     assert [column.header for column in report.table(kept).columns][:2] == ["method", "settings"]
     assert report.table(rows("a", *shared)).columns[1].header != "settings"
+
+
+def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
+    begin(tmp_path / "0_job")
+    config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
+    (tmp_path / "0_job" / ".hydra" / "config.yaml").write_text(config)
+    (tmp_path / "0_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n- task.epochs=1\n")
+    (lost,) = report.gather(tmp_path)
+    assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
+        "prune", "bert", "sst2", 3, "task.epochs=1"
+    ]  # fmt: skip
+    assert lost["reason"].startswith("it left no result, as happens to a process that is killed")
+
+
+def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
+    took = {name: replace(one, measuring_time_s=3.0) for name, one in WORSE.measurements.items()}
+    report.finish(tmp_path, JOB, replace(WORSE, measurements=took))
+    none, prune = read(tmp_path)
+    assert (none["run_time_s"], prune["run_time_s"], prune["worst_slice"]) == ("13.0", "15.0", "with negation")
+    assert float(prune["worst_slice_change"]) == pytest.approx(-1 / 3) and not none["worst_slice"]
+    text = (tmp_path / "results.md").read_text()
+    assert "measuring took up to 23% of the time of a run" in text and "its budget is hardware.latency" in text
+    assert "lost most: with negation, -33.3 points by prune (significant among its parts)" in text
 
 
 def test_a_failed_baseline_is_no_repeated_one():
@@ -211,30 +280,36 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
         begin(tmp_path / f"{number}_job")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}", "task.epochs=1"))
         report.finish(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
+        for stage, tag in (("0_baseline", "train/loss"), ("1_prune", "train/loss"), ("2_gptq", "hp_metric")):
+            with SummaryWriter(str(tmp_path / f"{number}_job" / "tensorboard" / stage)) as writer:
+                writer.add_scalar(tag, number)
     begin(tmp_path / "2_job")
     rows = report.without_repeated_baselines(report.gather(tmp_path))
     board.overlay(tmp_path, rows, report.labels(rows))
     folder = tmp_path / "tensorboard"
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
-        "none",
-        "prune sparsity=0.2",
-        "prune sparsity=0.5",
-        "2_job",
-    }
-    (layout,) = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
+    # A run for each row, with its own training: the baseline's once, none where nothing was trained.
+    runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
+    assert runs == {".", "none", "prune sparsity=0.2", "prune sparsity=0.5", "2_job"}
+    events = EventAccumulator(str(folder / "prune sparsity=0.5")).Reload()
+    assert {event.value for event in events.Scalars("train/loss")} == {1.0} and events.Scalars("final/size_mb")
+    whole = EventAccumulator(str(folder)).Reload()
+    (layout,) = whole.Tensors("custom_scalars__config__")
     charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     assert [one.title for one in charts.category] == ["final", "training"]
-    assert board.settings(rows[1])["prune.sparsity"] == 0.2
+    assert "report/accuracy against size" in whole.Tags()["images"]
+    assert board.differing(rows)[1:3] == [{"method": "prune", "prune.sparsity": x} for x in (0.2, 0.5)]
+    content = EventAccumulator(str(folder / "2_job")).Reload().PluginTagToContent("hparams")
+    assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
 
 
 def many(folder):
     """Twenty rows, a failed one among them."""
     for number in range(19):
-        (folder / f"{number}_job" / ".hydra").mkdir(parents=True)
-        (folder / f"{number}_job" / ".hydra" / "config.yaml").write_text("seed: 0\n")
-        (folder / f"{number}_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
+        begin(folder / f"{number}_job")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
-        report.finish(folder / f"{number}_job", job, replace(WORSE, baseline="a", data="fingerprint-of-the-data"))
+        pruned = replace(WORSE.measurements["prune"], size_bytes=(7 * number % 19 + 1) * 100_000)
+        outcome = replace(WORSE, measurements={**WORSE.measurements, "prune": pruned})
+        report.finish(folder / f"{number}_job", job, replace(outcome, baseline="a", data="fingerprint-of-the-data"))
     begin(folder / "19_job")
     report.fail(folder / "19_job", JOB, "<no such> thing")
     return report.corrected(report.without_repeated_baselines(report.gather(folder)))
@@ -321,7 +396,26 @@ def test_the_card_tells_the_hub_what_was_measured(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     card.write(tmp_path, OUTCOME, "prune")
     found = ModelCard.load(tmp_path / "README.md")
+    (index,) = metadata_load(tmp_path / "README.md")["model-index"]
+    assert model_index_to_eval_results([index]) == ("tiny-toy-prune", found.data.eval_results)
+    assert found.data.base_model is None and found.data.datasets is None  # neither is the hub's
     (result,) = found.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.88, "toy")
     assert found.data.pipeline_tag == "text-classification" and found.data.model_name == "tiny-toy-prune"
     assert "## Limits\n\n- prune: no speed" in found.text and "One text: 2.00 ms (p95 4.00" in found.text
+
+
+@pytest.mark.parametrize("path", ["null", "data"])
+def test_the_card_names_the_model_and_the_data_of_the_hub(tmp_path, path):
+    (tmp_path / "config.json").write_text("{}")
+    hub = "{id: nyu-mll/glue, config: sst2, train: train, test: validation}"
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: sentence-transformers/all-MiniLM-L6-v2}}\ntask: {{hub: {hub}, path: {path}}}\n"
+    )
+    card.write(tmp_path, OUTCOME, "prune")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    (result,) = data.eval_results
+    theirs = ("nyu-mll/glue", "sst2", "validation") if path == "null" else ("toy", None, "test")
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == theirs
+    assert data.datasets == (["nyu-mll/glue"] if path == "null" else None)

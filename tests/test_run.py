@@ -335,6 +335,9 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert "# tiny on toy: prune" in card and "from_pretrained" in card and "dense runtime" in card
     measurement = json.loads((folder / "measurement.json").read_text())
     assert measurement["size_bytes"] == (folder / "model.safetensors").stat().st_size
+    state = load_file(folder / "model.safetensors")
+    assert measurement["parameters"] == sum(weights.numel() for weights in state.values())
+    assert measurement["nonzeros"] == sum(int((weights != 0).sum()) for weights in state.values())
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
     assert artifact.size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}

@@ -5,6 +5,7 @@ import json
 import subprocess
 from importlib.util import find_spec
 
+import psutil
 import pytest
 from filelock import FileLock
 from test_command_line import python
@@ -100,6 +101,31 @@ def test_a_full_folder_of_results_is_told(start, jobs, disk, tmp_path):
     process.join()
     assert process.exitcode == 1 and "No space is left on the disk" in jobs()["none"]["reason"]
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_path):
+    process = start("model.config.hidden_size=128,268435456", "technique=none")
+    process.join()
+    assert process.exitcode == 1 and "Traceback" not in (tmp_path / "log").read_text()
+    first, second = report.gather(tmp_path / "sweep")
+    assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory: choose")
+
+
+def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goes_on(start, jobs, tmp_path):
+    if not find_spec("hydra_plugins.hydra_joblib_launcher"):
+        pytest.skip("hydra-joblib-launcher is not installed")
+    process = start("technique=none,prune", "hydra/launcher=joblib", "baseline.epochs=20")
+    while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
+        process.join(0.05)
+    workers = [one for one in psutil.Process(process.pid).children() if "LokyProcess" in " ".join(one.cmdline())]
+    workers[0].kill()
+    process.join()
+    assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
+    assert all(row["reason"].startswith("it left no result, as happens to a process") for row in jobs().values())
+    assert "goes on with it" in (tmp_path / "log").read_text()
+    process = start("technique=none,prune", "baseline.epochs=20")
+    process.join()
+    assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
 
 
 def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_path):
