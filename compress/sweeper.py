@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ class SearchSweeper(Sweeper):
         from compress.search import Settings
 
         hush()
+        if not find_spec("optuna"):
+            raise UserError("A search needs optuna, which is not installed: pip install -e '.[search]'")
         return plan.parse(Settings, plan.plain(self.cfg.get("search")), "search")
 
     def _given(self, arguments: list[str]) -> list[str]:
@@ -153,8 +156,6 @@ class SearchSweeper(Sweeper):
         with open_dict(config):
             config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir) / TRIALS)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
-        if not search.tried:
-            remove(Path(config.hydra.sweep.dir))  # another search's
         folder, launcher = self._begin(config), self._launcher(config)
         before, begin = search.seconds, time.monotonic()
 
@@ -172,11 +173,11 @@ class SearchSweeper(Sweeper):
                 batch.append(trial)
             if not batch:
                 break
-            jobs = [[*given, "split=validation", *trial.user_attrs["words"]] for trial in batch]
+            words = [[*given, "split=validation", *trial.user_attrs["words"]] for trial in batch]
             for stopped in (path for job in range(number, number + len(batch)) for path in folder.glob(f"{job}_*")):
                 remove(stopped)
             try:
-                launcher.launch(jobs, initial_job_idx=number)
+                launcher.launch(words, initial_job_idx=number)
             except Exception as error:  # a cluster lost a job, say: what the others found is there
                 log.error(f"{type(error).__name__}: {error}")
             for job, trial in enumerate(batch, number):
@@ -191,7 +192,9 @@ class SearchSweeper(Sweeper):
             raise UserError(f"No chain of search.slots can work here: {reasons or 'name other stages.'}")
         for name, reason in search.left_out.items():
             log.info(f"{name} was left out: {reason}")
-        report.record(folder, report.without_repeated_baselines(report.gather(folder)))
+        jobs = {one.job for one in search.tried}  # and not those of another search into the folder
+        rows = [row for row in report.gather(folder) if report.job_number(Path(row["folder"]))[0] in jobs]
+        report.record(folder, report.without_repeated_baselines(rows))
         return folder
 
 
@@ -209,9 +212,11 @@ def sizes(skeleton: Any) -> dict[str, int]:
 
 
 def row_of(folder: Path, job: int) -> report.Row:
-    """What a job found out of its chain."""
-    for path in folder.glob(f"{job}_*/{report.RESULT}"):
-        return {**json.loads(path.read_text())["rows"][-1], "folder": str(path.parent)}
+    """What a job found out of its chain; of several of its number the one that began last."""
+    begun = sorted(folder.glob(f"{job}_*/.hydra/config.yaml"), key=lambda path: path.stat().st_mtime)
+    for path in (config.parents[1] for config in begun[-1:]):
+        if (path / report.RESULT).is_file():
+            return {**json.loads((path / report.RESULT).read_text())["rows"][-1], "folder": str(path)}
     lost = report.Job("", "", "", 0)
     return {**report.failed(lost, f"it left no result: see {folder}"), "folder": str(folder / str(job))}
 
