@@ -114,7 +114,7 @@ def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_p
 def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goes_on(start, jobs, tmp_path):
     if not find_spec("hydra_plugins.hydra_joblib_launcher"):
         pytest.skip("hydra-joblib-launcher is not installed")
-    process = start("technique=none,prune", "hydra/launcher=joblib", "baseline.epochs=20")
+    process = start("technique=none,prune", "hydra/launcher=joblib", "baseline.epochs=10")
     while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
     workers = [one for one in psutil.Process(process.pid).children() if "LokyProcess" in " ".join(one.cmdline())]
@@ -123,7 +123,7 @@ def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goe
     assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
     assert all(row["reason"].startswith("it left no result, as happens to a process") for row in jobs().values())
     assert "goes on with it" in (tmp_path / "log").read_text()
-    process = start("technique=none,prune", "baseline.epochs=20")
+    process = start("technique=none,prune", "baseline.epochs=10")
     process.join()
     assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
 
