@@ -93,7 +93,7 @@ def test_a_run_then_its_artifact_again(tmp_path):
 
 
 def test_what_the_readme_names_is_there():
-    for choice in ("experiment", "hardware", "model", "task"):
+    for choice in ("experiment", "hardware", "model", "scale", "search", "task"):
         for file in (ROOT / "conf" / choice).glob("*.yaml"):
             assert re.search(rf"\b{file.stem}\b", README), f"{choice}={file.stem} is not in the README"
     for file in (ROOT / "conf" / "technique" / "stage").glob("*.yaml"):
