@@ -9,6 +9,7 @@ import random
 import runpy
 import signal
 import sys
+import threading
 import time
 
 from test_command_line import ROOT
@@ -36,7 +37,8 @@ def sweep(words, log):
     try:
         runpy.run_path("train.py", run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which a forked process does not
+        threading._shutdown()  # neither of which a forked process does by itself
+        atexit._run_exitfuncs()
 
 
 def start(folder):
