@@ -236,9 +236,11 @@ def figures(row: report.Row, objective: str) -> str:
     """What a chain is worth, or why it failed."""
     if row["status"] != "completed":
         return f"failed: {row['reason']}"
-    _, change, size, ratio, _, speed, *_ = report.drawn_figures(row)
-    worth = f"{speed} faster" if objective == "latency_ms" else f"{size} MB, {ratio} smaller"
-    return f"{worth}, {row['metric']} {change}"
+    told = report.drawn_figures(row)
+    worth = (
+        f"{told['faster [95%]']} faster" if objective == "latency_ms" else f"{told['MB']} MB, {told['smaller']} smaller"
+    )
+    return f"{worth}, {row['metric']} {told['change']}"
 
 
 def conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:
