@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 import compress.chain  # noqa: F401  sweeps name their folders by it
+from compress.errors import told_on_the_command_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -20,4 +21,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main()
+    with told_on_the_command_line():
+        main()

@@ -8,6 +8,7 @@ from hydra.types import RunMode
 
 import compress.chain  # makes technique=a+b a choice
 import compress.sweeper  # noqa: F401  and search=latency one
+from compress.errors import told_on_the_command_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -21,4 +22,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main()
+    with told_on_the_command_line():
+        main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.report import Row
+    from compress.results import Row
 
 FIGURES = (
     "value",

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
-from compress import report
+from compress import report, results
 from compress.artifact import Description
 from compress.measure import Measurement
-from compress.report import Outcome
+from compress.results import Outcome
 from compress.runtimes.torch import FORMATS
 
 LOAD = """\
@@ -66,8 +66,8 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the hub's form."""
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
-    job = report.Job(method, description.model, description.task, seed=0)
-    rows = [report.row(job, name, outcome) for name in outcome.measurements]
+    job = results.Job(method, description.model, description.task, seed=0)
+    rows = [results.row(job, name, outcome) for name in outcome.measurements]
     config = json.loads((folder / "config.json").read_text())
     uneven = "compress" in config
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from compress.errors import UserError
 from compress.predictions import Comparison, Predictions, compare
-from compress.report import Row, amount, labels, without_repeated_baselines
+from compress.results import Row, without_repeated_baselines
 from compress.stats import holm
+from compress.tables import amount, labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from compress.report import Row
+    from compress.results import Row
 
 MOST_TICKS = 12
 BASELINE = {"color": "0.45", "linestyle": "--", "linewidth": 1}

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import CompactHydraException
+
+GROUPS = ("model", "task", "technique", "hardware")
 
 
 class UserError(Exception):
@@ -12,6 +18,20 @@ class UserError(Exception):
 
 class PostconditionError(Exception):
     """A stage did not do what it says, so its result is worth nothing."""
+
+
+@contextmanager
+def told_on_the_command_line() -> Iterator[None]:
+    """Tell in a sentence the mistakes of which Hydra would show a traceback: a config group without a choice, and
+    ``--help`` or ``--info`` of a config that cannot be composed."""
+    for word in sys.argv[1:]:
+        group, _, choice = word.partition("=")
+        if group in GROUPS and choice in ("", "null"):
+            sys.exit(f"`{word}` chooses no {group}: name one of those that `--help` lists, or leave the word out.")
+    try:
+        yield
+    except CompactHydraException as error:
+        sys.exit(str(error))
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

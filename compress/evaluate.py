@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from compress import artifact, curves, plan, report
+from compress import artifact, curves, plan, report, results
 from compress.compare import changes
 from compress.errors import UserError
 from compress.measure import measure
@@ -32,8 +32,8 @@ def main(cfg: DictConfig) -> int:
 
     def work() -> None:
         if cfg.compare:
-            lines = changes(*(report.gather(found(one)) for one in two(cfg.compare)))
-            report.write_whole(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
+            lines = changes(*(results.gather(found(one)) for one in two(cfg.compare)))
+            results.write_whole(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
             print(*lines, sep="\n")
         elif cfg.report:
             rows = rebuilt(cfg)
@@ -47,26 +47,26 @@ def main(cfg: DictConfig) -> int:
 
     def fail(reason: str) -> None:
         name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
-        report.conclude(folder, [report.failed(report.Job(name, "", "", cfg.seed), reason)])
+        report.conclude(folder, [results.failed(results.Job(name, "", "", cfg.seed), reason)])
 
     return guarded(work, fail)
 
 
-def rebuilt(cfg: DictConfig) -> list[report.Row]:
+def rebuilt(cfg: DictConfig) -> list[results.Row]:
     """The rows of the runs and sweeps in ``cfg.report``, those that ``cfg.where`` chooses.
 
     Raises:
         UserError: a folder holds no results, or no row is left.
     """
     folders = [cfg.report] if isinstance(cfg.report, str) else cfg.report
-    rows = [row for folder in folders for row in report.gather(found(folder))]
+    rows = [row for folder in folders for row in results.gather(found(folder))]
     chosen = {key: listed(value) for key, value in plan.plain(cfg.where).items() if value is not None}
     left = [row for row in rows if all(str(row[key]) in values for key, values in chosen.items())]
     if not left:
         there = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
         told = "; ".join(f"where.{key} can be {values}" for key, values in there.items())
         raise UserError(f"No row is left of {len(rows)}: {told}.")
-    return report.without_repeated_baselines(left)
+    return results.without_repeated_baselines(left)
 
 
 def listed(value: Any) -> list[str]:
@@ -84,12 +84,12 @@ def found(folder: str) -> Path:
     path = Path(folder)
     if (path / artifact.DESCRIPTION).is_file():
         path = path.parent
-    if not (path / report.RESULT).is_file() and not any(path.glob("*/.hydra")):
+    if not (path / results.RESULT).is_file() and not any(path.glob("*/.hydra")):
         raise UserError(f"{folder} holds no results: name the folder of a run or a sweep, multirun/DATE/TIME.")
     return path
 
 
-def evaluate(cfg: DictConfig, folder: Path) -> list[report.Row]:
+def evaluate(cfg: DictConfig, folder: Path) -> list[results.Row]:
     """A row for ``cfg.artifact``, after one for ``cfg.baseline`` where that is given; what they answered is kept in
     ``folder``.
 
@@ -123,9 +123,11 @@ def evaluate(cfg: DictConfig, folder: Path) -> list[report.Row]:
         latency = replace(hardware.latency, memory=False) if hardware.runtime else hardware.latency
         measurements, predictions = measure(benches, splits.task, latency, hardware.device)
     descriptions = {names[path]: one.description for path, one in loaded.items()}
-    outcome = report.Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
+    outcome = results.Outcome(
+        task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint
+    )
     model = loaded[folders[-1]].description.model
-    return report.rows_of(folder, report.Job("", model, task.name, settings.seed), outcome)
+    return results.rows_of(folder, results.Job("", model, task.name, settings.seed), outcome)
 
 
 def task_of(cfg: DictConfig) -> dict:

@@ -23,6 +23,7 @@ from compress.models import Layer, kind_of, select
 from compress.techniques import trait
 from compress.techniques.sensitivity import evenly_spread, validation_batches
 
+AGREEMENT = "agreement.json"
 EXAMPLES = 128  # of the validation split, which would take minutes of two models as a whole
 
 
@@ -116,7 +117,7 @@ class Export(pl.Callback):
 
     def report(self, folder: Path) -> None:
         if self.agreement is not None:
-            (folder / "agreement.json").write_text(json.dumps(asdict(self.agreement), indent=2))
+            (folder / AGREEMENT).write_text(json.dumps(asdict(self.agreement), indent=2))
 
 
 def round_once(setting: str, precision: str, before: list[Any]) -> None:
@@ -186,6 +187,12 @@ class Agreement:
     max_logit_difference: float
     largest_logit: float
     label_agreement: float | None
+
+
+def agreed(folder: Path) -> Agreement | None:
+    """What the report of a stage in ``folder`` says of its export; None where it exported nothing."""
+    told = folder / AGREEMENT
+    return Agreement(**json.loads(told.read_text())) if told.is_file() else None
 
 
 def on_validation_text(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import curves, report
+from compress import curves, report, results, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from compress.predictions import Regression
-    from compress.report import Row
+    from compress.results import Row
 
 LINE = 0.24  # inches that a row of a plot takes
 GREY = "0.55"
@@ -48,7 +48,7 @@ class Column:
         if self.ends and one.get(self.ends[0]) is not None:
             low, high = (self.form.format(self.scaled(one, end)) for end in self.ends)
             shown += f" [{low}, {high}]"
-        return shown + "*" * (self.key == "change" and report.significant(one))
+        return shown + "*" * (self.key == "change" and results.significant(one))
 
     def scaled(self, one: Row, key: str) -> Any:
         return one[key] * 100 if self.key in SHARES and one["metric"] != "perplexity" else one[key]
@@ -72,6 +72,8 @@ DETAILS = (
     Column("sd", "{:.2f}", "latency_sd_ms"),
     Column("p95", "{:.2f}", "latency_p95_ms"),
     Column("p99", "{:.2f}", "latency_p99_ms"),
+    Column("CPU ms", "{:.2f}", "cpu_ms"),
+    Column("GPU ms", "{:.2f}", "gpu_ms"),
     Column("tokenizer ms", "{:.3f}", "tokenizer_ms"),
     Column("first token ms", "{:.2f}", "first_token_ms"),
     Column("per token ms", "{:.2f}", "per_token_ms"),
@@ -79,6 +81,8 @@ DETAILS = (
     Column("GPU peak, MB", "{:,.0f}", "gpu_memory_mb"),
     Column("MACs, 10⁶", "{:,.1f}", "mmacs"),
     Column("J/text", "{:.3g}", "energy_j"),
+    Column("export agrees", "{:.1%}", "label_agreement"),
+    Column("its logits differ by", "{:.2g}", "max_logit_difference"),
     Column("parameters", "{:,}", "parameters"),
     Column("non-zeros", "{:,}", "nonzeros"),
     Column("train s", "{:.1f}", "training_time_s"),
@@ -94,13 +98,13 @@ def write(folder: Path, rows: list[Row]) -> Path:
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     rows = [{**one, "mmacs": one["macs"] / 1e6 if one.get("macs") else None} for one in rows]
-    labels = report.labels(rows)
+    labels = tables.labels(rows)
     content = environment.get_template("report.html.j2").render(
-        title=report.title(rows),
+        title=tables.title(rows),
         recommendations=report.conclusions(folder, rows),
         tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
         effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
-        seeds=report.over_seeds(rows),
+        seeds=tables.over_seeds(rows),
         pictures=[
             Picture(title, uri(figure))
             for title, figure in (
@@ -112,7 +116,7 @@ def write(folder: Path, rows: list[Row]) -> Path:
         repeat=repeat(rows),
         environments=environments(rows),
     )
-    report.write_whole(folder / "report.html", content)
+    results.write_whole(folder / "report.html", content)
     return folder / "report.html"
 
 
@@ -141,9 +145,9 @@ def figures(rows: list[Row]) -> list[tuple[str, Figure]]:
     """Everything that is drawn by its title, of several models, tasks or metrics each for itself."""
     numbers = {id(one): number for number, one in enumerate(rows, 1)}
     found = []
-    every = report.groups(rows)
+    every = results.groups(rows)
     for (model, task, _), group in every.items():
-        names = [f"{numbers[id(one)]} {label}" for one, label in zip(group, report.labels(group))]
+        names = [f"{numbers[id(one)]} {label}" for one, label in zip(group, tables.labels(group))]
         where = f"{model} on {task}: " if len(every) > 1 else ""
         if len(group) > 1:
             fronts = pareto(group, names)
@@ -350,7 +354,7 @@ def environments(rows: list[Row]) -> list[dict[str, str]]:
     """Where the jobs ran, each place once."""
     found: list[dict[str, str]] = []
     for folder in dict.fromkeys(one["folder"] for one in rows if one.get("folder")):
-        result = Path(folder) / report.RESULT
+        result = Path(folder) / results.RESULT
         told = json.loads(result.read_text()).get("environment") if result.is_file() else None
         if told and told not in found:
             found.append(told)

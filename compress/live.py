@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from compress.report import RESULT
+from compress import results
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,17 +50,16 @@ def names(config: DictConfig) -> list[str]:
 
 def states(folder: Path, jobs: list[str], begun: float) -> list[State]:
     """Where the jobs of the sweep in ``folder`` stand that began at ``begun``, in seconds since 1970."""
-    found = []
-    for number, name in enumerate(jobs):
-        configs = [path for path in folder.glob(f"{number}_*/.hydra/config.yaml") if path.stat().st_mtime >= begun]
-        found.append(state(name, configs[0]) if configs else State(name, "queued"))
-    return found
+    there = {results.job_number(job)[0]: job for job in results.jobs(folder, begun)}
+    return [
+        state(name, there[number]) if number in there else State(name, "queued") for number, name in enumerate(jobs)
+    ]
 
 
-def state(name: str, config: Path) -> State:
-    job, start = config.parents[1], config.stat().st_mtime
+def state(name: str, job: Path) -> State:
+    start = (job / ".hydra/config.yaml").stat().st_mtime
     try:
-        rows, end = json.loads((job / RESULT).read_text())["rows"], (job / RESULT).stat().st_mtime
+        rows, end = json.loads((job / results.RESULT).read_text())["rows"], (job / results.RESULT).stat().st_mtime
     except FileNotFoundError:
         at = (job / STAGE).read_text() if (job / STAGE).is_file() else "starting"
         return State(name, "running", at, time.time() - start)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from compress import bnb, meters
 from compress.artifact import Artifact, size_bytes
 from compress.data import TaskData
-from compress.meters import Memory
+from compress.meters import Memory, Work
 from compress.metrics import metrics
 from compress.predictions import NEGATION, Comparison, Predictions, compare
 from compress.stats import Interval, mean_interval
@@ -115,8 +115,8 @@ class Measurement:
     quality; both are None where there was no baseline, the latter also where the examples differ. On another runtime
     than PyTorch ``speedup_same_runtime`` is the speed-up over the baseline exported to it in float32: what compression
     alone is worth there. The tokens are those of the texts that were timed, on average, padding left out. ``batches``
-    has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, and ``macs`` and
-    ``energy_j`` are of one text, that of median length and the average; None where they cannot be told.
+    has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, ``macs`` are of
+    one text of median length, None where they cannot be told, and ``work`` is of one text of the latency on average.
     ``others`` is the share of the machine's CPUs that other processes took while the latency was timed, and
     ``measuring_time_s`` is of the whole measurement, everything that it was compared with counted.
     """
@@ -140,7 +140,7 @@ class Measurement:
     generation: Generation | None = None
     memory: Memory | None = None
     macs: int | None = None
-    energy_j: float | None = None
+    work: Work | None = None
     tokenizer_ms: float | None = None
     others: float = 0.0
     measuring_time_s: float = 0.0
@@ -186,11 +186,12 @@ def measure(
         cycle = len(benches[baseline].batches[size])
         turns[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
     times = {size: one.blocks for size, one in turns.items()}
-    energy = {}
-    if meter := meters.energy_meter(device):
-        for name, bench in benches.items():
-            call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
-            energy[name] = meters.energy_j(call, cycle, latency.seconds, meter) / first
+    joules = meters.energy_meter(device)
+    seconds = latency.seconds if joules else latency.block_s
+    work = {}
+    for name, bench in benches.items():
+        call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
+        work[name] = meters.work(call, cycle, first, seconds, device, joules)
     reading = {name: reader(bench) for name, bench in benches.items()}
     read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
     generations = generate(benches, latency, device) if task.kind == "lm" else {}
@@ -219,7 +220,7 @@ def measure(
             generation=generations.get(name),
             memory=memory.get(name),
             macs=macs[name],
-            energy_j=energy.get(name),
+            work=work[name],
             tokenizer_ms=spread(read[name]).median_ms,
             others=turns[first].others,
             measuring_time_s=spent,

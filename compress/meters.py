@@ -1,4 +1,5 @@
-"""What else an artifact costs to run: peak memory in a process of its own, multiplications, energy."""
+"""What else an artifact costs to run: peak memory in a process of its own, multiplications, time of the
+processors, energy."""
 
 from __future__ import annotations
 
@@ -130,11 +131,43 @@ def energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float]
     return read if packages else None
 
 
-def energy_j(call: Callable[[int], None], cycle: int, seconds: float, read: Callable[[], float]) -> float:
-    """Joules of a call, everything else that the machine does meanwhile counted: over ``seconds`` and whole cycles."""
-    begin, before, calls = time.perf_counter(), read(), 0
-    while time.perf_counter() - begin < seconds:
+@dataclass(frozen=True)
+class Work:
+    """What one text takes of the machine on average: milliseconds of the process on all cores together, milliseconds
+    between CUDA events around a call, and joules, everything else that the machine does meanwhile counted; None where
+    there is no GPU or no counter."""
+
+    cpu_ms: float
+    gpu_ms: float | None
+    energy_j: float | None
+
+
+def work(
+    call: Callable[[int], None],
+    cycle: int,
+    texts: int,
+    seconds: float,
+    device: torch.device,
+    joules: Callable[[], float] | None,
+) -> Work:
+    """Of ``call(i)``, which runs ``texts`` texts and waits for the device, over whole cycles of ``i`` and at least
+    ``seconds``."""
+    gpu_ms: list[float] = []
+    begin, cpu, used, calls = time.perf_counter(), time.process_time(), joules() if joules else 0.0, 0
+    while not calls or time.perf_counter() - begin < seconds:
         for i in range(cycle):
-            call(i)
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call(i)
+                end.record()
+                end.synchronize()
+                gpu_ms.append(start.elapsed_time(end))
+            else:
+                call(i)
         calls += cycle
-    return (read() - before) / calls
+    return Work(
+        cpu_ms=1000 * (time.process_time() - cpu) / (calls * texts),
+        gpu_ms=sum(gpu_ms) / (calls * texts) if gpu_ms else None,
+        energy_j=(joules() - used) / (calls * texts) if joules else None,
+    )

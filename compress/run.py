@@ -22,10 +22,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from compress import artifact, card, chain, plan, report, together
+from compress import artifact, card, chain, plan, report, results, together
 from compress.artifact import Artifact
 from compress.cache import MANIFEST, Cache, digest, environment, prune, remove
 from compress.errors import PostconditionError, UserError, causes, told
+from compress.exchange import agreed
 from compress.live import STAGE
 from compress.measure import Bench, bench, measure
 from compress.plan import Plan, Settings
@@ -48,7 +49,7 @@ def main(cfg: DictConfig) -> int:
     hush()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    job = report.asked(cfg, hydra.overrides.task)
+    job = results.asked(cfg, hydra.overrides.task)
 
     with open_dict(cfg):
         search = cfg.pop("search", None)
@@ -64,12 +65,12 @@ def main(cfg: DictConfig) -> int:
                 return follow(cfg, team)
             if finished.is_file() and finished.read_text() == key:
                 log.info(f"finished before: {folder}")
-                rows = json.loads((folder / report.RESULT).read_text())["rows"]
+                rows = json.loads((folder / results.RESULT).read_text())["rows"]
             else:
-                for earlier in (FINISHED, report.RESULT, "tensorboard", "report", "predictions"):
+                for earlier in (FINISHED, results.RESULT, "tensorboard", "report", "predictions"):
                     remove(folder / earlier)
                 rows = report.finish(folder, job, run(cfg, folder, team))
-                report.write_whole(finished, key)
+                results.write_whole(finished, key)
                 remove(folder / STAGE)
         if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
             report.publish(folder, rows)
@@ -107,8 +108,9 @@ def guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
         reason = str(error)
         log.error(reason)
     except Exception as error:
-        reason = told(error) or f"{type(error).__name__}: {error}"
-        (log.error if told(error) else log.exception)(reason)
+        sentence = told(error)
+        reason = sentence or f"{type(error).__name__}: {error}"
+        (log.error if sentence else log.exception)(reason)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
         kinds = tuple(map(type, causes(error)))
         by = "SIGTERM" if Terminated in kinds else "Ctrl-C" if KeyboardInterrupt in kinds else "a signal"
@@ -145,7 +147,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> report.Outcome:
+def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> results.Outcome:
     """Carry out the experiment that ``cfg`` describes; its artifact and figures are written to ``folder``. A ``team``
     trains with this process, its first.
 
@@ -174,10 +176,10 @@ def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> report.Outco
     return outcome
 
 
-def carry_out(cfg: DictConfig, planned: Plan, splits: Splits, cache: Cache, folder: Path) -> report.Outcome:
+def carry_out(cfg: DictConfig, planned: Plan, splits: Splits, cache: Cache, folder: Path) -> results.Outcome:
     """The baseline, stage after stage, and what the artifact is worth."""
     address = [planned.address(splits.fingerprint), plan.plain(planned.training)]
-    running = partial(report.write_whole, folder / STAGE)
+    running = partial(results.write_whole, folder / STAGE)
     running("baseline")
     baseline = source = cache.get(address, partial(start, planned, splits), "baseline")
     entries = {"baseline": baseline}
@@ -220,12 +222,13 @@ def carry_out(cfg: DictConfig, planned: Plan, splits: Splits, cache: Cache, fold
         planned.settings.hardware.device,
         exported,
     )
-    outcome = report.Outcome(
+    outcome = results.Outcome(
         primary=planned.task.primary,
         descriptions={name: one.description for name, one in loaded.items()},
         measurements=measurements,
         baseline=baseline.name,
         predictions=predictions,
+        agreements={planned.method: agreement} if (agreement := agreed(source / "report")) else {},
         data=splits.fingerprint,
     )
     predictions[planned.method].save(into / FILE)

@@ -46,8 +46,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     seconds = 0.0
     if training.epochs:
         module = FineTune(model, metrics(planned.task), training)
-        training = fitted(training, module, [], data, planned.settings.hardware, into)
-        seconds = fit(module, [], data, planned, training, into, "baseline")
+        training, seconds = fit(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
     description = Description(
@@ -87,8 +86,7 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     with step.told():
-        training = fitted(step.training, module, callbacks, data, planned.settings.hardware, into)
-        seconds = fit(module, callbacks, data, planned, training, into, step.key)
+        training, seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
@@ -207,11 +205,13 @@ def fit(
     training: Training,
     into: Path,
     name: str,
-) -> float:
-    """One Trainer run; the seconds that it took, tokenising left out."""
+) -> tuple[Training, float]:
+    """One Trainer run: the training as it was carried out, in batches that fit into memory, and the seconds that it
+    took, tokenising left out."""
+    best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
     data.tokenised("train")
     data.tokenised("validation")
-    best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
+    training = fitted(training, module, callbacks, data, hardware, into)
     checkpoints = resume.Checkpoints(into / "resume")
     resumes = training.epochs > 0 and all(trait(one, "resumes") for one in (module, *callbacks))
     team = planned.team if training.epochs else None
@@ -252,4 +252,4 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=last)
     if not trainer.state.finished or trainer.current_epoch < training.epochs:
         raise KeyboardInterrupt  # which Lightning has taken for an end
-    return checkpoints.seconds + time.perf_counter() - begin
+    return training, checkpoints.seconds + time.perf_counter() - begin

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 
-from compress import live, report
+from compress import live, report, results
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -75,7 +75,7 @@ class Folder(Callback):
     def _tell(self, folder: Path) -> None:
         close()
         if not self.ended and any(folder.rglob(".hydra")):  # a job was begun
-            rows = report.without_repeated_baselines(report.gather(folder))
+            rows = results.without_repeated_baselines(results.gather(folder))
             if rows:
                 report.publish(folder, rows)
             print(f"The sweep did not end: the same command with hydra.sweep.dir={folder} goes on with it.")

@@ -8,7 +8,6 @@ cheap, as every start of `train.py` does so.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import sys
 import time
@@ -22,7 +21,7 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from compress import chain, report
+from compress import chain, report, results, tables
 from compress.cache import digest, environment, remove
 from compress.errors import UserError
 
@@ -63,7 +62,7 @@ class SearchSweeper(Sweeper):
         jobs = [[*given, *one.words] for one in front] or [[*given, "technique=none"]]
         self._launcher(self.cfg).launch(jobs, initial_job_idx=0)
         lines = conclusions(settings, search, trials, folder)
-        report.write_whole(folder / report.CONCLUSIONS, "".join(f"{line}\n" for line in lines))
+        results.write_whole(folder / report.CONCLUSIONS, "".join(f"{line}\n" for line in lines))
 
     def _settings(self) -> Settings:
         from compress import plan
@@ -193,8 +192,8 @@ class SearchSweeper(Sweeper):
         for name, reason in search.left_out.items():
             log.info(f"{name} was left out: {reason}")
         jobs = {one.job for one in search.tried}  # and not those of another search into the folder
-        rows = [row for row in report.gather(folder) if report.job_number(Path(row["folder"]))[0] in jobs]
-        report.record(folder, report.without_repeated_baselines(rows))
+        rows = [row for row in results.gather(folder) if results.job_number(Path(row["folder"]))[0] in jobs]
+        report.record(folder, results.without_repeated_baselines(rows))
         return folder
 
 
@@ -211,36 +210,32 @@ def sizes(skeleton: Any) -> dict[str, int]:
     }
 
 
-def row_of(folder: Path, job: int) -> report.Row:
+def row_of(folder: Path, job: int) -> results.Row:
     """What a job found out of its chain; of several of its number the one that began last."""
     begun = sorted(folder.glob(f"{job}_*/.hydra/config.yaml"), key=lambda path: path.stat().st_mtime)
-    for path in (config.parents[1] for config in begun[-1:]):
-        if (path / report.RESULT).is_file():
-            return {**json.loads((path / report.RESULT).read_text())["rows"][-1], "folder": str(path)}
-    lost = report.Job("", "", "", 0)
-    return {**report.failed(lost, f"it left no result: see {folder}"), "folder": str(folder / str(job))}
+    if begun:
+        return results.left_by(begun[-1].parents[1])[-1]
+    lost = results.failed(results.Job("", "", "", 0), f"it left no result: see {folder}")
+    return {**lost, "folder": str(folder / str(job))}
 
 
-def result(row: report.Row, objective: str) -> Result | None:
+def result(row: results.Row, objective: str) -> Result | None:
     """What the search wants to know of a row; None where the trial failed."""
     from compress.search import Result
 
     if row["status"] != "completed":
         return None
     cost = row["speedup"] if objective == "latency_ms" else row["compression_ratio"]
-    cheaper = report.is_faster(row) if objective == "latency_ms" else report.is_smaller(row)
-    return Result(1 / cost, report.drop(row), cheaper)
+    cheaper = results.is_faster(row) if objective == "latency_ms" else results.is_smaller(row)
+    return Result(1 / cost, results.drop(row), cheaper)
 
 
-def figures(row: report.Row, objective: str) -> str:
+def figures(row: results.Row, objective: str) -> str:
     """What a chain is worth, or why it failed."""
     if row["status"] != "completed":
         return f"failed: {row['reason']}"
-    told = report.drawn_figures(row)
-    worth = (
-        f"{told['faster [95%]']} faster" if objective == "latency_ms" else f"{told['MB']} MB, {told['smaller']} smaller"
-    )
-    return f"{worth}, {row['metric']} {told['change']}"
+    gain = tables.faster_by(row) if objective == "latency_ms" else tables.smaller_by(row)
+    return f"{gain}, {row['metric']} {tables.drawn_figures(row)['change']}"
 
 
 def conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:

@@ -90,11 +90,19 @@ def test_cfg_and_info_show_the_chain():
     assert "conf" in python("train.py", "--info", "searchpath").stdout
 
 
-@pytest.mark.parametrize("args", [["technique=gptq+prunne"], ["-m", "technique=none,gptq+prunne"]])
+@pytest.mark.parametrize("args", [[], ["-m"], ["--help"], ["--info", "defaults"], ["--cfg", "job"]])
 def test_a_misspelt_stage_is_told_without_a_traceback(args, tmp_path):
-    done = python("train.py", *args, f"hydra.run.dir={tmp_path}", check=False)
+    chains = "technique=none,gptq+prunne" if args == ["-m"] else "technique=gptq+prunne"
+    done = python("train.py", *args, chains, f"hydra.run.dir={tmp_path}", check=False)
     assert done.returncode == 1
     assert "did you mean `gptq+prune`?" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("word", ["technique=null", "model="])
+def test_a_group_without_a_choice_is_told_without_a_traceback(word):
+    done = python("train.py", word, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(f"`{word}` chooses no {word.partition('=')[0]}")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_ends_with_what_happened(train):

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import OUTCOME, begin
 
-from compress import report
+from compress import report, results
 from compress.curves import curves, settings
 
 
@@ -58,7 +58,7 @@ def test_the_baseline_is_a_dashed_line_in_both_panels():
 def test_a_setting_of_one_value_words_and_failed_rows_leave_no_figure():
     one = row("technique.prune.sparsity=0.5", "technique.prune.scope=layer")
     other = row("technique.prune.sparsity=0.5", "technique.prune.scope=global")
-    lost = report.failed(report.Job("prune", "tiny", "toy", 0, ("technique.prune.sparsity=0.9",)), "no such thing")
+    lost = results.failed(results.Job("prune", "tiny", "toy", 0, ("technique.prune.sparsity=0.9",)), "no such thing")
     assert curves([BASELINE, one, other, lost]) == {}
 
 
@@ -100,7 +100,7 @@ def test_a_sweep_leaves_pictures_figures_for_tensorboard_and_a_line_that_says_wh
     for number, sparsity in enumerate(("0.2", "0.5")):
         folder = tmp_path / f"{number}_job"
         begin(folder)
-        job = report.Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}",))
+        job = results.Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}",))
         report.finish(folder, job, OUTCOME)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     report.SweepReport().on_multirun_end(config)

@@ -11,7 +11,7 @@ from test_conf import CONF
 from test_report import OUTCOME, WORSE
 from test_run import SMALL, cache, carry_out  # noqa: F401
 
-from compress import artifact, evaluate, report
+from compress import artifact, evaluate, report, results
 from compress.compare import changes
 from compress.errors import UserError
 from compress.exchange import inputs_of
@@ -158,7 +158,7 @@ def sweeps(tmp_path):
         folder = tmp_path / name
         (folder / ".hydra").mkdir(parents=True)
         (folder / ".hydra/config.yaml").touch()
-        report.finish(folder, report.Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
+        report.finish(folder, results.Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
     return tmp_path / "first", tmp_path / "second"
 
 
@@ -174,7 +174,7 @@ def test_several_sweeps_become_one_report_and_a_part_of_it_another(sweeps):
 
 
 def test_what_changed_between_two_sweeps_is_tested_on_the_same_examples(sweeps):
-    first, second = (report.gather(folder) for folder in sweeps)
+    first, second = (results.gather(folder) for folder in sweeps)
     line, alone = changes(first, second)
     assert line.startswith("prune: accuracy 0.8800 -> 0.8000 (-8.00 pt [")
     assert "significant, p = 0.00" in line and "not significant" not in line

@@ -67,7 +67,40 @@ def test_the_energy_counter_goes_on_where_it_starts_again(tmp_path):
     assert meters.energy_meter(CPU, tmp_path / "none") is None
 
 
-def test_joules_are_shared_out_over_the_calls():
+def test_work_is_shared_out_over_the_texts_of_all_calls():
     calls = []
-    spent = meters.energy_j(lambda i: calls.append(time.sleep(0.001)), 2, 0.01, lambda: 5.0 * len(calls))
-    assert spent == 5.0
+
+    def call(i):
+        calls.append(i)
+        while time.process_time() < begin + 0.001 * len(calls):
+            pass
+
+    begin = time.process_time()
+    found = meters.work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
+    assert calls[:4] == [0, 1, 2, 0] and len(calls) % 3 == 0
+    assert found.energy_j == 5.0 / 4 and found.gpu_ms is None
+    assert found.cpu_ms > 0.9 / 4  # of a millisecond, less what passed before the first call
+
+
+def test_a_gpus_time_is_what_its_events_say(monkeypatch):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = Event.clock
+
+        def synchronize(self):
+            assert Event.clock == self.at
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(i):
+        Event.clock += 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    found = meters.work(call, 2, 3, 0.0, torch.device("cuda"), None)
+    assert (found.gpu_ms, found.energy_j) == (2.0, None)

@@ -18,11 +18,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from compress import board, card, html, report
+from compress import board, card, html, report, results, tables
 from compress.artifact import Description, Done
 from compress.measure import Interval, Measurement, Spread
 from compress.predictions import Predictions, compare
-from compress.report import Job, Outcome
+from compress.results import Job, Outcome
 
 
 def measured(accuracy, size, speedup=None, same=None):
@@ -105,15 +105,15 @@ def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_
 
 
 def test_perplexity_is_no_fraction():
-    row = {**report.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
-    figures = report.drawn_figures(row)
+    row = {**results.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
+    figures = tables.drawn_figures(row)
     assert (figures["value"], figures["change"]) == ("5.500", "+0.250")
 
 
 def drawn(rows, width):
     """The headings of a terminal's table, in which nothing may be cut off."""
     console = Console(width=width, file=io.StringIO())
-    table = report.table(rows, width)
+    table = tables.table(rows, width)
     console.print(table)
     lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
     cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
@@ -129,7 +129,7 @@ def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
     outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
     settings = [("a=1", "technique.prune.sparsity=0.2"), ("a=1", "technique.prune.calibration=" + "x" * 90)]
     jobs = [Job("prune+distill+openvino", f"model_{i}", "toy", i, words) for i, words in enumerate(settings)]
-    rows = [report.row(job, name, outcome) for job in jobs for name in outcome.measurements]
+    rows = [results.row(job, name, outcome) for job in jobs for name in outcome.measurements]
     assert drawn(rows[:2], 150) == [
         "method", "accuracy", "change", "parameters", "MB", "smaller", "ms", "faster [95%]", "in its runtime [95%]",
         "texts/s", "train s", "compress s",
@@ -138,7 +138,7 @@ def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
     narrower = ["method", "accuracy", "change", "MB", "smaller", "faster [95%]", "in its runtime [95%]"]
     assert drawn(rows[:2], 100) == narrower
     assert drawn(rows[:2], 80) == narrower[:-1]
-    assert drawn([*rows, report.failed(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
+    assert drawn([*rows, results.failed(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
     assert drawn(rows, 80) == ["method", "model", "seed", "settings", "accuracy", "change"]
 
 
@@ -151,9 +151,9 @@ def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(t
     )
     report.finish(tmp_path, JOB, outcome)
     assert [row["against_teacher"][:5] for row in read(tmp_path)] == ["", "", "-0.05"]
-    table = report.markdown([report.row(JOB, "prune", outcome)], [])
+    table = report.markdown([results.row(JOB, "prune", outcome)], [])
     assert "| to teacher |" in (tmp_path / "results.md").read_text() and "-5.00 pt" in table
-    assert "to teacher" not in report.figures([report.row(JOB, "prune", OUTCOME)])
+    assert "to teacher" not in tables.figures([results.row(JOB, "prune", OUTCOME)])
 
 
 def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
@@ -166,12 +166,12 @@ def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
 
 def rows(baseline, *overrides, seed=0):
     job = Job("prune", "tiny", "toy", seed, overrides)
-    return [report.row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
+    return [results.row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
 
 
 def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
     many = rows("a", "technique.prune.sparsity=0.2") + rows("a", "technique.prune.sparsity=0.5")
-    kept = report.without_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
+    kept = results.without_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
     assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
         ("none", "", 0),
         ("prune", "technique.prune.sparsity=0.2", 0),
@@ -185,10 +185,10 @@ def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
 def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
     shared = ("model.path=somewhere", "technique.prune.scope=layer")
     many = rows("a", "technique.prune.sparsity=0.2", *shared) + rows("a", "technique.prune.sparsity=0.5", *shared)
-    kept = report.without_repeated_baselines(many)
-    assert report.apart(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
-    assert [column.header for column in report.table(kept).columns][:2] == ["method", "settings"]
-    assert report.table(rows("a", *shared)).columns[1].header != "settings"
+    kept = results.without_repeated_baselines(many)
+    assert tables.apart(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
+    assert [column.header for column in tables.table(kept).columns][:2] == ["method", "settings"]
+    assert tables.table(rows("a", *shared)).columns[1].header != "settings"
 
 
 def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
@@ -196,7 +196,7 @@ def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
     config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
     (tmp_path / "0_job" / ".hydra" / "config.yaml").write_text(config)
     (tmp_path / "0_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n- task.epochs=1\n")
-    (lost,) = report.gather(tmp_path)
+    (lost,) = results.gather(tmp_path)
     assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
         "prune", "bert", "sst2", 3, "task.epochs=1"
     ]  # fmt: skip
@@ -215,8 +215,8 @@ def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
 
 
 def test_a_failed_baseline_is_no_repeated_one():
-    failure = report.failed(Job("none", "tiny", "toy", 0), "out of memory")
-    kept = report.without_repeated_baselines([*rows("a"), failure])
+    failure = results.failed(Job("none", "tiny", "toy", 0), "out of memory")
+    kept = results.without_repeated_baselines([*rows("a"), failure])
     assert [(r["method"], r["status"]) for r in kept] == [
         ("none", "completed"),
         ("prune", "completed"),
@@ -240,7 +240,7 @@ def test_a_sweep_writes_one_table(tmp_path, capsys):
     assert "100 test examples" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", [None, [report.failed(JOB, "no such thing")]])
+@pytest.mark.parametrize("lost", [None, [results.failed(JOB, "no such thing")]])
 def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
     with pytest.raises(SystemExit) as exit:
         sweep(tmp_path, rows("a"), lost)
@@ -256,8 +256,8 @@ def test_a_report_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
 
 def test_the_title_tells_only_what_all_rows_share():
     one, other = rows("a"), [{**row, "examples": 7} for row in rows("b")]
-    assert report.title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
-    assert report.title(one + other) == "tiny on toy"
+    assert tables.title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
+    assert tables.title(one + other) == "tiny on toy"
 
 
 def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
@@ -284,8 +284,8 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
             with SummaryWriter(str(tmp_path / f"{number}_job" / "tensorboard" / stage)) as writer:
                 writer.add_scalar(tag, number)
     begin(tmp_path / "2_job")
-    rows = report.without_repeated_baselines(report.gather(tmp_path))
-    board.overlay(tmp_path, rows, report.labels(rows))
+    rows = results.without_repeated_baselines(results.gather(tmp_path))
+    board.overlay(tmp_path, rows, tables.labels(rows))
     folder = tmp_path / "tensorboard"
     # A run for each row, with its own training: the baseline's once, none where nothing was trained.
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
@@ -312,7 +312,7 @@ def many(folder):
         report.finish(folder / f"{number}_job", job, replace(outcome, baseline="a", data="fingerprint-of-the-data"))
     begin(folder / "19_job")
     report.fail(folder / "19_job", JOB, "<no such> thing")
-    return report.corrected(report.without_repeated_baselines(report.gather(folder)))
+    return results.corrected(results.without_repeated_baselines(results.gather(folder)))
 
 
 class Page(HTMLParser):
@@ -366,13 +366,13 @@ def test_parquet_is_the_same_table(tmp_path):
 
 def test_significance_allows_for_the_number_of_comparisons():
     rows = [{"p_value": p} for p in (0.03, 0.001, None)]
-    assert [row.get("p_holm") for row in report.corrected(rows)] == pytest.approx([0.03, 0.002, None])
-    assert report.significant({"p_holm": 0.03}) and not report.significant({"p_holm": None})
+    assert [row.get("p_holm") for row in results.corrected(rows)] == pytest.approx([0.03, 0.002, None])
+    assert results.significant({"p_holm": 0.03}) and not results.significant({"p_holm": None})
 
 
 def test_recommendations_stay_within_a_point_and_say_how_sure_they_are():
-    near, far = (report.row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
-    none = report.row(JOB, "none", OUTCOME)
+    near, far = (results.row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
+    none = results.row(JOB, "none", OUTCOME)
     assert all(line.endswith("none is smaller") or line.endswith("none is faster")
                for line in report.recommendations([none, far, near]))  # fmt: skip
     near = {**near, "change": -0.01, "change_low": -0.02, "change_high": 0.0, "p_value": 0.5}
@@ -383,13 +383,13 @@ def test_recommendations_stay_within_a_point_and_say_how_sure_they_are():
 
 def test_seeds_become_a_mean_with_an_interval():
     rows = [{**row, "change": row["change"] - 0.01 * seed} for seed in (0, 1, 2) for row in rows_of_seed(seed)]
-    none, prune = report.over_seeds(rows)
+    none, prune = tables.over_seeds(rows)
     assert none.change is None and (prune.seeds, prune.label) == (3, "prune (tiny on toy)")
     assert prune.change.value == pytest.approx(-0.03) and prune.change.low < -0.05 < -0.01 < prune.change.high
 
 
 def rows_of_seed(seed):
-    return [report.row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
+    return [results.row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
 
 
 def test_the_card_tells_the_hub_what_was_measured(tmp_path):

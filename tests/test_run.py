@@ -21,6 +21,7 @@ from compress.bnb import values
 from compress.errors import PostconditionError, UserError
 from compress.models import linears, zeros
 from compress.predictions import Predictions
+from compress.results import Job, rows_of
 from compress.tasks import Task
 from compress.teachers import KeptLogits
 from compress.techniques.onnx import Onnx
@@ -379,6 +380,38 @@ def test_an_export_loads_without_us_and_without_a_model_in_pytorch(
     assert torch.allclose(without_us(tmp_path / "artifact"), expected, atol=1e-6)
     told = json.loads(next((tmp_path / "report").glob(f"*_{stage}/agreement.json")).read_text())
     assert told["label_agreement"] > 0.9
+
+
+CHAINS = {
+    "none": [],
+    "prune": [],
+    "structured": ["target_heads=2", "target_ffn_size=64", "iterations=2"],
+    "drop_layers": ["drop=1"],
+    "distill": [],
+    "qat": ["samples=16"],
+    "gptq": [],
+    "awq": ["samples=16"],
+}
+
+
+@pytest.mark.parametrize("stage", ["onnx", "openvino"])
+@pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_whatever_a_classifier_has_become_an_export_answers_as_it_does(carry_out, tmp_path, chain, model, stage):
+    words = [f"technique.{chain}.{setting}" for setting in CHAINS[chain]]
+    if (chain, model) == ("awq", "tiny"):
+        with pytest.raises(UserError, match="awq"):
+            carry_out(f"technique={chain}+{stage}", *words, model=model)
+        return
+    method = stage if chain == "none" else f"{chain}+{stage}"
+    outcome = carry_out(f"technique={method}", *words, model=model)
+    (agreement,) = outcome.agreements.values()
+    rounded = chain in ("qat", "gptq", "awq")  # inputs too: by qat to the number beside, by ONNX Runtime's kernels
+    assert agreement.label_agreement >= (0.98 if rounded else 1)
+    assert agreement.max_logit_difference < (0.05 if rounded else 1e-3) * agreement.largest_logit
+    row = rows_of(tmp_path, Job(method, model, "toy", 0), outcome)[-1]
+    assert row["label_agreement"] == agreement.label_agreement
+    assert row["max_logit_difference"] == agreement.max_logit_difference
 
 
 def test_a_quantized_model_stays_as_small_in_onnx_and_its_format_is_no_limit_there(carry_out):

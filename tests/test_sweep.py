@@ -9,10 +9,10 @@ import psutil
 import pytest
 from filelock import FileLock
 from test_command_line import python
-from test_kills import FORK, sweep
+from test_kills import FORK, found, sweep
 from test_run import SMALL
 
-from compress import report
+from compress import results
 from compress.errors import told
 
 
@@ -30,7 +30,7 @@ def start(tmp_path):
 @pytest.fixture
 def jobs(tmp_path):
     """The rows of the sweep's table by method, as they lie in the jobs' folders."""
-    return lambda: {row["method"]: row for row in report.gather(tmp_path / "sweep")}
+    return lambda: {row["method"]: row for row in results.gather(tmp_path / "sweep")}
 
 
 @pytest.fixture
@@ -107,14 +107,15 @@ def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_p
     process = start("model.config.hidden_size=128,268435456", "technique=none")
     process.join()
     assert process.exitcode == 1 and "Traceback" not in (tmp_path / "log").read_text()
-    first, second = report.gather(tmp_path / "sweep")
+    first, second = results.gather(tmp_path / "sweep")
     assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory: choose")
 
 
 def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goes_on(start, jobs, tmp_path):
     if not find_spec("hydra_plugins.hydra_joblib_launcher"):
         pytest.skip("hydra-joblib-launcher is not installed")
-    process = start("technique=none,prune", "hydra/launcher=joblib", "baseline.epochs=10")
+    words = ["technique=none,prune", "baseline.epochs=10", "hardware.threads=1"]
+    process = start(*words, "hydra/launcher=joblib")
     while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
     workers = [one for one in psutil.Process(process.pid).children() if "LokyProcess" in " ".join(one.cmdline())]
@@ -123,9 +124,13 @@ def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goe
     assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
     assert all(row["reason"].startswith("it left no result, as happens to a process") for row in jobs().values())
     assert "goes on with it" in (tmp_path / "log").read_text()
-    process = start("technique=none,prune", "baseline.epochs=10")
+    process = start(*words)
     process.join()
     assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
+    whole = tmp_path / "whole"
+    process = start(*words, f"cache.dir={whole}/cache", f"hydra.sweep.dir={whole}/sweep")
+    process.join()
+    assert process.exitcode == 0 and found(whole) == found(tmp_path)
 
 
 def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_path):

@@ -15,7 +15,7 @@ from test_kills import FORK
 from test_report import OUTCOME, measured
 from test_run import SMALL
 
-from compress import report, run
+from compress import report, results, run
 from compress.stats import Interval
 
 SPACE = [
@@ -31,7 +31,7 @@ DROP = {"prune": 0.002, "gptq": 0.009, "onnx": 0.0}
 def stand_in(cfg):
     """A job that knows what its chain is worth; on the test split it is a point worse than on the validation split."""
     folder, chain = Path(HydraConfig.get().runtime.output_dir), cfg.technique.name
-    job = report.Job(chain, "tiny", "toy", 0, ())
+    job = results.Job(chain, "tiny", "toy", 0, ())
     if chain == "prune+onnx":
         report.fail(folder, job, "out of luck")
         return 1
@@ -44,8 +44,8 @@ def stand_in(cfg):
         found[chain] = measured(accuracy, 1_000_000, Interval(speed, speed - 0.1, speed + 0.1))
     found = {name: replace(one, split=cfg.split) for name, one in found.items()}
     told = {name: OUTCOME.descriptions["prune" if stages and name != "none" else "none"] for name in found}
-    rows = report.rows_of(folder, job, replace(OUTCOME, measurements=found, descriptions=told, predictions={}))
-    report.write_whole(folder / report.RESULT, json.dumps({"rows": rows, "environment": {}}))
+    rows = results.rows_of(folder, job, replace(OUTCOME, measurements=found, descriptions=told, predictions={}))
+    results.write_whole(folder / results.RESULT, json.dumps({"rows": rows, "environment": {}}))
     return 0
 
 
@@ -77,12 +77,12 @@ def search(tmp_path):
 def test_trials_are_judged_on_validation_text_and_the_choice_on_the_test_split(search, tmp_path):
     code, said = search("search=latency", "search.trials=9", "search.jobs=2", *SPACE)
     assert code == 0, said
-    trials = {row["method"]: row for row in report.gather(tmp_path / "sweep" / "trials")}
+    trials = {row["method"]: row for row in results.gather(tmp_path / "sweep" / "trials")}
     chains = set(trials) - {"none"}
     assert chains <= {"prune", "gptq", "onnx", "prune+gptq", "gptq+onnx", "prune+onnx", "prune+gptq+onnx"}
     assert {"gptq+onnx", "prune+onnx"} <= chains and trials["prune+onnx"]["reason"] == "out of luck"
     assert {row["split"] for row in trials.values() if row["status"] == "completed"} == {"validation"}
-    (baseline, chosen) = report.without_repeated_baselines(report.gather(tmp_path / "sweep"))[:2]
+    (baseline, chosen) = results.without_repeated_baselines(results.gather(tmp_path / "sweep"))[:2]
     assert (baseline["split"], chosen["split"], chosen["method"]) == ("test", "test", "gptq+onnx")
     line = (tmp_path / "sweep" / report.CONCLUSIONS).read_text().splitlines()[0]
     assert line.startswith("chosen: gptq+onnx") and "-0.90 pt there; on the test split: " in line and "-1.90 pt" in line
@@ -104,7 +104,7 @@ def test_where_no_chain_is_good_enough_the_baseline_is_chosen(search, tmp_path):
         "search=latency", "search.trials=2", "search.slots=[[gptq]]", "search.max_drop=0.5", *SPACE[1:3]
     )
     assert code == 0 and "chosen: none, the baseline: of 1 trials" in said
-    assert [row["method"] for row in report.gather(tmp_path / "sweep")] == ["none"]
+    assert [row["method"] for row in results.gather(tmp_path / "sweep")] == ["none"]
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_a_real_search(search, tmp_path):
     code, said = search(*words, *SMALL, stub=False)
     assert code == 0, said
     assert said.count("baseline: from the cache") >= 3 and "chosen: " in said
-    rows = report.gather(tmp_path / "sweep")
+    rows = results.gather(tmp_path / "sweep")
     assert {row["split"] for row in rows} == {"test"} and rows[1]["examples"] == 128
-    trials = report.gather(tmp_path / "sweep" / "trials")
+    trials = results.gather(tmp_path / "sweep" / "trials")
     assert {row["split"] for row in trials} == {"validation"} and trials[0]["examples"] == 64
     assert next((tmp_path / "sweep").glob("0_*/artifact/model.safetensors")).is_file()
     assert not list((tmp_path / "sweep").glob("trials/*/artifact"))
