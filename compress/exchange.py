@@ -13,8 +13,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from compress import qdq
 from compress.calibration import Batch
@@ -24,6 +25,7 @@ from compress.techniques import trait
 from compress.techniques.sensitivity import evenly_spread, validation_batches
 
 AGREEMENT = "agreement.json"
+GROUPED = "grouped"  # an attention of transformers' by this name
 EXAMPLES = 128  # of the validation split, which would take minutes of two models as a whole
 
 
@@ -140,11 +142,31 @@ def readable(key: str, before: list[Any]) -> None:
             )
 
 
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """What transformers' eager attention computes of ``query`` ``[batch, heads, new tokens, width]`` and ``key`` and
+    ``value`` ``[batch, groups, tokens, width]``, without a copy of those for every head of a group."""
+    texts, _, new, _ = query.shape
+    groups, width = int(key.shape[1]), int(key.shape[3])  # which are the same for all texts: constants of a graph
+    heads = query.reshape(texts, groups, -1, new, width)
+    scores = heads @ key.unsqueeze(2).transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(2)
+    found = scores.softmax(-1) @ value.unsqueeze(2)
+    return found.reshape(texts, -1, new, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """With attention written out in matrix products, and afterwards as it was."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    grouped = any(getattr(module, "num_key_value_groups", 1) > 1 for module in model.modules())
+    model.set_attn_implementation(GROUPED if grouped else "eager")
     try:
         yield
     finally:

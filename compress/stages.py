@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,18 @@ from compress.techniques.prune import HoldZeros
 log = logging.getLogger(__name__)
 
 
+def letting_go(work: Callable[..., None]) -> Callable[..., None]:
+    """A Trainer and its model hold each other, and Python would keep gigabytes until it has counted enough objects."""
+
+    @functools.wraps(work)
+    def worked(*args: Any) -> None:
+        work(*args)
+        gc.collect()
+
+    return worked
+
+
+@letting_go
 def start(planned: Plan, splits: Splits, into: Path) -> None:
     """Write the baseline: the model with the task's head, fine-tuned."""
     call(planned, planned.training, stage="baseline")
@@ -59,6 +74,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     artifact.write(into, model, tokenizer, description)
 
 
+@letting_go
 def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
     """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
     call(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))

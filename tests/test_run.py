@@ -427,7 +427,7 @@ def test_a_quantized_model_stays_as_small_in_onnx_and_its_format_is_no_limit_the
 class Drifts(Onnx):
     def save(self, model, folder):
         super().save(model, folder)
-        shutil.copy(Path(self.folder.name) / "traced.onnx", folder / "model.onnx")
+        shutil.copy(Path(self.folder.name) / "traced/model.onnx", folder / "model.onnx")
 
 
 def test_an_export_in_lower_precision_must_reload_to_what_was_exported(carry_out):

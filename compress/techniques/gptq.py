@@ -15,7 +15,7 @@ from compress.calibration import Batch, calibrate, calibration_batches
 from compress.hessian import inverse_factor, second_moment
 from compress.models import compressed, evaluating, quantizable
 from compress.packing import Quantized
-from compress.quantization import Grid, Scheme, fitted_grid, to_grid
+from compress.quantization import Grid, Scheme, fitted_grid, minmax_grid, to_grid
 
 KEY = "technique.gptq"
 
@@ -151,7 +151,7 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = inverse_factor(hessian[order][:, order], damping)
     importance = hessian.diagonal()
-    grid = fitted_grid(weight, scheme, dtype, importance)
+    grid = fitted_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
     left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight lies together
     keep = left != 0
     quantized = torch.zeros_like(left)

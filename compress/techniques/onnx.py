@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from compress.exchange import (
 )
 from compress.models import Layer, compressed, evaluating
 from compress.nbits import Weight
-from compress.packing import Integers, Quantized
+from compress.packing import Integers
 from compress.promises import digest
 from compress.quantization import Scheme
 from compress.quiet import muted
@@ -144,26 +145,31 @@ class Onnx(Export):
         tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
         few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
         self.folder = TemporaryDirectory()  # there for as long as the stage is
-        traced, path = (Path(self.folder.name) / name for name in ("traced.onnx", "model.onnx"))
+        traced, path = (Path(self.folder.name) / name for name in ("traced/model.onnx", "model.onnx"))
+        traced.parent.mkdir()  # which has the weights of a large one beside it, a file each
         with evaluating(model):
             with muted():
                 with qdq.plain(model, integers):
                     past = trace(model, batches[0], traced)
                 if integers:
-                    quantize_as_trained(traced, path, model, integers)
+                    graph = Graph(traced)
+                    qdq.into_onnx(graph.proto.graph, model, integers)
                 elif self.precision == "int8_static":
                     quantize_static(traced, path, layers.values(), [{**batch, **past} for batch in batches])
+                    graph = Graph(path)
                 else:
-                    fuse(traced, path, model.config, embeddings=not tables, whole=len(few) == len(tables))
+                    graph = fused(traced, model.config, embeddings=not tables, whole=len(few) == len(tables))
                 if self.precision == "int8_dynamic":
-                    quantize_dynamic(path, layers.values())
+                    quantize_dynamic(graph, path, layers.values())
+                    graph = Graph(path)
                 if few:
-                    lower(path, few, kept, self.scheme, self.activations)
-                store_once(path)
+                    lower(graph, few, kept, self.scheme, self.activations)
+                store_once(graph)
                 if self.precision == "fp16":
-                    to_float16(path)
+                    to_float16(graph)
                 if past:
-                    begin_with(path, past)
+                    begin_with(graph, past)
+                graph.write(path)
             exported = Model(path, plain_config(model))
             self.agreement = on_validation_text(trainer, model, exported)
         if self.lowers or kept or integers:
@@ -177,14 +183,14 @@ class Onnx(Export):
 
 def export(model: Any, example: Batch, folder: Path) -> None:
     """Write the model's graph in float32, as the runtime loads it."""
-    traced, path = folder / "traced.onnx", folder / "model.onnx"
-    with evaluating(model), muted():
+    with evaluating(model), muted(), TemporaryDirectory() as apart:
+        traced = Path(apart) / "model.onnx"
         past = trace(model, example, traced)
-        fuse(traced, path, model.config, embeddings=True, whole=True)
-        store_once(path)
+        graph = fused(traced, model.config, embeddings=True, whole=True)
+        store_once(graph)
         if past:
-            begin_with(path, past)
-    traced.unlink()
+            begin_with(graph, past)
+        graph.write(folder / "model.onnx")
     plain_config(model).save_pretrained(folder)
 
 
@@ -235,7 +241,7 @@ def trace(model: Any, example: Batch, path: Path) -> Batch:
         torch.onnx.export(
             module.eval(),  # in whose mode the exporter leaves the model
             (*inputs.values(), *past.values()),
-            path,
+            str(path),  # of any other kind PyTorch asks that it be small
             input_names=[*inputs, *past],
             output_names=list(outputs),
             dynamic_axes={**axes, **outputs},
@@ -245,37 +251,89 @@ def trace(model: Any, example: Batch, path: Path) -> Batch:
     return {name: part[:1, :, :0] for name, part in past.items()}
 
 
-def fuse(source: Path, target: Path, config: Any, embeddings: bool, whole: bool) -> None:
-    """Fuse what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query, key and
-    value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
+class Graph:
+    """A graph at ``path`` to be changed. Tensors that lie beside it, those of a large one, stay there until they are
+    asked for: the graph and its changes would hold them several times over."""
 
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self.beside = path.parent
+        self.proto = onnx.load(path, load_external_data=False)
+        self.large = any(map(onnx.external_data_helper.uses_external_data, self.proto.graph.initializer))
+        self.load(2**20)
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        return {one.name: one for one in self.proto.graph.initializer}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that do not lie beside it."""
+        return sum(one.ByteSize() for one in self.proto.graph.initializer)
+
+    def values(self, tensor: Any) -> np.ndarray:
+        import onnx
+
+        return onnx.numpy_helper.to_array(tensor, str(self.beside))
+
+    def load(self, most: float) -> None:
+        """Take in the tensors of no more than so many numbers that lie beside the graph."""
+        import onnx
+
+        for one in self.proto.graph.initializer:
+            if onnx.external_data_helper.uses_external_data(one) and math.prod(one.dims) <= most:
+                one.CopyFrom(onnx.numpy_helper.from_array(self.values(one), one.name))
+
+    def declare(self, domain: str) -> None:
+        """Let its nodes be operators of the ``domain``."""
+        import onnx
+
+        if not any(one.domain == domain for one in self.proto.opset_import):
+            self.proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+
+    def write(self, path: Path) -> None:
+        """Write it in place of what is at ``path``, the tensors of a large one beside it."""
+        import onnx
+
+        self.load(math.inf)
+        beside = path.with_name(f"{path.name}.data")
+        beside.unlink(missing_ok=True)  # onnx would append to it
+        large = self.size > LARGEST
+        onnx.save(self.proto, path, save_as_external_data=large, location=beside.name if large else None)
+
+
+def fused(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
+    """The graph with what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query,
+    key and value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_by_fusion
+
+    graph = Graph(source)
     options = FusionOptions("bert")
     options.enable_rotary_embeddings = False  # a table of 131,072 positions, and one row of them for all texts
     options.enable_embed_layer_norm = embeddings
     options.use_multi_head_attention = not whole
     heads, width = config.num_attention_heads, config.hidden_size
     even = width % heads == 0  # what the optimizer's attention takes for granted
-    options.enable_attention = even
-    optimizer = optimize_model(
-        str(source),
+    options.enable_attention = even and not graph.large  # it would join weights, which must be there for that
+    graph.proto = optimize_by_fusion(
+        graph.proto,
         model_type="bert",
         num_heads=heads if even else 0,
         hidden_size=width if even else 0,
-        opt_level=0,
         optimization_options=options,
-    )
-    graph = optimizer.model.graph
-    shapes = {one.name: one.dims for one in graph.initializer}
-    products = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
+    ).model
+    shapes = {name: one.dims for name, one in graph.tensors.items()}
+    products = {name: node for node in graph.proto.graph.node for name in node.output}
+    for node in graph.proto.graph.node:
         # The optimizer gives every block the config's number of heads, and some may have been cut.
         if node.op_type == "Attention":
             set_heads(node, shapes[node.input[1]][1] // 3 // (width // heads))
         elif node.op_type == "MultiHeadAttention":
             set_heads(node, shapes[products[node.input[0]].input[1]][1] // (width // heads))
-    optimizer.save_model_to_file(str(target), use_external_data_format=is_large(source))
+    graph.declare(nbits.DOMAIN)
+    return graph
 
 
 def set_heads(attention: Any, heads: int) -> None:
@@ -283,64 +341,58 @@ def set_heads(attention: Any, heads: int) -> None:
     attribute.i = heads
 
 
-def store_once(path: Path) -> None:
+def store_once(graph: Graph) -> None:
     """Leave out weights that are others transposed: those of an output layer that is tied to the embeddings."""
     import onnx
 
-    model = onnx.load(path)
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
-    matrices = [one for one in model.graph.initializer if one.data_type in kinds and len(one.dims) == 2]
+    matrices = [one for one in graph.tensors.values() if one.data_type in kinds and len(one.dims) == 2]
     seen: dict[tuple[bytes, torch.Size], str] = {}
     for one in matrices:
-        name, weight = one.name, torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
+        name, weight = one.name, torch.from_numpy(graph.values(one).copy())
         if source := seen.get((digest(weight.T), weight.T.shape)):
-            model.graph.initializer.remove(one)
-            model.graph.node.insert(
+            graph.proto.graph.initializer.remove(one)
+            graph.proto.graph.node.insert(
                 0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0])
             )
         else:
             seen[digest(weight), weight.shape] = name
-    write(model, path)
 
 
-def begin_with(path: Path, past: Batch) -> None:
+def begin_with(graph: Graph, past: Batch) -> None:
     """Let the graph take ``past`` where it is given nothing else."""
     import onnx
 
-    model = onnx.load(path)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(part.numpy(), name) for name, part in past.items())
-    write(model, path)
+    for name, part in past.items():
+        graph.proto.graph.initializer.append(onnx.numpy_helper.from_array(part.numpy(), name))
 
 
-def to_float16(path: Path) -> None:
+def to_float16(graph: Graph) -> None:
     """Store the weights in float16; they are cast to float32 once, when the graph is loaded."""
     import onnx
 
-    model = onnx.load(path)
-    for stored in model.graph.initializer:
+    for stored in graph.proto.graph.initializer:
         if stored.data_type == onnx.TensorProto.FLOAT and len(stored.dims) == 2:
             name = stored.name
-            half = onnx.numpy_helper.to_array(stored).astype(np.float16)
+            half = graph.values(stored).astype(np.float16)
             stored.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_float16"))
             cast = onnx.helper.make_node("Cast", [stored.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
-            model.graph.node.insert(0, cast)
-    write(model, path)
+            graph.proto.graph.node.insert(0, cast)
 
 
 def lower(
-    path: Path, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
+    graph: Graph, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
 ) -> None:
     """Store the ``layers``' weights as integers: as they are ``kept``, or rounded by the ``scheme``, or embeddings and
     what is tied to them in 8 bits. What multiplies by them rounds its inputs to the type of the ``activations``."""
     import onnx
 
-    model = onnx.load(path)
-    tensors = {one.name: one for one in model.graph.initializer}
+    tensors, proto = graph.tensors, graph.proto.graph
     names = {digest(layer.weight): name for name, layer in layers.items()}
     tables: dict[str, str] = {}
     nodes: list[Any] = []
-    for node in model.graph.node:
-        found = [names.get(digest(one)) for one in factors(node, tensors)]
+    for node in proto.node:
+        found = [names.get(digest(one)) for one in factors(node, graph, tensors)]
         if len(found) != 1 or found[0] is None:
             nodes.append(node)
             continue
@@ -360,37 +412,37 @@ def lower(
         nodes += new
         tensors |= {key: onnx.numpy_helper.from_array(one, key) for key, one in lowered.items()}
     used = {name for node in nodes for name in node.input}
-    model.graph.ClearField("node")
-    model.graph.ClearField("initializer")
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(one for name, one in tensors.items() if name in used)
-    if not any(one.domain == nbits.DOMAIN for one in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(nbits.DOMAIN, 1))
-    write(model, path)
+    left = [one for name, one in tensors.items() if name in used]
+    proto.ClearField("node")
+    proto.ClearField("initializer")
+    proto.node.extend(nodes)
+    proto.initializer.extend(left)
+    graph.declare(nbits.DOMAIN)
 
 
-def quantize_dynamic(path: Path, layers: Iterable[Layer]) -> None:
-    """Quantize the ``layers``' weights, and their inputs as they come."""
+def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
+    """Write the graph with the ``layers``' weights, and their inputs as they come, quantized."""
     import onnx
     from onnxruntime import quantization
 
-    model = onnx.load(path)
-    nodes = nodes_of(model, layers)
+    nodes = nodes_of(graph, layers)
+    graph.load(math.inf)
     quantization.quantize_dynamic(
-        model,
+        graph.proto,
         path,
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,  # unsigned ones are slower
         nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # what it makes of a Gemm first
-        use_external_data_format=is_large(path),
+        use_external_data_format=graph.size > LARGEST,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused operators give, which nothing says
     )
 
 
 def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch]) -> None:
     """Quantize the ``layers``' weights, and their inputs on scales that hold those of all ``batches``."""
-    import onnx
     from onnxruntime import quantization
+
+    graph = Graph(source)
 
     class Batches(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -406,52 +458,29 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        nodes_to_quantize=nodes_of(onnx.load(source), layers),
-        use_external_data_format=is_large(source),
+        nodes_to_quantize=nodes_of(graph, layers),
+        use_external_data_format=graph.large or graph.size > LARGEST,
     )
 
 
-def quantize_as_trained(source: Path, target: Path, model: nn.Module, layers: dict[str, Quantized]) -> None:
-    """Quantize the ``layers`` and their inputs as they are in PyTorch."""
-    import onnx
-
-    traced = onnx.load(source)
-    qdq.into_onnx(traced.graph, model, layers)
-    write(traced, target)
-
-
-def nodes_of(model: Any, layers: Iterable[Layer]) -> list[str]:
+def nodes_of(graph: Graph, layers: Iterable[Layer]) -> list[str]:
     """The names of the graph's nodes that multiply by weights of some of the ``layers`` and no others."""
-    chosen = {digest(layer.weight) for layer in layers}
-    tensors = {one.name: one for one in model.graph.initializer}
-    products = {node.name: factors(node, tensors) for node in model.graph.node if node.op_type != "Gather"}
-    return [name for name, found in products.items() if found and all(digest(one) in chosen for one in found)]
+    chosen, tensors, found = {digest(layer.weight) for layer in layers}, graph.tensors, []
+    for node in graph.proto.graph.node:
+        weights = factors(node, graph, tensors) if node.op_type != "Gather" else []
+        if weights and all(digest(one) in chosen for one in weights):
+            found.append(node.name)
+    return found
 
 
-def factors(node: Any, tensors: dict[str, Any]) -> list[Tensor]:
+def factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
     """The weights ``[rows, inputs]`` that the node multiplies by, three where it is all of attention, or the table in
     which it looks up rows; none if it does neither."""
-    import onnx
-
     place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
     stored = tensors.get(node.input[place]) if place is not None else None
     if stored is None or len(stored.dims) != 2:
         return []
-    weight = torch.from_numpy(onnx.numpy_helper.to_array(stored).copy())
+    weight = torch.from_numpy(graph.values(stored).copy())
     if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
         return [weight]
     return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
-
-
-def write(model: Any, path: Path) -> None:
-    """Write the graph in place of what is at ``path``, the tensors of a large one beside it."""
-    import onnx
-
-    beside = path.with_name(f"{path.name}.data")
-    beside.unlink(missing_ok=True)  # onnx would append to it
-    large = model.ByteSize() > LARGEST
-    onnx.save(model, path, save_as_external_data=large, location=beside.name if large else None)
-
-
-def is_large(path: Path) -> bool:
-    return sum(one.stat().st_size for one in path.parent.iterdir()) > LARGEST
