@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial, reduce
 from itertools import groupby
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytorch_lightning as pl
 import torch
@@ -86,26 +87,42 @@ def calibrate(
 
 def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
     """The hidden states that enter the first block, by batch, and how every block is called, by batch and block. The
-    masks and position embeddings of a call are shared between blocks: they cost their memory once."""
+    masks and position embeddings of a call are shared between blocks: they cost their memory once. After the first
+    batch, blocks that give nothing but hidden states give back those that they get instead, for speed."""
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
+    in_tuples: dict[nn.Module, bool] = {}  # of blocks that give hidden states and nothing else
 
-    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
         rest = dict(kwargs)
         state = args[0] if args else rest.pop("hidden_states")
         if not calls[-1]:
             hidden.append(state)
         calls[-1].append(Call(args[1:], rest))
+        if block is stack[-1]:
+            raise Seen
+
+    def watch(block: nn.Module, _: tuple, output: Any) -> None:
+        if isinstance(output, Tensor) or len(output) == 1:
+            in_tuples[block] = isinstance(output, tuple)
 
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in stack]
+    hooks += [block.register_forward_hook(watch) for block in stack]
     try:
         for batch in batches:
             calls.append([])
-            model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+            with ExitStack() as passed, suppress(Seen):
+                for block, in_tuple in in_tuples.items():
+                    passed.enter_context(patch.object(block, "forward", partial(give_back, in_tuple)))
+                model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
     finally:
         for hook in hooks:
             hook.remove()
     return hidden, calls
+
+
+def give_back(in_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    return (hidden_states,) if in_tuple else hidden_states
 
 
 class Seen(Exception):

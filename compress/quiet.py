@@ -25,6 +25,7 @@ def hush() -> None:
         "datasets",
         "filelock",
         "matplotlib",
+        "tensorboard",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers

@@ -227,7 +227,8 @@ def notes(rows: list[Row]) -> list[str]:
             f"points by {one['method']}"
             + (f" ({'' if p < 0.05 else 'not '}significant among its parts)" if p is not None else "")
         )
-    shares = [one["measuring_time_s"] / one["run_time_s"] for one in done if one.get("run_time_s")]
+    chains = [one for one in done if one["speedup"] is not None] or done
+    shares = [one["measuring_time_s"] / one["run_time_s"] for one in chains if one.get("run_time_s")]
     if any(shares):
         timed.append(
             f"measuring took up to {max(shares):.0%} of the time of a run that finds nothing in the cache; its budget "
