@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -18,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from compress import sources
 from compress.errors import UserError
+from compress.labels import encode, is_missing, is_set, names, rebased
 from compress.metrics import METRICS
 from compress.sources import STRICT, Columns, Hub, Layout, Table
 
@@ -134,7 +134,7 @@ class Task:
         notes = []
         if self.kind != "lm":
             for split, table in tables.items():
-                labelled = [i for i, label in enumerate(table["label"]) if not self._unlabelled(label)]
+                labelled = [i for i, label in enumerate(table["label"]) if not is_missing(label, self.kind)]
                 if dropped := len(table["label"]) - len(labelled):
                     notes.append(f"{split}: {dropped:,} rows without a label left out")
                     tables[split] = _take(table, labelled)
@@ -156,7 +156,7 @@ class Task:
         for split in SPLITS:
             table = {name: column for name, column in tables[split].items() if name != "group"}
             if self.kind != "lm":
-                table["label"] = task._encode(table["label"], split)
+                table["label"] = encode(task, table["label"], split)
             encoded[split] = Dataset.from_dict(table)
         return Splits(**encoded, task=task, notes=tuple(notes))
 
@@ -254,8 +254,8 @@ class Task:
                 )
             return table[name]
 
-        names = (columns.text,) if isinstance(columns.text, str) else columns.text
-        texts = [column(name, "task.columns.text") for name in names]
+        parts = (columns.text,) if isinstance(columns.text, str) else columns.text
+        texts = [column(name, "task.columns.text") for name in parts]
         selected: Table = {"text": [" ".join(str(part) for part in row if part is not None) for row in zip(*texts)]}
         if columns.text_pair:
             pairs = column(columns.text_pair, "task.columns.text_pair")
@@ -266,17 +266,15 @@ class Task:
         if columns.label is None and self.kind == "multilabel":
             assert self.labels is not None  # the constructor has checked it
             flags = [column(label, "task.labels") for label in self.labels]
-            selected["label"] = [[label for label, flag in zip(self.labels, row) if _flag(flag)] for row in zip(*flags)]
+            selected["label"] = [
+                [label for label, flag in zip(self.labels, row) if is_set(flag)] for row in zip(*flags)
+            ]
         else:
             labels = column(columns.label or "label", "task.columns.label")
-            selected["label"] = [_rebased(label, label_base, self.labels) for label in labels] if label_base else labels
+            selected["label"] = [rebased(label, label_base, self.labels) for label in labels] if label_base else labels
         if columns.group:
             selected["group"] = column(columns.group, "task.columns.group")
         return selected
-
-    def _unlabelled(self, label: Any) -> bool:
-        # A multi-label text may have no label at all; an empty one is an answer.
-        return label is None or (label == "" and self.kind != "multilabel")
 
     def _hold_out(self, table: Table, split: str, seed: int) -> tuple[Table, Table]:
         share = getattr(self.holdout, split)
@@ -300,47 +298,7 @@ class Task:
             return dataclasses.replace(self, labels=())
         if self.labels is not None:
             return self
-        found = {item for label in train["label"] for item in (_items(label) if self.kind == "multilabel" else [label])}
-        names = {_name(item) for item in found}
-        numbers = all(name.lstrip("-").isdigit() for name in names)
-        return dataclasses.replace(self, labels=tuple(sorted(names, key=int if numbers else None)))
-
-    def _encode(self, labels: list[Any], split: str) -> list[Any]:
-        """Indices, numbers, or vectors of 0 and 1."""
-        if self.kind == "regression":
-            try:
-                numbers = [float(label) for label in labels]
-                if not all(map(math.isfinite, numbers)):
-                    raise ValueError("NaN or infinity")
-                return numbers
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"Task `{self.name}` is regression and {split} has labels that are no numbers ({error}): set "
-                    "task.kind=multiclass, or task.columns.label to a column of numbers."
-                ) from error
-        assert self.labels is not None  # given, or found in train
-        index = {name: i for i, name in enumerate(self.labels)}
-
-        @functools.cache
-        def encode(name: str) -> int:
-            if name in index:
-                return index[name]
-            if name.isdigit() and int(name) < len(index):
-                return int(name)
-            raise UserError(
-                f"Task `{self.name}` met the label `{name}` in {split} and knows {', '.join(self.labels[:30])}: set "
-                "task.labels to the names of all labels, or task.columns.label to another column."
-            )
-
-        if self.kind == "multiclass":
-            return [encode(_name(label)) for label in labels]
-        vectors = []
-        for label in labels:
-            vector = [0.0] * len(index)
-            for item in _items(label):
-                vector[encode(_name(item))] = 1.0
-            vectors.append(vector)
-        return vectors
+        return dataclasses.replace(self, labels=names(train["label"], self.kind))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -393,31 +351,3 @@ def held_out(groups: Sequence[Hashable], size: int, seed: int) -> list[int]:
 
 def _take(table: Table, rows: Sequence[int]) -> Table:
     return {name: [column[i] for i in rows] for name, column in table.items()}
-
-
-def _name(label: Any) -> str:
-    """A label as text: booleans and whole floats, as parquet and json have them, as whole numbers."""
-    whole = isinstance(label, bool) or (isinstance(label, float) and label.is_integer())
-    return str(int(label) if whole else label).strip()
-
-
-def _items(labels: Any) -> list[Any]:
-    """The labels of one text: a list, a single one, or a string with commas."""
-    if isinstance(labels, str):
-        return [item for item in labels.split(",") if item.strip()]
-    return list(labels) if isinstance(labels, (list, tuple)) else [labels]
-
-
-def _flag(value: Any) -> bool:
-    if str(value).lower() in ("1", "1.0", "true"):
-        return True
-    if str(value).lower() in ("0", "0.0", "false"):
-        return False
-    raise UserError(
-        f"A column of one label must hold 0 or 1 and holds `{value}`: set task.columns.label or task.labels."
-    )
-
-
-def _rebased(label: Any, base: int, labels: tuple[str, ...] | None) -> Any:
-    name = _name(label)
-    return str(int(name) - base) if name.lstrip("-").isdigit() and name not in (labels or ()) else label

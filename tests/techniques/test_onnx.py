@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from compress import packing, shapes
+from compress import graphs, packing, shapes
 from compress.errors import UserError
 from compress.exchange import Agreement, agreement
 from compress.models import kind_of, linears, prunable
@@ -17,7 +17,6 @@ from compress.nbits import rounded
 from compress.quantization import Scheme
 from compress.runtimes.onnxruntime import load
 from compress.runtimes.torch import load as load_torch
-from compress.techniques import onnx as exporting
 from compress.techniques.awq import AWQ
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import GPTQ
@@ -292,7 +291,7 @@ def test_weights_that_two_layers_share_are_stored_once(tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_tensors_of_a_large_model_lie_beside_it(precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "LARGEST", 1000)
+    monkeypatch.setattr(graphs, "LARGEST", 1000)
     model = told_apart(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision)
     sizes = [numpy_helper.to_array(one).nbytes for one in in_onnx(tmp_path).initializer]

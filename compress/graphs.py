@@ -1,0 +1,264 @@
+"""ONNX graphs: read and written, fused, and brought into lower precision by ONNX Runtime's tools and by ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress import nbits
+from compress.calibration import Batch
+from compress.models import Layer
+from compress.nbits import Weight
+from compress.promises import digest
+from compress.quantization import Scheme
+
+LARGEST = 2**31 - 2**20
+"""Bytes that a file in ONNX's format holds; the tensors of a larger model lie beside it."""
+
+
+class Graph:
+    """A graph at ``path`` to be changed. Tensors that lie beside it, those of a large one, stay there until they are
+    asked for: the graph and its changes would hold them several times over."""
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self.beside = path.parent
+        self.proto = onnx.load(path, load_external_data=False)
+        self.large = any(map(onnx.external_data_helper.uses_external_data, self.initializer))
+        self.load(2**20)
+
+    @property
+    def nodes(self) -> Any:
+        return self.proto.graph.node
+
+    @property
+    def initializer(self) -> Any:
+        """All tensors, in the order of the file."""
+        return self.proto.graph.initializer
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        return {one.name: one for one in self.initializer}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that do not lie beside it."""
+        return sum(one.ByteSize() for one in self.initializer)
+
+    def values(self, tensor: Any) -> np.ndarray:
+        import onnx
+
+        return onnx.numpy_helper.to_array(tensor, str(self.beside))
+
+    def load(self, most: float) -> None:
+        """Take in the tensors of no more than so many numbers that lie beside the graph."""
+        import onnx
+
+        for one in self.initializer:
+            if onnx.external_data_helper.uses_external_data(one) and math.prod(one.dims) <= most:
+                one.CopyFrom(onnx.numpy_helper.from_array(self.values(one), one.name))
+
+    def declare(self, domain: str) -> None:
+        """Let its nodes be operators of the ``domain``."""
+        import onnx
+
+        if not any(one.domain == domain for one in self.proto.opset_import):
+            self.proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+
+    def write(self, path: Path) -> None:
+        """Write it in place of what is at ``path``, the tensors of a large one beside it."""
+        import onnx
+
+        self.load(math.inf)
+        beside = path.with_name(f"{path.name}.data")
+        beside.unlink(missing_ok=True)  # onnx would append to it
+        large = self.size > LARGEST
+        onnx.save(self.proto, path, save_as_external_data=large, location=beside.name if large else None)
+
+
+def fused(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
+    """The graph with what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query,
+    key and value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_by_fusion
+
+    graph = Graph(source)
+    options = FusionOptions("bert")
+    options.enable_rotary_embeddings = False  # a table of 131,072 positions, and one row of them for all texts
+    options.enable_embed_layer_norm = embeddings
+    options.use_multi_head_attention = not whole
+    heads, width = config.num_attention_heads, config.hidden_size
+    even = width % heads == 0  # what the optimizer's attention takes for granted
+    options.enable_attention = even and not graph.large  # it would join weights, which must be there for that
+    graph.proto = optimize_by_fusion(
+        graph.proto,
+        model_type="bert",
+        num_heads=heads if even else 0,
+        hidden_size=width if even else 0,
+        optimization_options=options,
+    ).model
+    shapes = {name: one.dims for name, one in graph.tensors.items()}
+    products = {name: node for node in graph.nodes for name in node.output}
+    for node in graph.nodes:
+        # The optimizer gives every block the config's number of heads, and some may have been cut.
+        if node.op_type == "Attention":
+            set_heads(node, shapes[node.input[1]][1] // 3 // (width // heads))
+        elif node.op_type == "MultiHeadAttention":
+            set_heads(node, shapes[products[node.input[0]].input[1]][1] // (width // heads))
+    graph.declare(nbits.DOMAIN)
+    return graph
+
+
+def set_heads(attention: Any, heads: int) -> None:
+    (attribute,) = (one for one in attention.attribute if one.name == "num_heads")
+    attribute.i = heads
+
+
+def store_once(graph: Graph) -> None:
+    """Leave out weights that are others transposed: those of an output layer that is tied to the embeddings."""
+    import onnx
+
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
+    matrices = [one for one in graph.tensors.values() if one.data_type in kinds and len(one.dims) == 2]
+    seen: dict[tuple[bytes, torch.Size], str] = {}
+    for one in matrices:
+        name, weight = one.name, torch.from_numpy(graph.values(one).copy())
+        if source := seen.get((digest(weight.T), weight.T.shape)):
+            graph.initializer.remove(one)
+            graph.nodes.insert(0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0]))
+        else:
+            seen[digest(weight), weight.shape] = name
+
+
+def begin_with(graph: Graph, past: Batch) -> None:
+    """Let the graph take ``past`` where it is given nothing else."""
+    import onnx
+
+    for name, part in past.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(part.numpy(), name))
+
+
+def to_float16(graph: Graph) -> None:
+    """Store the weights in float16; they are cast to float32 once, when the graph is loaded."""
+    import onnx
+
+    for stored in graph.initializer:
+        if stored.data_type == onnx.TensorProto.FLOAT and len(stored.dims) == 2:
+            name = stored.name
+            half = graph.values(stored).astype(np.float16)
+            stored.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}_float16"))
+            cast = onnx.helper.make_node("Cast", [stored.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
+            graph.nodes.insert(0, cast)
+
+
+def lower(
+    graph: Graph, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
+) -> None:
+    """Store the ``layers``' weights as integers: as they are ``kept``, or rounded by the ``scheme``, or embeddings and
+    what is tied to them in 8 bits. What multiplies by them rounds its inputs to the type of the ``activations``."""
+    import onnx
+
+    tensors, proto = graph.tensors, graph.proto.graph
+    names = {digest(layer.weight): name for name, layer in layers.items()}
+    tables: dict[str, str] = {}
+    nodes: list[Any] = []
+    for node in proto.node:
+        found = [names.get(digest(one)) for one in factors(node, graph, tensors)]
+        if len(found) != 1 or found[0] is None:
+            nodes.append(node)
+            continue
+        (name,), weight = found, layers[found[0]].weight.detach()
+        if node.op_type == "Gather":
+            new, lowered = nbits.look_up(node, nbits.rounded_rows(weight))
+            tables[name] = node.input[0]
+        else:
+            if name in kept:
+                rounded = kept[name]
+            else:
+                tied = isinstance(layers[name], nn.Embedding)
+                rounded = nbits.rounded_rows(weight) if tied else nbits.rounded(weight, scheme)
+            new, lowered = nbits.multiply(node, rounded, weight.shape[1], activations)
+            if name in tables:
+                new, lowered = nbits.share(tables[name], new, lowered)
+        nodes += new
+        tensors |= {key: onnx.numpy_helper.from_array(one, key) for key, one in lowered.items()}
+    used = {name for node in nodes for name in node.input}
+    left = [one for name, one in tensors.items() if name in used]
+    proto.ClearField("node")
+    proto.ClearField("initializer")
+    proto.node.extend(nodes)
+    proto.initializer.extend(left)
+    graph.declare(nbits.DOMAIN)
+
+
+def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
+    """Write the graph with the ``layers``' weights, and their inputs as they come, quantized."""
+    import onnx
+    from onnxruntime import quantization
+
+    nodes = nodes_of(graph, layers)
+    graph.load(math.inf)
+    quantization.quantize_dynamic(
+        graph.proto,
+        path,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,  # unsigned ones are slower
+        nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # what it makes of a Gemm first
+        use_external_data_format=graph.size > LARGEST,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused operators give, which nothing says
+    )
+
+
+def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch]) -> None:
+    """Quantize the ``layers``' weights, and their inputs on scales that hold those of all ``batches``."""
+    from onnxruntime import quantization
+
+    graph = Graph(source)
+
+    class Batches(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter([{name: value.numpy() for name, value in batch.items()} for batch in batches])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    quantization.quantize_static(
+        source,
+        target,
+        Batches(),
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        nodes_to_quantize=nodes_of(graph, layers),
+        use_external_data_format=graph.large or graph.size > LARGEST,
+    )
+
+
+def nodes_of(graph: Graph, layers: Iterable[Layer]) -> list[str]:
+    """The names of the graph's nodes that multiply by weights of some of the ``layers`` and no others."""
+    chosen, tensors, found = {digest(layer.weight) for layer in layers}, graph.tensors, []
+    for node in graph.nodes:
+        weights = factors(node, graph, tensors) if node.op_type != "Gather" else []
+        if weights and all(digest(one) in chosen for one in weights):
+            found.append(node.name)
+    return found
+
+
+def factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
+    """The weights ``[rows, inputs]`` that the node multiplies by, three where it is all of attention, or the table in
+    which it looks up rows; none if it does neither."""
+    place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
+    stored = tensors.get(node.input[place]) if place is not None else None
+    if stored is None or len(stored.dims) != 2:
+        return []
+    weight = torch.from_numpy(graph.values(stored).copy())
+    if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
+        return [weight]
+    return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
