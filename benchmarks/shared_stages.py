@@ -1,8 +1,9 @@
-"""What a sweep of twelve chains, those of the experiment `bert_semeval`, costs with the cache: against the same chains
+r"""What a sweep of twelve chains, the BERT rows of docs/studies.md, costs with the cache: against the same chains
 without one, and against the sum of its distinct stages, each made once, and of the measurements, one a chain.
 
     python benchmarks/shared_stages.py                  # the built-in model and data, some minutes
-    python benchmarks/shared_stages.py model=minilm model.path=FOLDER task=sst2 task.path=FOLDER task.limit.train=4000
+    python benchmarks/shared_stages.py model=minilm model.path=FOLDER task=sst2 task.path=FOLDER \
+        task.epochs=1 task.limit.train=4000
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ def main() -> None:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 configs = rows(*fixed)
             for config in map(shortened, configs):
+                config.task.limit.test = 64
+                config.hardware.latency.batch_sizes = [1, 32]
                 before = in_use(None) if torch.cuda.is_available() else 0.0
                 begin = time.perf_counter()
                 process = apart.Process(target=work, args=(config, Path(folder)))

@@ -20,6 +20,7 @@ from compress.data import Batch, TaskData
 from compress.errors import UserError
 from compress.models import compressed
 from compress.plan import Hardware
+from compress.results import write_whole
 from compress.techniques import Training
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def fitted(
     else:
         size = largest(asked, module, callbacks, data, hardware)
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(str(size))
+        write_whole(kept, str(size))
     log.info(f"  batches of {size} texts fit into memory; of {asked // size} a step, {asked} texts")
     data.batch_size = size
     return replace(training, batch_size=size, accumulate=asked // size)

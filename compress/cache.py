@@ -76,13 +76,13 @@ class Cache:
 
     Args:
         folder: where it lies.
-        refresh: take no entry that is older than this process.
+        since: take no entry that is older, in seconds since 1970.
     """
 
-    def __init__(self, folder: Path | str, refresh: bool = False) -> None:
+    def __init__(self, folder: Path | str, since: float = 0.0) -> None:
         self.folder = Path(folder) / "stages"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.refresh = refresh
+        self.since = since
         self.used: list[IO] = []
 
     def __enter__(self) -> Cache:
@@ -97,7 +97,7 @@ class Cache:
         entry = self.folder / digest([key, environment()])
         with locked(entry, name):
             self._use(entry)
-            if entry.is_dir() and not (self.refresh and entry.stat().st_mtime < BEGAN):
+            if entry.is_dir() and entry.stat().st_mtime >= self.since:
                 if not (damage := damaged(entry)):
                     log.info(f"  {name}: from the cache")
                     return entry
@@ -116,15 +116,17 @@ class Cache:
             for used_up in RESUME[:2]:
                 remove(partial / used_up)
             (partial / MANIFEST).write_text(json.dumps(manifest(partial)))
+            old = entry.with_suffix(".old")
+            remove(old)  # of a process that was killed here
             if entry.is_dir():
-                os.replace(entry, entry.with_suffix(".old"))
+                os.replace(entry, old)
             os.replace(partial, entry)
-            remove(entry.with_suffix(".old"))
+            remove(old)
             log.info(f"  {name}: {time.perf_counter() - begin:.1f} s")
         return entry
 
     def _use(self, entry: Path) -> None:
-        stream = entry.with_suffix(".used").open("a")
+        stream = entry.with_suffix(".used").open("a+")  # a shared lock on a network's disk asks for reading
         self.used.append(stream)
         fcntl.flock(stream, fcntl.LOCK_SH)
         os.utime(stream.name)
@@ -162,6 +164,14 @@ def damaged(entry: Path) -> str:
         if written.get(file) != found.get(file):
             return f"{file} is {'not what was written' if file in found else 'missing'}"
     return ""
+
+
+def flush(folder: Path) -> None:
+    """Have all files of a folder on the disk, so that a power cut takes none of them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def remove(path: Path) -> None:

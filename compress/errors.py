@@ -51,7 +51,7 @@ def told(error: BaseException) -> str:
                 "prune) and run the same command into the same folder, which goes on with what is finished."
             )
         short = isinstance(one, MemoryError) or type(one).__name__ == "OutOfMemoryError"  # PyTorch's of a GPU
-        if short or "can't allocate memory" in str(one):  # PyTorch's of the CPU
+        if short or number == errno.ENOMEM or "can't allocate memory" in str(one):  # PyTorch's of the CPU
             return (
                 "There is not enough memory: choose a smaller model, or smaller batches (baseline.batch_size, "
                 "task.batch_size, hardware.latency.batch_sizes), and run the same command into the same folder, which "

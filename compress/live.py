@@ -6,8 +6,10 @@ Importing this module is cheap: Hydra does so before every job.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 STAGE = "running"
 """The file in which a job says at which stage it is."""
+CONFIG = ".hydra/config.yaml"
+"""That which Hydra writes when a job begins."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +61,29 @@ def states(folder: Path, jobs: list[str], begun: float) -> list[State]:
 
 
 def state(name: str, job: Path) -> State:
-    start = (job / ".hydra/config.yaml").stat().st_mtime
-    try:
+    start, end = (job / CONFIG).stat().st_mtime, 0.0
+    with suppress(FileNotFoundError):
         rows, end = json.loads((job / results.RESULT).read_text())["rows"], (job / results.RESULT).stat().st_mtime
-    except FileNotFoundError:
-        at = (job / STAGE).read_text() if (job / STAGE).is_file() else "starting"
+    if end < start:  # what is there is of an earlier run
+        at = "starting"
+        with suppress(FileNotFoundError):
+            at = (job / STAGE).read_text()
         return State(name, "running", at, time.time() - start)
     failed = [row["reason"] for row in rows if row["status"] != "completed"]
-    return State(name, "failed" if failed else "done", failed[0] if failed else "", max(0.0, end - start))
+    return State(name, "failed" if failed else "done", failed[0] if failed else "", end - start)
+
+
+def took_no_time(job: Path) -> None:
+    """Let a result that was there before count for this run."""
+    start = (job / CONFIG).stat().st_mtime_ns
+    os.utime(job / results.RESULT, ns=(start, start))
 
 
 def summary(found: list[State]) -> str:
     """How many jobs are done, and about how long the rest takes if it takes as long as those."""
     over = [one for one in found if one.state in ("done", "failed")]
     text = f"{len(over)} of {len(found)} jobs"
-    done = [one.seconds for one in over if one.state == "done"]
+    done = [one.seconds for one in over if one.state == "done" and one.seconds]  # and not before
     running = [one.seconds for one in found if one.state == "running"]
     if done and len(over) < len(found):
         each = sum(done) / len(done)

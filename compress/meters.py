@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress import artifact, bnb
+from compress.quiet import hush
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def run(
     answer: Connection, folder: Path, kind: str, arrays: list[dict[str, np.ndarray]], device: str, threads: int
 ) -> None:
     """The life of that process."""
+    hush()
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):
         importlib.import_module(artifact.describe(folder, kind).runtime)

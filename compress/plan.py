@@ -189,6 +189,11 @@ class Plan:
         steps = tuple(one.read(self.settings.seed) for one in self.steps)
         return replace(self, task=splits.task, steps=steps, team=team)
 
+    def addresses(self, data: str) -> list[Any]:
+        """What decides the baseline, how it is trained, and what decides every stage, given the data's fingerprint.
+        Files of models are read for it."""
+        return [self.address(data), plain(self.training), *(step.address for step in self.steps)]
+
     def address(self, data: str) -> dict[str, Any]:
         """What decides the baseline besides its training, given the fingerprint of the data."""
         task = plain(self.task)

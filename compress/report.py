@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
 CONCLUSIONS = "search.txt"
 """What a search has chosen, a line each."""
 FIRST = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -28,12 +30,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """That ask a process to stop: Ctrl-C, whoever ends it, and a cluster that wants its machine back."""
 
 
+NEW = "new.ckpt"
+"""A checkpoint until it has its name."""
+
+
 class Checkpoints(Checkpoint):
     """Saves all that a fit needs to go on: at the end of every epoch but the last, every ``minutes``, and when the
     process is asked to stop, which it then does.
 
     Besides what Lightning saves (weights, optimizer, schedules, callbacks, progress) that is the state of the random
-    number generators. Of several processes that train together the first decides.
+    number generators of every process. Of several that train together the first decides when, and it alone is asked
+    to stop: the others end with it.
 
     Args:
         folder: where they lie, the last one alone, under its step and the checksum of its content.
@@ -46,12 +53,14 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0
         """Of training before this process went on with it."""
         self.begun = self.saved = time.perf_counter()
-        self.random: dict[str, Any] = {}
+        self.random: list[dict[str, Any]] = []
         self.asked: tuple[int, Any] | None = None
+        self.before: dict[int, Any] = {}
         self.handlers: dict[int, Any] = {}
 
     def last(self) -> Path | None:
         """The checkpoint to go on from; one that is not as it was written is removed."""
+        (self.folder / NEW).unlink(missing_ok=True)
         for path in self.folder.glob("*.ckpt"):
             if path.stem.partition("-")[2] == checksum(path):
                 return path
@@ -65,26 +74,30 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + time.perf_counter() - self.begun
-        return {"seconds": seconds, "random": random_state()}
+        return {"seconds": seconds, "random": of_all(random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.random = state["seconds"], state["random"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.begun = self.saved = time.perf_counter()
+        # Before Lightning has its own, which on SIGTERM waits for the other processes where they may not wait for it.
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            self.handlers = self.before
+            for number in SIGNALS:
+                signal.signal(number, self._ask if trainer.is_global_zero else signal.SIG_IGN)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.random:
-            set_random_state(self.random)
+            set_random_state(self.random[trainer.global_rank])
             if batch_idx == 0:
                 torch.empty((), dtype=torch.int64).random_()  # which a DataLoader does when an epoch begins
-            self.random = {}
+            self.random = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,7 +107,7 @@ class Checkpoints(Checkpoint):
             return  # the epoch's end comes, or gradients would be lost
         due = self.asked is not None or time.perf_counter() - self.saved > 60 * self.minutes
         if trainer.world_size > 1:
-            due = batch_idx % 10 == 0 and trainer.strategy.broadcast(due)
+            due = trainer.global_step % 10 == 0 and trainer.strategy.broadcast(due)
         if due:
             self.save(trainer)
             self._stop()
@@ -108,7 +121,7 @@ class Checkpoints(Checkpoint):
         self._stop()
 
     def save(self, trainer: pl.Trainer) -> None:
-        new = self.folder / "new.ckpt"
+        new = self.folder / NEW
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
             old = [path for path in self.folder.glob("*.ckpt") if path != new]
@@ -146,6 +159,16 @@ class Checkpoints(Checkpoint):
                 signal.raise_signal(signal.Signals(number))
 
 
+def of_all(own: Any) -> list[Any]:
+    """What every process that trains together has for its ``own``."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    content, every = io.BytesIO(), [b""] * torch.distributed.get_world_size()
+    torch.save(own, content)  # as tensors do not travel as objects
+    torch.distributed.all_gather_object(every, content.getvalue())
+    return [torch.load(io.BytesIO(one), weights_only=True) for one in every]
+
+
 def random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
     return {
@@ -173,6 +196,8 @@ class Whole(TorchCheckpointIO):
         partial = f"{path}.partial"
         with open(partial, "wb") as file:  # so that a full disk is told as such
             torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
 
 

@@ -17,17 +17,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from compress import artifact, card, chain, plan, report, results, together
+from compress import artifact, card, chain, live, plan, report, results, together
 from compress.artifact import Artifact
-from compress.cache import MANIFEST, Cache, digest, environment, prune, remove
+from compress.cache import BEGAN, MANIFEST, Cache, digest, environment, flush, prune, remove
 from compress.errors import PostconditionError, UserError, causes, told
 from compress.exchange import agreed
-from compress.live import STAGE
 from compress.measure import Bench, bench, measure
 from compress.plan import Plan, Settings
 from compress.predictions import FILE
@@ -40,12 +40,12 @@ from compress.together import Team
 log = logging.getLogger(__name__)
 
 FINISHED = "finished"
-"""The file of a finished job: what it was, so that it is not done again."""
+"""The file of a finished job: what was asked for and what it was made of, so that it is not done again."""
 
 
 def main(cfg: DictConfig) -> int:
     """Run one job of the command line, write what came of it; 1 where it failed, with the reason told. A job that an
-    earlier run into the same folder finished with the same config and code is left as it is."""
+    earlier run into the same folder finished with the same config, data, models and code is left as it is."""
     hush()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -53,36 +53,62 @@ def main(cfg: DictConfig) -> int:
 
     with open_dict(cfg):
         search = cfg.pop("search", None)
-    finished, key = folder / FINISHED, digest([resolved(cfg), environment()])
-    first = os.environ.get("SLURM_PROCID", "0") == "0"
+    finished, asked = folder / FINISHED, digest([resolved(cfg), environment()])
+    lock = FileLock(folder / ".job.lock", timeout=0)
+    done = finished.is_file() and finished.read_text().startswith(asked)  # and stays until it has to be done again
+    mine = os.environ.get("SLURM_PROCID", "0") == "0"
 
     def work() -> None:
+        nonlocal done, mine
         if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
             raise UserError("A search tries many chains, a job each: python train.py -m search=latency ...")
+        if mine:
+            try:
+                lock.acquire()
+            except Timeout:
+                mine = False
+                raise UserError(f"Another process is at work on this job: wait for its end ({folder}).") from None
         chain.leave_out(cfg.technique, hydra.overrides.task)
         with together.gathered(cfg, plan.settings(cfg).hardware, follow) as team:
             if team and team.rank:
                 return follow(cfg, team)
+            planned, splits, addresses = prepared(cfg, team)
+            key = f"{asked} {digest(addresses)}"
             if finished.is_file() and finished.read_text() == key:
                 log.info(f"finished before: {folder}")
                 rows = json.loads((folder / results.RESULT).read_text())["rows"]
+                live.took_no_time(folder)
             else:
+                done = False
                 for earlier in (FINISHED, results.RESULT, "tensorboard", "report", "predictions"):
                     remove(folder / earlier)
-                rows = report.finish(folder, job, run(cfg, folder, team))
+                rows = report.finish(folder, job, carry_out(cfg, planned, splits, addresses, folder, begun(hydra)))
+                flush(folder)
                 results.write_whole(finished, key)
-                remove(folder / STAGE)
+                done = True
+                remove(folder / live.STAGE)
         if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
             report.publish(folder, rows)
         return None
 
     def fail(reason: str) -> None:
-        if first:
+        if done:
+            log.info(f"What the job found before is kept: {folder}")
+        elif mine:
             for half in (finished, folder / "artifact"):
                 remove(half)
             report.fail(folder, job, reason)
 
-    return guarded(work, fail)
+    try:
+        return guarded(work, fail)
+    finally:
+        lock.release()
+
+
+def begun(hydra: Any) -> float:
+    """When the sweep of this job began, or else this process, in seconds since 1970."""
+    sweep = Path(hydra.sweep.dir) / "multirun.yaml"
+    return sweep.stat().st_mtime if hydra.mode == RunMode.MULTIRUN and sweep.is_file() else BEGAN
 
 
 def resolved(cfg: DictConfig) -> Any:
@@ -147,14 +173,19 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> results.Outcome:
-    """Carry out the experiment that ``cfg`` describes; its artifact and figures are written to ``folder``. A ``team``
-    trains with this process, its first.
+def run(cfg: DictConfig, folder: Path) -> results.Outcome:
+    """Carry out the experiment that ``cfg`` describes; its artifact and figures are written to ``folder``.
 
     Raises:
         UserError: something in ``cfg`` cannot work, told before anything is loaded or trained.
         PostconditionError: a stage did not do what it says.
     """
+    return carry_out(cfg, *prepared(cfg), folder)
+
+
+def prepared(cfg: DictConfig, team: Team | None = None) -> tuple[Plan, Splits, list[Any]]:
+    """The experiment, checked, its data, and the addresses of its stages. A ``team`` trains with this process, its
+    first."""
     planned = plan.check(cfg)
     log.info(f"{planned.backbone.name} on {planned.task.name}: {planned.method}")
     splits = planned.task.load(planned.settings.seed)
@@ -162,13 +193,19 @@ def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> results.Outc
         log.info(f"  {note}")
     planned = planned.read(splits, team)
     plan.check_data(planned, splits)
+    return planned, splits, planned.addresses(splits.fingerprint)
 
+
+def carry_out(
+    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], folder: Path, begun: float = BEGAN
+) -> results.Outcome:
+    """The experiment with the cache that it asks for: to refresh it is to take nothing from before ``begun``."""
     kept = planned.settings.cache
     if kept.mode == "off":
         kept = replace(kept, dir=str(folder / "cache"))
         planned = replace(planned, settings=replace(planned.settings, cache=kept))
-    with Cache(kept.dir, refresh=kept.mode == "refresh") as cache:
-        outcome = carry_out(cfg, planned, splits, cache, folder)
+    with Cache(kept.dir, since=begun if kept.mode == "refresh" else 0.0) as cache:
+        outcome = through(cfg, planned, splits, addresses, cache, folder)
     if kept.mode == "off":
         remove(Path(kept.dir))
     elif kept.max_gb is not None:
@@ -176,17 +213,18 @@ def run(cfg: DictConfig, folder: Path, team: Team | None = None) -> results.Outc
     return outcome
 
 
-def carry_out(cfg: DictConfig, planned: Plan, splits: Splits, cache: Cache, folder: Path) -> results.Outcome:
+def through(
+    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], cache: Cache, folder: Path
+) -> results.Outcome:
     """The baseline, stage after stage, and what the artifact is worth."""
-    address = [planned.address(splits.fingerprint), plan.plain(planned.training)]
-    running = partial(results.write_whole, folder / STAGE)
+    address = addresses[:2]  # of the baseline
+    running = partial(results.write_whole, folder / live.STAGE)
     running("baseline")
     baseline = source = cache.get(address, partial(start, planned, splits), "baseline")
     entries = {"baseline": baseline}
-    begun = list(address)
-    for step in planned.steps:
+    for step, own in zip(planned.steps, addresses[2:]):
         running(step.key)
-        address.append(step.address)
+        address.append(own)
         source = cache.get(address, partial(apply, planned, splits, step, baseline, source), step.key)
         entries[step.key] = source
 
@@ -211,7 +249,7 @@ def carry_out(cfg: DictConfig, planned: Plan, splits: Splits, cache: Cache, fold
     runtime, exported = loaded[planned.method].description.runtime, None
     if runtime != "torch":
         example = benches["none"].texts[0]
-        key = [*begun, runtime, planned.steps[-1].address["libraries"]]
+        key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
         name = f"baseline for {runtime}"
         graph = cache.get(key, lambda to: artifact.export(artifact.load(baseline), runtime, example, to), name)
         exported = artifact.exported(loaded["none"], runtime, graph)

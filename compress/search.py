@@ -262,17 +262,29 @@ class Search:
             for at, slot in reversed(list(enumerate(settings.slots, 1)))
             for name in slot
             if name != NONE and all(NONE in other for i, other in enumerate(settings.slots, 1) if i != at)
-        ][len(self.tried) :]
+        ][len(self._ended) :]
         for trial in self.begun:  # by a process that was stopped
             self.study.tell(trial.number, state=self.states.FAIL)
             self.first.insert(0, (trial.params, trial.user_attrs["epochs"]))
+        failed = [trial for trial in self._ended if trial.user_attrs["result"] is None]
+        again = [trial for trial in failed if trial.number not in self._again]  # for what failed once may be mended
+        self.study.set_user_attr("again", [trial.number for trial in failed])
+        self.first = [(trial.params, trial.user_attrs["epochs"]) for trial in again] + self.first
 
     @property
     def tried(self) -> list[Tried]:
-        """Every trial that ended, in the order in which they began."""
-        ended = (self.states.COMPLETE, self.states.FAIL)
-        trials = self.study.get_trials(states=ended, deepcopy=False)
-        return [tried(trial) for trial in trials if "result" in trial.user_attrs]
+        """Every trial that ended, in the order in which they began, but for those that an earlier process failed in."""
+        return [tried(trial) for trial in self._ended if trial.number not in self._again]
+
+    @property
+    def _ended(self) -> list[FrozenTrial]:
+        trials = self.study.get_trials(states=(self.states.COMPLETE, self.states.FAIL), deepcopy=False)
+        return [trial for trial in trials if "result" in trial.user_attrs]
+
+    @property
+    def _again(self) -> list[int]:
+        """Trials to be tried again."""
+        return self.study.user_attrs.get("again", [])
 
     @property
     def begun(self) -> list[FrozenTrial]:

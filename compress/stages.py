@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def letting_go(work: Callable[..., None]) -> Callable[..., None]:
-    """A Trainer and its model hold each other, and Python would keep gigabytes until it has counted enough objects."""
+    """Have all memory of ``work`` given back at its end: a Trainer and its model hold each other, and Python would keep
+    gigabytes until it has counted enough objects."""
 
     @functools.wraps(work)
     def worked(*args: Any) -> None:

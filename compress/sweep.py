@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
+log = logging.getLogger(__name__)
+
 HELD: list[Any] = []
 """Locks and live lines of this process. Hydra sends its callbacks to other processes, where these cannot go."""
 
@@ -39,6 +41,8 @@ class Folder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         self._claim(folder, "hydra.sweep.dir")
+        if "submitit" in config.hydra.launcher._target_:
+            wait_for_all()
         atexit.register(self._tell, folder)
         if sys.stdout.isatty() and (jobs := live.names(config)):
             self.lines = True
@@ -79,6 +83,25 @@ class Folder(Callback):
             if rows:
                 report.publish(folder, rows)
             print(f"The sweep did not end: the same command with hydra.sweep.dir={folder} goes on with it.")
+
+
+def wait_for_all() -> None:
+    """Have submitit give something for a job that is lost, killed for want of memory or with its machine: its error
+    would make Hydra leave the jobs that still run, and the report would miss them."""
+    from hydra.core.utils import JobReturn, JobStatus
+    from submitit import Job
+    from submitit.core.utils import UncompletedJobError
+
+    waited = Job.results
+
+    def results_of(job: Job) -> list[Any]:
+        try:
+            return waited(job)
+        except UncompletedJobError as error:
+            log.error(f"Job {job.job_id} is lost: {str(error).splitlines()[0]}")
+            return [JobReturn(status=JobStatus.COMPLETED)]  # its row says that it is not
+
+    Job.results = results_of  # type: ignore[assignment,method-assign]
 
 
 def close() -> None:

@@ -37,6 +37,8 @@ TARGET = "hydra_plugins.compress.SearchSweeper"
 """What Hydra knows the sweeper by, which wants its plugins in that package."""
 TRIALS = "trials"
 STUDY = "study.log"
+ALIKE = 3
+"""Failures in a row for one reason, after which no more trials are started: a full disk, say."""
 
 
 class SearchSweeper(Sweeper):
@@ -164,6 +166,7 @@ class SearchSweeper(Sweeper):
         number = 1 + max((one.job for one in search.tried), default=-1)
         if number:
             log.info(f"The search goes on after {number} trials and {minutes():.0f} minutes.")
+        failures: list[str] = []
         while True:
             batch: list[Any] = []
             while len(batch) < settings.jobs and not settings.over(minutes(), len(search.tried) + len(batch)):
@@ -181,11 +184,18 @@ class SearchSweeper(Sweeper):
                 log.error(f"{type(error).__name__}: {error}")
             for job, trial in enumerate(batch, number):
                 row = row_of(folder, job)
+                failures.append(row["reason"])
                 search.tell(trial, result(row, settings.objective), job)
                 log.info(f"trial {job}: {named(trial.user_attrs['words'])}: {figures(row, settings.objective)}")
                 remove(Path(row["folder"]) / "artifact")  # which the cache makes again
             number += len(batch)
             search.seconds = 60 * minutes()
+            last = failures[-ALIKE:]
+            if len(last) == ALIKE and last[0] and len(set(last)) == 1:
+                raise UserError(
+                    f"The last {ALIKE} trials failed for one reason, so the search was stopped: {last[0]} The same "
+                    f"command with hydra.sweep.dir={self.cfg.hydra.sweep.dir} goes on with it."
+                )
         if not search.tried:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in search.left_out.items())
             raise UserError(f"No chain of search.slots can work here: {reasons or 'name other stages.'}")

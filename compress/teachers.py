@@ -59,7 +59,7 @@ class KeptLogits:
                 os.replace(partial, self.folder)
             self.folder.with_suffix(".used").touch()
             self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
-        self.labels = int((self.folder / "labels").read_text())
+            self.labels = int((self.folder / "labels").read_text())
 
     def _write(
         self, folder: Path, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int

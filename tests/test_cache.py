@@ -79,14 +79,15 @@ def test_a_damaged_entry_is_told_and_made_again(tmp_path, make, calls, caplog, d
     assert f"is damaged ({told}): it is made again" in caplog.text
 
 
-def test_refresh_makes_anew_what_is_older_than_the_process(tmp_path, make, calls, monkeypatch):
+def test_refresh_makes_anew_what_is_older(tmp_path, make, calls):
     entry = Cache(tmp_path).get("key", make, "baseline")
-    Cache(tmp_path, refresh=True).get("key", make, "baseline")
+    Cache(tmp_path, since=cache.BEGAN).get("key", make, "baseline")
     assert len(calls) == 1
     os.utime(entry, (0, cache.BEGAN - 1))
+    (entry.with_suffix(".old") / "left").mkdir(parents=True)  # by a process that was killed
     for _ in range(2):
-        Cache(tmp_path, refresh=True).get("key", make, "baseline")
-    assert len(calls) == 2
+        Cache(tmp_path, since=cache.BEGAN).get("key", make, "baseline")
+    assert len(calls) == 2 and not entry.with_suffix(".old").exists()
 
 
 def test_the_source_and_the_libraries_are_part_of_the_address(tmp_path, monkeypatch):

@@ -79,8 +79,8 @@ def test_what_needs_no_model_imports_nothing_heavy(args):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "technique=prune+gptq"]])
-def test_what_needs_no_model_costs_under_a_second(args):
-    assert cpu_seconds("train.py", *args) - cpu_seconds("-c", "pass") < 1
+def test_what_needs_no_model_costs_less_than_the_import_of_torch(args):
+    assert cpu_seconds("train.py", *args) < 0.8 * cpu_seconds("-c", "import torch")
 
 
 def test_cfg_and_info_show_the_chain():

@@ -42,14 +42,19 @@ def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
     job(1, begun=110, ended=130, reason="no [space] left")
     job(2, begun=124, stage="gptq")
     job(3, begun=50, ended=60)  # of an earlier sweep
-    found = live.states(tmp_path, ["none", "prune", "gptq", "awq"], begun=100)
+    job(4, begun=128, ended=70, reason="of an earlier run")
+    job(5, begun=128, ended=70)
+    live.took_no_time(tmp_path / "5_x")
+    found = live.states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
     assert [(one.state, one.what, one.seconds) for one in found] == [
         ("done", "", 10),
         ("failed", "no [space] left", 20),
         ("running", "gptq", 6),
         ("queued", "", 0),
+        ("running", "starting", 2),
+        ("done", "", 0),
     ]
-    assert live.summary(found) == "2 of 4 jobs, about 14 s left"
+    assert live.summary(found) == "3 of 6 jobs, about 11 s left"
     console = Console(width=80, file=io.StringIO())
     console.print(live.drawn(found))
     assert "prune  failed   20 s  no [space] left" in console.file.getvalue()

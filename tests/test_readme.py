@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_conf import hydra, jobs  # noqa: F401
+
+from compress.chain import leave_out, stages
 
 LATER = "technique.prune_2.sparsity=0.5"
 ROOT = Path(__file__).parents[1]
@@ -98,8 +101,25 @@ def test_what_the_readme_names_is_there():
             assert re.search(rf"\b{file.stem}\b", README), f"{choice}={file.stem} is not in the README"
     for file in (ROOT / "conf" / "technique" / "stage").glob("*.yaml"):
         assert f"`{file.stem}`" in README
-    for name in re.findall(r"^  (\w+\.py|\w+/)  ", README, re.MULTILINE):
-        assert (ROOT / "compress" / name).exists()
+    modules = {path.name for path in (ROOT / "compress").glob("*.py")} - {"__init__.py"}
+    (named,) = re.findall(r"^compress/\n(.+?)^train\.py", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"\b\w+\.py\b", named)) == modules
+
+
+def printed():
+    """The commands of the README and the documents that train."""
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```bash\n(.+?)```", file.read_text(), re.DOTALL):
+            lines = block.replace("\\\n", "").splitlines()
+            yield from (line for line in lines if line.startswith("python train.py"))
+
+
+@pytest.mark.parametrize("line", sorted(set(printed())))
+def test_every_printed_command_can_be_composed(line):
+    _, _, *words = shlex.split(line, comments=True)
+    for config in jobs("train", [word for word in words if "=" in word]):
+        leave_out(config.technique, config.hydra.overrides.task)
+        stages(config.technique)
 
 
 def test_the_snippet_for_anybodys_lightning_script(monkeypatch, tmp_path):

@@ -167,6 +167,11 @@ def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeyp
     assert again.descriptions["prune+prune"].history[:2] == first.descriptions["prune"].history
 
 
+def test_without_a_cache_a_job_keeps_none_of_its_stages(carry_out, tmp_path):
+    carry_out("technique=prune", "cache.mode=off")
+    assert (tmp_path / "artifact" / "compress.json").is_file() and not (tmp_path / "cache").exists()
+
+
 def test_the_seed_decides_every_weight(carry_out, tmp_path):
     def weights(cache, seed):
         cached = f"cache.dir={tmp_path / cache}"

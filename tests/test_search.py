@@ -114,6 +114,16 @@ def test_failed_trials_end_nothing_and_are_not_tried_again():
     assert lost and all("drop_layers" in one.words[0] for one in lost) and search.chosen()
 
 
+def test_a_search_that_goes_on_tries_again_what_failed(tmp_path):
+    first = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
+    lost = searched(first, fails=lambda words: "drop_layers" in words[0])[:4]
+    failed = [one.words for one in first.tried if one.result is None]
+    again = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
+    assert failed and len(again.tried) == len(lost) - len(failed)
+    technique, *_ = again.ask(0.0).user_attrs["words"]
+    assert technique == failed[0][0]
+
+
 def test_a_search_that_was_stopped_goes_on_with_what_it_had_begun(tmp_path):
     first = Search(settings(), SIZES, wrong, file=tmp_path / "study.log")
     for _ in range(3):

@@ -34,7 +34,8 @@ def cluster(tmp_path_factory):
     subprocess.run([SCRIPTS / "up.sh", folder, "2"], check=True, capture_output=True)
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
     yield env
-    while subprocess.run(["squeue", "-h"], env=env, capture_output=True, check=True).stdout:
+    end = time.monotonic() + 60
+    while subprocess.run(["squeue", "-h"], env=env, capture_output=True, check=True).stdout and time.monotonic() < end:
         time.sleep(0.2)  # or its last steps wait for ever for somebody to report to
     subprocess.run([SCRIPTS / "down.sh", folder], check=True, env=env)
 

@@ -80,6 +80,44 @@ def test_every_row_can_be_planned(experiment, scale):
     assert len({(one.method, str(one.steps)) for one in planned}) == len(planned)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "heads", "ffn"),
+    [
+        ("roberta_sst2_heads", {12, 10, 8, 6, 4, 2, 1}, {None}),
+        ("roberta_sst2_ffn", {12}, {4096, 2048, 1024, 512}),
+        ("roberta_sst2_both", {12, 10, 8, 6, 4, 2, 1}, {1536}),
+    ],
+)
+def test_the_curves_are_the_studys(experiment, heads, ffn):
+    cuts = [(one.technique.name, one.technique.structured) for one in rows(f"experiment={experiment}")]
+    assert {(cut.target_heads, cut.target_ffn_size) for _, cut in cuts} == {(a, b) for a in heads for b in ffn}
+    assert {name for name, _ in cuts} == {"structured", "structured+finetune"} and len(cuts) == 2 * len(heads) * len(
+        ffn
+    )
+    assert all((cut.iterations, cut.importance, cut.even_heads) == (8, "logits", False) for _, cut in cuts)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "epochs", "chains"),
+    [
+        (
+            "bert_semeval",
+            5,
+            "nf4 int8 distill distill+prune distill+nf4 distill+int8 prune prune+nf4 prune+int8 distill+prune+nf4 "
+            "distill+prune+int8",
+        ),
+        ("tinyllama_augesc", 3, "nf4 int8 gptq awq prune prune+nf4 prune+int8 prune+gptq prune+awq"),
+        ("roberta_cola_int8", 30, "finetune qat"),
+        ("roberta_sst2_distill", 3, "distill"),
+    ],
+)
+def test_the_rows_are_the_studys(experiment, epochs, chains):
+    found = rows(f"experiment={experiment}")
+    assert set(chains.split()) <= {one.technique.name for one in found}
+    assert {one.task.epochs for one in found} == {epochs}
+    assert {one.technique.prune.sparsity for one in found if "prune" in one.technique} <= {0.2}
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -93,7 +131,7 @@ def cache(tmp_path_factory):
         ("roberta_cola_int8", "qat+onnx", NARROW),
         (
             "bert_semeval",
-            "structured+distill+prune_vocab+openvino",
+            "structured+distill+prune_vocab+onnx",
             [*NARROW, "technique.prune_vocab.min_count=2"],  # of so few texts the tokenizer has no token too many
         ),
         ("exchange_tinyllama", "awq+openvino", []),

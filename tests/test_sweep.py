@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 from importlib.util import find_spec
 
@@ -70,10 +72,18 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(disk):
     assert done.stderr == expected
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_job_that_another_process_is_at_work_on_is_left_alone(tmp_path):
+    with FileLock(tmp_path / ".job.lock"):
+        done = python("train.py", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 1 and not (tmp_path / "result.json").exists()
+    assert f"Another process is at work on this job: wait for its end ({tmp_path})." in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_failed_job_leaves_the_others_running_and_the_table_says_why(start, jobs, tmp_path, launcher):
-    if launcher != "basic" and not find_spec(f"hydra_plugins.hydra_{launcher}_launcher"):
-        pytest.skip(f"hydra-{launcher}-launcher is not installed")
+    plugin = launcher.partition("_")[0]
+    if launcher != "basic" and not find_spec(f"hydra_plugins.hydra_{plugin}_launcher"):
+        pytest.skip(f"hydra-{plugin}-launcher is not installed")
     process = start("technique=gptq,none", "++technique.gptq.bits=5", f"hydra/launcher={launcher}")
     process.join()
     assert process.exitcode == 1
@@ -133,26 +143,66 @@ def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goe
     assert process.exitcode == 0 and found(whole) == found(tmp_path)
 
 
-def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_path):
+def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(start, tmp_path):
+    if not find_spec("submitit"):
+        pytest.skip("hydra-submitit-launcher is not installed")
+    process = start("technique=none,prune", "baseline.epochs=10", "hydra/launcher=submitit_local", "cache.mode=off")
+    while process.is_alive() and not list(tmp_path.glob("sweep/0_*/cache/stages/*.partial/resume/*.ckpt")):
+        process.join(0.05)
+    for one in psutil.Process(process.pid).children(recursive=True):
+        if "submitit.core._submit" in one.cmdline() and f"{tmp_path}/sweep/0_" in str(one.open_files()):
+            one.kill()
+    process.join()
+    assert process.exitcode == 1
+    found = [(row["method"], row["status"]) for row in results.gather(tmp_path / "sweep")]
+    assert found == [("none", "failed"), ("none", "completed"), ("prune", "completed")]
+    assert "it left no result" in (tmp_path / "sweep" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_path, number, by):
     process = start("technique=none,prune", "baseline.epochs=100")
     while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
-    process.terminate()
+    os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == 130 and "stopped by SIGTERM" in jobs()["none"]["reason"]
-    assert "stopped by SIGTERM" in (tmp_path / "sweep" / "results.md").read_text()
+    assert process.exitcode == 130 and f"stopped by {by}" in jobs()["none"]["reason"]
+    assert f"stopped by {by}" in (tmp_path / "sweep" / "results.md").read_text()
     assert "goes on with it" in (tmp_path / "log").read_text()
 
 
-def test_a_rerun_redoes_what_changed_and_leaves_out_the_jobs_of_another_sweep(start, jobs, tmp_path):
+def test_a_rerun_leaves_out_the_jobs_of_another_sweep(start, tmp_path):
     start("technique=none,prune", "seed=0").join()
-    first = {job.name: job.stat().st_mtime for job in (tmp_path / "sweep").glob("*/finished")}
-    assert first
     process = start("technique=prune,none", "seed=0")
     process.join()
     assert process.exitcode == 0
     with (tmp_path / "sweep" / "results.csv").open() as table:
         assert [row["method"] for row in csv.DictReader(table)] == ["none", "prune"]
+
+
+def test_a_rerun_leaves_what_is_finished_and_redoes_what_changed(start, jobs, tmp_path):
+    data = tmp_path / "data"
+
+    def write(word):
+        data.mkdir(exist_ok=True)
+        lines = (f"{word if i % 3 else 'bad'} {i},{int(i % 3 > 0)}" for i in range(400))
+        (data / "train.csv").write_text("text,label\n" + "\n".join(lines))
+
+    def rerun():
+        process = start("technique=none,prune", "task=files", f"task.path={data}")
+        process.join()
+        rows, when = jobs(), {job.parent.name: job.stat().st_mtime_ns for job in tmp_path.glob("sweep/*/finished")}
+        return process.exitcode, {row["status"] for row in rows.values()}, when
+
+    write("good")
+    code, statuses, first = rerun()
+    assert (code, statuses, len(first)) == (0, {"completed"}, 2)
+    assert rerun() == (0, {"completed"}, first)
+    (data / "train.csv").rename(data / "away")
+    assert rerun()[1:] == ({"completed"}, first)  # what was found is not lost
+    write("great")
+    code, statuses, again = rerun()
+    assert (code, statuses) == (0, {"completed"}) and all(again[job] > first[job] for job in first)
 
 
 def test_what_is_no_fault_of_the_disk_is_not_told_as_one():
