@@ -24,14 +24,15 @@ EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 @dataclass(frozen=True)
 class Done:
-    """One finished step of a chain: its name, settings, the time its Trainer took, and whether it promises fewer
-    bytes on disk."""
+    """One finished step of a chain: its name, settings, the time its Trainer took, whether it promises fewer bytes on
+    disk, and where it trained the mean losses of its last epoch by split."""
 
     name: str
     settings: dict[str, Any]
     seconds: float
     trained: bool
     shrinks: bool = False
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Description:
     def compression_time_s(self) -> float:
         """Of every stage after the baseline, retraining counted."""
         return sum(done.seconds for done in self.history[1:])
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Of the last step that trained, in its last epoch, by split."""
+        return next((done.losses for done in reversed(self.history) if done.losses), {})
 
 
 class Artifact(NamedTuple):

@@ -56,4 +56,5 @@ def zeros_alone(description: Description, measured: Measurement, baseline: Measu
     """Whether weights became zero and nothing else happened that could save anything."""
     share = measured.nonzeros / measured.parameters
     more = share < baseline.nonzeros / baseline.parameters - 0.005
-    return more and description.weights == "float" and description.runtime == "torch"
+    whole = measured.parameters == baseline.parameters
+    return more and whole and description.weights == "float" and description.runtime == "torch"

@@ -237,8 +237,9 @@ def notes(rows: list[Row]) -> list[str]:
     for one in done:
         kept = [said for what in ("size", "speed", "memory") if (said := one.get(f"effect_{what}") or "")[:3] == "no "]
         zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
-        nothing[zeros + ", ".join(kept)].append(one)
-    timed += [f"{together(same)}: {said}" for said, same in nothing.items() if said]
+        if kept:
+            nothing[zeros + ", ".join(kept)].append(one)
+    timed += [f"{together(same)}: {said}" for said, same in nothing.items()]
     found = [part for one in rows for part in one.get("limits", "").split(" | ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]

@@ -186,6 +186,7 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "latency_tokens": measured.latency_tokens,
         "throughput_tokens": measured.throughput_tokens,
         "compression_time_s": description.compression_time_s,
+        **{f"{split}_loss": description.losses.get(split) for split in ("train", "validation")},
         "measuring_time_s": measured.measuring_time_s,
         "run_time_s": measured.measuring_time_s + sum(done.seconds for done in description.history),
         "examples": measured.examples,

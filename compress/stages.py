@@ -59,10 +59,10 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
     plan.check_blocks(planned, data)
-    seconds = 0.0
+    seconds, losses = 0.0, {}
     if training.epochs:
         module = FineTune(model, metrics(planned.task), training)
-        training, seconds = fit(module, [], data, planned, training, into, "baseline")
+        training, seconds, losses = fit(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
     description = Description(
@@ -70,7 +70,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
         model=planned.backbone.name,
         task=planned.task.name,
         limits=() if trained or training.epochs else (untrained,),
-        history=(Done("baseline", plan.plain(training), seconds, trained=training.epochs > 0),),
+        history=(Done("baseline", plan.plain(training), seconds, trained=training.epochs > 0, losses=losses),),
     )
     artifact.write(into, model, tokenizer, description)
 
@@ -103,7 +103,7 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     with step.told():
-        training, seconds = fit(module, callbacks, data, planned, step.training, into, step.key)
+        training, seconds, losses = fit(module, callbacks, data, planned, step.training, into, step.key)
     model = compressed(module)
     promises.check_model(step.key, stage, before, model)
 
@@ -113,7 +113,7 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     probe = data.texts(4, "validation")
     expected = promises.logits(trait(stage, "exported") or model, probe)
     settings = {**step.settings, "train": plan.plain(training)}
-    done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"))
+    done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"), losses)
     description = replace(
         description,
         runtime=trait(stage, "runtime"),
@@ -222,9 +222,9 @@ def fit(
     training: Training,
     into: Path,
     name: str,
-) -> tuple[Training, float]:
-    """One Trainer run: the training as it was carried out, in batches that fit into memory, and the seconds that it
-    took, tokenising left out."""
+) -> tuple[Training, float, dict[str, float]]:
+    """One Trainer run: the training as it was carried out, in batches that fit into memory, the seconds that it took,
+    tokenising left out, and the mean losses of its last epoch."""
     best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
     data.tokenised("train")
     data.tokenised("validation")
@@ -269,4 +269,6 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=last)
     if not trainer.state.finished or trainer.current_epoch < training.epochs:
         raise KeyboardInterrupt  # which Lightning has taken for an end
-    return training, checkpoints.seconds + time.perf_counter() - begin
+    means = {"train": "train/epoch_loss", "validation": "validation/loss"}
+    losses = {split: trainer.callback_metrics[name].item() for split, name in means.items()} if training.epochs else {}
+    return training, checkpoints.seconds + time.perf_counter() - begin, losses

@@ -62,6 +62,7 @@ def test_zeros_alone_save_nothing():
     zeros = replace(PLAIN, nonzeros=50)
     assert zeros_alone(after("prune"), zeros, PLAIN) and not zeros_alone(after("gptq", weights="packed"), zeros, PLAIN)
     assert not zeros_alone(after("finetune"), PLAIN, PLAIN)
+    assert not zeros_alone(after("prune"), replace(zeros, parameters=80, nonzeros=40), PLAIN)  # half of it distilled
 
 
 def test_a_library_more_is_no_memory_saved():

@@ -227,8 +227,13 @@ def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard
     )
     none, student = outcome.measurements.values()
     assert student.parameters < none.parameters and student.size_bytes < none.size_bytes
-    tags = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload().Tags()["scalars"]
-    assert {"train/loss", "train/soft", "train/hard", "validation/loss"} <= set(tags)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload()
+    assert {"train/loss", "train/soft", "train/hard", "validation/loss"} <= set(events.Tags()["scalars"])
+    last = {
+        "train": events.Scalars("train/epoch_loss")[-1].value,
+        "validation": events.Scalars("validation/loss")[-1].value,
+    }
+    assert outcome.descriptions["distill"].losses == pytest.approx(last)
 
 
 @pytest.mark.parametrize("chain", ["prune+distill", "structured+distill+gptq", "drop_layers+distill", "distill+prune"])

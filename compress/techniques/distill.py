@@ -349,6 +349,7 @@ class Distill(FineTune):
         if self._extra is not None:
             total = total + self._imitate(dict(next(self._extra)), progress, prefix="extra_")
         self.log("train/loss", total, prog_bar=True)
+        self.log("train/epoch_loss", total, on_step=False, on_epoch=True, sync_dist=True)
         return total
 
     def _imitate(

@@ -41,6 +41,7 @@ class FineTune(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         loss = self.model(**batch).loss
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/epoch_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
