@@ -59,7 +59,7 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
     plan.check_blocks(planned, data)
-    seconds, losses = 0.0, {}
+    seconds, losses = 0.0, dict[str, float]()
     if training.epochs:
         module = FineTune(model, metrics(planned.task), training)
         training, seconds, losses = fit(module, [], data, planned, training, into, "baseline")
