@@ -58,7 +58,7 @@ def test_the_main_job(tmp_path):
 
 def test_the_test_command_runs_these_tests():
     *setup, command = line_after("test command").split(" && ")
-    assert command == "pytest" and "pip install -e '.[dev]'" in setup
+    assert command == "OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile" and "pip install -e '.[dev]'" in setup
 
 
 def test_a_failed_job_leaves_the_others_running_and_is_told(tmp_path):

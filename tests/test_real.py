@@ -27,7 +27,7 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
     )
     none, both = outcome.measurements.values()
     assert none.examples == 872 and none.quality["accuracy"] > 0.86  # a sixth of the training text, once
-    assert both.quality["accuracy"] > none.quality["accuracy"] - 0.015
+    assert both.quality["accuracy"] > none.quality["accuracy"] - 0.02
     assert both.size_bytes < 0.65 * none.size_bytes
     assert sum(int(zero.sum()) for zero in zeros(compress.load(tmp_path / "artifact").model).values()) >= 0.2 * sum(
         linear.weight.numel() for _, linear in linears(compress.load(tmp_path / "artifact").model)
