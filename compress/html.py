@@ -274,7 +274,7 @@ def bars(rows: list[Row], names: list[str]) -> Figure:
         axis.text(0.01 * max(times), number, f"{one['value']:.4f}", va="center", fontsize=8, bbox=plain)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel(f"latency, ms (median); in the bar: {rows[0]['metric']}")
+    axis.set_xlabel(f"latency, ms (median); in the bar: {metric_of(rows)}")
     return figure
 
 

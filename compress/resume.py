@@ -55,7 +55,6 @@ class Checkpoints(Checkpoint):
         self.begun = self.saved = time.perf_counter()
         self.random: list[dict[str, Any]] = []
         self.asked: tuple[int, Any] | None = None
-        self.before: dict[int, Any] = {}
         self.handlers: dict[int, Any] = {}
 
     def last(self) -> Path | None:
@@ -82,13 +81,12 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.begun = self.saved = time.perf_counter()
         # Before Lightning has its own, which on SIGTERM waits for the other processes where they may not wait for it.
-        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = self.before
-            for number in SIGNALS:
-                signal.signal(number, self._ask if trainer.is_global_zero else signal.SIG_IGN)
+        for number in self.handlers:
+            signal.signal(number, self._ask if trainer.is_global_zero else signal.SIG_IGN)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -91,9 +91,8 @@ def test_every_row_can_be_planned(experiment, scale):
 def test_the_curves_are_the_studys(experiment, heads, ffn):
     cuts = [(one.technique.name, one.technique.structured) for one in rows(f"experiment={experiment}")]
     assert {(cut.target_heads, cut.target_ffn_size) for _, cut in cuts} == {(a, b) for a in heads for b in ffn}
-    assert {name for name, _ in cuts} == {"structured", "structured+finetune"} and len(cuts) == 2 * len(heads) * len(
-        ffn
-    )
+    assert {name for name, _ in cuts} == {"structured", "structured+finetune"}
+    assert len(cuts) == 2 * len(heads) * len(ffn)
     assert all((cut.iterations, cut.importance, cut.even_heads) == (8, "logits", False) for _, cut in cuts)
 
 
