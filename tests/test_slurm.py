@@ -79,6 +79,7 @@ def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_compl
     assert process.returncode == 1, output
     assert [row["status"] for row in rows] == ["completed"] * 5 + ["failed"], output
     assert "baseline.epochs is -1" in rows[-1]["reason"]
+    assert "No path found" not in output
     assert not list(tmp_path.rglob("*.partial"))
     assert "goes on after step" in next(sweep.glob("0_*/train.log")).read_text()
     nodes = {
