@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compress import packing
 from compress.calibration import calibrate, calibration_batches
@@ -188,11 +189,14 @@ class FakeQuantization(nn.Module):
         tiny = torch.finfo(torch.float32).tiny
         return 2 * self.reach.abs().clamp(min=tiny).view(-1, self.groups) / self.levels
 
+    def observe(self, x: Tensor) -> None:
+        """Have a moving average of the ends of what enters, where ranges are not learnt."""
+        if self.between is not None and not self.between.requires_grad and torch.is_grad_enabled():
+            self.between.lerp_(torch.stack(x.detach().float().aminmax()), 0.01)
+
     def inputs(self, x: Tensor) -> Tensor:
         if self.between is None:
             return x
-        if not self.between.requires_grad and torch.is_grad_enabled():
-            self.between.lerp_(torch.stack(x.detach().float().aminmax()), 0.01)
         low, high = self.between[0].clamp(max=0), self.between[1].clamp(min=0)
         scale = ((high - low) / (INPUTS.highest - INPUTS.lowest)).clamp(min=torch.finfo(torch.float32).tiny)
         zero = straight_through_round(INPUTS.lowest - low / scale)
@@ -200,6 +204,13 @@ class FakeQuantization(nn.Module):
 
 
 def forward(layer: Any, x: Tensor) -> Tensor:
+    """The layer's answer; what is rounded on the way is rounded again for the gradients, for it would take several
+    times the memory of what entered to keep it."""
+    layer.fake_quantization.observe(x)
+    return checkpoint(rounded, layer, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
+def rounded(layer: Any, x: Tensor) -> Tensor:
     fake = layer.fake_quantization
     return nn.functional.linear(fake.inputs(x), fake.weights(layer.weight), layer.bias)
 

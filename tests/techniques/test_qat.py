@@ -49,6 +49,13 @@ def test_a_layer_computes_with_what_its_weights_will_be_rounded_to():
     assert not dict(layer.named_children()) and len(list(layer.parameters())) == 1
 
 
+def test_what_is_rounded_is_not_kept_for_the_gradients():
+    kept, x = [], torch.randn(1, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        fake(between=[-1.0, 4.0])(x)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr()}
+
+
 def test_gradients_go_straight_through_and_reach_the_ranges():
     layer = fake(between=[-1.0, 4.0])
     x = torch.tensor([[0.3, 9.0]], requires_grad=True)  # the second is out of the range
