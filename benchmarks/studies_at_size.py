@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from test_studies import CONF, STUDIES, generated, rows, shortened  # noqa: E402
+from test_studies import CONF, STUDIES, generated, rows, shortened, stages  # noqa: E402
 
 MOST = 24.0  # GiB
 
@@ -62,8 +62,10 @@ def main() -> None:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 configs = rows(*fixed)
             for config in map(shortened, configs):
-                config.task.limit.test = 64
-                config.hardware.latency.batch_sizes = [1, 32]
+                config.hardware.latency.batch_sizes = [1]
+                for stage in stages(config.technique):
+                    if "samples" in stage.node:
+                        stage.node.samples = 4
                 before = in_use(None) if torch.cuda.is_available() else 0.0
                 begin = time.perf_counter()
                 process = apart.Process(target=work, args=(config, Path(folder)))
