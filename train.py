@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 import compress.chain  # makes technique=a+b a choice
-import compress.sweeper  # noqa: F401  and search=latency one
+import compress.sweeper
 from compress.errors import told_on_the_command_line
 
 
@@ -23,4 +23,5 @@ def main(cfg):
 
 if __name__ == "__main__":
     with told_on_the_command_line():
+        sys.argv[1:] = compress.chain.typed(sys.argv[1:])
         main()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -53,12 +55,7 @@ def stages(technique: DictConfig) -> list[Stage]:
     keyed = _keyed(names)
     for key in map(str, technique):
         if key != "name" and key not in keyed:
-            missing = re.sub(r"_\d+$", "", key)
-            example = missing if chain == NONE else f"{missing}+{chain}"
-            raise UserError(
-                f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`: "
-                f"remove it, or put the stage in the chain, e.g. `{GROUP}={example}`."
-            )
+            raise UserError(not_in(chain, key))
     for key, name in keyed.items():
         node = technique.get(key)
         if not isinstance(node, DictConfig) or not node.get("_target_"):
@@ -67,6 +64,68 @@ def stages(technique: DictConfig) -> list[Stage]:
                 f"name one in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
             )
     return [Stage(key, name, technique[key]) for key, name in keyed.items()]
+
+
+def name(config: Any) -> str:
+    """The chain of a config; that of an evaluation has none."""
+    return str(OmegaConf.select(config, f"{GROUP}.name", default=NONE))
+
+
+def not_in(chain: str, key: str) -> str:
+    """What to do about a setting of a stage that a chain lacks."""
+    name = re.sub(r"_\d+$", "", key)
+    example = name if chain == NONE else f"{name}+{chain}"
+    return (
+        f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`: "
+        f"remove it, or put the stage in the chain, e.g. `{GROUP}={example}`."
+    )
+
+
+def typed(words: list[str]) -> list[str]:
+    """The words of a command line as Hydra takes them: a sweep's settings of stages as a choice among one value, which
+    it leaves to the jobs, for the sweep as a whole has no stages.
+
+    Raises:
+        UserError: a stage is set that the chain of a single run lacks.
+    """
+    groups = {word.partition("=")[0] for word in words}
+    if "search" in groups:
+        return words
+    sweep = bool({"-m", "--multirun"} & groups)
+    chain = None if "experiment" in groups else NONE
+    chain = next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), chain)
+    taken = []
+    for word in words:
+        if setting := re.fullmatch(rf"({GROUP}\.(\w+)[\w.]*)=(.+)", word, re.DOTALL):
+            if sweep and not OverridesParser.create().parse_override(word).is_sweep_override():
+                word = f"{setting[1]}=choice({setting[3]})"
+            elif not sweep and chain is not None and setting[2] not in ("name", *_keyed(chain.split("+"))):
+                raise UserError(not_in(chain, setting[2]))
+        taken.append(word)
+    return taken
+
+
+def jobs(words: list[str], chain: str) -> list[list[str]]:
+    """The words of every job of a sweep: of the settings of stages those of its own chain, ``chain`` where it names
+    none; and no job twice.
+
+    Raises:
+        UserError: a stage is set that no chain of the sweep has.
+    """
+    every = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
+    chains = [next((word.partition("=")[2] for word in job if word.startswith(f"{GROUP}=")), chain) for job in every]
+    known = {key for chain in chains for key in _keyed(chain.split("+"))}
+
+    def own(word: str, chain: str) -> bool:
+        setting = re.match(rf"[+~]*{GROUP}\.(\w+)", word)
+        if not setting or setting[1] in ("name", *_keyed(chain.split("+"))):
+            return True
+        if setting[1] not in known:
+            raise UserError(not_in(chain, setting[1]))
+        return False
+
+    kept = [tuple(word for word in job if own(word, chain)) for job, chain in zip(every, chains)]
+    return [list(job) for job in dict.fromkeys(kept)]
 
 
 def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ def told_on_the_command_line() -> Iterator[None]:
             sys.exit(f"`{word}` chooses no {group}: name one of those that `--help` lists, or leave the word out.")
     try:
         yield
-    except CompactHydraException as error:
+    except (UserError, CompactHydraException) as error:
         sys.exit(str(error))
 
 

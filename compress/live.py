@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
-from compress import results
+from compress import chain, results
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,11 +40,10 @@ class State:
 def names(config: DictConfig) -> list[str]:
     """What tells the jobs of a sweep apart, in their order; none where a sweeper makes them up as it goes."""
     sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(".BasicSweeper"):
+    if not sweeper._target_.endswith(".ChainSweeper"):
         return []
     words = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
-    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
-    jobs = batches[0]
+    jobs = chain.jobs(words, chain.name(config))
     shared = set.intersection(*map(set, jobs))
     return [" ".join(w.removeprefix("technique=") for w in job if w not in shared) or "the job" for job in jobs]
 

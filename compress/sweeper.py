@@ -15,7 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
@@ -33,12 +36,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TARGET = "hydra_plugins.compress.SearchSweeper"
-"""What Hydra knows the sweeper by, which wants its plugins in that package."""
+PACKAGE = "hydra_plugins.compress"
+"""Where Hydra wants its plugins to be."""
+TARGET = f"{PACKAGE}.SearchSweeper"
 TRIALS = "trials"
 STUDY = "study.log"
 ALIKE = 3
 """Failures in a row for one reason, after which no more trials are started: a full disk, say."""
+
+
+class ChainSweeper(BasicSweeper):
+    """Hydra's own, the jobs of which take the settings of their own stages alone."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        try:
+            return super().sweep(arguments)
+        except UserError as error:
+            sys.exit(str(error))
+
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        jobs = chain.jobs([str(one.input_line) for one in overrides], chain.name(self.config))
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
 
 class SearchSweeper(Sweeper):
@@ -270,5 +290,12 @@ def conclusions(settings: Settings, search: Search, trials: Path, folder: Path) 
     ]
 
 
-Plugins.instance().register(SearchSweeper)
-Plugins.instance().class_name_to_class[TARGET] = SearchSweeper
+ConfigStore.instance().store(  # in place of Hydra's own
+    group="hydra/sweeper",
+    name="basic",
+    node={"_target_": f"{PACKAGE}.ChainSweeper", "max_batch_size": None, "params": None},
+    provider="compress",
+)
+for plugin in (ChainSweeper, SearchSweeper):
+    Plugins.instance().register(plugin)
+    Plugins.instance().class_name_to_class[f"{PACKAGE}.{plugin.__name__}"] = plugin

@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from compress.chain import LONGEST_SLUG, ChainSearchPath, ChainSource, leave_out, slug, stages
+from compress.chain import LONGEST_SLUG, ChainSearchPath, ChainSource, jobs, leave_out, slug, stages, typed
 from compress.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -195,3 +195,37 @@ def test_what_is_added_by_hand_or_no_stage_is_not_left_out(technique, typed):
     leave_out(node, [typed])
     with pytest.raises(UserError, match="is set but the chain"):
         stages(node)
+
+
+def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
+    words = ["technique=none,prune,prune+gptq", "technique.prune.sparsity=0.2,0.5", "+technique.gptq.bits=3", "seed=1"]
+    assert jobs(words, "none") == [
+        ["technique=none", "seed=1"],  # once, whatever the sparsity
+        ["technique=prune", "technique.prune.sparsity=0.2", "seed=1"],
+        ["technique=prune", "technique.prune.sparsity=0.5", "seed=1"],
+        ["technique=prune+gptq", "technique.prune.sparsity=0.2", "+technique.gptq.bits=3", "seed=1"],
+        ["technique=prune+gptq", "technique.prune.sparsity=0.5", "+technique.gptq.bits=3", "seed=1"],
+    ]
+    assert jobs(["technique.prune.sparsity=0.2,0.5"], "prune") == [
+        ["technique.prune.sparsity=0.2"],
+        ["technique.prune.sparsity=0.5"],
+    ]
+
+
+def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
+    with pytest.raises(UserError, match="the chain `none` has no stage `awq`: remove it, or .* `technique=awq`"):
+        jobs(["technique=none,prune", "technique.awq.bits=3"], "none")
+
+
+def test_a_sweep_leaves_the_settings_of_stages_to_its_jobs():
+    words = ["-m", "technique=none,prune", "seed=1", "technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2,0.5"]
+    taken = ["technique.prune.layers=choice([a,b])", "technique.prune.sparsity=0.2,0.5"]
+    assert typed(words) == [*words[:3], *taken]
+    assert jobs(typed(words)[1:], "none")[1][-2:] == ["technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2"]
+
+
+@pytest.mark.parametrize("words", [["technique=gptq"], []])
+def test_a_setting_of_a_stage_that_a_single_run_lacks_is_refused(words):
+    with pytest.raises(UserError, match=f"the chain `{'gptq' if words else 'none'}` has no stage `prune`"):
+        typed([*words, "technique.prune.sparsity=0.5"])
+    assert typed(["experiment=x", *words[1:], "technique.prune.sparsity=0.5"])  # which may choose a chain

@@ -13,6 +13,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, open_dict
 
 from compress.chain import leave_out, stages
+from compress.sweeper import PACKAGE
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
@@ -52,7 +53,7 @@ def jobs(program, overrides):
 
     configs = [composed(words) for words in split(overrides)]
     sweeper = configs[0].hydra.sweeper
-    params = sweeper.get("params") if "BasicSweeper" in sweeper._target_ else None
+    params = sweeper.get("params") if sweeper._target_ == f"{PACKAGE}.ChainSweeper" else None
     if params:  # those of an experiment
         configs = [composed(words) for words in split([f"{key}={value}" for key, value in params.items()] + overrides)]
     return configs

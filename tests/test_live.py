@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from test_conf import CONF
 
+import compress.sweeper  # noqa: F401  whose jobs they are
 from compress import live
 
 
