@@ -56,9 +56,9 @@ def in_use(pid: int | None) -> float:
 def main() -> None:
     apart, lost = multiprocessing.get_context("spawn"), 0
     print("| experiment | row | GiB | s |\n|---|---|---|---|")
-    for experiment in sys.argv[1:] or STUDIES:
-        with tempfile.TemporaryDirectory() as folder:
-            fixed = [f"experiment={experiment}", "model.path=null", f"cache.dir={folder}/cache"]
+    with tempfile.TemporaryDirectory() as folder:
+        for experiment in sys.argv[1:] or STUDIES:
+            fixed = [f"experiment={experiment}", "model.path=null", f"cache.dir={folder}/cache", "cache.max_gb=30"]
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 configs = rows(*fixed)
             for config in map(shortened, configs):
