@@ -120,6 +120,21 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(train):
     assert folders[3] == "3_model-tiny_llama_seed-7_technique-prune+gptq+prune"
 
 
+def test_a_sweep_sets_stages_that_not_every_chain_has(train):
+    done, ran = train(
+        "-m", "technique=none,prune,prune+gptq", "technique.prune.sparsity=0.5", "technique.gptq.bits=3,4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [keys for keys, *_ in ran] == ["None", "prune", "prune+gptq", "prune+gptq"]
+
+
+@pytest.mark.parametrize("words", [["technique=gptq"], ["-m", "technique=gptq,none"]])
+def test_a_stage_that_is_set_and_in_no_chain_is_told_without_a_traceback(words):
+    done = python("train.py", *words, "technique.prune.sparsity=0.5", check=False)
+    assert done.returncode == 1 and done.stderr.endswith("e.g. `technique=prune+gptq`.\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_failed_job_does_not_stop_a_sweep(train):
     _, ran = train("-m", "technique=prune", "seed=1,2", fail=True)
     assert [seed for _, seed, _ in ran] == ["1", "2"]
