@@ -21,6 +21,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -105,14 +106,14 @@ def typed(words: list[str]) -> list[str]:
     return taken
 
 
-def jobs(words: list[str], chain: str) -> list[list[str]]:
+def jobs(overrides: list[Override], chain: str) -> list[list[str]]:
     """The words of every job of a sweep: of the settings of stages those of its own chain, ``chain`` where it names
     none; and no job twice.
 
     Raises:
         UserError: a stage is set that no chain of the sweep has.
     """
-    every = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
+    every = BasicSweeper.split_arguments(overrides, None)[0]
     chains = [next((word.partition("=")[2] for word in job if word.startswith(f"{GROUP}=")), chain) for job in every]
     known = {key for chain in chains for key in _keyed(chain.split("+"))}
 

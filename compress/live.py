@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
 from compress import chain, results
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ def names(config: DictConfig) -> list[str]:
     if not sweeper._target_.endswith(".ChainSweeper"):
         return []
     words = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
-    jobs = chain.jobs(words, chain.name(config))
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    jobs = chain.jobs(parser.parse_overrides(words), chain.name(config))
     shared = set.intersection(*map(set, jobs))
     return [" ".join(w.removeprefix("technique=") for w in job if w not in shared) or "the job" for job in jobs]
 

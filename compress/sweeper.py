@@ -57,8 +57,7 @@ class ChainSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        jobs = chain.jobs([str(one.input_line) for one in overrides], chain.name(self.config))
-        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+        return list(self.split_overrides_to_chunks(chain.jobs(overrides, chain.name(self.config)), max_batch_size))
 
 
 class SearchSweeper(Sweeper):

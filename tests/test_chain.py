@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -197,16 +198,20 @@ def test_what_is_added_by_hand_or_no_stage_is_not_left_out(technique, typed):
         stages(node)
 
 
+def split(words, chain="none"):
+    return jobs(OverridesParser.create().parse_overrides(words), chain)
+
+
 def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
     words = ["technique=none,prune,prune+gptq", "technique.prune.sparsity=0.2,0.5", "+technique.gptq.bits=3", "seed=1"]
-    assert jobs(words, "none") == [
+    assert split(words) == [
         ["technique=none", "seed=1"],  # once, whatever the sparsity
         ["technique=prune", "technique.prune.sparsity=0.2", "seed=1"],
         ["technique=prune", "technique.prune.sparsity=0.5", "seed=1"],
         ["technique=prune+gptq", "technique.prune.sparsity=0.2", "+technique.gptq.bits=3", "seed=1"],
         ["technique=prune+gptq", "technique.prune.sparsity=0.5", "+technique.gptq.bits=3", "seed=1"],
     ]
-    assert jobs(["technique.prune.sparsity=0.2,0.5"], "prune") == [
+    assert split(["technique.prune.sparsity=0.2,0.5"], "prune") == [
         ["technique.prune.sparsity=0.2"],
         ["technique.prune.sparsity=0.5"],
     ]
@@ -214,14 +219,14 @@ def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
 
 def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
     with pytest.raises(UserError, match="the chain `none` has no stage `awq`: remove it, or .* `technique=awq`"):
-        jobs(["technique=none,prune", "technique.awq.bits=3"], "none")
+        split(["technique=none,prune", "technique.awq.bits=3"])
 
 
 def test_a_sweep_leaves_the_settings_of_stages_to_its_jobs():
     words = ["-m", "technique=none,prune", "seed=1", "technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2,0.5"]
     taken = ["technique.prune.layers=choice([a,b])", "technique.prune.sparsity=0.2,0.5"]
     assert typed(words) == [*words[:3], *taken]
-    assert jobs(typed(words)[1:], "none")[1][-2:] == ["technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2"]
+    assert split(typed(words)[1:])[1][-2:] == ["technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2"]
 
 
 @pytest.mark.parametrize("words", [["technique=gptq"], []])

@@ -12,6 +12,8 @@ from test_conf import CONF
 import compress.sweeper  # noqa: F401  whose jobs they are
 from compress import live
 
+SETTINGS = ("seed=1 technique.prune.sparsity=0.2", "seed=2 technique.prune.sparsity=0.2")
+
 
 @pytest.fixture
 def job(tmp_path):
@@ -33,8 +35,10 @@ def job(tmp_path):
 def test_the_jobs_are_told_apart_by_what_varies():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", ["model=tiny"], return_hydra_config=True)
-    config.hydra.overrides.task = ["technique=none,prune+gptq", "seed=1,2", "task=toy"]
-    assert live.names(config) == ["none seed=1", "none seed=2", "prune+gptq seed=1", "prune+gptq seed=2"]
+        config.hydra.overrides.task = ["technique=none,prune", "seed=1,2", "task=toy", "technique.prune.sparsity=0.2"]
+        assert live.names(config) == ["none seed=1", "none seed=2", *(f"prune {each}" for each in SETTINGS)]
+        config.hydra.overrides.task = ["search=glob(*)"]
+        assert live.names(config) == ["search=latency", "search=size"]
 
 
 def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
