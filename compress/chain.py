@@ -34,6 +34,7 @@ GROUP = "technique"
 STAGES = "technique/stage"
 NONE = "none"  # the chain without a stage
 Names = list[str]  # ChainSource.list hides the built-in one
+SETTING = re.compile(rf"({GROUP}\.(\w+)[\w.]*)=(.+)", re.DOTALL)
 LONGEST_SLUG = 100  # file systems stop at 255 bytes; a listing is readable up to here
 
 
@@ -92,18 +93,16 @@ def typed(words: list[str]) -> list[str]:
     groups = {word.partition("=")[0] for word in words}
     if "search" in groups:
         return words
-    sweep = bool({"-m", "--multirun"} & groups)
-    chain = None if "experiment" in groups else NONE
-    chain = next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), chain)
-    taken = []
-    for word in words:
-        if setting := re.fullmatch(rf"({GROUP}\.(\w+)[\w.]*)=(.+)", word, re.DOTALL):
-            if sweep and not OverridesParser.create().parse_override(word).is_sweep_override():
-                word = f"{setting[1]}=choice({setting[3]})"
-            elif not sweep and chain is not None and setting[2] not in ("name", *_keyed(chain.split("+"))):
-                raise UserError(not_in(chain, setting[2]))
-        taken.append(word)
-    return taken
+    if {"-m", "--multirun"} & groups:
+        parse = OverridesParser.create().parse_override
+        one = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
+        return [SETTING.sub(r"\1=choice(\3)", word) if word in one else word for word in words]
+    elsewhere = {"experiment", "--config-name", "-cn"} & groups
+    chain = next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), "" if elsewhere else NONE)
+    for setting in filter(None, map(SETTING.fullmatch, words)):
+        if chain and "," not in chain and setting[2] not in ("name", *_keyed(chain.split("+"))):
+            raise UserError(not_in(chain, setting[2]))
+    return words
 
 
 def jobs(overrides: list[Override], chain: str) -> list[list[str]]:

@@ -233,4 +233,8 @@ def test_a_sweep_leaves_the_settings_of_stages_to_its_jobs():
 def test_a_setting_of_a_stage_that_a_single_run_lacks_is_refused(words):
     with pytest.raises(UserError, match=f"the chain `{'gptq' if words else 'none'}` has no stage `prune`"):
         typed([*words, "technique.prune.sparsity=0.5"])
-    assert typed(["experiment=x", *words[1:], "technique.prune.sparsity=0.5"])  # which may choose a chain
+
+
+@pytest.mark.parametrize("word", ["experiment=x", "--config-name=x", "technique=none,prune", "technique=gptq+prune"])
+def test_a_setting_of_a_stage_that_a_single_run_may_have_is_left_to_hydra(word):
+    assert typed([word, "technique.prune.sparsity=0.5"]) == [word, "technique.prune.sparsity=0.5"]
