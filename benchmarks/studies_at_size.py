@@ -18,9 +18,11 @@ import torch
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
+from compress.chain import stages
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from test_studies import CONF, STUDIES, generated, rows, shortened, stages  # noqa: E402
+from test_studies import CONF, STUDIES, generated, rows, shortened  # noqa: E402
 
 MOST = 24.0  # GiB
 

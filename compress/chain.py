@@ -98,9 +98,9 @@ def typed(words: list[str]) -> list[str]:
         one = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
         return [SETTING.sub(r"\1=choice(\3)", word) if word in one else word for word in words]
     elsewhere = {"experiment", "--config-name", "-cn"} & groups
-    chain = next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), "" if elsewhere else NONE)
+    chain = _chosen(words, "" if elsewhere else NONE)
     for setting in filter(None, map(SETTING.fullmatch, words)):
-        if chain and "," not in chain and setting[2] not in ("name", *_keyed(chain.split("+"))):
+        if chain and "," not in chain and not _has(chain, setting[2]):
             raise UserError(not_in(chain, setting[2]))
     return words
 
@@ -113,19 +113,26 @@ def jobs(overrides: list[Override], chain: str) -> list[list[str]]:
         UserError: a stage is set that no chain of the sweep has.
     """
     every = BasicSweeper.split_arguments(overrides, None)[0]
-    chains = [next((word.partition("=")[2] for word in job if word.startswith(f"{GROUP}=")), chain) for job in every]
-    known = {key for chain in chains for key in _keyed(chain.split("+"))}
+    chains = [_chosen(words, chain) for words in every]
 
     def own(word: str, chain: str) -> bool:
         setting = re.match(rf"[+~]*{GROUP}\.(\w+)", word)
-        if not setting or setting[1] in ("name", *_keyed(chain.split("+"))):
-            return True
-        if setting[1] not in known:
+        if setting and not any(_has(one, setting[1]) for one in chains):
             raise UserError(not_in(chain, setting[1]))
-        return False
+        return not setting or _has(chain, setting[1])
 
-    kept = [tuple(word for word in job if own(word, chain)) for job, chain in zip(every, chains)]
-    return [list(job) for job in dict.fromkeys(kept)]
+    kept = [tuple(word for word in words if own(word, chain)) for words, chain in zip(every, chains)]
+    return [list(words) for words in dict.fromkeys(kept)]
+
+
+def _chosen(words: Sequence[str], default: str) -> str:
+    """The chain that the words of a run or of a job name."""
+    return next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), default)
+
+
+def _has(chain: str, key: str) -> bool:
+    """Whether a chain takes settings of `key`."""
+    return key in ("name", *_keyed(chain.split("+")))
 
 
 def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:
