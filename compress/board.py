@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -130,7 +129,6 @@ def stages(one: Row, rows: list[Row]) -> list[Path]:
 def has_curves(stage: Path) -> bool:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells that a file has ended
     return any(tag.startswith("train/") for tag in EventAccumulator(str(stage)).Reload().Tags()["scalars"])
 
 

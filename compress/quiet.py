@@ -16,6 +16,15 @@ def hush() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
     warnings.filterwarnings("ignore")
+    hush_logs()
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def hush_logs() -> None:
+    """Of that what they log, without the import of any."""
     for name in (
         "pytorch_lightning",
         "lightning",
@@ -28,10 +37,6 @@ def hush() -> None:
         "tensorboard",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

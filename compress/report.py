@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 
 from compress import board, curves, errors
+from compress.quiet import hush_logs
 from compress.results import (
     RESULT,
     Job,
@@ -78,6 +79,7 @@ class SweepReport(Callback):
     exit status 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        hush_logs()  # the jobs, which hush more, may have run elsewhere
         try:
             folder = Path(config.hydra.sweep.dir)
             begun = (folder / "multirun.yaml").stat().st_mtime  # an earlier sweep into the folder is none of this one's
