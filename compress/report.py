@@ -199,10 +199,11 @@ def show(rows: list[Row], folder: Path) -> None:
 def notes(rows: list[Row]) -> list[str]:
     """What the table alone does not say, each thing once."""
     done = [one for one in rows if one["status"] == "completed"]
+    every = groups(rows)
     timed = [
-        f"ms: one text, {one['latency_tokens']:.0f} tokens on average; texts/s: batches of texts of "
-        f"{one['throughput_tokens']:.0f} tokens; faster: in turns with the baseline in one job"
-        for one in done
+        f"{f'{model} on {task}: ' if len(every) > 1 else ''}ms: one text, on average of {lengths(group, 'latency')}; "
+        f"texts/s: batches of texts of {lengths(group, 'throughput')}; faster: in turns with the baseline in one job"
+        for (model, task, _), group in every.items()
     ]
     timed += [
         "in its runtime: faster than the baseline exported to the same runtime in float32"
@@ -217,7 +218,8 @@ def notes(rows: list[Row]) -> list[str]:
         )
     tested = sum(one.get("p_holm") is not None for one in rows)
     if any(significant(one) for one in rows):
-        timed.append(f"*: p < 0.05 on the same examples, corrected for {tested} comparisons (Holm)")
+        several = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
+        timed.append(f"*: p < 0.05 on the same examples{several}")
     elif tested:
         timed.append("no change of quality is significant (p < 0.05 on the same examples, corrected by Holm)")
     if losing := [one for one in done if one.get("worst_slice")]:
@@ -245,6 +247,15 @@ def notes(rows: list[Row]) -> list[str]:
     found = [part for one in rows for part in one.get("limits", "").split(" | ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
+
+
+def lengths(rows: list[Row], what: str) -> str:
+    """Tokens of the texts that were timed, and which rows read these as more or fewer of them."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for one in rows:
+        found[f"{one[f'{what}_tokens']:.0f}"].append(one)
+    first, *others = found
+    return "".join([f"{first} tokens", *(f" ({number} by {together(found[number])})" for number in others)])
 
 
 def conclusions(folder: Path, rows: list[Row]) -> list[str]:

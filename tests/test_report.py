@@ -191,6 +191,16 @@ def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
     assert tables.table(rows("a", *shared)).columns[1].header != "settings"
 
 
+def test_a_note_says_which_rows_read_the_timed_texts_as_more_tokens():
+    none, prune = rows("a")
+    more = {**prune, "method": "prune_vocab", "latency_tokens": none["latency_tokens"] + 3}
+    same, longer = f"{none['latency_tokens']:.0f} tokens", f"{more['latency_tokens']:.0f} by prune_vocab"
+    (note,) = (one for one in report.notes([none, prune, more]) if "ms:" in one)
+    assert note.startswith(f"ms: one text, on average of {same} ({longer}); texts/s")
+    several = [one for one in report.notes([none, prune, {**more, "task": "other"}]) if "ms:" in one]
+    assert [one.partition("ms:")[0] for one in several] == ["tiny on toy: ", "tiny on other: "]
+
+
 def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
     begin(tmp_path / "0_job")
     config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
