@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import chain, report, results, tables
 from compress.cache import digest, environment, remove
-from compress.errors import UserError
+from compress.errors import UserError, advised
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -141,7 +141,7 @@ class SearchSweeper(Sweeper):
         try:
             config = self.context.config_loader.load_sweep_config(self.cfg, words)
         except HydraException as error:
-            raise UserError(f"{key} cannot be used: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{key} cannot be used: {advised(error)}") from error
         with open_dict(config):
             config.pop("hydra")
             config.pop("search", None)

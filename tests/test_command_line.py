@@ -135,6 +135,33 @@ def test_a_stage_that_is_set_and_in_no_chain_is_told_without_a_traceback(words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["technique=gptq", "technique.gptq.bitz=3"],
+            " (did you mean `technique.gptq.bits`?): technique.gptq has bits,",
+        ),
+        (
+            ["-m", "technique=gptq", "technique.gptq.bitz=3,4"],
+            " (did you mean `technique.gptq.bits`?): technique.gptq has",
+        ),
+        (["experiment=bert_semeval", "technique.gptq.bits=3"], "the chain `none` has no stage `gptq`"),
+        (["hardware.nowhere.x=1"], ", latency; `+hardware.nowhere.x=1` adds it.\n"),
+        (["task=sst3"], "`task=sst3` is no choice (did you mean `task=sst2`?): choose one of agnews, "),
+        (["task=sst2,cola"], "To sweep over it, add --multirun"),
+    ],
+)
+def test_what_there_is_none_of_is_told_with_what_there_is(words, told, tmp_path):
+    done = python("train.py", *words, f"hydra.sweep.dir={tmp_path}", check=False)
+    assert done.returncode == 1 and told in done.stderr
+    assert "Traceback" not in done.stderr and "FULL_ERROR" not in done.stderr
+
+
+def test_a_traceback_is_shown_where_hydra_is_asked_for_one():
+    assert "Traceback" in python("train.py", "task=sst3", check=False, HYDRA_FULL_ERROR="1").stderr
+
+
 def test_a_failed_job_does_not_stop_a_sweep(train):
     _, ran = train("-m", "technique=prune", "seed=1,2", fail=True)
     assert [seed for _, seed, _ in ran] == ["1", "2"]
