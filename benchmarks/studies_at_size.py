@@ -64,10 +64,12 @@ def main() -> None:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 configs = rows(*fixed)
             for config in map(shortened, configs):
-                config.hardware.latency.batch_sizes = [1]
+                config.hardware.latency.batch_sizes, config.hardware.latency.texts = [1], 1
+                config.task.limit.test = 4
                 for stage in stages(config.technique):
-                    if "samples" in stage.node:
-                        stage.node.samples = 4
+                    for key, value in {"samples": 4, "grid": 2}.items():  # AWQ tries 40 scales otherwise
+                        if key in stage.node:
+                            stage.node[key] = value
                 before = in_use(None) if torch.cuda.is_available() else 0.0
                 begin = time.perf_counter()
                 process = apart.Process(target=work, args=(config, Path(folder)))
