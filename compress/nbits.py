@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,11 +156,12 @@ def share(table: str, nodes: list[Any], tensors: dict[str, np.ndarray]) -> tuple
     return [*steps, *nodes], {**others, above: np.array(128, np.int32), shape: np.array([rows, count, size])}
 
 
-def read(node: Any, stored: dict[str, np.ndarray]) -> Tensor:
-    """The integers that the weight of a MatMulNBits or MatMulBnb4 is stored as, ``[rows, inputs]``, zero at 0."""
+def read(node: Any, values: Callable[[str], Tensor]) -> Tensor:
+    """The integers that the weight of a MatMulNBits or MatMulBnb4 is stored as, ``[rows, inputs]``, zero at 0, given
+    the ``values`` of tensors by name."""
     has = {one.name: one.i for one in node.attribute}
     rows, inputs = has["N"], has["K"]
-    packed = torch.from_numpy(stored[node.input[1]].copy())
+    packed = values(node.input[1])
     if node.op_type == "MatMulBnb4":
         indices = unpack(packed, 4).view(rows, inputs).short()
         return indices - 7 if has["quant_type"] else indices % 8  # where nf4 has its zero, and fp4 two of them
@@ -168,5 +170,5 @@ def read(node: Any, stored: dict[str, np.ndarray]) -> Tensor:
     zero = torch.tensor(2 ** (bits - 1))
     if len(node.input) > 3:
         blocks = math.ceil(inputs / size)
-        zero = unpack(torch.from_numpy(stored[node.input[3]].copy()).view(rows, -1), bits)[:, :blocks, None].short()
+        zero = unpack(values(node.input[3]).view(rows, -1), bits)[:, :blocks, None].short()
     return (numbers - zero).flatten(1)[:, :inputs]

@@ -244,15 +244,13 @@ def through(
         **({planned.method: into} if planned.steps else {}),
     }
     running("measuring")
+    runtime, graph = artifact.describe(into).runtime, None
+    if runtime != "torch":  # before what is measured takes memory
+        key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
+        graph = cache.get(key, partial(export, planned, splits, baseline, runtime), f"baseline for {runtime}")
     loaded = {name: artifact.load(path, planned.task.kind) for name, path in measured.items()}
     benches = {name: bench_of(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
-    runtime, exported = loaded[planned.method].description.runtime, None
-    if runtime != "torch":
-        example = benches["none"].texts[0]
-        key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
-        name = f"baseline for {runtime}"
-        graph = cache.get(key, lambda to: artifact.export(artifact.load(baseline), runtime, example, to), name)
-        exported = artifact.exported(loaded["none"], runtime, graph)
+    exported = artifact.exported(loaded["none"], runtime, graph) if graph else None
     measurements, predictions = measure(
         benches,
         splits.task,
@@ -273,6 +271,13 @@ def through(
     (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2))
     card.write(into, outcome, planned.method)
     return outcome
+
+
+def export(planned: Plan, splits: Splits, baseline: Path, runtime: str, into: Path) -> None:
+    """The baseline as another runtime runs it, what a chain that ends there is compared with besides."""
+    loaded = artifact.load(baseline, planned.task.kind)
+    example = bench_of(splits, baseline, loaded, planned.settings).texts[0]
+    artifact.export(loaded, runtime, example, into)
 
 
 def follow(cfg: DictConfig, team: Team) -> None:

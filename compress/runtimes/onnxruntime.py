@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress import nbits
+from compress.graphs import Graph
 from compress.models import from_pretrained
 from compress.runtimes import need
 from compress.runtimes.decoder import Decoder
@@ -65,17 +66,21 @@ class Model(Decoder):
     def parameters(self) -> Iterator[Tensor]:
         """The weights as they are stored, where they are quantized as integers with zero at 0; neither scales nor the
         shapes and indices that are constants of the graph."""
-        import onnx
+        from onnx.helper import tensor_dtype_to_np_dtype
 
-        graph = onnx.load(self.path).graph
-        stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
-        for node in graph.node:
+        graph = Graph(self.path)
+        stored = graph.tensors
+
+        def values(name: str) -> Tensor:
+            return torch.from_numpy(graph.values(stored[name]).copy())
+
+        for node in graph.nodes:
             if node.op_type in nbits.OPERATORS and node.input[1] in stored:
-                yield nbits.read(node, stored)
+                yield nbits.read(node, values)
                 del stored[node.input[1]]
         for name, one in stored.items():
-            if one.dtype in KINDS and not name.endswith(BESIDE):
-                yield torch.from_numpy(one.copy())
+            if tensor_dtype_to_np_dtype(one.data_type) in KINDS and not name.endswith(BESIDE):
+                yield values(name)
 
 
 def load(folder: Path, kind: str) -> Model:
