@@ -32,6 +32,7 @@ FORK.set_forkserver_preload(["compress.run", "test_command_line", "test_run"])
 def sweep(words, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: in the background it is ignored
     os.chdir(ROOT)
     sys.argv = ["train.py", "-m", *words]
     try:
