@@ -118,6 +118,9 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
         self._stop()
 
+    def on_train_end(self, *args: Any) -> None:
+        self._stop()
+
     def save(self, trainer: pl.Trainer) -> None:
         new = self.folder / NEW
         trainer.save_checkpoint(new)

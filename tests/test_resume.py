@@ -107,6 +107,19 @@ def test_a_process_that_is_asked_to_stop_saves_first_and_then_does_as_it_would_h
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_a_process_that_is_asked_to_stop_when_training_has_ended_does_so(fit, monkeypatch, hook):
+    def stop(number, frame):
+        raise Killed
+
+    before = signal.signal(signal.SIGTERM, stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Finite, hook, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Killed):
+            fit("nothing")
+    assert signal.signal(signal.SIGTERM, before) == stop
+
+
 def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypatch, tmp_path, caplog):
     whole = fit("nothing", "whole")
     with monkeypatch.context() as patch:
