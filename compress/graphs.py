@@ -1,4 +1,4 @@
-"""ONNX graphs: read and written, fused, and brought into lower precision by ONNX Runtime's tools and by ours."""
+"""ONNX graphs fused, and brought into lower precision by ONNX Runtime's tools and by ours."""
 
 from __future__ import annotations
 
@@ -15,72 +15,9 @@ from compress import nbits
 from compress.calibration import Batch
 from compress.models import Layer
 from compress.nbits import Weight
+from compress.onnx_format import Graph
 from compress.promises import digest
 from compress.quantization import Scheme
-
-LARGEST = 2**31 - 2**20
-"""Bytes that a file in ONNX's format holds; the tensors of a larger model lie beside it."""
-
-
-class Graph:
-    """A graph at ``path`` to be changed. Tensors that lie beside it, those of a large one, stay there until they are
-    asked for: the graph and its changes would hold them several times over."""
-
-    def __init__(self, path: Path) -> None:
-        import onnx
-
-        self.beside = path.parent
-        self.proto = onnx.load(path, load_external_data=False)
-        self.large = any(map(onnx.external_data_helper.uses_external_data, self.initializer))
-        self.load(2**20)
-
-    @property
-    def nodes(self) -> Any:
-        return self.proto.graph.node
-
-    @property
-    def initializer(self) -> Any:
-        """All tensors, in the order of the file."""
-        return self.proto.graph.initializer
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        return {one.name: one for one in self.initializer}
-
-    @property
-    def size(self) -> int:
-        """Bytes of the tensors that do not lie beside it."""
-        return sum(one.ByteSize() for one in self.initializer)
-
-    def values(self, tensor: Any) -> np.ndarray:
-        import onnx
-
-        return onnx.numpy_helper.to_array(tensor, str(self.beside))
-
-    def load(self, most: float) -> None:
-        """Take in the tensors of no more than so many numbers that lie beside the graph."""
-        import onnx
-
-        for one in self.initializer:
-            if onnx.external_data_helper.uses_external_data(one) and math.prod(one.dims) <= most:
-                one.CopyFrom(onnx.numpy_helper.from_array(self.values(one), one.name))
-
-    def declare(self, domain: str) -> None:
-        """Let its nodes be operators of the ``domain``."""
-        import onnx
-
-        if not any(one.domain == domain for one in self.proto.opset_import):
-            self.proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
-
-    def write(self, path: Path) -> None:
-        """Write it in place of what is at ``path``, the tensors of a large one beside it."""
-        import onnx
-
-        self.load(math.inf)
-        beside = path.with_name(f"{path.name}.data")
-        beside.unlink(missing_ok=True)  # onnx would append to it
-        large = self.size > LARGEST
-        onnx.save(self.proto, path, save_as_external_data=large, location=beside.name if large else None)
 
 
 def fused(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
@@ -129,7 +66,7 @@ def store_once(graph: Graph) -> None:
     matrices = [one for one in graph.tensors.values() if one.data_type in kinds and len(one.dims) == 2]
     seen: dict[tuple[bytes, torch.Size], str] = {}
     for one in matrices:
-        name, weight = one.name, torch.from_numpy(graph.values(one).copy())
+        name, weight = one.name, graph.copied(one)
         if source := seen.get((digest(weight.T), weight.T.shape)):
             graph.initializer.remove(one)
             graph.nodes.insert(0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0]))
@@ -211,7 +148,7 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,  # unsigned ones are slower
         nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # what it makes of a Gemm first
-        use_external_data_format=graph.size > LARGEST,
+        use_external_data_format=graph.too_large,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused operators give, which nothing says
     )
 
@@ -237,7 +174,7 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         nodes_to_quantize=nodes_of(graph, layers),
-        use_external_data_format=graph.large or graph.size > LARGEST,
+        use_external_data_format=graph.large or graph.too_large,
     )
 
 
@@ -258,7 +195,7 @@ def factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
     stored = tensors.get(node.input[place]) if place is not None else None
     if stored is None or len(stored.dims) != 2:
         return []
-    weight = torch.from_numpy(graph.values(stored).copy())
+    weight = graph.copied(stored)
     if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
         return [weight]
     return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -43,6 +45,12 @@ def test_a_process_of_its_own_tells_the_peak_of_each_model(folders):
     table = 4 * 1_000_000 * tiny.SHAPE["hidden_size"]
     assert table < large.model_bytes - small.model_bytes < 3 * table
     assert small.libraries_bytes == pytest.approx(large.libraries_bytes, rel=0.05) and small.gpu_bytes is None
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_what_loads_an_artifact_brings_nothing_that_trains_into_its_memory(runtime):
+    script = f"import sys, compress.meters, compress.runtimes.{runtime}; sys.exit('pytorch_lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_a_process_that_dies_leaves_no_figure_and_a_word(folders, caplog):

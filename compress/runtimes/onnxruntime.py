@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress import nbits
-from compress.graphs import Graph
 from compress.models import from_pretrained
+from compress.onnx_format import Graph
 from compress.runtimes import need
 from compress.runtimes.decoder import Decoder
 
@@ -72,7 +72,7 @@ class Model(Decoder):
         stored = graph.tensors
 
         def values(name: str) -> Tensor:
-            return torch.from_numpy(graph.values(stored[name]).copy())
+            return graph.copied(stored[name])
 
         for node in graph.nodes:
             if node.op_type in nbits.OPERATORS and node.input[1] in stored:

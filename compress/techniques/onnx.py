@@ -25,7 +25,6 @@ from compress.exchange import (
     to_trace,
 )
 from compress.graphs import (
-    Graph,
     begin_with,
     fused,
     lower,
@@ -36,6 +35,7 @@ from compress.graphs import (
 )
 from compress.models import compressed, evaluating
 from compress.nbits import Weight
+from compress.onnx_format import Graph
 from compress.packing import Integers
 from compress.quantization import Scheme
 from compress.quiet import muted

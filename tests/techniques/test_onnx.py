@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from compress import graphs, packing, shapes
+from compress import onnx_format, packing, shapes
 from compress.errors import UserError
 from compress.exchange import Agreement, agreement
 from compress.models import kind_of, linears, prunable
@@ -291,7 +291,7 @@ def test_weights_that_two_layers_share_are_stored_once(tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_tensors_of_a_large_model_lie_beside_it(precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "LARGEST", 1000)
+    monkeypatch.setattr(onnx_format, "LARGEST", 1000)
     model = told_apart(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision)
     sizes = [numpy_helper.to_array(one).nbytes for one in in_onnx(tmp_path).initializer]
