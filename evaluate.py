@@ -6,13 +6,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-import compress.chain  # noqa: F401  sweeps name their folders by it
-from compress.errors import told_on_the_command_line
+import compress.planning.chain  # noqa: F401  sweeps name their folders by it
+from compress.planning.advice import told_on_the_command_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg):
-    from compress import evaluate  # not at the top: --help, --cfg job and Tab need no torch
+    from compress.running import evaluate  # not at the top: --help, --cfg job and Tab need no torch
 
     failed = evaluate.main(cfg)
     # In a sweep the other jobs go on.

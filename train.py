@@ -6,16 +6,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-import compress.chain  # makes technique=a+b a choice
-import compress.sweeper
-from compress.errors import told_on_the_command_line
+import compress.planning.chain  # makes technique=a+b a choice
+import compress.sweeping.sweeper
+from compress.planning.advice import told_on_the_command_line
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg):
-    from compress import run  # not at the top: --help, --cfg job and Tab need no torch
+    from compress.running import job  # not at the top: --help, --cfg job and Tab need no torch
 
-    failed = run.main(cfg)
+    failed = job.main(cfg)
     # In a sweep the other jobs go on, and its report exits with 1.
     if failed and HydraConfig.get().mode == RunMode.RUN:
         sys.exit(failed)
@@ -23,5 +23,5 @@ def main(cfg):
 
 if __name__ == "__main__":
     with told_on_the_command_line():
-        sys.argv[1:] = compress.chain.typed(sys.argv[1:])
+        sys.argv[1:] = compress.planning.chain.typed(sys.argv[1:])
         main()

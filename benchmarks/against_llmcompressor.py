@@ -28,8 +28,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from untrained import carry_out
 
-from compress.packing import quantization_scheme
-from compress.quantization import Scheme
+from compress.formats.packed import quantization_scheme
+from compress.maths.rounding import Scheme
 from compress.quiet import hush
 from compress.techniques.awq import AWQ
 from compress.techniques.gptq import GPTQ

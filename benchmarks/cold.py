@@ -22,7 +22,7 @@ def one(folder: Path, texts: int, tokens: int) -> None:
     """Print the seconds of every text's first pass, and of its second after ten more for warmth."""
     import torch
 
-    from compress import artifact
+    from compress.artifacts import artifact
 
     model = artifact.load(folder).model.eval()
     batches = [{"input_ids": torch.randint(100, 1000, (1, tokens))} for _ in range(texts)]

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from untrained import carry_out
 from yaml import safe_load
 
-from compress.measure import speedup
+from compress.measuring.timing import speedup
 from compress.quiet import hush
 from compress.runtimes import onnxruntime, openvino
 from compress.techniques.onnx import Onnx

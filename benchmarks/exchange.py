@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from untrained import Batch, carry_out
 from yaml import safe_load
 
-from compress.measure import Latency, speedup, spread, take_turns
+from compress.measuring.timing import speedup, spread, take_turns
+from compress.planning.settings import Latency
 from compress.quiet import hush
 from compress.runtimes import onnxruntime as ours_onnxruntime
 from compress.runtimes import openvino as ours_openvino

@@ -59,8 +59,8 @@ def measured(method, asked: argparse.Namespace) -> tuple[float, float, float, fl
 
 def prune(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     """Set a fifth of every layer to zero; where that is."""
-    from compress.models import linears, zeros
-    from compress.sparsity import magnitude, smallest_of
+    from compress.maths.sparsity import magnitude, smallest_of
+    from compress.models.layers import linears, zeros
 
     for _, linear in linears(model):
         linear.weight.data[smallest_of(magnitude(linear.weight.data), 0.2)] = 0

@@ -17,10 +17,11 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress.measure import Latency, speedup, take_turns
+from compress.measuring.timing import speedup, take_turns
+from compress.models.students import Student, student_of
+from compress.models.teachers import KeptLogits
+from compress.planning.settings import Latency
 from compress.quiet import hush
-from compress.students import Student, student_of
-from compress.teachers import KeptLogits
 from compress.techniques.distill import Distill
 
 TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -20,12 +20,16 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-import compress.chain  # noqa: F401  the configs' resolvers
-from compress import artifact, evaluate, plan
-from compress.measure import Bench, Measurement, answer, measure
+import compress.planning.chain  # noqa: F401  the configs' resolvers
+from compress.artifacts import artifact
+from compress.measuring.bench import Bench
+from compress.measuring.measure import Measurement, answer, measure
+from compress.planning import settings as settings_planning
 from compress.quiet import hush
-from compress.run import bench_of
-from compress.tasks import Task
+from compress.running import evaluate
+from compress.running.experiment import bench_of
+from compress.tasks.splits import load_splits
+from compress.tasks.task import Task
 
 SLOWDOWN, LOSS = 0.03, 0.01
 CONF = Path(__file__).parents[1] / "conf"
@@ -98,11 +102,11 @@ def main() -> None:
     hush()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("evaluate", [f"artifact={options.artifact}", f"hardware.latency.seconds={options.seconds}"])
-    settings = plan.settings(cfg)
+    settings = settings_planning.settings(cfg)
     latency, device = settings.hardware.latency, settings.hardware.device
     latency = replace(latency, batch_sizes=latency.batch_sizes[:1], memory=False)
-    task = plan.parse(Task, evaluate.task_of(cfg), "task")
-    splits = task.load(settings.seed)
+    task = settings_planning.parse(Task, evaluate.task_of(cfg), "task")
+    splits = load_splits(task, settings.seed)
 
     def ready() -> Bench:
         return bench_of(splits, options.artifact, artifact.load(options.artifact, task.kind), settings)

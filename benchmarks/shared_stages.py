@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from compress.results import gather
+from compress.reporting.jobs import gather
 
 ROOT = Path(__file__).parents[1]
 CHAINS = """none nf4 int8 distill distill+prune distill+nf4 distill+int8 prune prune+nf4 prune+int8 distill+prune+nf4

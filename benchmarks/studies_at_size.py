@@ -18,7 +18,7 @@ import torch
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
-from compress.chain import stages
+from compress.planning.chain import stages
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -28,11 +28,11 @@ MOST = 24.0  # GiB
 
 
 def work(config: DictConfig, folder: Path) -> None:
-    from compress import run
-    from compress.tasks import Task
+    from compress.running import experiment
+    from compress.tasks import splits
 
-    Task._read = generated(words=200)  # type: ignore[method-assign]
-    run.run(config, folder)
+    splits.read_tables = generated(words=200)
+    experiment.run(config, folder)
 
 
 def watched(process: multiprocessing.process.BaseProcess, before: float) -> float:

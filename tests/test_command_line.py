@@ -1,4 +1,4 @@
-"""What a user types, up to the door of `compress.run`."""
+"""What a user types, up to the door of `compress.running.job`."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ def main(cfg):
     print("ran", keys or None, cfg.seed, HydraConfig.get().runtime.output_dir)
     return FAILED
 
-sys.modules["compress.run"] = types.SimpleNamespace(main=main)
+sys.modules["compress.running.job"] = types.SimpleNamespace(main=main)
 runpy.run_path(TRAIN, run_name="__main__")
 """
 
@@ -42,7 +42,7 @@ def cpu_seconds(*args):
 
 @pytest.fixture
 def train(tmp_path):
-    """train.py with a stand-in for `compress.run`, which only prints, and without the report of a sweep."""
+    """train.py with a stand-in for `compress.running.job`, which only prints, and without the report of a sweep."""
     (tmp_path / "no_report.yaml").write_text(
         "defaults: [model: tiny, task: toy, technique: none, hardware: auto, _self_]\n"
         "seed: 0\n"

@@ -1,10 +1,10 @@
 """Real weights on real data: what compression costs there."""
 
 import pytest
-from test_run import cache, carry_out  # noqa: F401
+from test_experiment import cache, carry_out  # noqa: F401
 
 import compress
-from compress.models import linears, zeros
+from compress.models.layers import linears, zeros
 
 FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
 

@@ -7,9 +7,10 @@ from hydra import compose
 from omegaconf import open_dict
 from test_conf import CONF, hydra, jobs  # noqa: F401
 
-from compress import plan, run
-from compress.chain import leave_out, stages
-from compress.tasks import SPLITS, Task
+from compress.planning import plan
+from compress.planning.chain import leave_out, stages
+from compress.running import experiment as experiment_running
+from compress.tasks.task import SPLITS
 
 TEXTS = {path.stem: path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))}
 STUDIES = [
@@ -137,8 +138,8 @@ def cache(tmp_path_factory):
     ],
 )
 def test_a_row_of_each_kind_runs_at_small_scale(experiment, technique, settings, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(Task, "_read", generated(words=6))
+    monkeypatch.setattr("compress.tasks.splits.read_tables", generated(words=6))
     words = [f"experiment={experiment}", "scale=small", f"technique={technique}", f"cache.dir={cache}", *settings]
     (config,) = rows(*words)
-    none, changed = run.run(shortened(config), tmp_path).measurements.values()
+    none, changed = experiment_running.run(shortened(config), tmp_path).measurements.values()
     assert changed.size_bytes < none.size_bytes and changed.speedup is not None

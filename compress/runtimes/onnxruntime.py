@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from compress import nbits
-from compress.models import from_pretrained
-from compress.onnx_format import Graph
+from compress.formats import nbits
+from compress.formats.onnx import Graph
+from compress.models.backbone import from_pretrained
 from compress.runtimes import need
 from compress.runtimes.decoder import Decoder
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from compress.models import from_pretrained
+from compress.models.backbone import from_pretrained
 from compress.runtimes import need
 from compress.runtimes.decoder import Decoder
 

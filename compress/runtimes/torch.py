@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from compress import gptq_format, packing
 from compress.errors import UserError
-from compress.models import auto_class, from_pretrained, load_weights
+from compress.formats import gptq
+from compress.formats import packed as packing
+from compress.models.backbone import auto_class, from_pretrained, load_weights
 from compress.quiet import without_bars
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
@@ -33,7 +34,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     how: dict[str, Any] = {"dtype": "auto"}
     packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
     if packed == "gptq":
-        return gptq_format.load(auto_class(kind, config), config, folder).eval()
+        return gptq.load(auto_class(kind, config), config, folder).eval()
     needed = FORMATS.get(packed, ())
     if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in needed):
         raise UserError(f"{folder} is in the {packed} format: pip install {' '.join(needed)}")

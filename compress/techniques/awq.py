@@ -11,15 +11,15 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import packing
-from compress.calibration import Forwards, calibrate, calibration_batches, inputs, over_inputs, tokens
 from compress.errors import UserError
-from compress.folding import FOLDS, fold, sources
-from compress.hessian import second_moment
-from compress.models import compressed, evaluating, quantizable
-from compress.packing import Quantized
-from compress.quantization import Scheme, minmax_grid, to_grid
-from compress.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
+from compress.formats import packed
+from compress.formats.packed import Quantized
+from compress.maths.hessian import second_moment
+from compress.maths.rounding import Scheme, minmax_grid, to_grid
+from compress.models.calibration import Forwards, calibrate, calibration_batches, inputs, over_inputs, tokens
+from compress.models.folding import FOLDS, fold, sources
+from compress.models.layers import compressed, evaluating, quantizable
+from compress.models.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
 
 KEY = "technique.awq"
 
@@ -118,11 +118,11 @@ class AWQ(pl.Callback):
                     grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
                     weight.copy_(to_grid(weight, grid, self.scheme))
                     self.quantized[name] = Quantized(self.scheme, grid)
-        self.average_bits = packing.average_bits(model, self.quantized)
+        self.average_bits = packed.average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packing.save(model, self.quantized, folder)
+        packed.save(model, self.quantized, folder)
 
 
 @torch.no_grad()

@@ -4,96 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import ConfigDict, Field, validate_call
-from pydantic.dataclasses import dataclass
+from pydantic import Field, validate_call
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compress import artifact, losses, shapes
-from compress.cache import digest, environment, fingerprint
-from compress.calibration import calibration_batches
-from compress.data import LengthBuckets
+from compress.artifacts import artifact
+from compress.cache.digests import digest, environment, fingerprint
 from compress.errors import UserError
-from compress.models import blocks, from_pretrained, kind_of, max_length
-from compress.students import Student, load_student, same_labels, same_vocabulary, student_of
-from compress.tasks import Task
-from compress.tasks import fingerprint as content
-from compress.teachers import Batch, KeptLogits, rounded
-from compress.techniques import Training, trait
+from compress.maths import losses
+from compress.models import shapes
+from compress.models.backbone import from_pretrained, max_length
+from compress.models.calibration import calibration_batches
+from compress.models.layers import blocks, kind_of
+from compress.models.matches import Match, Relations, features
+from compress.models.students import Student, load_student, same_labels, same_vocabulary, student_of
+from compress.models.teachers import Batch, KeptLogits, rounded
+from compress.tasks.splits import fingerprint as content
+from compress.tasks.task import Task
+from compress.tasks.tokens import LengthBuckets
+from compress.technique import Training, trait
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
 
 KEY = "technique.distill"
-LOSSES = {
-    "hidden": ("hidden_mse", "cos", "pkd", *losses.PAIRS),
-    "attention": ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"),
-    "relation": ("minilm",),
-}
-"""Of every feature, in TextBrewer's names and MiniLM's."""
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Match:
-    """An intermediate feature of the student to be like one of the teacher's, in TextBrewer's vocabulary: layers are
-    counted from 0, which for ``hidden`` are the embeddings; ``fsp`` and ``mmd`` take two of each; ``proj`` is
-    ``[linear, width of the student, width of the teacher]``. Beyond TextBrewer: the feature ``relation`` with the loss
-    ``minilm``, over queries, keys and values, in ``heads`` relation heads."""
-
-    layer_T: int | tuple[int, int]
-    layer_S: int | tuple[int, int]
-    feature: Literal["hidden", "attention", "relation"]
-    loss: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    proj: tuple[Any, ...] | None = None
-    heads: Annotated[int, Field(ge=1)] = 12
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES[self.feature]:
-            raise UserError(
-                f"{KEY}.intermediate_matches: the feature `{self.feature}` has no loss `{self.loss}`: choose of "
-                f"{', '.join(LOSSES[self.feature])}."
-            )
-        if self.proj and (len(self.proj) != 3 or self.proj[0] not in losses.PROJECTIONS):
-            raise UserError(
-                f"{KEY}.intermediate_matches: proj is {list(self.proj)}, which should be one of "
-                f"{', '.join(losses.PROJECTIONS)}, the student's width and the teacher's: [linear,192,384]."
-            )
-
-    def check(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-        """Raise UserError where a layer is not there, or widths differ and nothing projects them."""
-        key = f"{KEY}.intermediate_matches"
-        for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
-            last = config.num_hidden_layers - (self.feature != "hidden")
-            if max(layer if isinstance(layer, tuple) else (layer,)) > last:
-                raise UserError(f"{key}: {side} is {layer} and the last `{self.feature}`, counted from 0, is {last}.")
-            if isinstance(layer, tuple) != (self.loss in losses.PAIRS):
-                many = "two layers" if self.loss in losses.PAIRS else "one layer"
-                raise UserError(f"{key}: {side} is {layer} and `{self.loss}` takes {many}.")
-        widths = student.hidden_size, teacher.hidden_size
-        narrower = widths[0] != widths[1] and not self.proj
-        if self.feature == "hidden" and self.loss not in ("mmd", "nst") and narrower:
-            raise UserError(
-                f"{key}: the student is {widths[0]} wide and the teacher {widths[1]}: give the match "
-                f"proj=[linear,{widths[0]},{widths[1]}]."
-            )
-
-    def features(self, seen: dict[str, Any], layer: int | tuple[int, int]) -> Any:
-        """What of a model's features the loss compares."""
-        found = seen[self.feature]
-        return [found[i] for i in layer] if isinstance(layer, tuple) else found[layer]
 
 
 class Distill(FineTune):
     """Train a student to answer as its teacher does.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531. The losses are TextBrewer's
-    (Yang et al., 2020, arXiv:2002.12620) where it has them; the others name their papers in :mod:`compress.losses`.
+    (Yang et al., 2020, arXiv:2002.12620) where it has them; the others name theirs in :mod:`compress.maths.losses`.
 
     Without a ``student`` the chain's model is the student, and what its compression lost is recovered from its own
     dense baseline; as the first stage, where that would teach a model itself, half of its layers are.
@@ -276,7 +221,7 @@ class Distill(FineTune):
         if any(match.feature == "attention" for match in self.matches):
             for either in (self.model, *self._teacher):
                 cast(PreTrainedModel, either).set_attn_implementation("eager")  # the others compute no attention matrix
-            for block in shapes.blocks(self.model):  # what is given out has been through dropout
+            for block in shapes.read_blocks(self.model):  # what is given out has been through dropout
                 vars(block.attention)["attention_dropout"] = 0.0
                 for module in block.attention.modules():
                     if isinstance(module, nn.Dropout):
@@ -397,40 +342,6 @@ class Distill(FineTune):
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
         chosen = (torch.rand(ids.shape, device=ids.device) < self.masking) & ~special
         return {**inputs, "input_ids": ids.masked_fill(chosen, self.tokenizer.mask_token_id)}
-
-
-def features(output: Any, relations: Relations) -> dict[str, Any]:
-    """Of a forward pass what a match may compare, by the name of the feature."""
-    return {"hidden": output.hidden_states, "attention": output.attentions, "relation": relations}
-
-
-class Relations:
-    """Queries, keys and values of the blocks, seen by hooks while a model runs, if a match wants them."""
-
-    def __init__(self, model: nn.Module, matches: tuple[Match, ...]) -> None:
-        self.model, self.wanted = model, any(match.feature == "relation" for match in matches)
-        self.seen: dict[int, dict[str, Tensor]] = {}
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> Relations:
-        for i, block in enumerate(shapes.blocks(self.model) if self.wanted else ()):
-            self.seen[i] = {}
-            for name in ("query", "key", "value"):
-                keep = partial(self._keep, self.seen[i], name)
-                self.hooks.append(getattr(block, name).register_forward_hook(keep))
-        return self
-
-    @staticmethod
-    def _keep(into: dict[str, Tensor], name: str, _: nn.Module, args: tuple, output: Tensor) -> None:
-        into[name] = output
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.seen[layer]
-        return found["query"], found["key"], found["value"]
 
 
 def scheduled(name: str | None, progress: float) -> float:

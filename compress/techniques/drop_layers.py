@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
-from compress.models import blocks, compressed, evaluating
+from compress.models.calibration import Batch, calibration_batches
+from compress.models.layers import blocks, compressed, evaluating
+from compress.models.shapes import configs, drop_blocks
 
 
 class DropLayers(pl.Callback):
@@ -162,35 +162,3 @@ def block_influence(before: Tensor, after: Tensor, mask: Tensor | None) -> Tenso
     tokens]``) keeps: 1 minus the cosine, ``[kept]``. Its mean over a text is the Block Influence."""
     turned = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
     return turned.flatten() if mask is None else turned[mask.bool()]
-
-
-def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
-    """Take blocks out of the model and out of what its configs say of every block."""
-    _, stack = blocks(model)
-    total, gone = len(stack), set(dropped)
-    for index in sorted(gone, reverse=True):
-        del stack[index]
-    for index, block in enumerate(stack):
-        for module in block.modules():
-            if getattr(module, "layer_idx", None) is not None:
-                vars(module)["layer_idx"] = index  # where it keeps its keys and values in a cache
-
-    def rest(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == total:
-            return [entry for index, entry in enumerate(value) if index not in gone]
-        return value
-
-    for config in configs(model):
-        lists = {key: value for key, value in vars(config).items() if isinstance(value, list)}
-        config.num_hidden_layers = len(stack)
-        for key, value in lists.items():
-            if not key.endswith("_token_id"):  # a few models have several end-of-text tokens
-                setattr(config, key, rest(value))
-        if isinstance(own := getattr(config, "compress", None), dict):
-            config.compress = {key: rest(value) for key, value in own.items()}
-
-
-def configs(model: nn.Module) -> list[PretrainedConfig]:
-    """The configs of a model's modules, each once: mostly one that they share."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
-from compress.techniques import Training
+from compress.tasks.metrics import aligned
+from compress.technique import Training
 
 
 class FineTune(pl.LightningModule):
@@ -67,11 +68,3 @@ class FineTune(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits beside the labels that they predict: a language model's position t (of ``[B, T, V]``) predicts token
-    t+1, a classifier's logits stay as they are."""
-    if logits.ndim == 3:
-        return logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
-    return logits, labels

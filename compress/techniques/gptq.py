@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
-from torch import Tensor, nn
+from torch import nn
 
-from compress import gptq_format, packing
-from compress.calibration import Batch, calibrate, calibration_batches
-from compress.hessian import inverse_factor, second_moment
-from compress.models import compressed, evaluating, quantizable
-from compress.packing import Quantized
-from compress.quantization import Grid, Scheme, fitted_grid, minmax_grid, to_grid
+from compress.formats import gptq as gptq_format
+from compress.formats import packed
+from compress.formats.packed import Quantized
+from compress.maths.gptq import gptq
+from compress.maths.hessian import second_moment
+from compress.maths.rounding import Scheme
+from compress.models.calibration import Batch, calibrate, calibration_batches
+from compress.models.layers import compressed, evaluating, quantizable
 
 KEY = "technique.gptq"
 
@@ -98,14 +100,14 @@ class GPTQ(pl.Callback):
         own = self.format == "gptq"
         scale = gptq_format.SCALE if own else None
         self.quantized = quantize(model, batches, schemes, self.damping, self.act_order, scale)
-        self.average_bits = (gptq_format if own else packing).average_bits(model, self.quantized)
+        self.average_bits = (gptq_format if own else packed).average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         if self.format == "gptq":
             gptq_format.save(model, self.quantized, folder, damp_percent=self.damping)
         else:
-            packing.save(model, self.quantized, folder)
+            packed.save(model, self.quantized, folder)
 
 
 def quantize(
@@ -126,50 +128,3 @@ def quantize(
                 linear.weight.data.copy_(weight)
                 quantized[name] = Quantized(schemes[name], grid)
     return quantized
-
-
-@torch.no_grad()
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scheme: Scheme,
-    damping: float = 0.01,
-    act_order: bool = False,
-    lazy: int = 128,
-    scale: torch.dtype | None = None,
-) -> tuple[Tensor, Grid]:
-    """Quantize ``weight`` ``[rows, inputs]`` so that its outputs on inputs of second moment ``hessian``
-    ``[inputs, inputs]`` change least; exact zeros stay.
-
-    Returns the quantized weight as floats of the weight's dtype, each exactly ``(integer - zero) * scale``, and its
-    grid. A group's scale is that of its weights when the first of them is rounded; with ``act_order``, where the first
-    comes early, that of the weights as they are given. ``lazy`` columns are compensated at a time before the rest is,
-    which changes the cost and not the result.
-    """
-    dtype, columns = scale or weight.dtype, weight.shape[1]
-    size = scheme.group(columns)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = inverse_factor(hessian[order][:, order], damping)
-    importance = hessian.diagonal()
-    grid = fitted_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
-    left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight lies together
-    keep = left != 0
-    quantized = torch.zeros_like(left)
-    for start in range(0, columns, lazy):
-        stop = min(start + lazy, columns)
-        errors = torch.zeros(stop - start, left.shape[1], device=weight.device)
-        for j in range(start, stop):
-            group = int(order[j]) // size
-            if not act_order and j % size == 0:
-                # Columns of the group beyond this lazy block still wait for its errors: none where size divides lazy.
-                members = left[j : j + size].clone()
-                ahead = slice(max(stop, j), min(j + size, columns))
-                members[ahead.start - j :] -= factor[start:j, ahead].T @ errors[: j - start]
-                found = fitted_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
-                grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
-            of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            quantized[j] = to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
-            errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
-            left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
-        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return quantized[order.argsort()].T.to(weight.dtype).contiguous(), grid

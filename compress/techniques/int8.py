@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import bnb
-from compress.models import compressed, quantizable
+from compress.formats import bnb
+from compress.models.layers import compressed, quantizable
 
 KEY = "technique.int8"
 

@@ -14,13 +14,13 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from compress import packing
-from compress.calibration import Batch, calibrate, calibration_batches
 from compress.errors import UserError
-from compress.losses import soft_loss
-from compress.models import compressed, evaluating, kind_of, quantizable
-from compress.packing import Quantized
-from compress.quantization import Scheme, fitted_grid, to_grid
+from compress.formats import packed
+from compress.formats.packed import Quantized
+from compress.maths.losses import soft_loss
+from compress.maths.rounding import Scheme, fitted_grid, to_grid
+from compress.models.calibration import Batch, calibrate, calibration_batches
+from compress.models.layers import compressed, evaluating, kind_of, quantizable
 from compress.techniques.gptq import quantize
 
 KEY = "technique.mixed"
@@ -131,11 +131,11 @@ class Mixed(pl.Callback):
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
         self.quantized = quantize(model, batches, schemes, self.damping, self.act_order)
-        self.average_bits = packing.average_bits(model, self.quantized)
+        self.average_bits = packed.average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packing.save(model, self.quantized, folder)
+        packed.save(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
         """``bits.csv``: every layer's bits, and the divergence that each choice was measured to cost."""

@@ -12,9 +12,9 @@ import torch
 from pydantic import validate_call
 from torch import Tensor, nn
 
-from compress import bnb
 from compress.errors import UserError
-from compress.models import compressed, quantizable
+from compress.formats import bnb
+from compress.models.layers import compressed, quantizable
 
 KEY = "technique.nf4"
 ROWS = 32

@@ -8,23 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pydantic import Field, validate_call
 from torch import nn
 
-from compress import bnb, nbits, packing, qdq
-from compress.calibration import Batch, calibration_batches
 from compress.errors import UserError
-from compress.exchange import (
-    Export,
-    inputs_of,
-    is_float32,
-    on_validation_text,
-    plain_attention,
-    plain_config,
-    to_trace,
-)
-from compress.graphs import (
+from compress.exporting import qdq
+from compress.exporting.agreement import on_validation_text
+from compress.exporting.onnx import (
     begin_with,
     fused,
     lower,
@@ -32,22 +22,27 @@ from compress.graphs import (
     quantize_static,
     store_once,
     to_float16,
+    trace,
 )
-from compress.models import compressed, evaluating
-from compress.nbits import Weight
-from compress.onnx_format import Graph
-from compress.packing import Integers
-from compress.quantization import Scheme
+from compress.exporting.stage import Export
+from compress.exporting.tracing import inputs_of, is_float32, plain_config
+from compress.formats import bnb, nbits
+from compress.formats import packed as packing
+from compress.formats.nbits import Weight
+from compress.formats.onnx import Graph
+from compress.formats.packed import Integers
+from compress.maths.rounding import Scheme
+from compress.models.calibration import calibration_batches
+from compress.models.layers import compressed, evaluating
 from compress.quiet import muted
-from compress.runtimes.onnxruntime import PAST, PRESENT, Model
-from compress.techniques import trait
+from compress.runtimes.onnxruntime import Model
+from compress.technique import trait
 
 KEY = "technique.onnx"
 FP16 = "the weights are turned back into float32 when they are loaded: less to store, no speed there"
 FLOATS = "4-bit floats become floats again at every call: less to store, slower than floats"
 THREE = "an integer of 3 bits takes four there"
 UNPACKED = "the integers of the stages before are floats again: precision=null keeps them"
-SIZES = {0: "batch", 1: "length"}
 
 
 class Onnx(Export):
@@ -185,19 +180,6 @@ class Onnx(Export):
         plain_config(model).save_pretrained(folder)
 
 
-def export(model: Any, example: Batch, folder: Path) -> None:
-    """Write the model's graph in float32, as the runtime loads it."""
-    with evaluating(model), muted(), TemporaryDirectory() as apart:
-        traced = Path(apart) / "model.onnx"
-        past = trace(model, example, traced)
-        graph = fused(traced, model.config, embeddings=True, whole=True)
-        store_once(graph)
-        if past:
-            begin_with(graph, past)
-        graph.write(folder / "model.onnx")
-    plain_config(model).save_pretrained(folder)
-
-
 def fits(setting: str, size: int, key: str) -> None:
     """Raise UserError where ``size`` weights that share a scale are none of ONNX Runtime's blocks, nor made up of
     them."""
@@ -228,28 +210,3 @@ def limits(precision: str | None, packed: dict[str, Weight], kept: dict[str, Wei
         THREE: any(isinstance(one, Integers) and one.scheme.bits == 3 for one in kept.values()),
     }
     return ", and ".join(limit for limit, holds in limits.items() if holds)
-
-
-@torch.no_grad()
-def trace(model: Any, example: Batch, path: Path) -> Batch:
-    """Write the graph that PyTorch runs for the ``example``, for batches of any shape. Gives what it takes for the keys
-    and values of earlier tokens where there are none; nothing if it takes none."""
-    module, inputs, parts = to_trace(model, example)
-    past = {f"{PAST}{i // 2}.{('key', 'value')[i % 2]}": part for i, part in enumerate(parts)}
-    outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
-    outputs |= {name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}
-    axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
-    if past:
-        axes["attention_mask"] = {0: "batch", 1: "total"}
-    with plain_attention(model):
-        torch.onnx.export(
-            module.eval(),  # in whose mode the exporter leaves the model
-            (*inputs.values(), *past.values()),
-            str(path),  # of any other kind PyTorch asks that it be small
-            input_names=[*inputs, *past],
-            output_names=list(outputs),
-            dynamic_axes={**axes, **outputs},
-            opset_version=17,
-            dynamo=False,  # the other exporter's graph is not fused
-        )
-    return {name: part[:1, :, :0] for name, part in past.items()}

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import sparsity as maths
-from compress.calibration import calibrate, calibration_batches
 from compress.errors import PostconditionError, UserError
-from compress.hessian import second_moment
-from compress.models import Layer, compressed, evaluating, linears, select, unmatched, zeros
-from compress.techniques import Training
+from compress.maths import sparsity as maths
+from compress.maths.hessian import second_moment
+from compress.models.calibration import calibrate, calibration_batches
+from compress.models.layers import Layer, compressed, evaluating, hold, linears, measured_sparsity, select, unmatched
+from compress.technique import Training
 
 SCOPES = {
     "magnitude": ("global", "layer", "row"),
@@ -36,9 +36,9 @@ CALIBRATED = ("wanda", "sparsegpt")
 class Prune(pl.Callback):
     """Set the least important weights to zero, and keep them zero while training goes on.
 
-    Criteria, each with its paper in :mod:`compress.sparsity`: ``magnitude``; ``wanda`` (magnitude times the norm of the
-    input); ``sparsegpt`` (joint choice and update of the other weights); ``movement`` (weights that training moves
-    towards zero: Sanh et al., "Movement Pruning", 2020, arXiv:2005.07683); ``random``, the control.
+    Criteria, each with its paper in :mod:`compress.maths.sparsity`: ``magnitude``; ``wanda`` (magnitude times the
+    norm of the input); ``sparsegpt`` (joint choice and update of the other weights); ``movement`` (weights that
+    training moves towards zero: Sanh et al., "Movement Pruning", 2020, arXiv:2005.07683); ``random``, the control.
 
     Schedules: ``one_shot`` prunes when the fit starts, and epochs of that fit retrain what is left; ``gradual`` prunes
     more and more during training; ``iterative`` prunes and retrains in equal rounds.
@@ -292,7 +292,7 @@ class Prune(pl.Callback):
         return self._allocated(Path(self.ratios), self.layers)
 
     def _allocated(self, path: Path, layers: dict[str, Layer]) -> dict[str, float]:
-        from compress.techniques.sensitivity import allocate, read
+        from compress.maths.allocation import allocate, read
 
         points = [point for point in read(path) if point.layer in layers]
         if missing := sorted(set(layers) - {point.layer for point in points}):
@@ -363,37 +363,6 @@ class Prune(pl.Callback):
         kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
         self.dense[name] = torch.where(kept, weight, self.dense[name])
         return self.dense[name]
-
-
-class HoldZeros(pl.Callback):
-    """Keep the weights that are zero when the fit starts at zero through all of it: a later stage must not fill in
-    what an earlier one pruned."""
-
-    resumes = True
-
-    def __init__(self) -> None:
-        self.masks: dict[str, Tensor] = {}
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
-        trained = {name: zero for name, zero in zeros(model).items() if model.get_submodule(name).weight.requires_grad}
-        self.masks = {name: ~zero for name, zero in trained.items()}
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        hold(compressed(pl_module), self.masks)
-
-
-@torch.no_grad()
-def hold(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Multiply the weights by their masks (1 keeps, 0 prunes) in place."""
-    for name, mask in masks.items():
-        model.get_submodule(name).weight.mul_(mask)
-
-
-def measured_sparsity(weights: Iterable[Tensor]) -> float:
-    """Fraction of exact zeros."""
-    counts = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
-    return sum(zero for zero, _ in counts) / sum(size for _, size in counts)
 
 
 def n_of_m(pattern: str | int | None) -> tuple[int, int] | None:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models import compressed
-from compress.techniques import Training
+from compress.models.layers import compressed
+from compress.technique import Training
 
 
 class PruneVocab(pl.Callback):

@@ -12,12 +12,10 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compress import packing
-from compress.calibration import calibrate, calibration_batches
 from compress.errors import UserError
-from compress.models import compressed, evaluating, quantizable
-from compress.packing import Quantized
-from compress.quantization import (
+from compress.formats import packed
+from compress.formats.packed import Quantized
+from compress.maths.rounding import (
     Grid,
     Inputs,
     Scheme,
@@ -29,8 +27,10 @@ from compress.quantization import (
     straight_through_round,
     to_grid,
 )
-from compress.techniques import Training
-from compress.techniques.sensitivity import quality, validation_batches
+from compress.models.calibration import calibrate, calibration_batches, validation_batches
+from compress.models.layers import compressed, evaluating, quantizable
+from compress.tasks.metrics import quality
+from compress.technique import Training
 
 KEY = "technique.qat"
 INPUTS = Scheme(bits=8, symmetric=False)
@@ -46,7 +46,7 @@ class QAT(pl.Callback):
     Esser et al., "Learned Step Size Quantization", 2019, arXiv:1902.08153; those of inputs at both ends, as in Bhalgat
     et al., "LSQ+", 2020, arXiv:2004.09576. Norms, biases, embeddings and the head train as well and stay floats. A
     weight that is exactly zero is rounded to zero; that training leaves it there is the business of
-    :class:`~compress.techniques.prune.HoldZeros`.
+    :class:`~compress.running.training.HoldZeros`.
 
     Logs ``qat/train_loss`` and, where there is a validation loader, ``qat/validation_loss``: quantized before training
     (at step 0) and after. Afterwards the model computes with quantized activations, in memory as when it is loaded.
@@ -135,12 +135,12 @@ class QAT(pl.Callback):
         model = compressed(pl_module).to(trainer.strategy.root_device)
         for name, linear in quantizable(model, self.skip, KEY).items():
             self.quantized[name] = settle(linear)
-        self.average_bits = packing.average_bits(model, self.quantized)
+        self.average_bits = packed.average_bits(model, self.quantized)
         self._log_losses(trainer, model)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packing.save(model, self.quantized, folder)
+        packed.save(model, self.quantized, folder)
 
     def _log_losses(self, trainer: pl.Trainer, model: nn.Module) -> None:
         batches = {"train": list(calibration_batches(trainer, self.samples, self.batch_size, labels=True))}

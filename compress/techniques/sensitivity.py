@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pytorch_lightning as pl
-import torch
 from pydantic import Field, validate_call
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import nn
 from tqdm.auto import tqdm
 
 from compress.errors import UserError
-from compress.metrics import higher_is_better
-from compress.models import compressed, evaluating, linears
-from compress.sparsity import magnitude, smallest_of
-from compress.techniques.finetune import aligned
+from compress.maths.allocation import Point, write
+from compress.maths.sparsity import magnitude, smallest_of
+from compress.models.calibration import evenly_spread, validation_batches
+from compress.models.layers import compressed, evaluating, linears
+from compress.tasks.kinds import higher_is_better
+from compress.tasks.metrics import quality
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Batch = dict[str, Tensor]
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Curve = tuple[list[float], list[float]]
-COLUMNS = ("layer", "weights", "sparsity", "metric", "value", "drop")
 TALLEST = 48  # layers in one column of the heat map
-
-
-@dataclass(frozen=True)
-class Point:
-    """The metric's ``value`` with one layer of so many ``weights`` at one sparsity and all others whole; ``drop`` is
-    the difference from the unpruned model, positive where worse."""
-
-    layer: str
-    weights: int
-    sparsity: float
-    value: float
-    drop: float
 
 
 class Sensitivity(pl.Callback):
@@ -119,67 +101,6 @@ class Sensitivity(pl.Callback):
         heat_map(self.points, self.metric).savefig(folder / "sensitivity.png")
 
 
-def validation_batches(trainer: pl.Trainer) -> list[Batch]:
-    """The whole validation split as the Trainer's own loaders give it.
-
-    Raises:
-        UserError: the Trainer has none.
-    """
-    if not trainer.enable_validation:
-        raise UserError(
-            "`sensitivity` measures on validation data and the Trainer has none: give `fit` a validation loader, and "
-            "the module a `validation_step`."
-        )
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # nothing where it is set up already
-    loaders: Any = trainer.val_dataloaders
-    return list(chain.from_iterable(loaders if isinstance(loaders, (list, tuple)) else [loaders]))
-
-
-def evenly_spread(batches: list[Batch], samples: int) -> list[Batch]:
-    """Batches of exactly ``samples`` examples, picked at even distances: a loader may be sorted, by length say.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    sizes = [len(batch["input_ids"]) for batch in batches]
-    if sum(sizes) < samples:
-        raise UserError(
-            f"`sensitivity` asks for {samples} validation examples and there are {sum(sizes)}: set "
-            f"technique.sensitivity.samples={sum(sizes)} or less."
-        )
-    count, parts = len(batches), math.ceil(samples / max(sizes))
-    while sum(sizes[i] for i in middles(count, parts)) < samples:
-        parts += 1
-    picked: list[Batch] = []
-    for i in middles(count, parts):
-        picked.append({key: value[:samples] for key, value in batches[i].items()})
-        samples -= len(picked[-1]["input_ids"])
-    return [batch for batch in picked if len(batch["input_ids"])]
-
-
-def middles(count: int, parts: int) -> list[int]:
-    """The middles of so many equal parts of ``range(count)``."""
-    return [(2 * i + 1) * count // (2 * parts) for i in range(parts)]
-
-
-@torch.inference_mode()
-def quality(model: nn.Module, batches: list[Batch], metrics: MetricCollection | None, metric: str) -> float:
-    """The metric of that name over the batches, or without ``metrics`` the mean loss of an example."""
-    loss, examples = 0.0, 0
-    for batch in batches:
-        output = model(**batch)
-        if metrics is not None:
-            metrics.update(*aligned(output.logits, batch["labels"]))
-        else:
-            loss += output.loss.item() * len(batch["input_ids"])
-            examples += len(batch["input_ids"])
-    if metrics is None:
-        return loss / examples
-    value = metrics.compute()[metric].item()
-    metrics.reset()
-    return value
-
-
 def prune_each(
     layers: dict[str, nn.Linear], sparsities: Sequence[float], value: Callable[[], float], higher: bool
 ) -> Iterator[Point]:
@@ -213,87 +134,6 @@ def pruned(layer: nn.Linear, sparsity: float) -> Iterator[None]:
         yield
     finally:
         weight.copy_(kept)
-
-
-def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
-    """A sparsity for every layer, their mean over all weights exactly ``sparsity``, so that each layer alone costs the
-    same drop, or less where it is pruned as far as was measured.
-
-    A layer's drop is taken to be 0 at sparsity 0, to run straight between the sparsities measured and never to fall
-    again. Under a tolerance every layer is pruned as far as its drop stays within; the tolerance is the one at which
-    the mean is met. Where it jumps there, because some drops stay level, those layers go the same share of their way.
-
-    Raises:
-        UserError: more than the largest sparsity measured is asked for.
-
-        allocate(read("report/1_sensitivity/sensitivity.csv"), 0.6)["bert.encoder.layer.0.output.dense"]
-    """
-    weights = {point.layer: point.weights for point in points}
-    curves = {layer: curve([point for point in points if point.layer == layer]) for layer in weights}
-
-    def mean(allocation: dict[str, float]) -> float:
-        return sum(weights[layer] * share for layer, share in allocation.items()) / sum(weights.values())
-
-    # All that one tolerance allows, short of it and with it: between two such rungs every layer's share runs straight.
-    tolerances = sorted({drop for _, drops in curves.values() for drop in drops})
-    rungs = [(tolerance, side) for tolerance in tolerances for side in (bisect_left, bisect_right)]
-
-    def rung(at: tuple[float, Callable[..., int]]) -> dict[str, float]:
-        return {layer: furthest(measured, *at) for layer, measured in curves.items()}
-
-    most = mean(rung(rungs[-1]))
-    if sparsity > most + 1e-9:
-        raise UserError(
-            f"A sparsity of {sparsity:g} is asked for and the layers' sensitivity was measured up to {most:.4g}: ask "
-            "for less, or measure further (technique.sensitivity.sparsities)."
-        )
-    above = min(bisect_left(rungs, sparsity, lo=1, key=lambda at: mean(rung(at))), len(rungs) - 1)
-    low, high = rung(rungs[above - 1]), rung(rungs[above])
-    gap = mean(high) - mean(low)  # none where rounding puts the largest sparsity measured just below the one asked for
-    way = (sparsity - mean(low)) / gap if gap else 1.0
-    return {layer: low[layer] + way * (high[layer] - low[layer]) for layer in weights}
-
-
-def curve(points: list[Point]) -> Curve:
-    """Sparsities from 0 on and the drops there, which never fall; it ends where the drop is endless."""
-    ordered = sorted(points, key=lambda point: point.sparsity)
-    drops = [drop for drop in accumulate((point.drop for point in ordered), max, initial=0.0) if math.isfinite(drop)]
-    return [0.0, *(point.sparsity for point in ordered)][: len(drops)], drops
-
-
-def furthest(curve: Curve, tolerance: float, side: Callable[..., int]) -> float:
-    """The sparsity up to which the drop stays below ``tolerance`` (``side=bisect_left``) or at most at it
-    (``bisect_right``)."""
-    sparsities, drops = curve
-    i = side(drops, tolerance)
-    if i in (0, len(drops)):
-        return sparsities[max(i - 1, 0)]
-    share = (tolerance - drops[i - 1]) / (drops[i] - drops[i - 1])
-    return sparsities[i - 1] + share * (sparsities[i] - sparsities[i - 1])
-
-
-def write(path: Path | str, points: list[Point], metric: str) -> None:
-    """Write ``points`` as csv."""
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({**vars(point), "metric": metric} for point in points)
-
-
-def read(path: Path | str) -> list[Point]:
-    """The points of a csv that ``write`` wrote, exactly.
-
-    Raises:
-        UserError: it has other columns.
-    """
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not set(COLUMNS) <= rows[0].keys():
-        raise UserError(f"{path} is no table of `sensitivity`, which has the columns {', '.join(COLUMNS)}.")
-    return [
-        Point(row["layer"], int(row["weights"]), *(float(row[key]) for key in ("sparsity", "value", "drop")))
-        for row in rows
-    ]
 
 
 def heat_map(points: list[Point], metric: str) -> Figure:

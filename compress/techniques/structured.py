@@ -11,16 +11,16 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import textpruning
-from compress.calibration import Batch, calibrate, calibration_batches
 from compress.errors import UserError
-from compress.models import compressed, evaluating, is_decoder, one_line
-from compress.shapes import Block, blocks, cut, record, shape
-from compress.sparsity import squared_norms
+from compress.maths.sparsity import squared_norms
+from compress.maths.units import Masks, Scores, activation_score, after, most_important, standardised, taylor_score
+from compress.models import textpruner
+from compress.models.backbone import is_decoder, one_line
+from compress.models.calibration import Batch, calibrate, calibration_batches
+from compress.models.layers import compressed, evaluating
+from compress.models.shapes import Block, cut, read_blocks, record, shape
 from compress.techniques.prune import Prune
 
-Scores = list[Tensor]  # of every block, a number for every head group or FFN channel
-Masks = list[Tensor]  # likewise, True: kept
 Rows = list[list[Literal[0, 1]]]
 
 
@@ -106,7 +106,7 @@ class Structured(pl.Callback):
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
-        each = blocks(skeleton)
+        each = read_blocks(skeleton)
         if self.masked:
             if all(mask.all() for masks in self.given(each).values() for mask in masks):
                 raise UserError("The masks of technique.structured keep everything: set 0 where something is to go.")
@@ -125,7 +125,7 @@ class Structured(pl.Callback):
                 "one number: set technique.structured.importance=loss or activation."
             )
         if self.by_textpruner(skeleton):
-            textpruning.required()
+            textpruner.required()
         if any(isinstance(stage, Prune) and stage.pattern for stage in before):
             raise UserError(
                 "`structured` removes columns, which breaks up the groups of the N:M pattern that `prune` before it "
@@ -133,7 +133,7 @@ class Structured(pl.Callback):
             )
 
     def preview(self, skeleton: Any) -> Any:
-        each = blocks(skeleton)
+        each = read_blocks(skeleton)
         if self.masked:
             cut(skeleton, **self.given(each))
         else:
@@ -149,9 +149,9 @@ class Structured(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = compressed(pl_module)
         self.check(model, [])
-        goals = self.goals(blocks(model))
+        goals = self.goals(read_blocks(model))
         if self.masked:
-            cut(model, **self.given(blocks(model)))
+            cut(model, **self.given(read_blocks(model)))
         else:
             batches = list(calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
             if self.importance == "loss" and "labels" not in batches[0]:
@@ -167,7 +167,7 @@ class Structured(pl.Callback):
                 else:
                     self.shrink(model, batches)
         record(model)
-        left = sum(block.groups for block in blocks(model)), sum(block.ffn for block in blocks(model))
+        left = sum(block.groups for block in read_blocks(model)), sum(block.ffn for block in read_blocks(model))
         if left != goals:
             raise RuntimeError(f"asked for {goals} head groups and FFN channels, left {left}")
 
@@ -203,8 +203,8 @@ class Structured(pl.Callback):
         return self.importance != "activation" and not is_decoder(config) and not hasattr(config, "compress")
 
     def textpruner_masks(self, model: Any, batches: list[Batch]) -> dict[str, Masks]:
-        first = blocks(model)[0]
-        groups, ffn = textpruning.masks(
+        first = read_blocks(model)[0]
+        groups, ffn = textpruner.masks(
             model,
             batches,
             most_important,
@@ -221,7 +221,7 @@ class Structured(pl.Callback):
     def shrink(self, model: Any, batches: list[Batch]) -> None:
         """Score and cut, turn by turn."""
         rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
-        for turn in self.turns(blocks(model)):
+        for turn in self.turns(read_blocks(model)):
             scores = activation(model, batches) if self.importance == "activation" else taylor(model, batches)
             cut(model, **{part: most_important(scores[part], left, *rules[part]) for part, left in turn.items()})
 
@@ -236,12 +236,6 @@ class Structured(pl.Callback):
             halves = {"head-first": [heads, channels], "ffn-first": [channels, heads]}
             found += filter(None, halves.get(self.order or "", [heads | channels]))
         return found
-
-
-def after(step: int, steps: int, now: int, goal: int) -> int:
-    """What is left of ``now`` units after a step, counted from 1, on the way to the ``goal``."""
-    each, more = divmod(now - goal, steps)
-    return now - each * step - min(step, more)
 
 
 def reachable(key: str, target: int | None, now: list[int], even: bool, unit: int) -> None:
@@ -315,28 +309,9 @@ def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     return [row.bool() for row in rows]
 
 
-def most_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
-    """Masks of the ``total`` units with the highest scores: as many of every block, or wherever they are, but in
-    multiples and at least one multiple of a block. (Units of a block are ranked and then bundled, as TextPruner does.)
-    """
-    if even:
-        return [top(score, total // len(scores)) for score in scores]
-    bundles = [score.float().sort(descending=True).values.view(-1, multiple_of).sum(1) for score in scores]
-    for sums in bundles:
-        sums[0] = torch.inf
-    owner = torch.cat([torch.full(sums.shape, i) for i, sums in enumerate(bundles)])
-    kept = owner[torch.cat(bundles).topk(total // multiple_of).indices.cpu()]
-    return [top(score, multiple_of * int((kept == i).sum())) for i, score in enumerate(scores)]
-
-
-def top(score: Tensor, count: int) -> Tensor:
-    """The mask of the ``count`` highest scores."""
-    return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(count).indices, True)
-
-
 def taylor(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Scores of all units from the gradients of the loss on ``batches``; one weight's gradient in memory at a time."""
-    each = blocks(model)
+    each = read_blocks(model)
     units = {block.attention_out.weight: block.groups for block in each}
     units |= {block.ffn_out.weight: block.ffn for block in each}
     scores = {weight: torch.zeros(count, device=weight.device) for weight, count in units.items()}
@@ -361,12 +336,6 @@ def taylor(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     }
 
 
-def taylor_score(weight: Tensor, gradient: Tensor, units: int) -> Tensor:
-    """By how much the loss changes, to first order, when the inputs of a unit are taken from the layer that reads
-    them; ``weight`` and ``gradient`` are ``[outputs, inputs]``, the inputs of a unit stand together."""
-    return (weight * gradient).float().sum(0).view(units, -1).sum(1).abs()
-
-
 def activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Scores of all units from their activations on ``batches``."""
     norms = {
@@ -377,19 +346,9 @@ def activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
         return standardised(activation_score(layer.weight.detach(), norms[layer], units))
 
     return {
-        "groups": [score(block.attention_out, block.groups) for block in blocks(model)],
-        "ffn": [score(block.ffn_out, block.ffn) for block in blocks(model)],
+        "groups": [score(block.attention_out, block.groups) for block in read_blocks(model)],
+        "ffn": [score(block.ffn_out, block.ffn) for block in read_blocks(model)],
     }
-
-
-def activation_score(weight: Tensor, norms: Tensor, units: int) -> Tensor:
-    """The sum of ``|w| * norm`` over the weights ``[outputs, inputs]`` that read a unit and the ``norms`` of inputs."""
-    return (weight.abs().float().sum(0) * norms).view(units, -1).sum(1)
-
-
-def standardised(score: Tensor) -> Tensor:
-    """Of mean 0 and variance 1."""
-    return (score - score.mean()) / score.std(unbiased=False).clamp(min=torch.finfo(score.dtype).tiny)
 
 
 @torch.no_grad()

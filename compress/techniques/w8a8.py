@@ -10,14 +10,15 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress import packing
-from compress.calibration import calibrate, calibration_batches
 from compress.errors import UserError
-from compress.folding import FOLDS, fold, sources
-from compress.models import blocks, compressed, evaluating, is_decoder, quantizable
-from compress.packing import Quantized
-from compress.quantization import Inputs, Scheme, ends, grid_between, histogram, minmax_grid, to_grid
-from compress.shapes import FAMILIES, LLAMA
+from compress.formats import packed
+from compress.formats.packed import Quantized
+from compress.maths.rounding import Inputs, Scheme, ends, grid_between, histogram, minmax_grid, to_grid
+from compress.models.backbone import is_decoder
+from compress.models.calibration import calibrate, calibration_batches
+from compress.models.folding import FOLDS, fold, sources
+from compress.models.layers import blocks, compressed, evaluating, quantizable
+from compress.models.shapes import FAMILIES, LLAMA
 
 KEY = "technique.w8a8"
 WEIGHTS = Scheme(bits=8)
@@ -133,7 +134,7 @@ class W8A8(pl.Callback):
                     dtype = next(iter(layers.values())).weight.dtype
                     grid = grid_between(ends(counts, self.percentile), self.inputs, dtype)
                     self._quantize(layers, Inputs(self.inputs, grid))
-        self.average_bits = packing.average_bits(model, self.quantized)
+        self.average_bits = packed.average_bits(model, self.quantized)
         model.cpu()
 
     def _quantize(self, layers: dict[str, nn.Linear], inputs: Inputs) -> None:
@@ -145,7 +146,7 @@ class W8A8(pl.Callback):
             self.quantized[name].attach(linear)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packing.save(model, self.quantized, folder)
+        packed.save(model, self.quantized, folder)
 
 
 def magnitude(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from pydantic import ValidationError
 from test_conf import CONF
+from test_experiment import SMALL
 from test_prune import fit
-from test_run import SMALL
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,12 +23,12 @@ from transformers import (
 )
 
 import compress
-from compress import promises, run
-from compress.calibration import calibrate
 from compress.errors import UserError
-from compress.hessian import second_moment
-from compress.models import blocks, linears, zeros
-from compress.quantization import Scheme, minmax_grid, to_grid
+from compress.maths.hessian import second_moment
+from compress.maths.rounding import Scheme, minmax_grid, to_grid
+from compress.models.calibration import calibrate
+from compress.models.layers import blocks, linears, zeros
+from compress.running import experiment, promises
 from compress.techniques.awq import AWQ, clipping, relative, rescale, scales
 from compress.techniques.prune import Prune
 
@@ -280,7 +280,7 @@ def test_a_run_prunes_quantizes_and_keeps_its_promises(tmp_path):
     chosen = ["technique=prune+awq", "model=tiny_llama", f"cache.dir={tmp_path / 'cache'}", "technique.awq.samples=16"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*SMALL, *chosen])
-    none, both = run.run(cfg, tmp_path).measurements.values()
+    none, both = experiment.run(cfg, tmp_path).measurements.values()
     assert both.size_bytes < 0.6 * none.size_bytes and both.nonzeros < none.nonzeros
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
 

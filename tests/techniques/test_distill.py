@@ -6,12 +6,13 @@ from test_prune import fit as one_shot
 from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
-from compress.models import linears, zeros
-from compress.students import Student, narrower, same_vocabulary, spaced, student_of
-from compress.teachers import rounded
-from compress.techniques import Training
+from compress.models.layers import linears, zeros
+from compress.models.students import Student, narrower, same_vocabulary, spaced, student_of
+from compress.models.teachers import rounded
+from compress.running.training import HoldZeros
+from compress.technique import Training
 from compress.techniques.distill import Distill
-from compress.techniques.prune import HoldZeros, Prune
+from compress.techniques.prune import Prune
 from compress.techniques.prune_vocab import PruneVocab
 
 pytest.importorskip("textbrewer", reason="pip install -e '.[distill]'")

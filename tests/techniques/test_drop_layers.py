@@ -15,12 +15,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from compress.calibration import calibrate
 from compress.errors import UserError
-from compress.hessian import second_moment
-from compress.models import blocks, zeros
-from compress.techniques.drop_layers import DropLayers, block_influence, drop_blocks, influences, listed, positions
-from compress.techniques.prune import HoldZeros, Prune
+from compress.maths.hessian import second_moment
+from compress.models.calibration import calibrate
+from compress.models.layers import blocks, zeros
+from compress.models.shapes import drop_blocks
+from compress.running.training import HoldZeros
+from compress.techniques.drop_layers import DropLayers, block_influence, influences, listed, positions
+from compress.techniques.prune import Prune
 
 BLOCKS = 4
 # What a block adds to its input, by architecture: zero, it is the identity where its norms come first (Llama).

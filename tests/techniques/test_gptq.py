@@ -7,11 +7,12 @@ from pydantic import ValidationError
 from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from compress import promises
 from compress.errors import PostconditionError, UserError
-from compress.models import linears, zeros
-from compress.quantization import Scheme, minmax_grid, to_grid
-from compress.techniques.gptq import GPTQ, gptq
+from compress.maths.gptq import gptq
+from compress.maths.rounding import Scheme, minmax_grid, to_grid
+from compress.models.layers import linears, zeros
+from compress.running import promises
+from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
 
 

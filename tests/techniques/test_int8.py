@@ -8,9 +8,9 @@ from test_nf4 import plain, wide
 from test_prune import fit
 from test_shapes import INPUTS, family, logits, uneven
 
-from compress import promises
 from compress.errors import PostconditionError, UserError
-from compress.models import linears, zeros
+from compress.models.layers import linears, zeros
+from compress.running import promises
 from compress.runtimes import torch as runtime
 from compress.techniques.int8 import Int8, eight_bit
 from compress.techniques.nf4 import NF4
@@ -167,7 +167,7 @@ def test_it_runs_on_a_gpu(technique, tmp_path):
     model, stage = wide("bert"), technique()
     tiny.trainer(stage, accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())
     stage.save(model, tmp_path)
-    from compress.bnb import move
+    from compress.formats.bnb import move
 
     loaded = runtime.load(tmp_path, "multiclass")
     expected = logits(runtime.load(tmp_path, "multiclass"))

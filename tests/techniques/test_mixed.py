@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from compress import promises
 from compress.errors import UserError
-from compress.models import linears, zeros
+from compress.models.layers import linears, zeros
+from compress.running import promises
 from compress.techniques.mixed import Choice, Mixed, within
 from compress.techniques.prune import Prune
 

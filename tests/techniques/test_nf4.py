@@ -9,12 +9,11 @@ from test_prune import fit
 from test_shapes import logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from compress import promises
-from compress.bnb import values
 from compress.errors import PostconditionError, UserError
-from compress.models import linears, zeros
+from compress.models.layers import linears, values, zeros
+from compress.models.shapes import cut, record
+from compress.running import promises
 from compress.runtimes import torch as runtime
-from compress.shapes import cut, record
 from compress.techniques.nf4 import NF4, average_bits, four_bit
 from compress.techniques.prune import Prune
 

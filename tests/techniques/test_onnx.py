@@ -9,12 +9,14 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from compress import onnx_format, packing, shapes
 from compress.errors import UserError
-from compress.exchange import Agreement, agreement
-from compress.models import kind_of, linears, prunable
-from compress.nbits import rounded
-from compress.quantization import Scheme
+from compress.exporting.agreement import Agreement, agreement
+from compress.formats import onnx as onnx_format
+from compress.formats import packed as packing
+from compress.formats.nbits import rounded
+from compress.maths.rounding import Scheme
+from compress.models import shapes
+from compress.models.layers import kind_of, linears, prunable
 from compress.runtimes.onnxruntime import load
 from compress.runtimes.torch import load as load_torch
 from compress.techniques.awq import AWQ

@@ -10,15 +10,16 @@ from test_onnx import every_shape, tied, told_apart, uneven
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress import packing
 from compress.errors import UserError
-from compress.exchange import Agreement, agreement, inputs_of
-from compress.metrics import metrics
-from compress.models import linears, prunable
-from compress.quantization import Scheme
+from compress.exporting.agreement import Agreement, agreement
+from compress.exporting.tracing import inputs_of
+from compress.formats import packed as packing
+from compress.maths.rounding import Scheme
+from compress.models.layers import linears, prunable
 from compress.runtimes.openvino import SCALE, ZERO, load, values
 from compress.runtimes.torch import load as load_torch
-from compress.tasks import Task
+from compress.tasks.metrics import metrics
+from compress.tasks.task import Task
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import quantize
 from compress.techniques.openvino import OpenVINO

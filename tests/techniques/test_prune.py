@@ -7,13 +7,13 @@ import torch
 from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from compress import sparsity as maths
 from compress.errors import UserError
-from compress.models import linears, zeros
-from compress.stages import KeepBest
-from compress.techniques import Training
+from compress.maths import sparsity as maths
+from compress.models.layers import linears, measured_sparsity, zeros
+from compress.running.training import HoldZeros, KeepBest
+from compress.technique import Training
 from compress.techniques.finetune import FineTune
-from compress.techniques.prune import HoldZeros, Prune, measured_sparsity
+from compress.techniques.prune import Prune
 from compress.techniques.sensitivity import Sensitivity
 from compress.techniques.structured import Structured
 

@@ -29,10 +29,10 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from compress.data import TaskData
 from compress.errors import UserError
-from compress.models import max_length, set_pad_token, train_tokenizer
-from compress.techniques import Training
+from compress.models.backbone import max_length, set_pad_token, train_tokenizer
+from compress.tasks.tokens import TaskData
+from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab, cut_tokenizer, merged, surviving
 

@@ -12,14 +12,14 @@ from test_w8a8 import logits, reloaded
 from torch import nn
 from torch.utils.data import DataLoader
 
-from compress import promises
 from compress.errors import UserError
-from compress.models import linears, zeros
-from compress.quantization import Scheme, minmax_grid, to_grid
-from compress.stages import KeepBest
-from compress.techniques import Training
+from compress.maths.rounding import Scheme, minmax_grid, to_grid
+from compress.models.layers import linears, zeros
+from compress.running import promises
+from compress.running.training import HoldZeros, KeepBest
+from compress.technique import Training
 from compress.techniques.finetune import FineTune
-from compress.techniques.prune import HoldZeros, Prune
+from compress.techniques.prune import Prune
 from compress.techniques.qat import QAT, FakeQuantization, settle
 
 

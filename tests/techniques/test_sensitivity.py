@@ -11,20 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from compress.errors import UserError
-from compress.metrics import metrics
-from compress.models import linears
+from compress.maths.allocation import Point, allocate, read, write
+from compress.models.calibration import evenly_spread
+from compress.models.layers import linears
+from compress.tasks.metrics import metrics
 from compress.techniques.finetune import FineTune
-from compress.techniques.sensitivity import (
-    Point,
-    Sensitivity,
-    allocate,
-    evaluating,
-    evenly_spread,
-    heat_map,
-    prune_each,
-    read,
-    write,
-)
+from compress.techniques.sensitivity import Sensitivity, evaluating, heat_map, prune_each
 
 ACCURACY = SimpleNamespace(kind="multiclass", num_labels=3, metrics=("accuracy",), primary="accuracy")
 PERPLEXITY = SimpleNamespace(kind="lm", num_labels=0, metrics=("perplexity",), primary="perplexity")

@@ -5,28 +5,22 @@ import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
-from test_run import SMALL
+from test_experiment import SMALL
 from test_shapes import FAMILIES, INPUTS, PLAIN, family, logits, uneven
 
 import compress
-from compress import shapes, textpruning
 from compress.errors import UserError
-from compress.models import linears, zeros
-from compress.shapes import blocks
-from compress.techniques import Training
+from compress.maths.units import activation_score, after, most_important, standardised, taylor_score
+from compress.models import shapes
+from compress.models import textpruner as textpruning
+from compress.models.layers import linears, zeros
+from compress.models.shapes import read_blocks
+from compress.running.training import HoldZeros
+from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import GPTQ
-from compress.techniques.prune import HoldZeros, Prune
-from compress.techniques.structured import (
-    Structured,
-    activation_score,
-    after,
-    most_important,
-    own_labels,
-    standardised,
-    taylor,
-    taylor_score,
-)
+from compress.techniques.prune import Prune
+from compress.techniques.structured import Structured, own_labels, taylor
 
 ENCODERS = [name for name in FAMILIES if name not in PLAIN]
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
@@ -38,7 +32,7 @@ def fit(model, *stages, epochs=0, lm=False):
 
 
 def sizes(model):
-    return [block.heads for block in blocks(model)], [block.ffn for block in blocks(model)]
+    return [block.heads for block in read_blocks(model)], [block.ffn for block in read_blocks(model)]
 
 
 @pytest.fixture
@@ -161,8 +155,8 @@ def test_the_models_own_labels():
 @pytest.mark.parametrize("even", [True, False])
 def test_units_that_do_nothing_are_the_ones_removed(textpruner, name, importance, even):
     model = family(name)
-    group = blocks(model)[0].group_size
-    for block in blocks(model):
+    group = read_blocks(model)[0].group_size
+    for block in read_blocks(model):
         block.attention_out.weight.data[:, 8 * group : 16 * group] = 0
         block.ffn_out.weight.data[:, 5:29] = 0
     before = logits(model)
@@ -244,9 +238,9 @@ def test_retraining_trains_what_is_left(textpruner, build):
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
 def test_pruned_weights_stay_zero_through_the_cut_and_the_training(textpruner, build):
     model = fit(build(), Prune(sparsity=0.5))
-    full = {id(block.ffn_out): (block.ffn_out.weight == 0).sum().item() for block in blocks(model)}
+    full = {id(block.ffn_out): (block.ffn_out.weight == 0).sum().item() for block in read_blocks(model)}
     fit(model, Structured(2, 20), HoldZeros(), epochs=1)
-    for block in blocks(model):
+    for block in read_blocks(model):
         left = (block.ffn_out.weight == 0).sum().item()
         assert 0.2 * block.ffn_out.weight.numel() < left < full[id(block.ffn_out)]
     assert set(zeros(model)) >= {name for name, _ in linears(model)}
@@ -264,7 +258,7 @@ def test_it_works_alone_in_a_script_whose_module_is_not_ours(textpruner):
 @pytest.mark.parametrize("form", ["list", "json", "pt"])
 def test_given_masks_are_what_is_kept(form, tmp_path):
     heads, ffn = [[1, 0, 1, 1], [0, 0, 0, 1]], [[i % 2 for i in range(64)], [int(i < 5) for i in range(64)]]
-    model, weight = tiny.bert(), blocks(tiny.bert())[1].ffn_out.weight
+    model, weight = tiny.bert(), read_blocks(tiny.bert())[1].ffn_out.weight
     if form != "list":
         for name, rows in (("heads", heads), ("ffn", ffn)):
             if form == "pt":
@@ -274,7 +268,7 @@ def test_given_masks_are_what_is_kept(form, tmp_path):
         heads, ffn = (str(tmp_path / f"{name}.{form}") for name in ("heads", "ffn"))
     fit(model, Structured(head_mask=heads, ffn_mask=ffn))
     assert sizes(model) == ([3, 1], [32, 5])
-    assert torch.equal(blocks(model)[1].ffn_out.weight, weight[:, :5])
+    assert torch.equal(read_blocks(model)[1].ffn_out.weight, weight[:, :5])
 
 
 @pytest.mark.parametrize(
@@ -389,7 +383,7 @@ def test_a_run_leaves_an_artifact_that_says_how_to_load_it(textpruner, tmp_path,
     from hydra import compose, initialize_config_dir
     from test_conf import CONF
 
-    from compress import run
+    from compress.running import experiment
 
     chosen = [
         "technique=structured+gptq",
@@ -404,7 +398,7 @@ def test_a_run_leaves_an_artifact_that_says_how_to_load_it(textpruner, tmp_path,
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*SMALL, f"model={model}", f"cache.dir={tmp_path / 'cache'}", *chosen])
-    outcome = run.run(cfg, tmp_path)
+    outcome = experiment.run(cfg, tmp_path)
     none, both = outcome.measurements.values()
     assert both.parameters < none.parameters and both.size_bytes < 0.6 * none.size_bytes
     loaded = compress.load(tmp_path / "artifact").model
@@ -426,5 +420,5 @@ def test_a_pattern_of_groups_is_not_broken_up():
 
 def test_blocks_that_will_differ_are_no_reason_to_refuse_a_second_cut():
     skeleton = Structured(target_ffn_size=32, even_ffn=False).preview(tiny.bert())
-    assert sum(block.ffn for block in blocks(skeleton)) == 64
+    assert sum(block.ffn for block in read_blocks(skeleton)) == 64
     Structured(target_ffn_size=16, importance="activation").check(skeleton, [])

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from compress import promises
 from compress.errors import UserError
-from compress.models import linears, zeros
+from compress.models.layers import linears, zeros
+from compress.running import promises
 from compress.runtimes.torch import load
 from compress.techniques.prune import Prune
 from compress.techniques.w8a8 import W8A8, largest_of, magnitude, smooth, smoothing_scale

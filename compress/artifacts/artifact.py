@@ -1,0 +1,139 @@
+"""A self-describing folder: weights in the ecosystem's format, tokenizer, what was done, what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from compress.errors import UserError
+from compress.formats import packed as packing
+from compress.models.backbone import from_pretrained, set_pad_token
+
+DESCRIPTION = "compress.json"
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished step of a chain: its name, settings, the time its Trainer took, whether it promises fewer bytes on
+    disk, and where it trained the mean losses of its last epoch by split."""
+
+    name: str
+    settings: dict[str, Any]
+    seconds: float
+    trained: bool
+    shrinks: bool = False
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an artifact says of itself in ``compress.json``."""
+
+    kind: str
+    model: str
+    task: str
+    runtime: str = "torch"
+    weights: str = "float"
+    limits: tuple[str, ...] = ()
+    history: tuple[Done, ...] = field(default_factory=tuple)
+
+    @property
+    def method(self) -> str:
+        return "+".join(done.name for done in self.history[1:]) or "none"
+
+    @property
+    def training_time_s(self) -> float:
+        """Of the baseline's fine-tuning and every stage that trained."""
+        return sum(done.seconds for done in self.history if done.trained)
+
+    @property
+    def compression_time_s(self) -> float:
+        """Of every stage after the baseline, retraining counted."""
+        return sum(done.seconds for done in self.history[1:])
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Of the last step that trained, in its last epoch, by split."""
+        return next((done.losses for done in reversed(self.history) if done.losses), {})
+
+
+class Artifact(NamedTuple):
+    """A loaded artifact, ready to run: ``model(**tokenizer(text, return_tensors="pt")).logits``."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    description: Description
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    description: Description,
+    stage: Any = None,
+    packed: Path | None = None,
+) -> None:
+    """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats; what it was trained
+    beside stays as the artifact ``packed`` has it."""
+    if packed:
+        packing.save_beside(model, packed, folder)
+    elif hasattr(stage, "save"):
+        stage.save(model, folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str))
+
+
+def describe(folder: Path | str, kind: str | None = None) -> Description:
+    """What the artifact says of itself; a plain Hugging Face folder says nothing and is taken for one of ``kind``.
+
+    Raises:
+        UserError: there is no such folder, or nothing says what kind of task the model is for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: set artifact to the `artifact` folder of a run.")
+    path = folder / DESCRIPTION
+    if path.is_file():
+        content = json.loads(path.read_text())
+        content["history"] = tuple(Done(**done) for done in content["history"])
+        content["limits"] = tuple(content["limits"])
+        known = {f.name for f in fields(Description)}
+        return Description(**{key: value for key, value in content.items() if key in known})
+    if kind is None:
+        raise UserError(
+            f"{folder} has no {DESCRIPTION}, so nothing says what the model was trained for: name a task as well "
+            "(task=sst2)."
+        )
+    return Description(kind=kind, model=folder.name, task="")
+
+
+def load(folder: Path | str, kind: str | None = None) -> Artifact:
+    """Load an artifact, or a plain Hugging Face folder of a model for a task of this ``kind``, ready to run.
+
+    model, tokenizer, _ = compress.load("multirun/.../artifact")
+    """
+    description = describe(folder, kind)
+    tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
+    model = module(description).load(Path(folder), description.kind)
+    set_pad_token(model, tokenizer)
+    return Artifact(model, tokenizer, description)
+
+
+def size_bytes(folder: Path | str) -> int:
+    """Bytes on disk of the weights that are loaded from ``folder``."""
+    patterns = module(describe(folder, kind="")).WEIGHTS
+    found = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
+    return sum(next(filter(None, found), []))
+
+
+def module(description: Description) -> Any:
+    """The module of ``compress.runtimes`` that runs the artifact."""
+    return importlib.import_module(f"compress.runtimes.{description.runtime}")

@@ -1,0 +1,177 @@
+"""Build OpenVINO graphs: convert, quantize, and keep the integers that a chain found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.exporting.tracing import inputs_of, plain_config, to_trace
+from compress.formats.packed import Integers
+from compress.models.calibration import Batch
+from compress.models.layers import evaluating
+from compress.quiet import muted
+from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO
+
+ARITHMETIC = {
+    # Left to itself OpenVINO rounds what meets weights that are integers, and keys and values, to 8 bits.
+    name: {"INFERENCE_PRECISION_HINT": kind, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": kind}
+    for name, kind in (("fp32", "f32"), ("fp16", "f32"), ("bf16", "bf16"))
+}
+"""How OpenVINO computes with a graph; with the other precisions as it thinks best."""
+
+
+def export(model: Any, example: Batch, folder: Path) -> None:
+    """Write the model's graph in float32, as the runtime loads it."""
+    import openvino
+
+    with evaluating(model), muted():
+        openvino.save_model(convert(model, example), folder / GRAPH, compress_to_fp16=False)
+    (folder / SETTINGS).write_text(json.dumps(ARITHMETIC["fp32"]))
+    plain_config(model).save_pretrained(folder)
+
+
+@torch.no_grad()
+def convert(model: Any, example: Batch) -> Any:
+    """The graph of what PyTorch runs for the ``example``, for batches of any shape."""
+    import openvino
+
+    module, inputs, past = to_trace(model, example)
+    graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
+    before, after = ([f"{when}.{i}" for i in range(len(past))] for when in ("before", "after"))
+    for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
+        port.get_tensor().set_names({name})
+    if past:
+        keep_state(graph, dict(zip(before, after)), [one.shape for one in past])
+    return graph
+
+
+def keep_state(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> None:
+    """Make inputs and outputs of the same ``names`` a state, that is empty to begin with, for as many texts as come."""
+    from openvino import PartialShape
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    for name, shape in zip(names, shapes):
+        graph.input(name).get_node().set_partial_shape(PartialShape([-1, shape[1], -1, shape[3]]))
+    graph.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(graph, names)
+    texts = ops.gather(ops.shape_of(graph.input("input_ids").get_node(), output_type="i64"), [0], 0)
+    for node in graph.get_ops():
+        if node.get_type_name() == "ReadValue":
+            shape = node.get_output_partial_shape(0)
+            rest = ops.constant(np.array([shape[1].get_length(), 0, shape[3].get_length()]))
+            node.set_arguments([ops.broadcast(ops.constant(np.float32(0)), ops.concat([texts, rest], 0))])
+        if node.get_type_name() == "ScaledDotProductAttention":
+            seen_by_all(node)
+    graph.validate_nodes_and_infer_types()
+
+
+def seen_by_all(attention: Any) -> None:
+    """Let a token of padding before a text, which may attend to nothing, attend to everything: OpenVINO would give it
+    no number, and later tokens with it."""
+    from openvino import opset13 as ops
+
+    mask = attention.input_value(3)
+    nothing = ops.logical_not(ops.reduce_logical_or(mask, ops.constant(-1), True))
+    attention.input(3).replace_source_output(ops.logical_or(mask, nothing).output(0))
+
+
+def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
+    """Put the integers of the ``layers`` in the place of the floats that they stand for, in the pattern from which
+    OpenVINO multiplies without making floats of them all; of three bits it makes floats when it loads them."""
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
+    for name, (scheme, integers, grid) in layers.items():
+        dense = constants[constant_of(name)]
+        signed = scheme.symmetric and scheme.bits in (4, 8)  # there are no others with a sign
+        lift, to = (0, np.int8) if signed else (-scheme.lowest, np.uint8)
+        kind = getattr(Type, f"{'i' if signed else 'u'}{scheme.bits}")
+        scale, zero = grid.scale, grid.zero[:1, :1] if scheme.symmetric else grid.zero
+        if grouped := scale.shape[1] > 1:
+            integers, scale, zero = integers.unflatten(1, (scale.shape[1], -1)), scale[..., None], zero[..., None]
+
+        def stored(values: Tensor, ends: str = "") -> Any:
+            constant = ops.constant((values.short() + lift).numpy().astype(to), dtype=kind)  # noqa: B023
+            constant.set_friendly_name(f"{dense.get_friendly_name()}{ends}")  # noqa: B023
+            return ops.convert(constant, "f32")
+
+        readers = dense.output(0).get_target_inputs()
+        weight = stored(integers)
+        if not signed:
+            weight = ops.subtract(weight, stored(zero, ZERO))
+        scales = ops.constant(scale.float().numpy())
+        scales.set_friendly_name(f"{dense.get_friendly_name()}{SCALE}")
+        weight = ops.multiply(weight, scales)
+        if grouped:
+            weight = ops.reshape(weight, ops.constant(np.array(dense.shape)), False)
+        for reader in readers:
+            reader.replace_source_output(weight.output(0))
+
+
+def readers_of_others(graph: Any, layers: Iterable[str]) -> list[str]:
+    """The names of the graph's nodes that multiply by, or look up, what is not the weight of one of the ``layers``."""
+    chosen = {constant_of(name) for name in layers}
+    constants = [one for one in graph.get_ops() if one.get_type_name() == "Constant"]
+    others = [one for one in constants if one.get_element_type().is_real() and one.get_friendly_name() not in chosen]
+    readers = [port.get_node() for one in others for port in one.output(0).get_target_inputs()]
+    return [one.get_friendly_name() for one in readers if one.get_type_name() in ("MatMul", "Gather")]
+
+
+def quantize(graph: Any, batches: list[Batch], left: list[str], accuracy: dict[str, Any]) -> Any:
+    """Quantize weights and activations, on scales of the activations that the ``batches`` give, but for the nodes
+    that are ``left`` as they are, and those that ``accuracy`` asks for, if anything."""
+    import nncf
+
+    return (nncf.quantize_with_accuracy_control if accuracy else nncf.quantize)(
+        graph,
+        nncf.Dataset([arrays(batch) for batch in batches]),
+        subset_size=len(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        ignored_scope=nncf.IgnoredScope(names=left),
+        **accuracy,
+    )
+
+
+def arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """What a graph reads of the batch."""
+    return {name: value.numpy() for name, value in inputs_of(batch).items()}
+
+
+def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str]) -> Any:
+    """Quantize weights alone, but for those of the nodes that are ``left`` as they are."""
+    import nncf
+
+    four = {"group_size": group_size, "backup_mode": nncf.BackupMode.INT8_SYM} if precision == "int4_weights" else {}
+    mode = nncf.CompressWeightsMode.INT4_SYM if four else nncf.CompressWeightsMode.INT8_SYM
+    return nncf.compress_weights(graph, mode=mode, ignored_scope=nncf.IgnoredScope(names=left), **four)
+
+
+def halve(graph: Any, but: Iterable[str]) -> None:
+    """Store the weights in float16, ``but`` those of some layers. (OpenVINO's own way takes the angles of positions
+    too, which need more digits.)"""
+    import openvino
+
+    left = {constant_of(name) for name in but}
+    for stored in graph.get_ops():
+        if stored.get_type_name() != "Constant" or stored.get_friendly_name() in left:
+            continue
+        if stored.get_element_type().is_real() and len(stored.shape) == 2:
+            half = openvino.opset13.constant(stored.data.astype(np.float16))
+            readers = stored.output(0).get_target_inputs()
+            whole = openvino.opset13.convert(half, "f32")
+            for reader in readers:
+                reader.replace_source_output(whole.output(0))
+
+
+def constant_of(layer: str) -> str:
+    """What OpenVINO calls the weight of the layer."""
+    return f"self.model.{layer}.weight"

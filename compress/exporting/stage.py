@@ -1,0 +1,79 @@
+"""A model on its way out of PyTorch: made ready to be traced, and how far the export's answers are from its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from compress.errors import UserError
+from compress.exporting import qdq
+from compress.exporting.agreement import AGREEMENT, Agreement
+from compress.models.layers import Layer, select
+from compress.technique import trait
+
+
+class Export(pl.Callback):
+    """What the stages have in common that leave a graph for a runtime without PyTorch.
+
+    Of each: ``key``, its settings in the configuration; ``rounds``, the precisions for which weights are rounded that
+    no stage before may have rounded.
+    """
+
+    needs: tuple[str, ...] = ("float", "packed", "integer")
+    changes = False
+    key: str
+    rounds: tuple[str, ...]
+
+    def __init__(self, precision: str | None, skip: tuple[str, ...], source: Path | None) -> None:
+        self.precision = precision
+        self.skip = skip
+        self.source = source
+        self.limits = ""
+        self.shrinks = False
+        self.exported: Any = None
+        self.agreement: Agreement | None = None
+
+    @property
+    def lowers(self) -> bool:
+        """Whether it makes floats less precise."""
+        return self.precision not in (None, "fp32")
+
+    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        readable(self.key, before)
+        qdq.check(self.key, self.precision, before)
+        if self.precision in self.rounds:
+            round_once(f"{self.key}.precision", self.precision, before)
+        self.chosen(skeleton)
+
+    def chosen(self, model: nn.Module) -> dict[str, Layer]:
+        """The layers that ``skip`` leaves to integers."""
+        return select(model, self.skip, f"{self.key}.skip")
+
+    def report(self, folder: Path) -> None:
+        if self.agreement is not None:
+            (folder / AGREEMENT).write_text(json.dumps(asdict(self.agreement), indent=2))
+
+
+def round_once(setting: str, precision: str, before: list[Any]) -> None:
+    """Raise UserError where a stage ``before`` has rounded the weights, which the ``precision`` would round again."""
+    if any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before):
+        raise UserError(
+            f"{setting}={precision} would round weights again that a stage before has rounded on its own grid: set "
+            f"{setting}=null, or leave that stage out."
+        )
+
+
+def readable(key: str, before: list[Any]) -> None:
+    """Raise UserError where a stage ``before`` saves integers in a format that the export ``key`` does not read."""
+    for stage in before:
+        if getattr(stage, "format", "compressed-tensors") != "compressed-tensors":
+            setting = f"technique.{type(stage).__module__.rpartition('.')[2]}.format"
+            raise UserError(
+                f"`{key.rpartition('.')[2]}` does not read the integers of {setting}={stage.format}: set "
+                f"{setting}=compressed-tensors, whose integers it keeps."
+            )

@@ -1,0 +1,128 @@
+"""Turn a model into a function of tensors that the exporters of ONNX and OpenVINO can trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from compress.models.calibration import Batch
+from compress.models.layers import kind_of
+
+GROUPED = "grouped"  # an attention of transformers' by this name
+
+
+class Logits(nn.Module):
+    """The model as a function of the tensors ``names``, in this order, that answers with its logits alone."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        self.how = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs)), **self.how).logits
+
+
+class Cached(nn.Module):
+    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
+    values for the tokens before, that answers with its logits and with keys and values for all."""
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        past, cache = inputs[len(self.names) :], DynamicCache()
+        for keys, values in zip(past[::2], past[1::2]):
+            layer = DynamicLayer()  # filled by hand: one that fills itself begins with a tensor without dimensions
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device = keys.dtype, keys.device
+            cache.layers.append(layer)
+        answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
+        return answer.logits, *parts(answer.past_key_values)
+
+
+def parts(cache: Any) -> list[Tensor]:
+    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def to_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]]:
+    """What is traced of the model, and with which inputs: those of the ``example``, or where it decodes those of the
+    example's second half (the mask stays that of both) and the keys and values of the first."""
+    example = any_shape(example)
+    if not (kind_of(model) == "lm" and model.can_generate()):
+        return Logits(model, example), example, []
+    half = example["input_ids"].shape[1] // 2
+    first = {name: value[:, :half] for name, value in example.items()}
+    past = parts(model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values)
+    second = {name: value if name == "attention_mask" else value[:, half:] for name, value in example.items()}
+    return Cached(model, example), second, past
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """What transformers' eager attention computes of ``query`` ``[batch, heads, new tokens, width]`` and ``key`` and
+    ``value`` ``[batch, groups, tokens, width]``, without a copy of those for every head of a group."""
+    texts, _, new, _ = query.shape
+    groups, width = int(key.shape[1]), int(key.shape[3])  # which are the same for all texts: constants of a graph
+    heads = query.reshape(texts, groups, -1, new, width)
+    scores = heads @ key.unsqueeze(2).transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(2)
+    found = scores.softmax(-1) @ value.unsqueeze(2)
+    return found.reshape(texts, -1, new, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """With attention written out in matrix products, and afterwards as it was."""
+    before = model.config._attn_implementation
+    grouped = any(getattr(module, "num_key_value_groups", 1) > 1 for module in model.modules())
+    model.set_attn_implementation(GROUPED if grouped else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def inputs_of(batch: Batch) -> Batch:
+    """What a model reads of the batch, on the CPU."""
+    return {key: value.cpu() for key, value in batch.items() if key != "labels"}
+
+
+def any_shape(example: Batch) -> Batch:
+    """Two rows of the example with some padding: what is 1 or unmasked there must not be traced as always so."""
+    twice = {name: value[:1].repeat(2, 1) for name, value in example.items()}
+    if "attention_mask" in twice:
+        twice["attention_mask"][1, -1] = 0
+    return twice
+
+
+def is_float32(model: Any) -> bool:
+    """Whether the stages before left plain float32 weights, that a lower precision makes smaller."""
+    return model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
+
+
+def plain_config(model: Any) -> PretrainedConfig:
+    """The model's config without what only concerns its weights in PyTorch."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "compress"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config

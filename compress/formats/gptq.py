@@ -1,0 +1,162 @@
+"""Quantized layers on disk in GPTQ's own format, which GPTQModel, transformers by it, vLLM and SGLang load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compress.errors import UserError
+from compress.formats.packed import Quantized
+from compress.maths.rounding import Scheme
+from compress.models.layers import kind_of
+from compress.quiet import without_bars
+
+SCALE = torch.float16
+WORD = 32
+GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def check(key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Scheme, skip: tuple[str, ...]) -> None:
+    """Raise UserError where the format, or what reads it, has no place for the layers or for what the stage ``key``
+    asks for."""
+    instead = f"set {key}.format=compressed-tensors."
+    if kind_of(model) != "lm":
+        raise UserError(f"{key}.format=gptq is read as a language model, without a classification head: {instead}")
+    if hasattr(model.config, "compress"):
+        raise UserError(f"{key}.format=gptq has no place for blocks that were cut to shapes of their own: {instead}")
+    if set(skip) != {"embeddings", "head"}:
+        raise UserError(
+            f"{key}.format=gptq takes all layers of the blocks and no other and {key}.skip is {list(skip)}: set "
+            f"{key}.skip=[embeddings,head], or {instead.removeprefix('set ')}"
+        )
+    if scheme.group_size not in GROUPS:
+        raise UserError(
+            f"{key}.group_size={scheme.group_size} is none that readers of {key}.format=gptq know: set one of "
+            f"{', '.join(map(str, GROUPS))}, or {instead.removeprefix('set ')}"
+        )
+    for name, layer in layers.items():
+        if layer.in_features % WORD or layer.out_features % WORD:
+            raise UserError(
+                f"{key}.format=gptq packs {WORD} numbers together and `{name}` is {layer.out_features} by "
+                f"{layer.in_features}: {instead}"
+            )
+
+
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """Integers from 0 to ``2**bits - 1``, ``[n, columns]``, as words of 32 bits, ``[n * bits / 32, columns]``: the bits
+    of a column one after the other, the lowest first."""
+    n, columns = integers.shape
+    each = (integers.numpy().astype(np.uint8)[:, None] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
+    packed = np.packbits(each.reshape(n * bits, columns), axis=0, bitorder="little")  # [bytes, columns]
+    words = np.ascontiguousarray(packed.reshape(-1, 4, columns).transpose(0, 2, 1)).view("<i4")
+    return torch.from_numpy(words[..., 0].astype(np.int32))
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The integers that :func:`pack` has packed, ``[n, columns]``."""
+    columns = words.shape[1]
+    packed = np.ascontiguousarray(words.numpy().astype("<i4")[..., None]).view(np.uint8)  # [words, columns, 4]
+    each = np.unpackbits(packed.transpose(0, 2, 1).reshape(-1, columns), axis=0, bitorder="little")
+    weights = np.left_shift(1, np.arange(bits, dtype=np.int32), dtype=np.int32)[:, None]
+    return torch.from_numpy((each.reshape(-1, bits, columns) * weights).sum(1).astype(np.int32))
+
+
+def packed(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
+    """The tensors of a layer whose ``weight`` ``[rows, inputs]`` is on the layer's grid: integers from 0 on, inputs
+    along the words, and zero points likewise, rows along the words, in the first version of the format one less."""
+    scheme, grid, _ = layer
+    group = torch.arange(weight.shape[1]) // scheme.group(weight.shape[1])
+    zeros = grid.zero.int() - scheme.lowest
+    integers = (weight.float() / grid.scale.float()[:, group]).round().int() + zeros[:, group]
+    return {
+        "qweight": pack(integers.T, scheme.bits),
+        "qzeros": pack((zeros - int(scheme.symmetric)) % 2**scheme.bits, scheme.bits).T.contiguous(),
+        "scales": grid.scale.to(SCALE).T.contiguous(),
+        "g_idx": group.int(),
+    }
+
+
+def unpacked(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
+    """The weight ``[rows, inputs]`` of a layer's tensors, of the ``first`` version of the format or the second."""
+    group = tensors["g_idx"].long()
+    zeros = unpack(tensors["qzeros"].T.contiguous(), bits) + int(first)  # [rows, groups]
+    integers = unpack(tensors["qweight"], bits).T - zeros[:, group]
+    return (integers.to(SCALE) * tensors["scales"].T[:, group]).float()
+
+
+class Layer(nn.Module):
+    """What is stored in the place of a Linear layer."""
+
+    def __init__(self, linear: nn.Linear, layer: Quantized) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, tensor in packed(linear.weight.detach(), layer).items():
+            self.register_buffer(name, tensor)
+        if linear.bias is not None:
+            self.bias = linear.bias
+
+
+def save(model: Any, layers: dict[str, Quantized], folder: Path, **how: Any) -> None:
+    """Write ``model`` to ``folder``, its ``layers`` packed; ``how`` they were quantized is told to readers. The model
+    is of no use afterwards."""
+    for name, layer in layers.items():
+        model.set_submodule(name, Layer(model.get_submodule(name), layer))
+    scheme = next(iter(layers.values())).scheme
+    model.config.quantization_config = {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": False,  # groups are of consecutive inputs, in whatever order they were rounded
+        "lm_head": False,
+        "pack_dtype": "int32",
+        # Of the first version zero points are one less, and of those that are 0 nobody can say what they become.
+        "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
+        **how,
+    }
+    with without_bars():
+        model.save_pretrained(folder)
+
+
+def load(auto: Any, config: Any, folder: Path) -> Any:
+    """The model of the class ``auto`` in ``folder``, all of it floats, in PyTorch's own operators: those of GPTQModel
+    need float16, and are made for a GPU.
+
+    Raises:
+        UserError: ``folder`` lacks some of its weights.
+    """
+    model = auto.from_config(config, dtype=config.dtype)
+    missing, _ = model.load_state_dict(floats(folder, config.quantization_config), strict=False)
+    model.tie_weights()
+    if lacking := set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()):
+        raise UserError(f"{folder} holds no weights for {', '.join(sorted(lacking)[:4])}: name another folder.")
+    return model
+
+
+def floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors in ``folder`` of a model with this quantization ``config``, the weights of all layers as floats."""
+    found: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    first = config.get("checkpoint_format", config.get("format", "gptq")) == "gptq"
+    for name in [key.removesuffix(".qweight") for key in found if key.endswith(".qweight")]:
+        tensors = {part: found.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+        found[f"{name}.weight"] = unpacked(tensors, config["bits"], first)
+    return found
+
+
+def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:
+    """Bits that every weight of each layer should take: its own, those of its group's scale and zero point, and an
+    index for every input."""
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    return {
+        name: layer.scheme.bits
+        + (16 + layer.scheme.bits) / layer.scheme.group(linears[name].in_features)
+        + 32 / linears[name].out_features
+        for name, layer in layers.items()
+    }

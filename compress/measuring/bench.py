@@ -1,0 +1,35 @@
+"""Prepare an artifact for its measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from compress.artifacts.artifact import Artifact
+from compress.measuring.timing import Batch
+from compress.planning.settings import Latency
+from compress.tasks.tokens import TaskData
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An artifact ready to be measured: its folder, a split in its tokens, the single texts to time and the same before
+    they were tokens, and the batches to time by their size."""
+
+    folder: Path
+    artifact: Artifact
+    split: str
+    batched: DataLoader
+    texts: list[Batch]
+    data: TaskData
+    words: list[tuple[str, ...]]
+    batches: dict[int, list[Batch]]
+
+
+def bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency, split: str = "test") -> Bench:
+    """An artifact with a split of ``data``, which is in its own tokens."""
+    batches = {size: data.texts(max(1, latency.texts // size), split, size) for size in latency.batch_sizes}
+    singles, words = data.texts(latency.texts, split), data.words(split, latency.texts)
+    return Bench(folder, loaded, split, data.in_batches(split), singles, data, words, batches)

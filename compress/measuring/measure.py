@@ -1,0 +1,201 @@
+"""What a reloaded artifact is worth: quality on the test split, size on disk, time, memory and energy to run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from compress.artifacts.artifact import Artifact, size_bytes
+from compress.formats import bnb
+from compress.maths.statistics import Interval
+from compress.measuring import meters
+from compress.measuring.bench import Bench
+from compress.measuring.generation import Generation, generate, reader
+from compress.measuring.meters import Memory, Work
+from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare
+from compress.measuring.timing import BUSY, Batch, Spread, runner, speedup, spread, take_turns, to_device
+from compress.models import layers
+from compress.planning.settings import Latency
+from compress.tasks.metrics import aligned, metrics
+from compress.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One artifact's figures; the same code makes them for every artifact.
+
+    ``quality`` holds fractions (perplexity apart) over all ``examples`` of the ``split``. ``speedup`` is how many
+    times faster than the baseline the batches of the latency run, timed in turns with it, and ``comparison`` is of the
+    quality; both are None where there was no baseline, the latter also where the examples differ. On another runtime
+    than PyTorch ``speedup_same_runtime`` is the speed-up over the baseline exported to it in float32: what compression
+    alone is worth there. The tokens are those of the texts that were timed, on average, padding left out. ``batches``
+    has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, ``macs`` are of
+    one text of median length, None where they cannot be told, and ``work`` is of one text of the latency on average.
+    ``others`` is the share of the machine's CPUs that other processes took while the latency was timed, and
+    ``measuring_time_s`` is of the whole measurement, everything that it was compared with counted.
+    """
+
+    quality: dict[str, float]
+    examples: int
+    size_bytes: int
+    parameters: int
+    nonzeros: int
+    latency: Spread
+    latency_tokens: float
+    throughput_per_s: float
+    throughput_tokens: float
+    speedup: Interval | None
+    speedup_same_runtime: Interval | None
+    runtime: str
+    device: str
+    threads: int
+    batches: dict[int, Spread] = field(default_factory=dict)
+    comparison: Comparison | None = None
+    generation: Generation | None = None
+    memory: Memory | None = None
+    macs: int | None = None
+    work: Work | None = None
+    tokenizer_ms: float | None = None
+    others: float = 0.0
+    measuring_time_s: float = 0.0
+    split: str = "test"
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took so much of the machine that the times mean little."""
+        return self.others > BUSY
+
+
+def measure(
+    benches: dict[str, Bench], task: Task, latency: Latency, device: torch.device, exported: Artifact | None = None
+) -> tuple[dict[str, Measurement], dict[str, Predictions]]:
+    """Measure every artifact, and what each answered on its split; the first is the baseline that the others are
+    compared with, and ``exported`` is it on another runtime. Runtimes other than PyTorch work on the CPU here, and what
+    is compared with them does too."""
+    begin = time.perf_counter()
+    if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
+        device = torch.device("cpu")
+    counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
+    memory = {
+        name: meters.memory(
+            bench.folder, task.kind, [batch for batches in bench.batches.values() for batch in batches], device
+        )
+        for name, bench in benches.items()
+        if latency.memory
+    }
+    for bench in benches.values():
+        bnb.move(bench.artifact.model, device)
+    answers = {name: answer(bench, task, device, f"testing {name}") for name, bench in benches.items()}
+    macs = {
+        name: meters.macs(bench.artifact.model, to_device(bench.texts[len(bench.texts) // 2], device))
+        for name, bench in benches.items()
+    }
+    baseline = next(iter(benches))
+    first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
+    turns = {}
+    for size in latency.batch_sizes:
+        calls = {name: runner(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
+        if exported and size == first:
+            calls[""] = runner(exported, benches[baseline].batches[size], device)
+        cycle = len(benches[baseline].batches[size])
+        turns[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
+    times = {size: one.blocks for size, one in turns.items()}
+    joules = meters.energy_meter(device)
+    seconds = latency.seconds if joules else latency.block_s
+    work = {}
+    for name, bench in benches.items():
+        call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
+        work[name] = meters.work(call, cycle, first, seconds, device, joules)
+    reading = {name: reader(bench) for name, bench in benches.items()}
+    read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
+    generations = generate(benches, latency, device) if task.kind == "lm" else {}
+    spreads = {name: {size: spread(times[size][name]) for size in latency.batch_sizes} for name in benches}
+    spent = time.perf_counter() - begin
+    return {
+        name: Measurement(
+            quality=answers[name][0],
+            examples=len(answers[name][1].labels),
+            size_bytes=size_bytes(bench.folder),
+            parameters=counts[name][0],
+            nonzeros=counts[name][1],
+            latency=spreads[name][first],
+            latency_tokens=tokens(bench.batches[first]),
+            throughput_per_s=1000 * last / spreads[name][last].median_ms,
+            throughput_tokens=tokens(bench.batches[last]),
+            speedup=None if name == baseline else speedup(times[first][baseline], times[first][name]),
+            speedup_same_runtime=speedup(times[first][""], times[first][name])
+            if exported and exported.description.runtime == bench.artifact.description.runtime
+            else None,
+            runtime=bench.artifact.description.runtime,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            threads=torch.get_num_threads(),
+            batches=spreads[name],
+            comparison=None if name == baseline else compare(answers[baseline][1], answers[name][1], task.primary),
+            generation=generations.get(name),
+            memory=memory.get(name),
+            macs=macs[name],
+            work=work[name],
+            tokenizer_ms=spread(read[name]).median_ms,
+            others=turns[first].others,
+            measuring_time_s=spent,
+            split=bench.split,
+        )
+        for name, bench in benches.items()
+    }, {name: predictions for name, (_, predictions) in answers.items()}
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """How many parameters the model has, and how many that are not zero; packed ones by what they stand for, which has
+    to be read before the first forward pass."""
+    each = [(weight.numel(), int(weight.count_nonzero())) for weight in map(layers.values, model.parameters())]
+    return sum(number for number, _ in each), sum(nonzero for _, nonzero in each)
+
+
+def tokens(batches: list[Batch]) -> float:
+    """Of a text on average."""
+    return float(np.mean([length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]))
+
+
+@torch.inference_mode()
+def answer(
+    bench: Bench, task: Task, device: torch.device, label: str = "testing"
+) -> tuple[dict[str, float], Predictions]:
+    """The task's metrics over the whole split, and what was answered to each of its examples."""
+    scores = metrics(task).to(device)
+    outputs, labels, lengths = [], [], []
+    for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
+        batch = to_device(batch, device)
+        wanted = batch.pop("labels")
+        lengths.append(batch["attention_mask"].sum(1).cpu())
+        logits, wanted = aligned(bench.artifact.model(**batch).logits.float(), wanted)
+        scores.update(logits, wanted)
+        if task.kind == "lm":
+            logits, wanted = by_block(logits, wanted)
+        outputs.append(logits.cpu())
+        labels.append(wanted.cpu())
+    order = torch.tensor(bench.data.in_order(bench.split)).argsort()
+    found = {
+        name: torch.cat(parts)[order].numpy()
+        for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
+    }
+    examples = len(order)
+    quality = {name: float(value) for name, value in scores.compute().items()}
+    texts = [] if task.kind == "lm" else [" ".join(row) for row in bench.data.words(bench.split)]
+    characters = np.array([len(text) for text in texts] or [0] * examples)
+    negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
+    return quality, Predictions(task.kind, **found, characters=characters, negated=negated, names=task.labels or ())
+
+
+def by_block(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every block the sum of its tokens' losses in nats and how many were predicted right, ``[blocks, 2]``; and how
+    many there were to predict."""
+    there = labels != -100
+    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").double().sum(1)
+    right = ((logits.argmax(-1) == labels) & there).sum(1)
+    return torch.stack([losses, right.double()], dim=1), there.sum(1)

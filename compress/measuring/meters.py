@@ -1,0 +1,176 @@
+"""What else an artifact costs to run: peak memory in a process of its own, multiplications, time of the
+processors, energy."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.artifacts import artifact
+from compress.formats import bnb
+from compress.quiet import hush
+
+log = logging.getLogger(__name__)
+
+RAPL = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a process that loads an artifact and runs every batch that is timed once: the most that was resident, what
+    its libraries alone had taken before, and the most that PyTorch held on a GPU (None without one)."""
+
+    peak_bytes: int
+    libraries_bytes: int
+    gpu_bytes: int | None = None
+
+    @property
+    def model_bytes(self) -> int:
+        """What loading and running the model took on top of the libraries."""
+        return self.peak_bytes - self.libraries_bytes
+
+
+def memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], device: torch.device) -> Memory | None:
+    """The memory of a process that begins with the libraries alone; None, and said so, where it was killed."""
+    # A server that has imported the libraries and nothing else forks such a process in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    answer, child = context.Pipe(duplex=False)
+    arrays = [{key: value.numpy(force=True) for key, value in batch.items()} for batch in batches]
+    process = context.Process(target=run, args=(child, folder, kind, arrays, str(device), torch.get_num_threads()))
+    process.start()
+    child.close()
+    try:
+        return answer.recv()
+    except EOFError:
+        log.warning(f"  the memory of {folder} is not measured: its process ended with {process.exitcode}")
+        return None
+    finally:
+        process.join()
+
+
+@torch.inference_mode()
+def run(
+    answer: Connection, folder: Path, kind: str, arrays: list[dict[str, np.ndarray]], device: str, threads: int
+) -> None:
+    """The life of that process."""
+    hush()
+    torch.set_num_threads(threads)
+    with contextlib.suppress(ImportError):
+        importlib.import_module(artifact.describe(folder, kind).runtime)
+    gpu = torch.device(device).type == "cuda"
+    if gpu:
+        torch.zeros(1, device=device)  # the driver's share
+        torch.cuda.reset_peak_memory_stats(device)
+    libraries = peak_bytes()
+    model = artifact.load(folder, kind).model
+    bnb.move(model, torch.device(device))
+    for batch in arrays:
+        model(**{key: torch.from_numpy(array).to(device) for key, array in batch.items()})
+    answer.send(Memory(peak_bytes(), libraries, torch.cuda.max_memory_allocated(device) if gpu else None))
+
+
+def peak_bytes() -> int:
+    """The most that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.inference_mode()
+def macs(model: Any, text: dict[str, Tensor]) -> int | None:
+    """Multiply-accumulates of matrices for one text; None where a runtime or layers of a packed format hide them."""
+    if not isinstance(model, nn.Module):
+        return None
+    if any(hasattr(weight, "quant_state") or hasattr(weight, "CB") for weight in model.parameters()):
+        return None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
+        model(**text)
+    return counter.get_total_flops() // 2
+
+
+def energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:
+    """A counter of the joules that the GPU, or all packages of the CPU, have used; None where nothing says so."""
+    if device.type == "cuda":
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+        except Exception:  # not installed, no driver, or a GPU without the counter
+            return None
+        return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+    packages = [folder for folder in rapl.glob("intel-rapl:*") if folder.name.count(":") == 1]
+    try:
+        last = {folder: int((folder / "energy_uj").read_text()) for folder in packages}
+        ranges = {folder: int((folder / "max_energy_range_uj").read_text()) for folder in packages}
+    except (OSError, ValueError):  # root alone may read them
+        return None
+    total = 0
+
+    def read() -> float:
+        nonlocal total
+        for folder in packages:
+            now = int((folder / "energy_uj").read_text())
+            total += (now - last[folder]) % (ranges[folder] + 1)  # it starts again at 0
+            last[folder] = now
+        return total / 1e6
+
+    return read if packages else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one text takes of the machine on average: milliseconds of the process on all cores together, milliseconds
+    between CUDA events around a call, and joules, everything else that the machine does meanwhile counted; None where
+    there is no GPU or no counter."""
+
+    cpu_ms: float
+    gpu_ms: float | None
+    energy_j: float | None
+
+
+def work(
+    call: Callable[[int], None],
+    cycle: int,
+    texts: int,
+    seconds: float,
+    device: torch.device,
+    joules: Callable[[], float] | None,
+) -> Work:
+    """Of ``call(i)``, which runs ``texts`` texts and waits for the device, over whole cycles of ``i`` and at least
+    ``seconds``."""
+    gpu_ms: list[float] = []
+    begin, cpu, used, calls = time.perf_counter(), time.process_time(), joules() if joules else 0.0, 0
+    while not calls or time.perf_counter() - begin < seconds:
+        for i in range(cycle):
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call(i)
+                end.record()
+                end.synchronize()
+                gpu_ms.append(start.elapsed_time(end))
+            else:
+                call(i)
+        calls += cycle
+    return Work(
+        cpu_ms=1000 * (time.process_time() - cpu) / (calls * texts),
+        gpu_ms=sum(gpu_ms) / (calls * texts) if gpu_ms else None,
+        energy_j=(joules() - used) / (calls * texts) if joules else None,
+    )

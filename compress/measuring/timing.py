@@ -1,0 +1,167 @@
+"""Time artifacts in turns with the baseline, and compute speed-ups with their intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from compress.artifacts.artifact import Artifact
+from compress.maths.statistics import Interval, mean_interval
+from compress.planning.settings import Latency
+
+Batch = dict[str, torch.Tensor]
+BUSY = 0.1
+"""The share of the CPUs beyond which other processes disturb a round."""
+PATIENCE = 3
+FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Times of single calls, in milliseconds; ``low_ms`` and ``high_ms`` are the 95 % bootstrap interval of the median,
+    blocks drawn whole."""
+
+    median_ms: float
+    mean_ms: float
+    p95_ms: float
+    repeats: int
+    sd_ms: float = 0.0
+    p99_ms: float = 0.0
+    low_ms: float = 0.0
+    high_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Milliseconds of single calls, ``{name: blocks}``, and the share of the machine's CPUs that other processes took
+    in the meantime."""
+
+    blocks: dict[str, list[np.ndarray]]
+    others: float
+
+
+def take_turns(calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing") -> Turns:
+    """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``.
+
+    Taking turns, in one order and then in the other, lets a disturbance of the machine fall on all alike, and the pause
+    between blocks lets the thread pool of one come to rest before the next is timed. Rounds in which other processes
+    took more than a tenth of the CPUs are dropped and made up for, for up to three times the budget; where the machine
+    does not come to rest by then, all count.
+    """
+    for call in calls.values():
+        begin = time.perf_counter()
+        for i in range(max(latency.warmup, cycle)):
+            if i < cycle or time.perf_counter() - begin < latency.seconds:
+                call(i % cycle)
+    rounds: list[dict[str, np.ndarray]] = []
+    shares: list[float] = []
+    others = Others()
+    bar = tqdm(
+        total=latency.seconds, desc=label, bar_format="{desc}: {percentage:.0f}%|{bar}|", leave=False, disable=None
+    )
+    order = list(calls)
+    patience, quiet = PATIENCE * latency.seconds * len(calls), rounds
+    begin = time.perf_counter()
+    while len(quiet) < FEWEST or least(quiet) < latency.seconds:
+        if len(rounds) >= FEWEST and time.perf_counter() - begin > patience:
+            break
+        rounds.append({name: block(calls[name], latency.block_s, cycle) for name in order})
+        shares.append(others())
+        order.reverse()
+        quiet = [one for one, share in zip(rounds, shares) if share <= BUSY]
+        bar.update(min(latency.seconds, least(quiet)) - bar.n)
+    bar.close()
+    kept, counted = (quiet, [share for share in shares if share <= BUSY]) if len(quiet) >= FEWEST else (rounds, shares)
+    return Turns({name: [one[name] for one in kept] for name in calls}, float(np.mean(counted)))
+
+
+def block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
+    """Milliseconds of the calls of whole cycles."""
+    time.sleep(0.04)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < block_s:
+        for i in range(cycle):
+            start = time.perf_counter()
+            call(i)
+            times.append(1000 * (time.perf_counter() - start))
+    return np.array(times)
+
+
+def least(rounds: list[dict[str, np.ndarray]]) -> float:
+    """Seconds that the one had that had fewest."""
+    return min((sum(one[name].sum() for one in rounds) / 1000 for name in rounds[0]), default=0.0) if rounds else 0.0
+
+
+class Others:
+    """Called, the share of the machine's CPUs that other processes took since the last call, as the system counts."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.last = self.now()
+
+    def now(self) -> tuple[float, float, float]:
+        every, own = psutil.cpu_times()._asdict(), self.process.cpu_times()
+        # Linux counts guests among the users as well.
+        total = sum(seconds for name, seconds in every.items() if not name.startswith("guest"))
+        return total, total - every["idle"] - every.get("iowait", 0.0), own.user + own.system
+
+    def __call__(self) -> float:
+        before, self.last = self.last, self.now()
+        total, busy, own = (now - then for now, then in zip(self.last, before))
+        return max(0.0, busy - own) / total if total > 0 else 0.0
+
+
+def speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
+    """The geometric mean of the ratios of neighbouring blocks' median times, with Student's t interval: above one is
+    faster than the baseline. (A bootstrap of so few blocks is too sure of itself.)"""
+    ratios = [float(np.log(np.median(b) / np.median(v))) for b, v in zip(baseline, variant)]
+    found = mean_interval(ratios)
+    return Interval(*np.exp([found.value, found.low, found.high]).tolist())
+
+
+def spread(blocks: list[np.ndarray]) -> Spread:
+    from scipy.stats import bootstrap
+
+    times = np.concatenate(blocks)
+
+    def median(drawn: np.ndarray) -> float:
+        return float(np.median(np.concatenate([blocks[i] for i in drawn])))
+
+    low = high = float(np.median(times))
+    if len(blocks) > 1:
+        low, high = bootstrap((np.arange(len(blocks)),), median, vectorized=False, n_resamples=500, batch=1,
+                              method="percentile", random_state=0).confidence_interval  # fmt: skip
+    return Spread(
+        median_ms=float(np.median(times)),
+        mean_ms=float(times.mean()),
+        p95_ms=float(np.percentile(times, 95)),
+        repeats=len(times),
+        sd_ms=float(times.std(ddof=1)) if len(times) > 1 else 0.0,
+        p99_ms=float(np.percentile(times, 99)),
+        low_ms=float(low),
+        high_ms=float(high),
+    )
+
+
+def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
+    """A call that runs batch ``i`` to its end: a GPU's work is waited for."""
+    batches = [to_device(batch, device) for batch in batches]
+
+    @torch.inference_mode()
+    def call(i: int) -> None:
+        artifact.model(**batches[i % len(batches)])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}

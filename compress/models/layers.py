@@ -1,0 +1,168 @@
+"""Find the layers that compression may change, and the zeros in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UserError
+
+
+def values(weight: Tensor) -> Tensor:
+    """The numbers that a weight stands for: 4-bit ones lie two to a byte, in another shape.
+
+    Raises:
+        ValueError: a forward pass has arranged them for the CPU, in an order that cannot be read.
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("4-bit weights can be read before the first forward pass alone: load the model again.")
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+Layer = nn.Linear | nn.Embedding
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the transformer blocks: the longest ``ModuleList`` of the model.
+
+    Raises:
+        UserError: the model has no list of blocks.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UserError(
+            f"`{type(model).__name__}` has no list of transformer blocks (a torch.nn.ModuleList): compression works "
+            "on transformers from the Hugging Face library and modules shaped like them."
+        )
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that compression works on: every ``Linear`` inside a transformer block.
+
+    Embeddings, the pooler and the head stand outside the blocks and keep full precision.
+
+    Raises:
+        UserError: there is none.
+    """
+    prefix, stack = blocks(model)
+    found = [(f"{prefix}.{name}", module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise UserError(
+            f"The blocks of `{type(model).__name__}` hold no torch.nn.Linear, which is what compression works on "
+            "(GPT-2's are Conv1D): choose another model."
+        )
+    return iter(found)
+
+
+def kind_of(model: nn.Module) -> str:
+    """The kind of task that the model's head is for, as its config says."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return "lm"
+    problem: Any = getattr(model.config, "problem_type", None)
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and afterwards every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def compressed(module: nn.Module) -> nn.Module:
+    """The model that a callback works on: the ``model`` of a LightningModule that names one, or all of it."""
+    model = getattr(module, "model", module)
+    return model if isinstance(model, nn.Module) else module
+
+
+def prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]:
+    """The layers whose weights can be pruned, by name: those of :func:`linears`, and if asked for the embeddings and
+    the Linear layers outside the blocks (pooler and head). An output layer tied to the embeddings counts as those."""
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    tied = {id(module.weight) for _, module in every if isinstance(module, nn.Embedding)}
+    inside = dict(linears(model))
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        if isinstance(module, nn.Embedding):
+            return embeddings
+        return name in inside or (head and id(module.weight) not in tied)
+
+    return {name: module for name, module in every if wanted(name, module)}
+
+
+def select(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
+    """The layers that ``skip``, the setting ``key``, leaves of all, by name: ``embeddings``, ``head`` (every Linear
+    outside the transformer blocks) or a pattern of names leaves out what it says.
+
+    Raises:
+        UserError: a pattern fits no layer, or no layer is left.
+    """
+    patterns = [word for word in skip if word not in ("embeddings", "head")]
+    found = prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise UserError(unmatched(key, pattern, found))
+    kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    if not kept:
+        raise UserError(f"{key}={list(skip)} leaves no layer to work on: skip fewer.")
+    return kept
+
+
+def quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn.Linear]:
+    """The Linear layers that the setting ``key.skip`` leaves to be quantized, by name.
+
+    Raises:
+        UserError: it leaves the embeddings as well.
+    """
+    if "embeddings" not in skip:
+        raise UserError(f"{key}.skip={list(skip)} leaves the embeddings, which stay floats: add `embeddings` to it.")
+    return {name: layer for name, layer in select(model, skip, f"{key}.skip").items() if isinstance(layer, nn.Linear)}
+
+
+def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
+    return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."
+
+
+def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero *is* the mask: nothing else is
+    kept beside the weights. (The embedding of padding is zero by itself.)"""
+    masks = {name: values(layer.weight) == 0 for name, layer in prunable(model, embeddings=True, head=True).items()}
+    for name, mask in masks.items():
+        if (padding := getattr(model.get_submodule(name), "padding_idx", None)) is not None:
+            mask[padding] = False
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def digest_tensor(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=16).digest()
+
+
+@torch.no_grad()
+def hold(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Multiply the weights by their masks (1 keeps, 0 prunes) in place."""
+    for name, mask in masks.items():
+        model.get_submodule(name).weight.mul_(mask)
+
+
+def measured_sparsity(weights: Iterable[Tensor]) -> float:
+    """Fraction of exact zeros."""
+    counts = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
+    return sum(zero for zero, _ in counts) / sum(size for _, size in counts)

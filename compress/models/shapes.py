@@ -1,0 +1,267 @@
+"""Models whose blocks have fewer heads and narrower FFNs than they were made with: cut them, save and load them.
+
+A plain transformers config gives all blocks one shape, and takes BERT's head size for its width over its heads. What it
+cannot say stands in its entry ``compress``, ``{"heads": [of every block], "ffn": [of every block]}``, and such a model
+is built by a subclass of its transformers class (:func:`cut_class`), which serves ``from_pretrained`` in every format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from compress.errors import UserError
+from compress.models.layers import blocks
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The names, inside a block, of the layers that lose heads or FFN channels together."""
+
+    query: str
+    key: str
+    value: str
+    attention_out: str
+    ffn_in: tuple[str, ...]
+    ffn_out: str
+    ffn_size: str = "intermediate_size"
+    """The FFN's width in the config."""
+    says_head_size: bool = False
+    """Whether the config can say how wide a head is, however many there are."""
+
+
+BERT = Anatomy(
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_out="attention.output.dense",
+    ffn_in=("intermediate.dense",),
+    ffn_out="output.dense",
+)
+DISTILBERT = Anatomy(
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_out="attention.out_lin",
+    ffn_in=("ffn.lin1",),
+    ffn_out="ffn.lin2",
+    ffn_size="hidden_dim",
+)
+LLAMA = Anatomy(
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_out="self_attn.o_proj",
+    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_out="mlp.down_proj",
+    says_head_size=True,
+)
+FAMILIES = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
+    "distilbert": DISTILBERT,
+    **dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA),
+}
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The names of the model's layers.
+
+    Raises:
+        UserError: the model is of no family whose names are known.
+    """
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in FAMILIES:
+        raise UserError(
+            f"`structured` knows the layers of {', '.join(FAMILIES)} and not those of `{family}`: choose another model."
+        )
+    return FAMILIES[family]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The layers of a block. Query heads that share a key and value head make a group, which is cut as one; where
+    every head has its own, a group is a head."""
+
+    attention: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_out: nn.Linear
+    ffn_in: tuple[nn.Linear, ...]
+    ffn_out: nn.Linear
+
+    @property
+    def head_size(self) -> int:
+        return int(getattr(self.attention, "head_dim", None) or self.attention.attention_head_size)  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> int:
+        return self.query.out_features // self.head_size
+
+    @property
+    def groups(self) -> int:
+        return self.key.out_features // self.head_size
+
+    @property
+    def group_size(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def ffn(self) -> int:
+        return self.ffn_out.in_features
+
+
+def read_blocks(model: nn.Module) -> list[Block]:
+    """The model's blocks, the first first."""
+    names = anatomy(model)
+
+    def layers(block: nn.Module) -> Block:
+        def get(name: str) -> Any:
+            return block.get_submodule(name)
+
+        return Block(
+            attention=get(names.query.rpartition(".")[0]),
+            query=get(names.query),
+            key=get(names.key),
+            value=get(names.value),
+            attention_out=get(names.attention_out),
+            ffn_in=tuple(map(get, names.ffn_in)),
+            ffn_out=get(names.ffn_out),
+        )
+
+    return [layers(block) for block in blocks(model)[1]]
+
+
+def cut(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] | None = None) -> None:
+    """Remove from every block the head groups and FFN channels that its mask (True: kept) leaves out.
+
+    The Parameters stay the same objects with less in them, so that an optimizer that was made before trains on.
+    """
+    for i, block in enumerate(read_blocks(model)):
+        if groups is not None:
+            size, group = block.head_size, block.head_size * block.group_size
+            take(block.query, 0, groups[i], group)
+            take(block.key, 0, groups[i], size)
+            take(block.value, 0, groups[i], size)
+            take(block.attention_out, 1, groups[i], group)
+            for name, value in (
+                ("num_attention_heads", block.heads),
+                ("n_heads", block.heads),
+                ("all_head_size", block.heads * size),
+            ):
+                if hasattr(block.attention, name):
+                    setattr(block.attention, name, value)
+        if ffn is not None:
+            for linear in block.ffn_in:
+                take(linear, 0, ffn[i])
+            take(block.ffn_out, 1, ffn[i])
+
+
+def take(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None:
+    """Leave the layer the outputs (``dim`` 0) or inputs (1) of the ``kept`` units, of ``size`` features each."""
+    index = kept.cpu().repeat_interleave(size).nonzero().flatten().to(linear.weight.device)
+    linear.weight.data = linear.weight.data.index_select(dim, index)
+    linear.weight.grad = None
+    if dim == 1:
+        linear.in_features = len(index)
+        return
+    linear.out_features = len(index)
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data.index_select(0, index)
+        linear.bias.grad = None
+
+
+def shape(model: nn.Module, heads: list[int] | None = None, ffn: list[int] | None = None) -> None:
+    """Give every block this many query heads and FFN channels, the first ones."""
+
+    def first(count: int, of: int) -> Tensor:
+        return torch.arange(of, device="cpu") < count
+
+    each = read_blocks(model)
+    cut(
+        model,
+        groups=[first(n // b.group_size, b.groups) for n, b in zip(heads, each)] if heads else None,
+        ffn=[first(n, b.ffn) for n, b in zip(ffn, each)] if ffn else None,
+    )
+
+
+def record(model: PreTrainedModel) -> None:
+    """Say the model's shapes in its config, where they can be said there in the config's own words, or else in its
+    entry ``compress``."""
+    names, config, each = anatomy(model), model.config, read_blocks(model)
+    heads, ffn = [block.heads for block in each], [block.ffn for block in each]
+    extra = {}
+    if len(set(ffn)) == 1:
+        setattr(config, names.ffn_size, ffn[0])
+    else:
+        extra["ffn"] = ffn
+    plain = {"num_attention_heads": heads[0], "num_key_value_heads": each[0].groups, "head_dim": each[0].head_size}
+    if names.says_head_size and len(set(heads)) == 1 and accepts(config, plain):
+        config.update(plain)
+    elif set(heads) != {config.num_attention_heads}:
+        extra["heads"] = heads
+    if extra:
+        config.compress = extra
+    elif hasattr(config, "compress"):
+        del config.compress
+
+
+def accepts(config: PretrainedConfig, values: dict[str, Any]) -> bool:
+    """Whether the config can be made with these values: Llama's refuses heads that do not divide the width."""
+    try:
+        type(config).from_dict({**config.to_dict(), **values})
+    except StrictDataclassError:
+        return False
+    return True
+
+
+def cut_class(base: type[PreTrainedModel]) -> Any:
+    """``base`` for a config with the entry ``compress``: its models are built in those shapes, on whatever device, and
+    are then plain models of ``base``."""
+
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        shape(self, **config.compress)
+        self.__class__ = base  # what is left to tell them apart is in the config
+
+    made: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+    made.from_config = made._from_config  # as the Auto classes call it
+    return made
+
+
+def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
+    """Take blocks out of the model and out of what its configs say of every block."""
+    _, stack = blocks(model)
+    total, gone = len(stack), set(dropped)
+    for index in sorted(gone, reverse=True):
+        del stack[index]
+    for index, block in enumerate(stack):
+        for module in block.modules():
+            if getattr(module, "layer_idx", None) is not None:
+                vars(module)["layer_idx"] = index  # where it keeps its keys and values in a cache
+
+    def rest(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == total:
+            return [entry for index, entry in enumerate(value) if index not in gone]
+        return value
+
+    for config in configs(model):
+        lists = {key: value for key, value in vars(config).items() if isinstance(value, list)}
+        config.num_hidden_layers = len(stack)
+        for key, value in lists.items():
+            if not key.endswith("_token_id"):  # a few models have several end-of-text tokens
+                setattr(config, key, rest(value))
+        if isinstance(own := getattr(config, "compress", None), dict):
+            config.compress = {key: rest(value) for key, value in own.items()}
+
+
+def configs(model: nn.Module) -> list[PretrainedConfig]:
+    """The configs of a model's modules, each once: mostly one that they share."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())

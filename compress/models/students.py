@@ -1,0 +1,136 @@
+"""New, smaller models to distil into."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compress.errors import UserError
+from compress.models.backbone import auto_class, from_pretrained, load_weights
+from compress.models.layers import blocks
+from compress.models.shapes import drop_blocks
+
+KEY = "technique.distill.student"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Student:
+    """What to distil into: a model of its own (``path``, a Hugging Face id or folder); or a model cut from the chain's,
+    of so many evenly spaced ``layers`` or of those given (from 0), with their weights; or one of another
+    ``hidden_size`` at random weights."""
+
+    path: str | None = None
+    layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.path and (self.layers or self.hidden_size):
+            raise UserError(f"{KEY}.path names a whole model: leave {KEY}.layers and {KEY}.hidden_size out.")
+
+
+def spaced(layers: int, of: int) -> list[int]:
+    """``layers`` of ``of`` blocks, evenly spaced from the first to the last, one alone being the last: 3 of 6 are 0, 2
+    and 5. (What Sanh et al., arXiv:1910.01108, took for DistilBERT, with the last block always among them.)
+
+    Raises:
+        UserError: there are not that many.
+    """
+    if layers > of:
+        raise UserError(f"{KEY}.layers is {layers} and the model has {of}: ask for {of - 1} or fewer.")
+    if layers == 1:
+        return [of - 1]
+    return [int(i * (of - 1) / (layers - 1)) for i in range(layers)]
+
+
+def student_of(model: PreTrainedModel, student: Student) -> PreTrainedModel:
+    """The student that is cut from ``model``, which stays as it is, or made at random weights in its likeness.
+
+    Raises:
+        UserError: the layers are not there, or the heads do not divide the width.
+    """
+    count = len(blocks(model)[1])
+    keep = sorted(student.layers) if isinstance(student.layers, tuple) else spaced(student.layers or count, count)
+    if wrong := [i for i in keep if i >= count]:
+        raise UserError(f"{KEY}.layers names the block {wrong[0]} and the model's are 0 to {count - 1}.")
+    if student.hidden_size is None:
+        cut = copy.deepcopy(model)
+        drop_blocks(cut, set(range(count)) - set(keep))
+        return cut
+    return type(model)._from_config(narrower(model.config, student.hidden_size, len(keep)), dtype=model.dtype)
+
+
+def narrower(config: PretrainedConfig, hidden_size: int, layers: int) -> PretrainedConfig:
+    """The same architecture of another width: as many dimensions a head, the FFN and the heads in proportion.
+
+    Raises:
+        UserError: the width is no multiple of a head's.
+    """
+    narrow = copy.deepcopy(config)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if hidden_size % head:
+        raise UserError(
+            f"{KEY}.hidden_size is {hidden_size} and a head has {head} dimensions: set a multiple of {head}."
+        )
+    heads = hidden_size // head
+    groups = getattr(config, "num_key_value_heads", None)
+    narrow.num_attention_heads = heads
+    if groups is not None:
+        queries = config.num_attention_heads // groups
+        if heads % queries:
+            raise UserError(
+                f"{KEY}.hidden_size is {hidden_size} and {queries} heads of {head} dimensions share a key and value: "
+                f"set a multiple of {queries * head}."
+            )
+        narrow.num_key_value_heads = heads // queries
+    ffn = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # DistilBERT's name for it
+    setattr(narrow, ffn, round(getattr(config, ffn) * hidden_size / config.hidden_size))
+    narrow.hidden_size = hidden_size
+    narrow.num_hidden_layers = layers
+    return narrow
+
+
+def load_student(
+    path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, weights: bool = True
+) -> PreTrainedModel:
+    """The model at ``path`` with the head of ``model``; without ``weights`` only its shapes, on the meta device.
+
+    Raises:
+        UserError: there is none, or it reads other tokens than ``tokenizer``, that of the chain's model.
+    """
+    what, key = "Student", f"{KEY}.path"
+    config = from_pretrained(AutoConfig, path, what, key)
+    for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        setattr(config, name, getattr(model.config, name, None))
+    auto = auto_class("lm" if model.get_output_embeddings() is not None else "", config)
+    if not weights:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    if tokenizer is not None:
+        same_vocabulary(tokenizer.get_vocab(), from_pretrained(AutoTokenizer, path, what, key).get_vocab(), key)
+    student, _ = load_weights(auto, path, what, key, config=config, ignore_mismatched_sizes=True)
+    return student
+
+
+def same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key: str) -> None:
+    """Raise UserError where teacher and student give their outputs to other labels, or in another order."""
+    if list(teacher.id2label.values()) != list(student.id2label.values()):
+        raise UserError(
+            f"{key} is a model for the labels {', '.join(map(str, teacher.id2label.values()))} and the student's are "
+            f"{', '.join(map(str, student.id2label.values()))}: choose a teacher that was trained for this task."
+        )
+
+
+def same_vocabulary(ours: dict[str, int], theirs: dict[str, int], key: str) -> None:
+    """Raise UserError where the model at ``key`` reads other tokens than the chain's."""
+    if ours != theirs:
+        shared = len(set(theirs.items()) & set(ours.items()))
+        raise UserError(
+            f"{key} is a model with another vocabulary: of its {len(theirs)} tokens {shared} have the id that they "
+            f"have in the chain's model, which has {len(ours)}. Teacher and student must read the same tokens: choose "
+            "one with the same tokenizer, as distilbert has bert's, and leave `prune_vocab` for after the distillation."
+        )

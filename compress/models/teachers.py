@@ -1,0 +1,109 @@
+"""What a teacher says of a batch: asked anew every time, or once and kept on disk."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from compress.maths.losses import expand_topk, top_k
+
+Batch = dict[str, Tensor]
+
+
+@torch.inference_mode()
+def rounded(teacher: nn.Module, batch: Batch) -> nn.Module:
+    """A copy of the teacher in bfloat16, if it answers ``batch`` as before: every prediction the same, and the
+    probabilities within one in a hundred. Or else the teacher itself."""
+    copied = copy.deepcopy(teacher).to(torch.bfloat16)
+    exact, found = teacher(**batch).logits.float(), copied(**batch).logits.float()
+    same = torch.equal(exact.argmax(-1), found.argmax(-1))
+    close = (exact.softmax(-1) - found.softmax(-1)).abs().max() < 0.01
+    return copied if same and close else teacher
+
+
+class KeptLogits:
+    """A teacher's logits on every row of a dataset of tokens, in half precision in a folder: of a classifier
+    ``[rows, labels]``; of a language model ``[tokens of all rows, vocabulary]``, or with ``k`` the log-probabilities of
+    the k most likely tokens and which they are.
+
+    A row is known again by its tokens, so that any batch of the dataset can be looked up.
+    """
+
+    def __init__(self, folder: Path, rows: Dataset, k: int | None = None) -> None:
+        self.folder, self.rows, self.k = folder, rows, k
+        tokens = rows["input_ids"]
+        self.starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
+        self.places = {np.asarray(ids, dtype=np.int64).tobytes(): row for row, ids in enumerate(tokens)}
+        self.kept: dict[str, np.ndarray] = {}
+        self.labels = 0
+        """Labels of a classifier, tokens of a vocabulary."""
+
+    def fill(self, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int) -> None:
+        """Read the logits; where nobody has written them yet, first have them told by ``ask(batch)``."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.folder}.lock"):
+            if not self.folder.is_dir():
+                partial = self.folder.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                self._write(partial, ask, collate, batch_size)
+                os.replace(partial, self.folder)
+            self.folder.with_suffix(".used").touch()
+            self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
+            self.labels = int((self.folder / "labels").read_text())
+
+    def _write(
+        self, folder: Path, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int
+    ) -> None:
+        by_length = np.argsort(-np.diff(self.starts), kind="stable").tolist()
+        kept: dict[str, np.memmap] = {}
+        batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        for rows in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=None):
+            batch = collate([self.rows[row] for row in rows])
+            batch.pop("labels", None)
+            logits = ask(batch).float().cpu()
+            parts = {"logits": logits}
+            if self.k and logits.ndim == 3:
+                parts["logits"], parts["indices"] = top_k(logits, min(self.k, logits.shape[-1]))
+            for name, part in parts.items():
+                if name not in kept:
+                    shape = (len(self.rows) if part.ndim == 2 else int(self.starts[-1]), part.shape[-1])
+                    dtype = np.float16 if name == "logits" else np.int32
+                    kept[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+                for row, answer in zip(rows, part.numpy()):
+                    where, count = self._where(row, part.ndim == 3)
+                    kept[name][where] = answer[:count] if part.ndim == 3 else answer
+        for array in kept.values():
+            array.flush()
+        (folder / "labels").write_text(str(logits.shape[-1]))
+
+    def _where(self, row: int, by_token: bool) -> tuple[slice | int, int]:
+        start, stop = int(self.starts[row]), int(self.starts[row + 1])
+        return (slice(start, stop) if by_token else row), stop - start
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The teacher's logits on ``batch`` in float32, 0 where padded."""
+        mask, device = batch["attention_mask"].bool(), batch["input_ids"].device
+        tokens = batch["input_ids"].to(torch.int64).cpu().numpy()
+        rows = [self.places[ids[keep].tobytes()] for ids, keep in zip(tokens, mask.cpu().numpy())]
+        if len(self.kept["logits"]) == len(self.rows) < self.starts[-1]:
+            return torch.from_numpy(self.kept["logits"][rows].astype(np.float32)).to(device)
+        answer = torch.zeros(*mask.shape, self.labels)
+        for place, row in enumerate(rows):
+            where, count = self._where(row, by_token=True)
+            logits = torch.from_numpy(self.kept["logits"][where].astype(np.float32))
+            if self.k:
+                logits = expand_topk(
+                    logits, torch.from_numpy(self.kept["indices"][where].astype(np.int64)), self.labels
+                )
+            answer[place, :count] = logits
+        return answer.to(device)

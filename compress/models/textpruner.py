@@ -1,0 +1,104 @@
+"""TextPruner, as it works on today's encoders: which heads and FFN channels to keep, told by masks.
+
+Yang, Cui and Chen, "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996. It
+scores and iterates, with the weights zeroed in place; the cut is ours (``compress.models.shapes``), as
+transformers 5 has no ``prune_heads`` for it to call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UserError
+from compress.models.layers import blocks
+from compress.models.shapes import anatomy
+from compress.quiet import without_bars
+
+Ranking = Callable[[list[Tensor], int, bool, int], list[Tensor]]
+
+
+def required() -> None:
+    """Raise UserError where TextPruner is not installed."""
+    if importlib.util.find_spec("textpruner") is None:
+        raise UserError(
+            "`structured` scores an encoder with TextPruner, which is not installed: pip install --no-deps textpruner "
+            "(without --no-deps pip looks for a numpy before 1.22), or set technique.structured.importance=activation."
+        )
+
+
+def masks(
+    model: Any, batches: list[dict[str, Tensor]], ranking: Ranking, **settings: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The heads and the FFN channels to keep (True), by layer, as TextPruner finds them with these ``settings`` of its
+    ``TransformerPruningConfig``; the model stays as it is.
+
+    ``ranking`` turns scores into masks in the place of TextPruner's own function, which gives a layer that would lose
+    everything one unit on top of the number that was asked for.
+    """
+    logging.getLogger("textpruner").setLevel(logging.ERROR)  # of sentencepiece, and how to save what we save
+    import textpruner
+    from textpruner.model_map import MODEL_MAP
+    from textpruner.pruners import transformer_pruner
+
+    def generate_mask(scores: Tensor, total: int, even: bool, multiple_of: int = 1) -> Tensor:
+        return torch.stack(ranking(list(scores), total, even, multiple_of)).to(scores)
+
+    config, names = model.config, anatomy(model)
+    MODEL_MAP.setdefault(config.model_type, {"structure": structure(model)})
+    width = getattr(config, names.ffn_size)
+    with (
+        tempfile.TemporaryDirectory() as folder,  # for the scores, which it writes to files
+        patch.object(transformer_pruner, "generate_mask", generate_mask),
+        patch.object(config, "intermediate_size", width, create=True),  # DistilBERT's has another name
+        restored(model),
+        without_bars(),
+    ):
+        pruner = transformer_pruner.TransformerPruner(
+            model,
+            textpruner.TransformerPruningConfig(pruning_method="iterative", **settings),
+            textpruner.GeneralConfig(use_device=str(model.device), output_dir=folder),
+        )
+        pruner.prune(batches, keep_shape=True, save_model=False)
+    return [row.bool().cpu() for row in pruner.head_mask], [row.bool().cpu() for row in pruner.ffn_mask]
+
+
+def structure(model: nn.Module) -> type:
+    """TextPruner's description of a family that it has none for."""
+    from textpruner.model_utils.model_structure import ModelStructure
+
+    names = anatomy(model)
+    stack = blocks(model)[0].removeprefix(f"{model.base_model_prefix}.")
+
+    class Structure(ModelStructure):
+        ENCODER_PREFIX = stack.replace(".", r"\.") + r"\.[0-9]+\."
+        LAYER_PATTERNS = {  # noqa: RUF012
+            "query": names.query,
+            "key": names.key,
+            "value": names.value,
+            "att_dense": names.attention_out,
+            "interm_dense": names.ffn_in[0],
+            "output_dense": names.ffn_out,
+        }
+
+    return Structure
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put the model's Parameters back afterwards, the very objects: TextPruner replaces those that it zeroes, and an
+    optimizer would be left with the old ones."""
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)

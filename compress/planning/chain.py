@@ -1,0 +1,277 @@
+"""`technique=prune+gptq`: a chain of stages, written as one choice of the config group `technique`.
+
+The stages are the files of `conf/technique/stage`. A chain of them has no file: `ChainSource` makes its config when
+Hydra asks for it, a defaults list with one stage an entry. That serves the command line, experiments, sweepers, the
+compose API and Tab completion alike. Importing this module is all it takes, and stays cheap: no torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from compress.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+GROUP = "technique"
+STAGES = "technique/stage"
+NONE = "none"  # the chain without a stage
+Names = list[str]  # ChainSource.list hides the built-in one
+SETTING = re.compile(rf"({GROUP}\.(\w+)[\w.]*)=(.+)", re.DOTALL)
+LONGEST_SLUG = 100  # file systems stop at 255 bytes; a listing is readable up to here
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a chain: `key` is `prune_2` for the second `prune`, `node` its config."""
+
+    key: str
+    name: str
+    node: DictConfig
+
+
+def stages(technique: DictConfig) -> list[Stage]:
+    """The stages of `cfg.technique` in the order in which they run; none for `technique=none`.
+
+    Raises `UserError` for a stage that is set but not in the chain, and for one without `_target_`.
+    """
+    chain = technique.name
+    names = [] if chain == NONE else chain.split("+")
+    keyed = _keyed(names)
+    for key in map(str, technique):
+        if key != "name" and key not in keyed:
+            raise UserError(not_in(chain, key))
+    for key, name in keyed.items():
+        node = technique.get(key)
+        if not isinstance(node, DictConfig) or not node.get("_target_"):
+            raise UserError(
+                f"Stage `{GROUP}.{key}` has no `_target_`, the class that runs it: "
+                f"name one in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
+            )
+    return [Stage(key, name, technique[key]) for key, name in keyed.items()]
+
+
+def name(config: Any) -> str:
+    """The chain of a config; that of an evaluation has none."""
+    return str(OmegaConf.select(config, f"{GROUP}.name", default=NONE))
+
+
+def not_in(chain: str, key: str) -> str:
+    """What to do about a setting of a stage that a chain lacks."""
+    name = re.sub(r"_\d+$", "", key)
+    example = name if chain == NONE else f"{name}+{chain}"
+    return (
+        f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`: "
+        f"remove it, or put the stage in the chain, e.g. `{GROUP}={example}`."
+    )
+
+
+def typed(words: list[str]) -> list[str]:
+    """The words of a command line as Hydra takes them: a sweep's settings of stages as a choice among one value, which
+    it leaves to the jobs, for the sweep as a whole has no stages.
+
+    Raises:
+        UserError: a stage is set that the chain of a single run lacks.
+    """
+    groups = {word.partition("=")[0] for word in words}
+    if "search" in groups:
+        return words
+    if {"-m", "--multirun"} & groups:
+        parse = OverridesParser.create().parse_override
+        one = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
+        return [SETTING.sub(r"\1=choice(\3)", word) if word in one else word for word in words]
+    elsewhere = {"experiment", "--config-name", "-cn"} & groups
+    chain = _chosen(words, "" if elsewhere else NONE)
+    for setting in filter(None, map(SETTING.fullmatch, words)):
+        if chain and "," not in chain and not _has(chain, setting[2]):
+            raise UserError(not_in(chain, setting[2]))
+    return words
+
+
+def jobs(overrides: list[Override], chain: str) -> list[list[str]]:
+    """The words of every job of a sweep: of the settings of stages those of its own chain, ``chain`` where it names
+    none; and no job twice.
+
+    Raises:
+        UserError: a stage is set that no chain of the sweep has.
+    """
+    every = BasicSweeper.split_arguments(overrides, None)[0]
+    chains = [_chosen(words, chain) for words in every]
+
+    def own(word: str, chain: str) -> bool:
+        setting = re.match(rf"[+~]*{GROUP}\.(\w+)", word)
+        if setting and not any(_has(one, setting[1]) for one in chains):
+            raise UserError(not_in(chain, setting[1]))
+        return not setting or _has(chain, setting[1])
+
+    kept = [tuple(word for word in words if own(word, chain)) for words, chain in zip(every, chains)]
+    return [list(words) for words in dict.fromkeys(kept)]
+
+
+def _chosen(words: Sequence[str], default: str) -> str:
+    """The chain that the words of a run or of a job name."""
+    return next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), default)
+
+
+def _has(chain: str, key: str) -> bool:
+    """Whether a chain takes settings of `key`."""
+    return key in ("name", *_keyed(chain.split("+")))
+
+
+def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:
+    """Drop what an experiment's file sets for stages that this chain of its sweep lacks; what was ``typed`` with a `+`
+    on the command line stays, for `stages` to refuse, and so does what is no stage at all."""
+    keyed = _keyed(technique.name.split("+"))
+    for key in [str(key) for key in technique if key != "name" and key not in keyed]:
+        stage = find_spec(f"compress.techniques.{re.sub(r'_[0-9]+$', '', key)}")
+        if stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
+            with open_dict(technique):
+                del technique[key]
+
+
+def slug(number: int, overrides: str) -> str:
+    """The folder of a sweep's job, one level deep: `0_technique-prune+gptq`; long or odd overrides end in a hash.
+
+    Hydra reads neither `=` nor `,` inside a value, and the folder is typed again as `artifact=FOLDER`.
+    """
+    full = (f"{number}_{overrides}" if overrides else str(number)).replace("=", "-").replace(",", "_")
+    safe = re.sub(r"[^\w+.-]+", "-", full, flags=re.ASCII)
+    if safe == full and len(full) <= LONGEST_SLUG:
+        return full
+    return f"{safe[: LONGEST_SLUG - 9]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+
+def scaled(full: Any, small: Any, *, _root_: DictConfig) -> Any:
+    """One of two values in an experiment, by `scale`: `epochs: ${scaled:5,1}`; likewise the model in its defaults."""
+    return {"full": full, "small": small}[_root_.scale]
+
+
+class ChainSource(ConfigSource):
+    """The config folder, with every chain of its stages as a choice of `technique`."""
+
+    def __init__(self, provider: str, path: str):
+        super().__init__(provider, path)  # chain:///x/conf, chain://file:///x/conf, chain://pkg://x.conf
+        scheme = self.path.split("://")[0] if "://" in self.path else "file"
+        self.folder = SourcesRegistry.instance().resolve(scheme)(provider, self.path)
+        # Somebody else's config folder, in a program that imports us: leave it as it is.
+        self.has_stages = self.folder.is_group(STAGES)
+
+    @staticmethod
+    def scheme() -> str:
+        return "chain"
+
+    def available(self) -> bool:
+        return self.folder.available()
+
+    def is_group(self, config_path: str) -> bool:
+        return self.folder.is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        # Every name counts, so that a misspelt one gets our advice and not Hydra's search path.
+        return self._chain(config_path) is not None or self.folder.is_config(config_path)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        chain = self._chain(config_path)
+        if chain is None:
+            return self.folder.load_config(config_path)
+        keyed = _keyed(self._checked(chain))
+        defaults = ["_self_", *(f"stage/{name}@{key}" for key, name in keyed.items())]
+        config = OmegaConf.create({"defaults": defaults, "name": chain})
+        return ConfigResult(self.provider, self.full_path(), config, header={"package": None})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> Names:
+        if not self.has_stages or config_path.strip("/") != GROUP:
+            return self.folder.list(config_path, results_filter)
+        # No subgroups: `--help` and Tab would offer each stage twice.
+        return [] if results_filter == ObjectType.GROUP else [*self._names(), *self._completions()]
+
+    def _names(self) -> Names:
+        return self.folder.list(STAGES, ObjectType.CONFIG)
+
+    def _chain(self, config_path: str) -> str | None:
+        """`prune+gptq` for `technique/prune+gptq`, and None for what is not a choice of `technique`."""
+        group, _, chain = config_path.lstrip("/").rpartition("/")
+        return chain.removesuffix(".yaml") if self.has_stages and group == GROUP else None
+
+    def _checked(self, chain: str) -> Names:
+        """The names in `chain`, or the reason why it is none."""
+        known, names = self._names(), chain.split("+")
+        choices = f"Stages: {', '.join(known)}; chain them with '+'."
+        if chain == NONE:
+            return []
+        if "" in names:
+            kept = "+".join(filter(None, names)) or NONE
+            raise ConfigCompositionException(
+                f"`{GROUP}={chain}` has an empty stage name: type `{GROUP}={kept}`, or name the stage.\n{choices}"
+            )
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                meant = f"did you mean `{'+'.join(near[0] if n == name else n for n in names)}`?" if near else ""
+                raise ConfigCompositionException(
+                    f"`{GROUP}={chain}` has an unknown stage `{name}`{': ' if near else '.'}{meant}\n{choices}"
+                )
+        if NONE in names:
+            kept = "+".join(n for n in names if n != NONE) or NONE
+            raise ConfigCompositionException(
+                f"`{GROUP}={chain}` has `{NONE}` inside a chain, but `{NONE}` means no stage at all: "
+                f"type `{GROUP}={kept}`."
+            )
+        return names
+
+    def _completions(self) -> Names:
+        """What may follow `technique=a+` or `technique=a,` when the shell asks, which leaves its line in COMP_LINE."""
+        typed = re.search(rf"(?:^|\s){GROUP}=(\S*[+,])[^\s+,]*$", os.environ.get("COMP_LINE", ""))
+        if not typed:
+            return []
+        inside = typed[1].endswith("+")
+        return [typed[1] + name for name in self._names() if not (inside and name == NONE)]
+
+
+class ChainSearchPath(SearchPathPlugin):
+    """Puts a `ChainSource` in the place of the program's config folder."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for element in search_path.get_path():
+            if element.provider == "main" and not element.path.startswith("chain://"):
+                element.path = f"chain://{element.path}"
+
+
+def _keyed(names: list[str]) -> dict[str, str]:
+    """Key to name, in order: the second `prune` of a chain has the key `prune_2`."""
+    keyed = {}
+    for i, name in enumerate(names):
+        nth = names[: i + 1].count(name)
+        keyed[name if nth == 1 else f"{name}_{nth}"] = name
+    return keyed
+
+
+Plugins.instance().register(ChainSource)
+Plugins.instance().register(ChainSearchPath)
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+
+PACKAGE = "hydra_plugins.compress"
+"""Where Hydra wants its plugins to be."""
+TARGET = f"{PACKAGE}.SearchSweeper"

@@ -1,0 +1,279 @@
+"""The whole experiment, checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+
+from compress.cache.digests import digest, fingerprint
+from compress.errors import UserError
+from compress.models.backbone import Backbone
+from compress.planning import chain
+from compress.planning.settings import Settings, parse, plain, settings, strings
+from compress.tasks import sources
+from compress.tasks.splits import Splits, load_splits
+from compress.tasks.splits import fingerprint as content
+from compress.tasks.task import Task
+from compress.tasks.tokens import TaskData
+from compress.technique import Training, trait
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a stage calibrates on in place of the task's own: how it was asked for, the training text of another
+    task or a text file, and its rows once they are read."""
+
+    asked: Any
+    source: Task | Path
+    rows: Dataset | None = None
+
+    def read(self, seed: int) -> Calibration:
+        if isinstance(self.source, Task):
+            return replace(self, rows=load_splits(self.source, seed).train.select_columns("text"))
+        table = sources.documents(sources.read_file(self.source, None, "text"))
+        return replace(self, rows=Dataset.from_dict(table))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the chain, ready to be built: ``key`` tells a second ``prune`` (``prune_2``) from the first."""
+
+    key: str
+    name: str
+    technique: type
+    arguments: dict[str, Any]
+    training: Training
+    samples: dict[str, int] = field(default_factory=dict)
+    """How many texts it takes of a split."""
+    calibration: Calibration | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that was chosen for the stage."""
+        text = {"calibration": self.calibration.asked} if self.calibration else {}
+        return {"stage": self.name, **self.arguments, **text, "train": plain(self.training)}
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """What decides the result of the stage: its settings, what is in the files that they name, and its source,
+        which may be the user's own."""
+        source = inspect.getsource(sys.modules[self.technique.__module__])
+        used = [*trait(self.technique, "packages"), *trait(self.technique, "versions")]
+        libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
+        paths = [Path(value).expanduser() for value in strings(self.arguments)]
+        return {
+            **self.settings,
+            "class": self.technique.__qualname__,
+            "source": digest(source),
+            "files": [fingerprint(path) for path in paths if os.path.exists(path)],
+            "calibration": self.calibration and content(self.calibration.rows),
+            "libraries": libraries,
+        }
+
+    def read(self, seed: int) -> Step:
+        """This step with the text at hand that it calibrates on."""
+        return replace(self, calibration=self.calibration.read(seed)) if self.calibration else self
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A stage knows its settings by its own name: what it says of them is told of those of this step."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error).replace(f"technique.{self.name}.", f"technique.{self.key}.")) from error
+
+    def build(self, **offered: Any) -> Any:
+        """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:
+        a callback finds its model in the Trainer, a module is made with it."""
+        takes = inspect.signature(self.technique).parameters
+        given = {name: value for name, value in {**offered, "training": self.training}.items() if name in takes}
+        return parse(self.technique, self.arguments, f"technique.{self.key}", **given)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment whose parts are valid and fit together."""
+
+    method: str
+    backbone: Backbone
+    task: Task
+    training: Training
+    steps: tuple[Step, ...]
+    settings: Settings
+    team: Any = None
+    """The processes that train together, a :class:`compress.running.team.Team`."""
+
+    def read(self, splits: Splits, team: Any = None) -> Plan:
+        """This plan with the labels of the data, and every step's own calibration text, at hand."""
+        steps = tuple(one.read(self.settings.seed) for one in self.steps)
+        return replace(self, task=splits.task, steps=steps, team=team)
+
+    def addresses(self, data: str) -> list[Any]:
+        """What decides the baseline, how it is trained, and what decides every stage, given the data's fingerprint.
+        Files of models are read for it."""
+        return [self.address(data), plain(self.training), *(step.address for step in self.steps)]
+
+    def address(self, data: str) -> dict[str, Any]:
+        """What decides the baseline besides its training, given the fingerprint of the data."""
+        task = plain(self.task)
+        for key in ("path", "hub", "files"):
+            del task[key]  # where the data lies decides nothing: its content is in the fingerprint
+        hardware = self.settings.hardware
+        return {
+            "model": {**plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
+            "task": task,
+            "data": data,
+            "seed": self.settings.seed,
+            "device": hardware.device.type,
+            "processes": hardware.processes,
+            "precision": hardware.precision,
+            "batch_size": hardware.batch_size,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def check(cfg: DictConfig) -> Plan:
+    """The plan of ``cfg``.
+
+    Raises:
+        UserError: a key, type or value is wrong, an extra is missing, stages do not follow on one another, or task,
+            model and stages do not fit together.
+    """
+    known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed", "split")
+    if missing := [key for key in known if cfg.get(key) is None]:
+        raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
+    if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
+        raise UserError(f"`{unknown[0]}` is set and means nothing here: the settings are {', '.join(known)}.")
+    task = parse(Task, plain(cfg.task), "task")
+    backbone = parse(Backbone, plain(cfg.model), "model")
+    steps = tuple(step(stage) for stage in chain.stages(cfg.technique))
+    follow(cfg.technique.name, steps)
+    training = parse(Training, plain(cfg.baseline), "baseline")
+    planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
+    if planned.settings.hardware.runtime:
+        raise UserError(
+            "hardware.runtime is for artifacts that are there (python evaluate.py artifact=FOLDER "
+            "hardware.runtime=...) and a chain runs where its last stage leaves it: leave hardware.runtime out, or end "
+            "the chain on `onnx` or `openvino`."
+        )
+    skeleton = backbone.skeleton(task)
+    reads = backbone.path and any("tokenizer" in inspect.signature(one.technique).parameters for one in steps)
+    offered = {
+        "task": task,
+        "baseline_config": copy.deepcopy(skeleton.config),
+        "tokenizer": backbone.tokenizer() if reads else None,
+    }
+    built: list[Any] = []
+    for one in steps:
+        with one.told():
+            stage = one.build(model=skeleton, **offered)
+            if hasattr(stage, "check"):
+                stage.check(skeleton, built)
+            if hasattr(stage, "preview"):
+                skeleton = stage.preview(skeleton)
+        if planned.settings.hardware.processes > 1 and one.training.epochs and not trait(stage, "together"):
+            raise UserError(
+                f"`{one.key}` trains in one process and hardware asks for {planned.settings.hardware.processes}: set "
+                "hardware.devices=1 and hardware.nodes=1."
+            )
+        built.append(stage)
+    wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
+    return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
+
+
+def step(stage: chain.Stage) -> Step:
+    """A stage of the config with its class found and what it imports at hand."""
+    arguments = plain(stage.node)
+    target = arguments.pop("_target_")
+    module, _, name = target.rpartition(".")
+    try:
+        technique = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"Stage `{stage.key}` names the class {target}, which cannot be imported ({error}): correct `_target_` in "
+            f"conf/technique/stage/{stage.name}.yaml."
+        ) from error
+    missing = [package for package in trait(technique, "packages") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed: pip install -e '.[{stage.name}]'"
+        )
+    training = parse(Training, arguments.pop("train", {}), f"technique.{stage.key}.train")
+    other = calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
+    return Step(stage.key, stage.name, technique, arguments, training, calibration=other)
+
+
+def calibration(asked: Any, key: str) -> Calibration | None:
+    """What ``key`` names: a text file, or a task of ``conf/task``, alone or with settings such as its ``path``."""
+    if asked is None:
+        return None
+    if isinstance(asked, str) and (file := Path(asked).expanduser()).is_file():
+        return Calibration(asked, file)
+    settings = dict(asked) if isinstance(asked, dict) else {"task": asked}
+    name = str(settings.pop("task", None))
+    tasks = {path.stem: path for path in (CONF / "task").glob("*.yaml")}
+    if name not in tasks:
+        near = get_close_matches(name, tasks, 1)
+        raise UserError(
+            f"{key} is {asked}, which is neither a text file nor a task{f' (meant: {near[0]}?)' if near else ''}: name "
+            f"a file or one of {', '.join(sorted(tasks))}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
+        )
+    task = parse(Task, {**plain(OmegaConf.load(tasks[name])), **settings}, key)
+    return Calibration(asked, task)
+
+
+def follow(method: str, steps: tuple[Step, ...]) -> None:
+    """Raise UserError where a stage cannot work on the weights that the one before it leaves."""
+    weights, before = "float", None
+    for one in steps:
+        needs = trait(one.technique, "needs")
+        if weights not in needs:
+            last = [s.name for s in steps if trait(s.technique, "leaves") not in ("float", None)]
+            rest = [s.name for s in steps if trait(s.technique, "leaves") in ("float", None)]
+            works = {name: "technique=" + "+".join([*rest, name]) for name in last}
+            if setting := trait(one.technique, "instead").get(before or ""):
+                works[one.name] += f" technique.{one.name}.{setting}"
+            raise UserError(
+                f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
+                f"leaves {weights} ones: try {' or '.join(works.values())}."
+            )
+        weights, before = trait(one.technique, "leaves") or weights, one.key
+
+
+def check_data(planned: Plan, splits: Splits) -> None:
+    """Raise UserError where a stage wants more texts than there are."""
+    for one in () if planned.task.kind == "lm" else planned.steps:
+        for split, adjective in (("train", "training"), ("validation", "validation")):
+            other = one.calibration.rows if one.calibration and split == "train" else None
+            asked, texts = one.samples.get(split, 0), len(getattr(splits, split) if other is None else other)
+            if asked > texts:
+                where = f"task `{planned.task.name}`" if other is None else f"technique.{one.key}.calibration"
+                raise UserError(
+                    f"technique.{one.key}.samples is {asked} and {where} has {texts} {adjective} "
+                    f"texts: set technique.{one.key}.samples={texts} or less."
+                )
+
+
+def check_blocks(planned: Plan, data: TaskData) -> None:
+    """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
+    for one in planned.steps if planned.task.kind == "lm" else ():
+        text = one.calibration and one.calibration.rows
+        with one.told():
+            its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
+            its.calibration(one.samples.get("train", 0), batch_size=1)

@@ -1,0 +1,158 @@
+"""The model card of an artifact: what it is, how it was made, what it is worth, how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from omegaconf import OmegaConf
+
+from compress.artifacts.artifact import Description
+from compress.measuring.measure import Measurement
+from compress.reporting import findings
+from compress.reporting import rows as results
+from compress.reporting import rows as rows_reporting
+from compress.reporting.rows import Outcome
+from compress.runtimes.torch import FORMATS
+
+LOAD = """\
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
+LOAD_UNEVEN = """\
+import compress
+
+model, tokenizer, _ = compress.load("{folder}")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
+LOAD_ONNX = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+(logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
+"""
+LOAD_ONNX_LM = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+onnxruntime.set_default_logger_severity(3)  # it warns of every key and value that may be left out
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokens = dict(tokenizer("A text.", return_tensors="np"))
+(logits,) = session.run(["logits"], tokens)  # and, with its keys and values, by `compress.load` token by token:
+# model, tokenizer, _ = compress.load("{folder}")
+# tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
+"""
+LOAD_OPENVINO = """\
+import json
+
+import openvino
+from transformers import AutoTokenizer
+
+settings = json.load(open("{folder}/compile.json"))
+model = openvino.compile_model("{folder}/openvino_model.xml", "CPU", settings)
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
+"""
+
+
+def write(folder: Path, outcome: Outcome, method: str) -> None:
+    """Write ``README.md`` into the artifact, in the hub's form."""
+    description, measured = outcome.descriptions[method], outcome.measurements[method]
+    auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
+    job = rows_reporting.Job(method, description.model, description.task, seed=0)
+    rows = [results.row(job, name, outcome) for name in outcome.measurements]
+    config = json.loads((folder / "config.json").read_text())
+    uneven = "compress" in config
+    ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
+    form = config.get("quantization_config", {}).get("quant_method")
+    packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
+    onnx = LOAD_ONNX_LM if description.kind == "lm" else LOAD_ONNX
+    loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
+    lines = [
+        "---",
+        front_matter(folder, description, measured),
+        "---",
+        "",
+        f"# {description.model} on {description.task}: {method}",
+        "",
+        "| step | time, s | settings |",
+        "|---|---|---|",
+        *(f"| {done.name} | {done.seconds:.1f} | {settings(done.settings)} |" for done in description.history),
+        "",
+        "## Measured",
+        "",
+        *findings.markdown(rows, findings.recommendations(rows)).splitlines()[2:],
+        "",
+        f"Quality is over the {measured.examples:,} examples of the {measured.split} split, which calibrated nothing"
+        f"{' and chose nothing' if measured.split == 'test' else ''}.",
+        "Latency is the median time of one text, timed in turns with the baseline.",
+        *cost(measured),
+        "",
+        *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
+        "## Load it with `compress`" if uneven else "## Load it without `compress`",
+        ours if uneven else "",
+        packed if form in FORMATS else "",
+        "```python",
+        loads.format(auto=auto, folder=".") + "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def front_matter(folder: Path, description: Description, measured: Measurement) -> str:
+    """What the hub reads: the library, the task, the model and the data set where they are the hub's own, and the
+    metrics as a model-index."""
+    pipeline = "text-generation" if description.kind == "lm" else "text-classification"
+    library = "transformers" if description.runtime == "torch" else description.weights
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
+    path = OmegaConf.select(config, "model.path")
+    base = str(path) if path and not Path(path).exists() else None
+    hub = None if OmegaConf.select(config, "task.path") else OmegaConf.select(config, "task.hub")
+    data: dict[str, Any] = {
+        "dataset_type": hub.id if hub else description.task,
+        "dataset_name": description.task,
+        "dataset_config": hub.get("config") if hub else None,
+        "dataset_split": hub.get(measured.split) if hub else measured.split,
+    }
+    results = [
+        EvalResult(task_type=pipeline, **data, metric_type=name, metric_name=name, metric_value=round(value, 6))
+        for name, value in measured.quality.items()
+    ]
+    return ModelCardData(
+        base_model=base,
+        datasets=[hub.id] if hub else None,
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=["compress"],
+        metrics=list(measured.quality),
+        model_name=f"{description.model}-{description.task}-{description.method}",
+        eval_results=results,
+    ).to_yaml()
+
+
+def cost(measured: Measurement) -> Iterator[str]:
+    """What else running it took, as far as it was measured."""
+    yield (
+        f"One text: {measured.latency.median_ms:.2f} ms (p95 {measured.latency.p95_ms:.2f}, p99 "
+        f"{measured.latency.p99_ms:.2f}) on {measured.device}, {measured.threads} threads."
+    )
+    if one := measured.generation:
+        yield (
+            f"After a prompt of {one.prompt_tokens} tokens the first new one took {one.first_token.median_ms:.2f} ms, "
+            f"each one after it {one.per_token.median_ms:.2f} ms."
+        )
+    if measured.memory:
+        yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory beside the libraries."
+
+
+def settings(values: dict) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items() if key not in ("stage", "train"))

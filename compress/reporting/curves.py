@@ -1,0 +1,159 @@
+"""What a sweep over numbers shows: quality and size against every setting that it varies."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from compress.reporting.rows import Row
+
+
+MOST_TICKS = 12
+BASELINE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
+
+
+def write(folder: Path, rows: list[Row]) -> list[Path]:
+    """Write ``curves/<setting>.png`` into a sweep's folder, and the same figures for TensorBoard; their paths."""
+    if not (figures := curves(rows)):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    (folder / "curves").mkdir(exist_ok=True)
+    paths = []
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for name, figure in figures.items():
+            paths.append(folder / "curves" / f"{name}.png")
+            figure.savefig(paths[-1])
+            writer.add_figure(f"curves/{name}", figure)
+    return paths
+
+
+def curves(rows: list[Row]) -> dict[str, Figure]:
+    """A figure for every numeric setting of a stage with at least two values among the completed rows, by its name;
+    of several models, tasks or metrics each has its own."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "completed":
+            groups[row["model"], row["task"], row["metric"]].append(row)
+    figures = {}
+    for group_name, group in groups.items():
+        numbers = [settings(row) for row in group if row["method"] != "none"]
+        for name in dict.fromkeys(name for found in numbers for name in found):
+            if len({found[name] for found in numbers if name in found}) > 1:
+                full = "-".join((*group_name, name)) if len(groups) > 1 else name
+                figures[full.replace("/", "_")] = figure(group, name)
+    return figures
+
+
+def settings(row: Row) -> dict[str, float]:
+    """The numbers among the settings of its stages: ``{"prune.sparsity": 0.5}``."""
+    found = {}
+    for key, value in overrides(row).items():
+        if key.startswith("technique.") and (number := as_number(value)) is not None:
+            found[key.removeprefix("technique.")] = number
+    return found
+
+
+def overrides(row: Row) -> dict[str, str]:
+    words = (word.lstrip("+").partition("=") for word in row["overrides"].split())
+    return {key: value for key, _, value in words}
+
+
+def as_number(text: str) -> float | None:
+    """None where ``text`` is no finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
+    """The rows that have the setting, those that differ in nothing else together, in its order: first the names of
+    what tells these lines apart, then the lines by the values of that, numbers in their order."""
+    having = [row for row in rows if row["method"] != "none" and name in settings(row)]
+    facts = [
+        {"method": row["method"], "seed": str(row["seed"]), **overrides(row), f"technique.{name}": ""} for row in having
+    ]
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    varying = [key for key in keys if len({fact.get(key, "") for fact in facts}) > 1]
+    found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row, fact in zip(having, facts):
+        found[tuple(fact.get(key, "") for key in varying)].append(row)
+
+    def order(values: tuple[str, ...]) -> list[Any]:
+        numbers = [as_number(value) for value in values]
+        return [(number is None, number or 0.0, value) for number, value in zip(numbers, values)]
+
+    for line in found.values():
+        line.sort(key=lambda row: settings(row)[name])
+    return [key.removeprefix("technique.") for key in varying], {key: found[key] for key in sorted(found, key=order)}
+
+
+def figure(rows: list[Row], name: str) -> Figure:
+    """The primary metric of ``rows`` of one model and task, and under it the size, against the setting ``name``."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    varying, drawn = lines(rows, name)
+    baselines = [row for row in rows if row["method"] == "none"]
+    panel = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    top, bottom = panel.subplots(2, 1, sharex=True)
+    for axis, key in ((top, "value"), (bottom, "size_mb")):
+        for number, line in enumerate(drawn.values()):
+            axis.plot(
+                [settings(row)[name] for row in line],
+                [row[key] for row in line],
+                color=colormaps["viridis"](0.9 * number / max(len(drawn) - 1, 1)),
+                marker="o",
+                markersize=4,
+            )
+        for value in {row[key] for row in baselines}:
+            axis.axhline(value, **BASELINE)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.ticklabel_format(axis="y", useOffset=False)
+    top.set_ylabel(rows[0]["metric"])
+    bottom.set_ylabel("size, MB")
+    bottom.set_xlabel(name)
+    place_ticks(bottom, sorted({settings(row)[name] for line in drawn.values() for row in line}))
+
+    labels = [", ".join(value or "-" for value in values) for values in drawn] if varying else []
+    handles = [*top.lines[: len(labels)], *top.lines[len(drawn) :][:1]]
+    labels += ["baseline"] if len(handles) > len(labels) else []
+    if labels:
+        panel.legend(
+            handles,
+            labels,
+            loc="outside right upper",
+            title=",\n".join(varying),
+            ncols=math.ceil(len(labels) / 24),
+            fontsize=8,
+            title_fontsize=8,
+            alignment="left",
+            frameon=False,
+        )
+    methods = {row["method"] for line in drawn.values() for row in line}
+    method = f": {methods.pop()}" if len(methods) == 1 else ""
+    panel.suptitle(f"{rows[0]['model']} on {rows[0]['task']}{method}", fontsize=11)
+    return panel
+
+
+def place_ticks(axis: Axes, values: list[float]) -> None:
+    """Ticks at the values themselves where there is room for them; a logarithmic axis for wide ranges."""
+    low, high = values[0], values[-1]
+    wide = low > 0 and high / low >= 50
+    if wide:
+        axis.set_xscale("log")
+    places = [math.log(value) for value in values] if wide else values
+    nearest = min(after - before for before, after in pairwise(places))
+    if nearest * MOST_TICKS >= places[-1] - places[0]:
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()

@@ -1,0 +1,166 @@
+"""``report.html``: one file that opens without a network, with everything that a run or a sweep found out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.cache import files
+from compress.reporting import curves, findings, jobs, tables
+from compress.reporting import rows as results
+from compress.reporting.plots import Picture, figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from compress.reporting.rows import Row
+
+
+SHARES = ("change", "churn", "against_teacher", "worst_slice_change")
+"""Columns in fractions, which are shown as percent or points."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading, and what of a row is shown and sorted by."""
+
+    name: str
+    form: str
+    key: str
+    ends: tuple[str, str] | None = None
+
+    def text(self, one: Row) -> str:
+        if one.get(self.key) is None:
+            return ""
+        shown = self.form.format(self.scaled(one, self.key))
+        if self.ends and one.get(self.ends[0]) is not None:
+            low, high = (self.form.format(self.scaled(one, end)) for end in self.ends)
+            shown += f" [{low}, {high}]"
+        return shown + "*" * (self.key == "change" and results.significant(one))
+
+    def scaled(self, one: Row, key: str) -> Any:
+        return one[key] * 100 if self.key in SHARES and one["metric"] != "perplexity" else one[key]
+
+
+QUALITY_AND_COST = (
+    Column("change [95%]", "{:+.2f}", "change", ("change_low", "change_high")),
+    Column("p (Holm)", "{:.2g}", "p_holm"),
+    Column("churn, %", "{:.1f}", "churn"),
+    Column("to teacher", "{:+.2f}", "against_teacher"),
+    Column("MB", "{:.2f}", "size_mb"),
+    Column("smaller", "{:.2f}x", "compression_ratio"),
+    Column("ms [95%]", "{:.2f}", "latency_ms", ("latency_low_ms", "latency_high_ms")),
+    Column("faster [95%]", "{:.2f}", "speedup", ("speedup_low", "speedup_high")),
+    Column("texts/s", "{:,.0f}", "throughput_per_s"),
+    Column("memory, MB", "{:,.1f}", "model_memory_mb"),
+    Column("compress s", "{:.1f}", "compression_time_s"),
+)
+DETAILS = (
+    Column("mean ms", "{:.2f}", "latency_mean_ms"),
+    Column("sd", "{:.2f}", "latency_sd_ms"),
+    Column("p95", "{:.2f}", "latency_p95_ms"),
+    Column("p99", "{:.2f}", "latency_p99_ms"),
+    Column("CPU ms", "{:.2f}", "cpu_ms"),
+    Column("GPU ms", "{:.2f}", "gpu_ms"),
+    Column("tokenizer ms", "{:.3f}", "tokenizer_ms"),
+    Column("first token ms", "{:.2f}", "first_token_ms"),
+    Column("per token ms", "{:.2f}", "per_token_ms"),
+    Column("process peak, MB", "{:,.0f}", "peak_memory_mb"),
+    Column("GPU peak, MB", "{:,.0f}", "gpu_memory_mb"),
+    Column("MACs, 10⁶", "{:,.1f}", "mmacs"),
+    Column("J/text", "{:.3g}", "energy_j"),
+    Column("export agrees", "{:.1%}", "label_agreement"),
+    Column("its logits differ by", "{:.2g}", "max_logit_difference"),
+    Column("parameters", "{:,}", "parameters"),
+    Column("non-zeros", "{:,}", "nonzeros"),
+    Column("train s", "{:.1f}", "training_time_s"),
+    Column("measure s", "{:.1f}", "measuring_time_s"),
+    Column("worst part", "{}", "worst_slice"),
+    Column("its change", "{:+.1f}", "worst_slice_change"),
+)
+
+
+def write(folder: Path, rows: list[Row]) -> Path:
+    """Write ``report.html`` of ``rows`` into ``folder``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    rows = [{**one, "mmacs": one["macs"] / 1e6 if one.get("macs") else None} for one in rows]
+    labels = tables.labels(rows)
+    content = environment.get_template("page.html.j2").render(
+        title=tables.title(rows),
+        recommendations=findings.conclusions(folder, rows),
+        tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
+        effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
+        seeds=tables.over_seeds(rows),
+        pictures=[
+            Picture(title, uri(figure))
+            for title, figure in (
+                *figures(rows),
+                *((f"against {name}", figure) for name, figure in curves.curves(rows).items()),
+            )
+        ],
+        notes=findings.notes(rows),
+        repeat=repeat(rows),
+        environments=environments(rows),
+    )
+    files.write_whole(folder / "report.html", content)
+    return folder / "report.html"
+
+
+def table(rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False) -> dict[str, Any]:
+    """Headings and lines, each cell as what is shown and what it is sorted by; columns that no row fills are left out,
+    and a failed row is a line of its own kind."""
+    metrics = list(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed"))
+    if value and metrics:
+        columns = (Column(" / ".join(metrics), "{:.4f}", "value"), *columns)
+    columns = tuple(column for column in columns if any(one.get(column.key) is not None for one in rows))
+    lines = []
+    for number, (one, label) in enumerate(zip(rows, labels), 1):
+        lost = one["status"] == "failed"
+        compared = one["method"] != "none"
+        cells = [
+            ("", "")
+            if lost or (column.key in ("change", "compression_ratio", "compression_time_s") and not compared)
+            else (column.text(one), one.get(column.key))
+            for column in columns
+        ]
+        lines.append({"number": number, "label": label, "cells": cells, "failed": lost, "reason": one.get("reason")})
+    return {"headings": [column.name for column in columns], "lines": lines}
+
+
+def uri(figure: Figure) -> str:
+    """A figure as an image in the page; outside the axes nothing is cut off."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def repeat(rows: list[Row]) -> list[dict[str, str]]:
+    """What made each job: its command and the fingerprint of its data; its whole config where Hydra left it."""
+    found = {}
+    for one in rows:
+        hydra = Path(one.get("folder") or ".") / ".hydra"
+        if one.get("folder") and one["folder"] not in found and (hydra / "config.yaml").is_file():
+            words = [line.removeprefix("- ") for line in (hydra / "overrides.yaml").read_text().splitlines()]
+            found[one["folder"]] = {
+                "command": " ".join(["python train.py", *(word for word in words if word != "[]")]),
+                "config": (hydra / "config.yaml").read_text(),
+                "data": one.get("data", ""),
+            }
+    return list(found.values())
+
+
+def environments(rows: list[Row]) -> list[dict[str, str]]:
+    """Where the jobs ran, each place once."""
+    found: list[dict[str, str]] = []
+    for folder in dict.fromkeys(one["folder"] for one in rows if one.get("folder")):
+        result = Path(folder) / jobs.RESULT
+        told = json.loads(result.read_text()).get("environment") if result.is_file() else None
+        if told and told not in found:
+            found.append(told)
+    return found

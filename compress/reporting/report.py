@@ -1,0 +1,140 @@
+"""What came of a run or a sweep: ``results.csv``, ``.parquet`` and ``.md``, and the terminal's table; ``html.py`` draws
+``report.html`` and ``board.py`` writes for TensorBoard.
+
+Importing this module is cheap: Hydra does so before every job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.cache.files import write_whole
+from compress.reporting import tensorboard
+from compress.reporting.findings import conclusions, markdown, notes
+from compress.reporting.jobs import RESULT
+from compress.reporting.rows import Job, Outcome, Row, corrected, failed, rows_of
+from compress.reporting.tables import table
+
+if TYPE_CHECKING:
+    pass
+
+
+log = logging.getLogger(__name__)
+FIRST = (
+    "method",
+    "size_mb",
+    "latency_ms",
+    "accuracy",
+    "training_time_s",
+    "model",
+    "task",
+    "seed",
+    "overrides",
+    "status",
+)
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "pytorch-lightning",
+    "torchmetrics",
+    "tokenizers",
+    "compressed-tensors",
+    "bitsandbytes",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+)
+
+
+def finish(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
+    """Write a completed job's results."""
+    rows = rows_of(folder, job, outcome)
+    conclude(folder, rows)
+    tensorboard.write(folder / "tensorboard", rows[-1])
+    return rows
+
+
+def fail(folder: Path, job: Job, reason: str) -> None:
+    """Write that a job failed, and why."""
+    rows = [failed(job, reason)]
+    conclude(folder, rows)
+    tensorboard.write(folder / "tensorboard", rows[-1])
+
+
+def conclude(folder: Path, rows: list[Row]) -> None:
+    """Write a job's rows, for the sweep's report to find and for people."""
+    write_whole(folder / RESULT, json.dumps({"rows": rows, "environment": environment()}, indent=2))
+    write(folder, rows)
+
+
+def environment() -> dict[str, str]:
+    """Where the figures come from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    found = {
+        "system": platform.platform(),
+        "cpu": f"{next(named, platform.processor())}, {os.cpu_count()} logical cores",
+        "python": platform.python_version(),
+    }
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def publish(folder: Path, rows: list[Row]) -> list[Row]:
+    """Write the tables and the report of ``rows`` and show them; the rows with what is known of them together."""
+    rows = record(folder, rows)
+    show(rows, folder)
+    return rows
+
+
+def record(folder: Path, rows: list[Row]) -> list[Row]:
+    """Write the tables and the report of ``rows``; the rows with what is known of them together."""
+    from compress.reporting import page
+
+    rows = corrected(rows)
+    write(folder, rows)
+    page.write(folder, rows)
+    return rows
+
+
+def write(folder: Path, rows: list[Row]) -> None:
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
+    import pandas
+
+    text = io.StringIO()
+    columns = list(dict.fromkeys((*FIRST, *(name for one in rows for name in one))))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "results.csv", text.getvalue())
+    pandas.DataFrame(rows, columns=columns).to_parquet(folder / "results.parquet")
+    write_whole(folder / "results.md", markdown(rows, conclusions(folder, rows)))
+
+
+def show(rows: list[Row], folder: Path) -> None:
+    """Draw the table in the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print()
+    console.print(table(rows, console.width))
+    for line in conclusions(folder, rows):
+        console.print(f"  {line}", markup=False)
+    for note in notes(rows):
+        console.print(f"  {note}", style="dim")
+    console.print(f"  results: {folder}", soft_wrap=True)

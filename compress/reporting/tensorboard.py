@@ -1,0 +1,138 @@
+"""What TensorBoard shows of jobs and sweeps: final figures, HParams, and charts that overlay the variants."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.reporting.rows import Row
+
+
+FIGURES = (
+    "value",
+    "change",
+    "size_mb",
+    "latency_ms",
+    "speedup",
+    "compression_ratio",
+    "throughput_per_s",
+    "model_memory_mb",
+    "training_time_s",
+    "compression_time_s",
+)
+"""In the order of the HParams table's columns, of which it shows five unasked."""
+LAYOUT = {
+    "final": {
+        "quality": ["Multiline", ["final/value"]],
+        "size": ["Multiline", ["final/size_mb", "final/compression_ratio"]],
+        "speed": ["Multiline", ["final/latency_ms", "final/speedup"]],
+    },
+    "training": {
+        "training loss": ["Multiline", ["^train/loss$"]],
+        "validation loss": ["Multiline", ["^validation/loss$"]],
+        "validation metrics": ["Multiline", ["^validation/(?!loss)"]],
+    },
+}
+"""Custom Scalars: a chart for each, with a line for every run."""
+
+LONGEST = 100  # characters of a run's name, which is a folder's as well
+
+
+def write(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> None:
+    """The final figures as scalars and as a row of the HParams tab with the settings that were ``chosen``, all of them
+    if none are given; marked as failed where the job failed.
+
+    The summaries are written one by one: ``add_hparams`` would start a run of its own, and declaring the metrics with
+    values would draw a false point.
+    """
+    from tensorboard.plugins.hparams import api_pb2, metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import Summary, hparams
+
+    figures = {f"final/{name}": result[name] for name in FIGURES if result.get(name) is not None}
+    status = "SUCCESS" if result["status"] == "completed" else "FAILURE"
+    with SummaryWriter(str(folder)) as writer:
+        for summary in hparams(settings(result) if chosen is None else chosen, dict.fromkeys(figures, 0.0))[:2]:
+            writer.file_writer.add_summary(summary)
+        for name, value in figures.items():
+            writer.add_scalar(name, value)
+        end = SessionEndInfo(status=api_pb2.Status.Value(f"STATUS_{status}"))
+        data = metadata.create_summary_metadata(HParamsPluginData(session_end_info=end))
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]))
+
+
+def settings(result: Row) -> dict[str, Any]:
+    """What was chosen, each setting a column; a number as one, so that the tab can draw an axis of it."""
+    from compress.reporting.curves import as_number, overrides
+
+    chosen = {key: result[key] for key in ("method", "model", "task", "metric") if result.get(key)}
+    for key, value in overrides(result).items():
+        number = as_number(value)
+        chosen[key.removeprefix("technique.")] = value if number is None else number
+    return {**chosen, "seed": result["seed"]}
+
+
+def overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
+    """``tensorboard/`` of a sweep: a run of a short name for every row, with its curves and the settings in which rows
+    differ, the charts that overlay them, and the pictures of the report.
+
+    tensorboard --logdir multirun/2026-01-31/12-00-00/tensorboard
+    """
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    from compress.reporting import plots
+
+    into = folder / "tensorboard"
+    names: list[str] = []
+    for one, label, chosen in zip(rows, labels, differing(rows)):
+        name = re.sub(r"[^\w+.= -]+", "-", label)[:LONGEST]
+        names.append(f"{name} ({len(names)})" if name in names else name)
+        shutil.rmtree(into / names[-1], ignore_errors=True)
+        trained = [stage for stage in stages(one, rows) if has_curves(stage)]
+        for stage in trained:
+            alone = len(trained) == 1
+            shutil.copytree(stage, into / names[-1] / ("" if alone else stage.name), dirs_exist_ok=True)
+        write(into / names[-1], one, chosen)
+    with SummaryWriter(str(into)) as writer:
+        writer.add_custom_scalars(LAYOUT)
+        for title, figure in plots.figures(rows):
+            content = io.BytesIO()
+            figure.savefig(content, dpi=120, bbox_inches="tight")
+            content.seek(0)
+            writer.add_image(f"report/{title}", imread(content)[..., :3], dataformats="HWC")
+
+
+def differing(rows: list[Row]) -> list[dict[str, Any]]:
+    """The method of every row, and of its settings those that the rows do not share; a baseline knows none of
+    techniques, and a job that failed perhaps none at all."""
+    every = [settings(one) for one in rows]
+    done = (one["method"] != "none" and one["status"] == "completed" for one in rows)
+    compared = [chosen for chosen, known in zip(every, done) if known] or every
+    keys = {key for chosen in compared for key in chosen}
+    vary = {key for key in keys if len({str(chosen.get(key)) for chosen in compared}) > 1} | {"method"}
+    return [{key: value for key, value in chosen.items() if key in vary} for chosen in every]
+
+
+def stages(one: Row, rows: list[Row]) -> list[Path]:
+    """The folders of curves that are the row's own: the baseline's training is that of the baseline alone."""
+    job = Path(one["folder"]) / "tensorboard"
+    if one["method"] == "none":
+        return sorted(job.glob("0_*"))
+    return [] if is_measured_beside_another(one, rows) else sorted(job.glob("[1-9]*_*"))
+
+
+def has_curves(stage: Path) -> bool:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return any(tag.startswith("train/") for tag in EventAccumulator(str(stage)).Reload().Tags()["scalars"])
+
+
+def is_measured_beside_another(one: Row, rows: list[Row]) -> bool:
+    """Whether the row was measured in the job of another row, whose figures are the job's."""
+    return any(other["folder"] == one["folder"] for other in rows[rows.index(one) + 1 :])

@@ -1,0 +1,168 @@
+"""The story of a run: check the whole chain, fine-tune a baseline, apply stage after stage, measure, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from compress.cache import files
+from compress.cache.digests import digest, environment
+from compress.cache.files import flush, remove
+from compress.cache.store import BEGAN
+from compress.errors import PostconditionError, UserError, causes, told
+from compress.planning import chain
+from compress.planning import settings as settings_planning
+from compress.planning.chain import TARGET
+from compress.quiet import hush
+from compress.reporting import jobs, report
+from compress.running import team as together
+from compress.running.experiment import carry_out, follow, prepared
+
+log = logging.getLogger(__name__)
+
+FINISHED = "finished"
+"""The file of a finished job: what was asked for and what it was made of, so that it is not done again."""
+
+
+def main(cfg: DictConfig) -> int:
+    """Run one job of the command line, write what came of it; 1 where it failed, with the reason told. A job that an
+    earlier run into the same folder finished with the same config, data, models and code is left as it is."""
+    hush()
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    job = jobs.asked(cfg, hydra.overrides.task)
+
+    with open_dict(cfg):
+        search = cfg.pop("search", None)
+    finished, asked = folder / FINISHED, digest([resolved(cfg), environment()])
+    lock = FileLock(folder / ".job.lock", timeout=0)
+    done = finished.is_file() and finished.read_text().startswith(asked)  # and stays until it has to be done again
+    mine = os.environ.get("SLURM_PROCID", "0") == "0"
+
+    def work() -> None:
+        nonlocal done, mine
+        if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
+            raise UserError("A search tries many chains, a job each: python train.py -m search=latency ...")
+        if mine:
+            try:
+                lock.acquire()
+            except Timeout:
+                mine = False
+                raise UserError(f"Another process is at work on this job: wait for its end ({folder}).") from None
+        chain.leave_out(cfg.technique, hydra.overrides.task)
+        with together.gathered(cfg, settings_planning.settings(cfg).hardware, follow) as team:
+            if team and team.rank:
+                return follow(cfg, team)
+            planned, splits, addresses = prepared(cfg, team)
+            key = f"{asked} {digest(addresses)}"
+            if finished.is_file() and finished.read_text() == key:
+                log.info(f"finished before: {folder}")
+                rows = json.loads((folder / jobs.RESULT).read_text())["rows"]
+                jobs.took_no_time(folder)
+            else:
+                done = False
+                for earlier in (FINISHED, jobs.RESULT, "tensorboard", "report", "predictions"):
+                    remove(folder / earlier)
+                rows = report.finish(folder, job, carry_out(cfg, planned, splits, addresses, folder, begun(hydra)))
+                flush(folder)
+                files.write_whole(finished, key)
+                done = True
+                remove(folder / jobs.STAGE)
+        if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
+            report.publish(folder, rows)
+        return None
+
+    def fail(reason: str) -> None:
+        if done:
+            log.info(f"What the job found before is kept: {folder}")
+        elif mine:
+            for half in (finished, folder / "artifact"):
+                remove(half)
+            report.fail(folder, job, reason)
+
+    try:
+        return guarded(work, fail)
+    finally:
+        lock.release()
+
+
+def begun(hydra: Any) -> float:
+    """When the sweep of this job began, or else this process, in seconds since 1970."""
+    sweep = Path(hydra.sweep.dir) / "multirun.yaml"
+    return sweep.stat().st_mtime if hydra.mode == RunMode.MULTIRUN and sweep.is_file() else BEGAN
+
+
+def resolved(cfg: DictConfig) -> Any:
+    """What decides the result of a job; None where a value is missing, which the job will tell."""
+    try:
+        return {key: settings_planning.plain(cfg[key]) for key in cfg if key != "cache"}
+    except OmegaConfBaseException:
+        return None
+
+
+def guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
+    """0, or 1 where ``work`` raised: one sentence for what a user can put right, a traceback for what is our fault.
+
+    Raises:
+        SystemExit: the process was asked to stop, or what came of the work could not be written.
+    """
+    stop: BaseException | None = None
+    try:
+        with interruptible():
+            work()
+        return 0
+    except (UserError, PostconditionError) as error:
+        reason = str(error)
+        log.error(reason)
+    except Exception as error:
+        sentence = told(error)
+        reason = sentence or f"{type(error).__name__}: {error}"
+        (log.error if sentence else log.exception)(reason)
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
+        kinds = tuple(map(type, causes(error)))
+        by = "SIGTERM" if Terminated in kinds else "Ctrl-C" if KeyboardInterrupt in kinds else "a signal"
+        reason = f"stopped by {by}: the same command into the same folder goes on with it"
+        log.error(reason)
+        stop = SystemExit(130) if by != "a signal" else error  # that of a cluster's handler
+    try:
+        fail(reason)
+    except OSError as error:
+        sys.exit(f"What came of the job could not be written. {told(error) or error}")
+    if stop:
+        raise stop
+    return 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nobody else has a use for it."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, so that it is told; a cluster's own handler stays."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,131 @@
+"""What the baseline and every stage do: train, keep what they promise, write an artifact."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from compress.artifacts import artifact
+from compress.artifacts.artifact import Description, Done
+from compress.formats import packed as packing
+from compress.models.layers import compressed
+from compress.planning import plan
+from compress.planning import settings as settings_planning
+from compress.planning.plan import Plan, Step
+from compress.running import promises
+from compress.running.training import HoldZeros, fit, limits, task_data
+from compress.tasks.metrics import metrics
+from compress.tasks.splits import Splits
+from compress.technique import Training, trait
+from compress.techniques.finetune import FineTune
+
+log = logging.getLogger(__name__)
+
+
+def letting_go(work: Callable[..., None]) -> Callable[..., None]:
+    """Have all memory of ``work`` given back at its end: a Trainer and its model hold each other, and Python would keep
+    gigabytes until it has counted enough objects."""
+
+    @functools.wraps(work)
+    def worked(*args: Any) -> None:
+        work(*args)
+        gc.collect()
+
+    return worked
+
+
+@letting_go
+def start(planned: Plan, splits: Splits, into: Path) -> None:
+    """Write the baseline: the model with the task's head, fine-tuned."""
+    call(planned, planned.training, stage="baseline")
+    pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
+    model, tokenizer, trained = planned.backbone.build(planned.task, splits.train["text"])
+    training = planned.training
+    data = task_data(splits, model, tokenizer, training.batch_size, planned.settings)
+    if data.max_length < planned.task.max_length:
+        log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
+    plan.check_blocks(planned, data)
+    seconds, losses = 0.0, dict[str, float]()
+    if training.epochs:
+        module = FineTune(model, metrics(planned.task), training)
+        training, seconds, losses = fit(module, [], data, planned, training, into, "baseline")
+    (into / "tensorboard").mkdir(exist_ok=True)
+    untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
+    description = Description(
+        kind=planned.task.kind,
+        model=planned.backbone.name,
+        task=planned.task.name,
+        limits=() if trained or training.epochs else (untrained,),
+        history=(
+            Done("baseline", settings_planning.plain(training), seconds, trained=training.epochs > 0, losses=losses),
+        ),
+    )
+    artifact.write(into, model, tokenizer, description)
+
+
+@letting_go
+def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
+    """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
+    call(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))
+    pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
+    model, tokenizer, description = artifact.load(source)
+    packed = source if description.weights == "packed" else None
+    if packed:
+        packing.freeze(model, packing.packed_layers(packed))
+    before = promises.state(model)
+    text = step.calibration and step.calibration.rows
+    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
+    scores = metrics(planned.task)
+    with step.told():
+        stage = step.build(
+            model=model,
+            metrics=scores,
+            tokenizer=tokenizer,
+            task=planned.task,
+            baseline=baseline,
+            source=source,
+            keep_in=Path(planned.settings.cache.dir) / "teachers",
+        )
+    module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
+    callbacks = [] if module is stage else [stage]
+    if before.zeros and step.training.epochs:
+        callbacks.append(HoldZeros())
+    with step.told():
+        training, seconds, losses = fit(module, callbacks, data, planned, step.training, into, step.key)
+    model = compressed(module)
+    promises.check_model(step.key, stage, before, model)
+
+    if (cut := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made one of its own
+        tokenizer = cut
+        data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
+    probe = data.texts(4, "validation")
+    expected = promises.logits(trait(stage, "exported") or model, probe)
+    settings = {**step.settings, "train": settings_planning.plain(training)}
+    done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"), losses)
+    description = replace(
+        description,
+        runtime=trait(stage, "runtime"),
+        weights=trait(stage, "leaves") or description.weights,
+        limits=limits(planned, step, stage, description),
+        history=(*description.history, done),
+    )
+    artifact.write(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
+    if hasattr(stage, "report"):
+        (into / "report").mkdir()
+        stage.report(into / "report")
+    promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
+    if asked := trait(stage, "average_bits"):
+        promises.check_bits(step.key, asked, model, into)
+
+
+def call(planned: Plan, training: Training, **stage: str) -> None:
+    """Have the others take part in a stage's training."""
+    if planned.team and planned.team.rank == 0 and training.epochs:
+        planned.team.share(stage)

@@ -1,0 +1,189 @@
+"""Train: one Lightning Trainer run, its callbacks, and its data."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from datasets import Dataset
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from compress.artifacts.artifact import Description
+from compress.cache.files import remove
+from compress.errors import UserError
+from compress.models.backbone import max_length
+from compress.models.layers import compressed, hold, zeros
+from compress.planning.plan import Plan, Step
+from compress.planning.settings import Settings
+from compress.running import resume
+from compress.running.batch_size import fitted
+from compress.tasks.kinds import higher_is_better
+from compress.tasks.splits import Splits
+from compress.tasks.tokens import TaskData
+from compress.technique import Training, trait
+
+log = logging.getLogger(__name__)
+
+
+def limits(planned: Plan, step: Step, stage: Any, before: Description) -> tuple[str, ...]:
+    """What the artifact cannot do for size or speed: in another runtime, nothing that earlier stages say of a format
+    of theirs."""
+    formats = {one.name for one in planned.steps if trait(one.technique, "leaves") not in ("float", None)}
+    moved = trait(stage, "runtime") != before.runtime
+    kept = [one for one in before.limits if not (moved and one.partition(":")[0] in formats)]
+    own = trait(stage, "limits")
+    return (*kept, *([f"{step.name}: {own}"] if own else []))
+
+
+class KeepBest(ModelCheckpoint):
+    """Of several epochs, end the training with the weights of the one that was best on the validation split; an epoch
+    in which a callback still prunes is none to end with. Of the two best, so that the better of those that a checkpoint
+    knows is there when the training goes on from it."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if settled(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if settled(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if not self.best_model_path:
+            return
+        best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
+        pl_module.load_state_dict(best["state_dict"])
+
+
+def settled(trainer: pl.Trainer) -> bool:
+    """Whether no callback has anything left to prune."""
+    return all(getattr(callback, "settled", True) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+class Finite(pl.Callback):
+    """Ends a training whose loss is no number any more."""
+
+    resumes = True
+
+    def __init__(self, key: str, training: Training) -> None:
+        self.key = key
+        self.training = training
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seldom = batch_idx % 10 == 0 or batch_idx + 1 == trainer.num_training_batches  # a GPU has to be waited for
+        if seldom and not torch.isfinite(outputs["loss"]):
+            raise UserError(
+                f"The loss is {outputs['loss'].item()} after {trainer.global_step} steps of training: set "
+                f"{self.key}.learning_rate below {self.training.learning_rate:g}, or train in hardware.precision="
+                "32-true or bf16-mixed."
+            )
+
+
+class StageBar(TQDMProgressBar):
+    """Lightning's progress bar under the stage's name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(leave=False)
+        self.name = name
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.set_description(self.name)
+        return bar
+
+
+def task_data(
+    splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings, text: Dataset | None = None
+) -> TaskData:
+    """The splits, and other ``text`` to calibrate on, tokenised for ``model``."""
+    length = max_length(model, tokenizer, splits.task.max_length)
+    return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens", text)
+
+
+def fit(
+    module: pl.LightningModule,
+    callbacks: list[pl.Callback],
+    data: TaskData,
+    planned: Plan,
+    training: Training,
+    into: Path,
+    name: str,
+) -> tuple[Training, float, dict[str, float]]:
+    """One Trainer run: the training as it was carried out, in batches that fit into memory, the seconds that it took,
+    tokenising left out, and the mean losses of its last epoch."""
+    best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
+    data.tokenised("train")
+    data.tokenised("validation")
+    training = fitted(training, module, callbacks, data, hardware, into)
+    checkpoints = resume.Checkpoints(into / "resume")
+    resumes = training.epochs > 0 and all(trait(one, "resumes") for one in (module, *callbacks))
+    team = planned.team if training.epochs else None
+    last = checkpoints.last() if resumes else None
+    if team and (shared := team.share(str(last) if last else "")):
+        last = Path(shared)
+    if last:
+        log.info(f"  {name}: goes on after step {checkpoints.step(last):,} of its training")
+    else:
+        if training.epochs and not resumes and logs.exists():
+            log.info(f"  {name}: was stopped, cannot go on within its training and starts again")
+        for old in (best, logs):
+            remove(old)
+    if training.epochs:
+        callbacks = [*callbacks, Finite("baseline" if name == "baseline" else f"technique.{name}.train", training)]
+    if training.epochs > 1:
+        primary = planned.task.primary
+        mode = "max" if higher_is_better(primary) else "min"
+        callbacks.append(
+            KeepBest(best, monitor=f"validation/{primary}", mode=mode, save_weights_only=True, save_top_k=2)
+        )
+    bar = training.epochs > 0 and sys.stderr.isatty()
+    trainer = pl.Trainer(
+        max_epochs=training.epochs,
+        **resume.where(hardware, together=team is not None),
+        accumulate_grad_batches=training.accumulate,
+        callbacks=[*callbacks, *([checkpoints] if resumes else []), *([StageBar(name)] if bar else [])],
+        logger=TensorBoardLogger(into, name=logs.name, version="", purge_step=checkpoints.step(last) if last else None),
+        default_root_dir=into,
+        enable_checkpointing=resumes or training.epochs > 1,
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(10, len(data.train_dataloader())),  # of a small task as well
+    )
+    begin = time.perf_counter()
+    with team.training(hardware) if team else nullcontext():
+        trainer.fit(module, datamodule=data, ckpt_path=last)
+    if not trainer.state.finished or trainer.current_epoch < training.epochs:
+        raise KeyboardInterrupt  # which Lightning has taken for an end
+    means = {"train": "train/epoch_loss", "validation": "validation/loss"}
+    losses = {split: trainer.callback_metrics[name].item() for split, name in means.items()} if training.epochs else {}
+    return training, checkpoints.seconds + time.perf_counter() - begin, losses
+
+
+class HoldZeros(pl.Callback):
+    """Keep the weights that are zero when the fit starts at zero through all of it: a later stage must not fill in
+    what an earlier one pruned."""
+
+    resumes = True
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = compressed(pl_module)
+        trained = {name: zero for name, zero in zeros(model).items() if model.get_submodule(name).weight.requires_grad}
+        self.masks = {name: ~zero for name, zero in trained.items()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        hold(compressed(pl_module), self.masks)

@@ -1,0 +1,233 @@
+"""Where a task's rows come from: a data set of the Hugging Face hub, or a folder of files.
+
+Every reader gives a table, a dict of columns; nothing here knows splits, labels or models.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from compress.errors import UserError
+from compress.hub import offline_if_unreachable
+
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+Table = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Columns:
+    """Which columns are the text, its pair, its label, and the group whose rows no split may part.
+
+    Several text columns are joined by a space. Without a ``label``, a multi-label task reads one 0/1 column for each of
+    its labels.
+    """
+
+    text: str | tuple[str, ...] = "text"
+    text_pair: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hub:
+    """A data set of the hub and which of its splits is what; a split may be a slice such as ``train[:1%]``."""
+
+    id: str
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    config: str | None = None
+    folder: str | None = None  # for parquet branches, where configurations are folders
+    revision: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class File:
+    """A file of a split, or several by a pattern (``*_dev.tsv``).
+
+    ``names`` are the columns of a file without a header, ``columns`` replaces the task's, and ``label_base`` is the
+    number that the first label goes by.
+    """
+
+    file: str
+    names: tuple[str, ...] | None = None
+    columns: Columns | None = None
+    label_base: int = 0
+
+    def paths(self, folder: Path) -> list[Path]:
+        path = folder / self.file
+        if path.is_file():
+            return [path]
+        return [] if Path(self.file).is_absolute() else sorted(p for p in folder.glob(self.file) if p.is_file())
+
+
+@dataclass(frozen=True, config=STRICT)
+class Layout:
+    """The files of one way in which a data set comes; what is null is held out of train."""
+
+    train: str | File
+    validation: str | File | None = None
+    test: str | File | None = None
+
+    def files(self) -> dict[str, File]:
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: File(file=f) if isinstance(f, str) else f for split, f in named.items() if f is not None}
+
+    def missing(self, folder: Path) -> list[str]:
+        return [split for split, file in self.files().items() if not file.paths(folder)]
+
+
+def lay_out(layouts: tuple[Layout, ...], path: Path) -> tuple[Path, Layout]:
+    """The folder, and the layout with the fewest files missing from it; a path to one file is all of train."""
+    if path.is_file():
+        # How to read it is learned from the layout that names it, if one does.
+        named = (f for layout in layouts for f in layout.files().values() if path in f.paths(path.parent))
+        first = next(named, File(file=path.name))
+        file = File(file=path.name, names=first.names, columns=first.columns, label_base=first.label_base)
+        return path.parent, Layout(train=file)
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}: set task.path to one that exists.")
+    return path, min(layouts, key=lambda layout: len(layout.missing(path)))
+
+
+def read_hub(hub: Hub, split: str) -> Table:
+    """One split by ``datasets.load_dataset``; from its cache where the hub cannot be reached."""
+    import datasets
+
+    with offline_if_unreachable():
+        rows = datasets.load_dataset(hub.id, name=hub.config, data_dir=hub.folder, revision=hub.revision, split=split)
+    return rows.to_dict()
+
+
+def read_files(folder: Path, file: File, txt: str) -> Table:
+    """The rows of all files that ``file`` names; ``txt`` is what a ``.txt`` holds: tsv, jsonl or text."""
+    paths = file.paths(folder)
+    if len({path.suffix for path in paths}) > 1:
+        found = " and ".join(path.name for path in paths)
+        raise UserError(f"{folder} has {found}: name the one to read in task.files, or move the other away.")
+    tables = [read_file(path, file.names, txt) for path in paths]
+    return {name: [value for table in tables for value in table.get(name, [])] for name in tables[0]}
+
+
+def read_file(path: Path, names: tuple[str, ...] | None, txt: str) -> Table:
+    suffix = path.suffix.lower().lstrip(".")
+    kind = txt if suffix in ("txt", "raw", "tokens") else suffix
+    if kind not in READERS:
+        raise UserError(f"{path.name} ends in .{suffix}: expected csv, tsv, jsonl, json, parquet or txt.")
+    try:
+        return READERS[kind](path, names)
+    except (ValueError, KeyError, TypeError, OSError) as error:  # pandas, pyarrow and json errors are ValueErrors
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path.name} could not be read as {kind} ({reason}): mend it, or set task.path.") from error
+
+
+def _csv(path: Path, names: tuple[str, ...] | None) -> Table:
+    return _separated(path, names, sep=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def _tsv(path: Path, names: tuple[str, ...] | None) -> Table:
+    # Quotation marks are text in GLUE's files, and a lone carriage return is no end of line.
+    return _separated(path, names, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
+
+
+def _separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Table:
+    import pandas as pd
+
+    options |= {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    frame = pd.read_csv(path, **options)  # the first line says how many fields a line has
+    last = frame.columns[-1]
+    frame[last] = frame[last].str.rstrip("\r")
+    first = frame.iloc[0]
+    if names and len(names) != len(first):
+        raise UserError(
+            f"{path.name} has {len(first)} columns in its first line and {len(names)} are named ({', '.join(names)}): "
+            "set task.files."
+        )
+    frame.columns = list(names or first)
+    if not names:
+        frame = frame[1:]
+    return frame.to_dict("list")
+
+
+def _jsonl(path: Path, _: object) -> Table:
+    with path.open(encoding="utf-8-sig") as lines:
+        return _records([json.loads(line) for line in lines if line.strip()])
+
+
+def _json(path: Path, _: object) -> Table:
+    return _records(json.loads(path.read_text(encoding="utf-8-sig")))
+
+
+def _records(records: list[dict[str, Any]]) -> Table:
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("expected a list of objects")
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _parquet(path: Path, _: object) -> Table:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pydict()
+
+
+def _text(path: Path, _: object) -> Table:
+    return {"text": path.read_text(encoding="utf-8-sig").split("\n")}
+
+
+READERS = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "json": _json, "parquet": _parquet, "text": _text}
+
+
+def dialogues(table: Table) -> Table:
+    """Utterances that carry a strategy, each with the number of its dialogue.
+
+    Records are ``{dialog: [{text, speaker, strategy?}]}``, or lines of text that hold such records as JSON.
+    """
+    records = table["dialog"] if "dialog" in table else [json.loads(line)["dialog"] for line in table["text"]]
+    rows = [(u["text"], u["strategy"], i) for i, record in enumerate(records) for u in record if u.get("strategy")]
+    text, strategy, dialogue = (list(column) for column in zip(*rows)) if rows else ([], [], [])
+    return {"text": text, "strategy": strategy, "dialogue": dialogue}
+
+
+def articles(table: Table) -> Table:
+    """WikiText's articles: from one line `` = Title = `` to the next."""
+    text = "\n".join(line.rstrip("\n") for line in table["text"])
+    # A title stands alone; a formula's `` = k = `` inside a paragraph, which looks the same, does not.
+    return {"text": _filled(re.split(r"^(?= = (?!=).+(?<!=) = *\n\s*\n)", text, flags=re.MULTILINE))}
+
+
+def documents(table: Table, piece_chars: int = 2000) -> Table:
+    """Documents end at ``<|endoftext|>``; text without it is cut at empty lines into pieces of some 2,000 characters,
+    and text without those has a document a line.
+
+    Pieces follow one another, so that a story may end in the next piece, and none is lost.
+    """
+    text = "\n".join(table["text"])
+    if "<|endoftext|>" in text:
+        return {"text": _filled(text.split("<|endoftext|>"))}
+    if not re.search(r"\n\s*\n", text.strip()):
+        return {"text": _filled(text.split("\n"))}
+    return {"text": list(_pieces(_filled(re.split(r"\n\s*\n", text)), piece_chars))}
+
+
+def _pieces(paragraphs: list[str], piece_chars: int) -> Iterator[str]:
+    piece: list[str] = []
+    for paragraph in paragraphs:
+        piece.append(paragraph)
+        if sum(map(len, piece)) >= piece_chars:
+            yield "\n\n".join(piece)
+            piece = []
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def _filled(texts: list[str]) -> list[str]:
+    return [text.strip("\n") for text in texts if text.strip()]

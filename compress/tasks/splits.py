@@ -1,0 +1,137 @@
+"""Make a task's splits: read, held out, limited, with encoded labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from compress.errors import UserError
+from compress.tasks.labels import encode, is_missing, names
+from compress.tasks.reading import read_tables, take_rows
+from compress.tasks.sources import Table
+from compress.tasks.task import SPLITS, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Splits:
+    """A task's rows: columns ``text``, ``text_pair`` (of pairs) and ``label`` (but for ``lm``).
+
+    ``label`` is an index, a float for regression, or a vector of 0.0 and 1.0 for multi-label. ``task`` is the task that
+    was loaded, with the labels that were found; ``notes`` tell what was held out, limited and left out.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    task: Task
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all rows and the names of the labels."""
+        parts = [*(self.task.labels or ()), *(fingerprint(getattr(self, split)) for split in SPLITS)]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def load_splits(task: Task, seed: int = 0) -> Splits:
+    """Read, hold out, cut to the limits and encode the labels.
+
+    ``seed`` draws what is held out for validation and which rows a limit leaves in train. Test and validation
+    limits, and a test split held out of train, are drawn the same way for every seed, so that runs with different
+    seeds are measured on the same rows.
+
+    Raises:
+        UserError: the data is not at hand, or is not what the task says it is.
+    """
+    from datasets import Dataset
+
+    tables = read_tables(task)
+    notes = []
+    if task.kind != "lm":
+        for split, table in tables.items():
+            labelled = [i for i, label in enumerate(table["label"]) if not is_missing(label, task.kind)]
+            if dropped := len(table["label"]) - len(labelled):
+                notes.append(f"{split}: {dropped:,} rows without a label left out")
+                tables[split] = take_rows(table, labelled)
+    for split, draw in (("test", 0), ("validation", seed)):
+        if split not in tables:
+            tables["train"], tables[split] = _hold_out(task, tables["train"], split, draw)
+            size = len(tables[split]["text"])
+            notes.append(f"{split}: {size:,} rows held out of train (task.holdout.{split})")
+    for split, draw in (("train", seed), ("validation", 0), ("test", 0)):
+        limit, size = getattr(task.limit, split), len(tables[split]["text"])
+        if not size:
+            raise UserError(f"Task `{task.name}` has no rows in {split}: set task.path to other data.")
+        if limit and limit < size:
+            tables[split] = take_rows(tables[split], sorted(random.Random(draw).sample(range(size), limit)))
+            notes.append(f"{split}: {limit:,} of {size:,} rows (task.limit.{split})")
+
+    task = _find_labels(task, tables["train"])
+    encoded = {}
+    for split in SPLITS:
+        table = {name: column for name, column in tables[split].items() if name != "group"}
+        if task.kind != "lm":
+            table["label"] = encode(task, table["label"], split)
+        encoded[split] = Dataset.from_dict(table)
+    return Splits(**encoded, task=task, notes=tuple(notes))
+
+
+def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, Table]:
+    share = getattr(task.holdout, split)
+    total = len(table["text"])
+    size = share if isinstance(share, int) else max(1, round(share * total))
+    if size >= total:
+        raise UserError(
+            f"Task `{task.name}` has {total:,} rows and {size:,} of them are to be held out for {split}: set "
+            f"task.holdout.{split} to less."
+        )
+    if task.kind == "lm" and "group" not in table:
+        # Neighbouring documents may tell one story, so that only the end of train is sure not to be known.
+        held: Sequence[int] = range(total - size, total)
+    else:
+        held = held_out(table.get("group", table["text"]), size, seed)
+    kept = sorted(set(range(total)) - set(held))
+    return take_rows(table, kept), take_rows(table, held)
+
+
+def _find_labels(task: Task, train: Table) -> Task:
+    if task.kind not in ("multiclass", "multilabel"):
+        return dataclasses.replace(task, labels=())
+    if task.labels is not None:
+        return task
+    return dataclasses.replace(task, labels=names(train["label"], task.kind))
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of the rows, whatever machine or library version they were read with."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in dataset.iter(batch_size=10_000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def held_out(groups: Sequence[Hashable], size: int, seed: int) -> list[int]:
+    """Rows of whole groups drawn until there are ``size`` of them, in their old order.
+
+    Rows of one group (the utterances of a dialogue, or copies of one text) stay together, so that nothing of what is
+    held out is known from train.
+    """
+    rows: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        rows.setdefault(group, []).append(i)
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    held: list[int] = []
+    for group in order:
+        if len(held) >= size:
+            break
+        held += rows[group]
+    return sorted(held)

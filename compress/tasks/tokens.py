@@ -1,0 +1,234 @@
+"""A task's splits as batches of tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import chain as flatten
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
+from filelock import FileLock
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from compress.cache.digests import digest, environment
+from compress.errors import UserError
+from compress.tasks.splits import Splits, fingerprint
+
+Batch = dict[str, torch.Tensor]
+LONG = 100_000  # rows, some seconds of tokenising: from here on it shows a progress bar
+
+
+class LengthBuckets(Sampler[list[int]]):
+    """Batches of texts of like length, in random order, other ones in every epoch.
+
+    Of every 50 batches' worth of random texts the sorted ones make batches, and all batches are shuffled: transformers'
+    own sampler leaves them running from long to short, from which a model learns worse.
+
+    Args:
+        lengths: of the texts, in tokens.
+        batch_size: texts in a batch, over all processes.
+        seed: of the order.
+        rank: of this process among those that train together and have a part of every batch each.
+        processes: how many they are.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.rank, self.processes = rank, processes
+        self.seed = seed
+        self.go_on(0)
+
+    def go_on(self, seen: int) -> None:
+        """Start after as many batches, over all epochs, as were ``seen`` before."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+        epochs, self.seen = divmod(seen, len(self))
+        for _ in range(epochs):
+            self._order()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches, self.seen = self._order()[self.seen :], 0
+        for batch in batches:
+            short = -len(batch) % self.processes  # every process needs as many as the others
+            yield [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
+
+    def _order(self) -> list[list[int]]:
+        """The batches of the next epoch."""
+        pools = torch.randperm(len(self.lengths), generator=self.generator).split(50 * self.batch_size)
+        by_length = (pool[self.lengths[pool].argsort(stable=True)] for pool in pools)
+        batches = [batch.tolist() for pool in by_length for batch in pool.split(self.batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
+
+
+class TaskData(pl.LightningDataModule):
+    """Batches padded on the right to their longest text, texts of like length together.
+
+    A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
+    -100 where padded. Tokens are kept in the folder ``tokens``, if one is given, by their content. Stages calibrate on
+    the ``calibration_text`` (its column ``text``), or else on the training split.
+
+        TaskData(load_splits(task), tokenizer, max_length=128, batch_size=32).train_dataloader()
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        tokens: Path | None = None,
+        calibration_text: Dataset | None = None,
+    ) -> None:
+        super().__init__()
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokens = tokens
+        self.calibration_text = calibration_text
+        self.kind = splits.task.kind
+        self.buckets: LengthBuckets
+        self._tokenised: dict[str, Dataset] = {}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.trainer.fit_loop.total_batch_idx + 1}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if self.trainer.train_dataloader is None:  # type: ignore[union-attr]
+            self.trainer.fit_loop.setup_data()  # type: ignore[union-attr]
+        self.buckets.go_on(state["seen"])  # its iterator, made already, begins at the first batch
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self.tokenised("train")
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.buckets = LengthBuckets(lengths, self.batch_size, self.seed, rank, processes)
+        return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.in_batches("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.in_batches("test")
+
+    def calibration(self, samples: int, batch_size: int) -> DataLoader:
+        """``samples`` random examples (blocks, for a language model) of the training split, or of other text that was
+        given, and never of what judges a model.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        rows = self.tokenised("train") if self.calibration_text is None else self._kept(self.calibration_text)
+        if len(rows) < samples:
+            unit = "blocks" if self.kind == "lm" else "texts"
+            whose = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
+            raise UserError(
+                f"Calibration asks for {samples} {unit} and the text {whose} has {len(rows)}: ask for {len(rows)} or "
+                f"fewer (samples={len(rows)})."
+            )
+        return DataLoader(
+            rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
+        )
+
+    def texts(self, count: int, split: str, batch_size: int = 1) -> list[Batch]:
+        """``count`` batches of texts of a split without their labels: the middles of as many equal parts of the split
+        by length, from short to long. Every tokenizer gets the same ones (a language model's blocks apart, which it
+        cuts itself)."""
+        rows, picked = self.tokenised(split), self._spread(count * batch_size, split)
+        cuts = (picked[at : at + batch_size] for at in range(0, len(picked), batch_size))
+        batches = (self.collate([rows[i] for i in cut]) for cut in cuts)
+        return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+
+    def words(self, split: str, count: int | None = None) -> list[tuple[str, ...]]:
+        """The same ``count`` texts (and what they are paired with), or all in their own order, as they are before the
+        tokenizer reads them."""
+        rows, texts = self.tokenised(split), getattr(self.splits, split)
+        picked = self._spread(count, split) if count else list(range(len(rows)))
+        if self.kind == "lm":
+            return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
+        chosen: Any = texts.select(picked)
+        columns: list[list[str]] = [chosen[name] for name in ("text", "text_pair") if name in texts.column_names]
+        return list(zip(*columns))
+
+    def in_order(self, split: str) -> list[int]:
+        """The rows of a split in the order in which its batches have them: from long to short."""
+        lengths = [-len(ids) for ids in self.tokenised(split)["input_ids"]]
+        return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+    def tokenised(self, split: str) -> Dataset:
+        """The split's ``input_ids``, ``attention_mask`` and, but for a language model, ``labels``."""
+        if split not in self._tokenised:
+            self._tokenised[split] = self._kept(getattr(self.splits, split))
+        return self._tokenised[split]
+
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
+        batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
+        if self.kind == "lm":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        elif labels is not None:
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+    def in_batches(self, split: str) -> DataLoader:
+        """The split once, from long texts to short."""
+        rows = self.tokenised(split).select(self.in_order(split))
+        return DataLoader(rows, self.batch_size, collate_fn=self.collate)
+
+    def _spread(self, count: int, split: str) -> list[int]:
+        """``count`` rows of a split from its shortest texts to its longest; some of them twice where it has fewer."""
+        order = list(range(len(self.tokenised(split))))
+        if self.kind != "lm":
+            lengths = [sum(map(len, texts)) for texts in self.words(split)]
+            order.sort(key=lengths.__getitem__)
+        return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+
+    def _kept(self, rows: Dataset) -> Dataset:
+        if self.tokens is None:
+            return self._tokenise(rows)
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
+        gives = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
+        key = [fingerprint(rows), rules, gives, self.kind, self.max_length, environment()]
+        folder = Path(self.tokens) / digest(key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                tokenised = self._tokenise(rows)
+                disable_progress_bars()
+                tokenised.save_to_disk(partial)
+                os.replace(partial, folder)
+            folder.with_suffix(".used").touch()
+            return load_from_disk(str(folder))
+
+    def _tokenise(self, rows: Dataset) -> Dataset:
+        (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
+        encode = self._blocks if self.kind == "lm" else self._texts
+        return rows.map(encode, batched=True, batch_size=None if self.kind == "lm" else 1000,
+                        remove_columns=rows.column_names, desc="tokenising")  # fmt: skip
+
+    def _texts(self, rows: dict[str, list]) -> dict[str, list]:
+        encoded = self.tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length)
+        return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
+
+    def _blocks(self, rows: dict[str, list]) -> dict[str, list]:
+        ids = list(flatten.from_iterable(self.tokenizer(rows["text"], verbose=False)["input_ids"]))
+        cuts = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+        blocks = [block for block in cuts if len(block) > 1]  # one token predicts nothing
+        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}

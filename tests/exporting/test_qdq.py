@@ -1,0 +1,130 @@
+"""What `qat` and `w8a8` leave runs in integers elsewhere, on the scales and ranges that they have found."""
+
+import copy
+import importlib
+
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_onnx import every_shape, told_apart
+from transformers import BertConfig, BertForSequenceClassification
+
+from compress.errors import UserError
+from compress.exporting.agreement import agreement
+from compress.models.layers import linears
+from compress.runtimes.torch import load
+from compress.technique import Training
+from compress.techniques.finetune import FineTune
+from compress.techniques.onnx import Onnx
+from compress.techniques.openvino import OpenVINO
+from compress.techniques.qat import QAT
+from compress.techniques.w8a8 import W8A8
+
+RUNTIMES = {Onnx: "onnxruntime", OpenVINO: "openvino"}
+CASES = {
+    "qat, head and all": (tiny.bert, lambda: QAT(samples=8, skip=("embeddings",))),
+    "qat, 4 bits": (tiny.llama, lambda: QAT(samples=8, bits=4, ranges="moving_average")),
+    "w8a8": (tiny.bert, lambda: W8A8(samples=8, dynamic=False, symmetric=False)),
+}
+
+
+def quantized(build, stage):
+    model = told_apart(build())
+    module = FineTune(model, training=Training(learning_rate=1e-2))
+    tiny.trainer(stage, epochs=1).fit(module, tiny.loader())
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request, tmp_path_factory):
+    """The checkpoint of a quantized model, and the model itself."""
+    build, stage = CASES[request.param][0], CASES[request.param][1]()
+    model, folder = quantized(build, stage), tmp_path_factory.mktemp("saved")
+    stage.save(copy.deepcopy(model), folder)
+    return folder, model
+
+
+def export(stage, model, folder):
+    tiny.trainer(stage).fit(FineTune(model), tiny.loader(batches=2), tiny.loader(batches=2))
+    stage.save(model, folder)
+    return importlib.import_module(f"compress.runtimes.{RUNTIMES[type(stage)]}").load(folder, "")
+
+
+def integer_products(exported):
+    """How many products by weights the runtime carries out in integers, once it has optimised the graph."""
+    if hasattr(exported, "compiled"):
+        nodes = [node.get_rt_info() for node in exported.compiled.get_runtime_model().get_ops()]
+        found = [(node["layerType"].astype(str), node["runtimePrecision"].astype(str)) for node in nodes]
+        return found.count(("FullyConnected", "u8")) + found.count(("FullyConnected", "i8"))
+    options, path = onnxruntime.SessionOptions(), exported.path.parent / "optimised.onnx"
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(exported.path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path).graph.node].count("MatMulIntegerToFloat")
+
+
+def input_scales(exported):
+    """Those on which inputs are rounded."""
+    if hasattr(exported, "graph"):
+        found = [node for node in exported.graph.get_ops() if node.get_type_name() == "FakeQuantize"]
+        ends = [[node.input_value(i).get_node().get_data().item() for i in (1, 2)] for node in found]
+        return sorted({round((high - low) / 255, 7) for low, high in ends})
+    stored = onnx.load(exported.path).graph.initializer
+    return sorted({round(onnx.numpy_helper.to_array(s).item(), 7) for s in stored if s.name.endswith(".input_scale")})
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_an_export_multiplies_the_very_integers_in_the_ranges_that_were_found(kind, saved, tmp_path):
+    folder, trained = saved
+    model = load(folder, "multiclass")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exported = export(kind(), model, tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for one in (model.eval(), trained.eval()):  # as it was loaded, and as it was trained
+        found = agreement(one, exported, every_shape())
+        # Sums in another order, by which now and then an input is rounded to the number beside.
+        assert found.max_logit_difference < 0.005 * found.largest_logit and found.label_agreement == 1
+
+    layers = {name: one.quantized for name, one in model.named_modules() if getattr(one, "quantized", None)}
+    assert len(layers) >= integer_products(exported) >= len(dict(linears(model)))  # of texts ONNX Runtime makes floats
+    scales = sorted({round(one.inputs.grid.scale.item(), 7) for one in layers.values()})
+    assert input_scales(exported) == pytest.approx(scales, rel=1e-5)
+    integers = [p.char() for p in exported.parameters() if not p.is_floating_point()]
+    assert len(integers) == len(layers)
+    tensors = load_file(folder / "model.safetensors")
+    for name in layers:
+        if f"{name}.weight" in tensors:  # four bits are packed
+            kept = tensors[f"{name}.weight"]
+            assert kept.dtype == torch.int8 and any(torch.equal(kept, t) for p in integers for t in (p, p.T))
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_weight_is_a_byte_on_disk_and_a_stage_of_the_same_fit_is_kept_too(kind, tmp_path):
+    wide = {**tiny.SHAPE, "hidden_size": 128, "intermediate_size": 256}
+    model, sizes = BertForSequenceClassification(BertConfig(**wide)), []
+    for name, stages in (("floats", []), ("integers", [W8A8(samples=8, dynamic=False)])):
+        (tmp_path / name).mkdir()
+        stage = kind()
+        tiny.trainer(*stages, stage).fit(FineTune(model), tiny.loader())
+        stage.save(model, tmp_path / name)
+        weights = importlib.import_module(f"compress.runtimes.{stage.runtime}").WEIGHTS[0]
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / name).glob(weights)))
+    weights = sum(layer.weight.numel() for _, layer in linears(model))
+    assert sizes[0] - sizes[1] > 2.5 * weights
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+@pytest.mark.parametrize(
+    ("stage", "settings", "sentence"),
+    [
+        (W8A8(samples=8), {}, "dynamic=true gives every token its own"),
+        (W8A8(samples=8, dynamic=False), {"precision": "fp16"}, "precision=fp16 would give up the integers"),
+        (QAT(samples=8, group_size=16), {}, "group_size=16 gives a row several"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_in_a_script_of_ones_own_too(kind, stage, settings, sentence):
+    model = quantized(tiny.bert, stage)
+    with pytest.raises(UserError, match=sentence):
+        tiny.trainer(kind(**settings)).fit(FineTune(model), tiny.loader())

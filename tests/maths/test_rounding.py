@@ -1,0 +1,135 @@
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as theirs
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import nn
+
+from compress.maths.rounding import (
+    Grid,
+    Inputs,
+    Scheme,
+    ends,
+    fake_quantize,
+    fitted_grid,
+    grid_between,
+    histogram,
+    minmax_grid,
+    to_grid,
+)
+
+
+def test_a_symmetric_grid_worked_by_hand():
+    weight = torch.tensor([[0.0, 0.25, -0.7, 0.2]])
+    grid = minmax_grid(weight, Scheme(3), torch.float32)  # seven steps from -0.7 to 0.7
+    assert grid.scale.item() == pytest.approx(0.2)
+    assert to_grid(weight, grid, Scheme(3)).tolist() == [pytest.approx([0.0, 0.2, -0.8, 0.2], abs=1e-6)]
+
+
+def test_an_asymmetric_grid_worked_by_hand():
+    weight = torch.tensor([[0.0, 0.3, 1.5, 1.2]])
+    grid = minmax_grid(weight, Scheme(2, symmetric=False), torch.float32)  # three steps from 0 to 1.5
+    assert grid.scale.item() == pytest.approx(0.5) and grid.zero.item() == -2
+    assert to_grid(weight, grid, Scheme(2, symmetric=False)).tolist() == [pytest.approx([0.0, 0.5, 1.5, 1.0])]
+
+
+def test_every_group_has_its_own_scale():
+    weight = torch.tensor([[1.0, -0.5, 10.0, -5.0]])
+    grid = minmax_grid(weight, Scheme(4, group_size=2), torch.float32)
+    assert grid.scale[0, 1].item() == pytest.approx(10 * grid.scale[0, 0].item())
+    assert Scheme(4, group_size=2).average_bits(4, torch.float32) == 4 + 32 / 2
+    assert Scheme(4, symmetric=False).average_bits(64, torch.float16) == 4 + (16 + 4) / 64
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_fitted_grid_loses_no_more_than_one_of_the_whole_range(bits, symmetric):
+    torch.manual_seed(0)
+    weight, importance = torch.randn(8, 64), torch.rand(64)
+    scheme = Scheme(bits, 16, symmetric)
+
+    def lost(grid):
+        return ((weight - to_grid(weight, grid, scheme)).square() * importance).unflatten(1, (4, 16)).sum(2)
+
+    fitted = lost(fitted_grid(weight, scheme, torch.float32, importance))
+    whole = lost(minmax_grid(weight, scheme, torch.float32))
+    assert (fitted <= whole).all()
+    assert bits == 8 or fitted.sum() < 0.95 * whole.sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_is_on_every_grid(symmetric):
+    torch.manual_seed(0)
+    weight = torch.rand(4, 32) + 1  # far from zero
+    weight[:, ::3] = 0
+    scheme = Scheme(3, 8, symmetric)
+    rounded = to_grid(weight, fitted_grid(weight, scheme, torch.float32, torch.ones(32)), scheme)
+    assert (rounded[weight == 0] == 0).all()
+
+
+def test_values_and_gradients_worked_by_hand():
+    x = torch.tensor([0.26, 1.4, -3.0], requires_grad=True)  # inside the range, above it, below it
+    scale = torch.tensor(0.5, requires_grad=True)
+    zero = torch.tensor(0.0, requires_grad=True)
+    quantized = fake_quantize(x, scale, zero, -2, 1)
+    assert quantized.tolist() == [0.5, 0.5, -1.0]  # of -1, -0.5, 0 and 0.5
+    quantized.sum().backward()
+    assert x.grad.tolist() == [1, 0, 0]
+    assert scale.grad.item() == pytest.approx((1 - 0.52) + 1 - 2)  # 0.26 / 0.5 is rounded from 0.52 to 1
+    assert zero.grad.item() == pytest.approx(0 - 0.5 - 0.5)  # which moves the ends of the range
+
+
+def test_a_zero_point_moves_the_range():
+    x = torch.tensor([-1.0, 0.0, 0.3, 2.4, 9.0])
+    assert fake_quantize(x, torch.tensor(0.8), -3, -4, 3).tolist() == pytest.approx([-0.8, 0, 0, 2.4, 4.8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_token_has_a_scale_of_its_own(dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(3, 7, 16) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
+    x[1, 2] = 0
+    quantized = Inputs(Scheme(8)).quantize(x)
+    args = QuantizationArgs(strategy="token", dynamic=True)
+    assert torch.equal(quantized, theirs(x, *compute_dynamic_scales_and_zp(x, args, None), args))
+    assert (quantized - x).abs().amax(-1).le(x.abs().amax(-1) / 127 + 1e-12).all()
+    assert (quantized[1, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_serves_all_tokens(symmetric, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16, dtype=dtype)
+    scheme = Scheme(8, symmetric=symmetric)
+    grid = grid_between(torch.tensor([-0.5, 2.0]), scheme, dtype)
+    assert grid.scale.item() == pytest.approx((4.0 if symmetric else 2.5) / 255, rel=0.01)
+    assert grid.zero.item() == (0 if symmetric else -128 + 51)  # a fifth of the range is below zero
+    quantized = Inputs(scheme, grid).quantize(x)
+    args = QuantizationArgs(strategy="tensor", symmetric=symmetric)
+    assert torch.equal(quantized, theirs(x, *grid, args)) and quantized.dtype == dtype
+    assert quantized.min().item() == pytest.approx(-2.0 if symmetric else -0.5, rel=0.02)
+
+
+def test_attached_to_a_layer_it_quantizes_what_enters():
+    layer = nn.Linear(2, 1, bias=False)
+    Inputs(Scheme(8), Grid(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int8))).attach(layer)
+    x = torch.tensor([[0.7, 99.0]])
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.tensor([[0.5, 63.5]]) @ layer.weight.T)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_histogram_tells_the_ends(sign):
+    x = sign * torch.cat([torch.arange(1000.0), torch.tensor([-3.0, 5e4])])
+    counts = histogram(x[:500]) + histogram(x[500:])  # adds up over batches
+    assert counts.sum() == 1002
+    whole = torch.tensor([-3.0, 5e4]) if sign == 1 else torch.tensor([-5e4, 3.0])
+    assert torch.allclose(ends(counts, 100), whole, rtol=2**-8)
+    most = torch.tensor([0.0, 990.0]) if sign == 1 else torch.tensor([-990.0, 0.0])
+    assert torch.allclose(ends(counts, 99), most, rtol=2**-7)
+
+
+def test_zero_is_always_between_the_ends():
+    assert ends(histogram(torch.tensor([2.0, 3.0])), 100).tolist() == [0, 3]
+    assert ends(histogram(torch.tensor([-2.0, -3.0])), 100).tolist() == [-3, 0]

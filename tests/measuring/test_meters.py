@@ -1,0 +1,115 @@
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from compress.measuring import meters
+
+CPU = torch.device("cpu")
+
+
+def test_the_multiplications_of_bert_by_hand():
+    model = tiny.bert()
+    length, hidden, inner, layers, labels = 10, 32, 64, 2, 3
+    text = {"input_ids": torch.arange(length)[None] + 5}
+    projections = 4 * length * hidden * hidden  # query, key, value, output
+    attention = 2 * length * length * hidden
+    feed_forward = 2 * length * hidden * inner
+    head = hidden * hidden + hidden * labels  # of one token: the pooler and the classifier
+    assert meters.macs(model, text) == layers * (projections + attention + feed_forward) + head
+    assert meters.macs(lambda **batch: None, text) is None
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[PAD]": 0}, "[PAD]")))
+    made = {}
+    for vocabulary in (1_000, 1_000_000):
+        folder = made[vocabulary] = tmp_path_factory.mktemp(str(vocabulary))
+        shape = {**tiny.SHAPE, "vocab_size": vocabulary}
+        BertForSequenceClassification(BertConfig(**shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+def test_a_process_of_its_own_tells_the_peak_of_each_model(folders):
+    text = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]
+    large, small = (meters.memory(folders[size], "multiclass", text, CPU) for size in (1_000_000, 1_000))
+    table = 4 * 1_000_000 * tiny.SHAPE["hidden_size"]
+    assert table < large.model_bytes - small.model_bytes < 3 * table
+    assert small.libraries_bytes == pytest.approx(large.libraries_bytes, rel=0.05) and small.gpu_bytes is None
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_what_loads_an_artifact_brings_nothing_that_trains_into_its_memory(runtime):
+    modules = f"compress.measuring.meters, compress.runtimes.{runtime}"
+    script = f"import sys, {modules}; sys.exit('pytorch_lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_a_process_that_dies_leaves_no_figure_and_a_word(folders, caplog):
+    (folders[1_000] / "model.safetensors").rename(folders[1_000] / "lost")
+    assert meters.memory(folders[1_000], "multiclass", [], CPU) is None
+    assert "memory of" in caplog.text and "is not measured" in caplog.text
+
+
+def test_the_energy_counter_goes_on_where_it_starts_again(tmp_path):
+    for number, joules in enumerate((9.5, 1.0)):
+        folder = tmp_path / f"intel-rapl:{number}"
+        folder.mkdir()
+        (folder / "max_energy_range_uj").write_text("9999999\n")
+        (folder / "energy_uj").write_text(f"{joules * 1e6:.0f}\n")
+    part = tmp_path / "intel-rapl:0:0"  # of the package, and counted with it
+    part.mkdir()
+    read = meters.energy_meter(CPU, tmp_path)
+    assert read() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500000\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("3000000\n")
+    assert read() == pytest.approx(1.0 + 2.0)
+    assert meters.energy_meter(CPU, tmp_path / "none") is None
+
+
+def test_work_is_shared_out_over_the_texts_of_all_calls():
+    calls = []
+
+    def call(i):
+        calls.append(i)
+        while time.process_time() < begin + 0.001 * len(calls):
+            pass
+
+    begin = time.process_time()
+    found = meters.work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
+    assert calls[:4] == [0, 1, 2, 0] and len(calls) % 3 == 0
+    assert found.energy_j == 5.0 / 4 and found.gpu_ms is None
+    assert found.cpu_ms > 0.9 / 4  # of a millisecond, less what passed before the first call
+
+
+def test_a_gpus_time_is_what_its_events_say(monkeypatch):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = Event.clock
+
+        def synchronize(self):
+            assert Event.clock == self.at
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(i):
+        Event.clock += 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    found = meters.work(call, 2, 3, 0.0, torch.device("cuda"), None)
+    assert (found.gpu_ms, found.energy_j) == (2.0, None)

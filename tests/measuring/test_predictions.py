@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from compress.measuring.predictions import NEGATION, Predictions, compare, regressions, slices, worst
+
+
+def predictions(right, negated=None, lengths=None, seed=0):
+    """A hundred examples of two labels, answered right where ``right`` says so."""
+    count = len(right)
+    labels = np.arange(count) % 2
+    logits = np.eye(2)[np.where(right, labels, 1 - labels)]
+    negated = np.zeros(count, bool) if negated is None else negated
+    lengths = np.arange(1, count + 1) if lengths is None else lengths
+    return Predictions("multiclass", logits, labels, lengths, lengths, negated, ("bad", "good"))
+
+
+EVERY = np.ones(100, bool)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    one = predictions(EVERY)
+    one.save(tmp_path / "deep" / "predictions.npz")
+    again = Predictions.load(tmp_path / "deep" / "predictions.npz")
+    assert again.kind == "multiclass" and again.names == ("bad", "good")
+    assert np.array_equal(again.outputs, one.outputs) and again.score("accuracy") == 1.0
+
+
+def test_a_regression_is_found_in_its_slice():
+    negated = np.arange(100) < 30
+    right = ~(np.arange(100) < 15)
+    found = {one.name: one for one in regressions(predictions(EVERY, negated), predictions(right, negated), "accuracy")}
+    assert list(found) == ["label bad", "label good", "short texts", "middling texts", "long texts", "with negation",
+                           "without negation"]  # fmt: skip
+    assert found["with negation"].change == -0.5 and found["with negation"].p_value == pytest.approx(2 / 2**15)
+    assert found["without negation"].change == 0.0 and found["without negation"].p_value == 1.0
+    assert found["short texts"].change == pytest.approx(-15 / 34) and found["label bad"].change == pytest.approx(
+        -8 / 50
+    )
+
+
+def test_the_worst_slice_is_named_and_its_p_value_allows_for_the_others():
+    negated = np.arange(100) < 30
+    lost = predictions(~(np.arange(100) < 15), negated)
+    found = worst(predictions(EVERY, negated), lost, "accuracy")
+    assert (found.name, found.change) == ("with negation", -0.5)
+    assert found.p_value == pytest.approx(7 * 2 / 2**15)  # of seven slices the most certain
+    assert worst(lost, predictions(EVERY, negated), "accuracy") is None
+
+
+def test_slices_of_few_examples_are_left_out():
+    assert "with negation" not in slices(predictions(EVERY, negated=np.arange(100) < 9))
+
+
+def test_a_comparison_says_how_much_and_how_surely():
+    right = ~(np.arange(100) < 6)
+    found = compare(predictions(EVERY), predictions(right), "accuracy")
+    assert found.change.value == pytest.approx(-0.06) and found.change.low < -0.06 < found.change.high < 0
+    assert found.p_value == pytest.approx(2 / 64) and found.churn == 0.06
+    f1 = compare(predictions(EVERY), predictions(right), "f1_macro")
+    assert f1.p_value < 0.06 and f1.change.high < 0
+
+
+def test_other_examples_are_not_compared():
+    assert compare(predictions(EVERY), predictions(EVERY[:50]), "accuracy") is None
+    assert regressions(predictions(EVERY), predictions(EVERY[:50]), "accuracy") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("It isn't good", True), ("Never again.", True), ("a notable knot", False), ("isn’t", True)],
+)
+def test_words_of_negation(text, found):
+    assert bool(NEGATION.search(text)) == found

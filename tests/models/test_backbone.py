@@ -1,0 +1,169 @@
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from compress.errors import UserError
+from compress.models.backbone import Backbone, is_decoder, max_length, same_labels, set_pad_token, train_tokenizer
+from compress.models.layers import blocks, linears, zeros
+from compress.tasks.task import Task
+
+TEXTS = ["the soup was very good .", "the room was not bad at all", "a film, slow; but fine!"] * 20
+CLASSES = Task(name="t", kind="multiclass", metrics=("accuracy",), primary="accuracy", labels=("no", "maybe", "yes"))
+EMOTIONS = Task(name="t", kind="multilabel", metrics=("f1_micro",), primary="f1_micro", labels=("joy", "fear"))
+SCORES = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
+TEXT = Task(name="t", kind="lm", metrics=("perplexity",), primary="perplexity", labels=())
+SMALL = {**tiny.SHAPE, "vocab_size": 400, "max_position_embeddings": 64}
+BERT = Backbone(name="small", config={"model_type": "bert", **SMALL})
+LLAMA = Backbone(name="small", config={"model_type": "llama", **SMALL, "num_key_value_heads": 2})
+
+
+@pytest.mark.parametrize("backbone", [BERT, LLAMA])
+@pytest.mark.parametrize("task", [CLASSES, EMOTIONS, SCORES])
+def test_encoders_and_decoders_get_the_head_of_the_task(backbone, task):
+    model, tokenizer, trained = backbone.build(task, TEXTS)
+    batch = tokenizer(["good", "bad soup"], padding=True, return_tensors="pt")
+    labels = {"multiclass": torch.tensor([0, 2]), "multilabel": torch.ones(2, 2), "regression": torch.ones(2)}
+    output = model(**batch, labels=labels[task.kind])
+    assert output.logits.shape == (2, task.num_labels) and output.loss.isfinite() and not trained
+    assert list(model.config.id2label.values())[: len(task.labels)] == list(task.labels) or not task.labels
+
+
+def test_a_decoder_gets_a_language_modelling_head():
+    model, tokenizer, _ = LLAMA.build(TEXT, TEXTS)
+    batch = tokenizer("the soup", return_tensors="pt")
+    assert model(**batch).logits.shape == (1, batch["input_ids"].shape[1], 400)
+
+
+def test_an_encoder_is_refused_for_language_modelling():
+    with pytest.raises(UserError, match="`bert` is an encoder: choose a decoder"):
+        BERT.skeleton(TEXT)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "llama", "mistral", "qwen2", "gpt2"])
+def test_which_architectures_read_left_to_right(kind):
+    assert is_decoder(AutoConfig.for_model(kind)) == (kind in ("llama", "mistral", "qwen2", "gpt2"))
+
+
+def test_a_decoders_head_reads_the_last_token_that_is_no_padding():
+    model, tokenizer, _ = LLAMA.build(CLASSES, TEXTS)
+    texts = ["good", "the room was not bad at all", "slow; but fine!"]
+    with torch.inference_mode():
+        together = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_token():
+    model, tokenizer, _ = LLAMA.build(CLASSES, TEXTS)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    set_pad_token(model, bare)
+    assert bare.pad_token == "</s>" and bare.padding_side == "right"
+    assert model.config.pad_token_id == bare.convert_tokens_to_ids("</s>")
+    assert bare.pad_token_id not in bare("a good text")["input_ids"]
+
+
+@pytest.mark.parametrize("backbone", [BERT, LLAMA])
+def test_a_trained_tokenizer_gives_the_text_back(backbone):
+    tokenizer = train_tokenizer(TEXTS, backbone.configuration(CLASSES))
+    ids = tokenizer("the room was not bad")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "the room was not bad"
+    assert len(tokenizer) <= 400
+
+
+def test_a_skeleton_takes_no_memory():
+    assert all(p.device.type == "meta" for p in BERT.skeleton(CLASSES).parameters())
+
+
+def test_without_weights_and_architecture_there_is_nothing_to_build():
+    with pytest.raises(UserError, match=r"set model.path .* or model.config"):
+        Backbone(name="mine")
+
+
+def test_a_saved_head_is_known_by_its_labels(tmp_path):
+    model, tokenizer, _ = BERT.build(CLASSES, TEXTS)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = Backbone(name="saved", path=str(tmp_path))
+    again, _, trained = saved.build(CLASSES, [])
+    assert trained and torch.equal(again.classifier.weight, model.classifier.weight)
+    turned = dataclasses.replace(CLASSES, labels=("yes", "maybe", "no"))
+    assert not saved.build(turned, [])[2] and not same_labels(model.config, turned)
+    other, _, trained = saved.build(EMOTIONS, [])  # of another size: a new head on the old body
+    assert not trained and other.num_labels == 2
+    assert torch.equal(next(linears(other))[1].weight, next(linears(model))[1].weight)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    model, tokenizer, _ = BERT.build(CLASSES, TEXTS)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = {f"other.{name}": tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds no weights for .* tensors of the transformer blocks"):
+        Backbone(name="saved", path=str(tmp_path)).build(CLASSES, [])
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="could not be loaded"):
+        Backbone(name="saved", path=str(tmp_path)).build(CLASSES, [])
+
+
+@pytest.mark.parametrize("wrong", [{"model_type": "foo"}, {"model_type": "bert", **SMALL, "hidden_size": 33}])
+def test_an_architecture_that_cannot_be_is_told(wrong):
+    with pytest.raises(UserError, match="model.config"):
+        Backbone(name="mine", config=wrong).skeleton(CLASSES)
+
+
+def test_blocks_without_linear_layers_are_told():
+    gpt2 = Backbone(name="gpt2", config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9})
+    with pytest.raises(UserError, match="hold no torch.nn.Linear"):
+        linears(gpt2.skeleton(TEXT))
+
+
+def test_a_missing_folder_or_hub_is_told_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"Model `bert`: `nobody/nothing` is neither a local folder .* set model.path"):
+        Backbone(name="bert", path="nobody/nothing").skeleton(CLASSES)
+    with pytest.raises(UserError, match=r"holds no config.json: set model.path"):
+        Backbone(name="bert", path=str(tmp_path)).skeleton(CLASSES)
+
+
+def test_roberta_counts_its_positions_from_its_pad_token():
+    tokenizer = train_tokenizer(TEXTS, BERT.configuration(CLASSES))
+    assert max_length(tiny.bert(), tokenizer, 512) == 40
+    assert max_length(tiny.roberta(), tokenizer, 512) == 40
+    assert max_length(tiny.bert(), tokenizer, 16) == 16
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+def test_the_layers_to_compress_are_those_inside_the_blocks(build):
+    model = build()
+    prefix, stack = blocks(model)
+    names = dict(linears(model))
+    assert len(stack) == 2 and len(names) == 2 * (7 if "Llama" in type(model).__name__ else 6)
+    assert all(model.get_submodule(name) is layer and name.startswith(prefix) for name, layer in names.items())
+    assert not zeros(model)
+
+
+def test_a_module_without_blocks_is_refused():
+    with pytest.raises(UserError, match="`Linear` has no list of transformer blocks"):
+        blocks(torch.nn.Linear(2, 2))
+
+
+def test_real_weights_load_with_a_new_head(shared_models):
+    model, _, trained = Backbone(name="minilm", path=str(shared_models("minilm-l6"))).build(CLASSES, [])
+    assert not trained  # its head is new
+    assert model.config.num_hidden_layers == 6 and model.num_labels == 3
+    assert sum(p.numel() for p in model.bert.encoder.parameters()) == pytest.approx(10.65e6, rel=1e-3)
+
+
+def test_real_decoder_weights_give_their_published_loss(shared_models, shared_data):
+    model, tokenizer, trained = Backbone(name="stories", path=str(shared_models("stories260K"))).build(TEXT, [])
+    assert trained
+    text = (shared_data("tinystories-sample") / "tinystories.txt").read_text()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    blocks_of_256 = ids[0, : len(ids[0]) // 256 * 256].view(-1, 256)
+    with torch.inference_mode():
+        assert model.eval()(input_ids=blocks_of_256, labels=blocks_of_256).loss.item() == pytest.approx(1.73, abs=0.15)

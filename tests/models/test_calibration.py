@@ -1,0 +1,43 @@
+import pytest
+import tiny
+import torch
+
+from compress.maths.hessian import second_moment
+from compress.models.calibration import calibrate
+from compress.models.layers import blocks, linears
+
+
+@pytest.mark.parametrize("build", tiny.ALL)
+def test_calibration_sees_every_layer_once_and_no_padding(build):
+    model = build()
+    batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
+    seen, inputs = {}, {}
+    stack = blocks(model)[0]
+    first = dict(linears(model))
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+        for name, layer in first.items()
+    ]
+    with torch.no_grad():
+        for one in batches:
+            model(**one)
+    for hook in hooks:
+        hook.remove()
+    for layers, hessian in calibrate(model, batches, second_moment):
+        assert not set(layers) & set(seen)
+        seen.update(dict.fromkeys(layers, hessian))
+    assert set(seen) == set(first) and all(name.startswith(stack) for name in seen)
+    for name, hessian in seen.items():  # nothing was changed, so the streamed inputs are the model's own
+        tokens = torch.cat([x[one["attention_mask"].bool()] for x, one in zip(inputs[name], batches)])
+        assert torch.allclose(hessian, tokens.T @ tokens, rtol=1e-3, atol=1e-3), name
+
+
+def test_batches_can_be_combined_by_other_than_their_sum():
+    model = tiny.llama()
+    batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
+    found = [
+        next(calibrate(model, some, lambda x: x.abs().amax(0), combine=torch.maximum))[1]
+        for some in ([one] for one in batches)
+    ]
+    _, largest = next(calibrate(model, batches, lambda x: x.abs().amax(0), combine=torch.maximum))
+    assert torch.equal(largest, torch.stack(found).amax(0))

@@ -1,0 +1,225 @@
+"""What is wrong is told in one sentence, before anything is loaded or trained."""
+
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from test_conf import CONF
+
+from compress.errors import UserError
+from compress.planning import plan
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the check loaded something")
+
+    monkeypatch.setattr("compress.tasks.splits.read_tables", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+
+def check(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plan.check(compose("train", list(overrides)))
+
+
+def test_a_chain_becomes_steps_in_its_order():
+    planned = check("technique=prune+finetune+prune+gptq", "technique.prune_2.sparsity=0.6")
+    assert [step.key for step in planned.steps] == ["prune", "finetune", "prune_2", "gptq"]
+    assert planned.steps[2].arguments["sparsity"] == 0.6 and planned.steps[0].arguments["sparsity"] == 0.2
+    assert planned.steps[1].training.epochs == 1
+
+
+def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
+    def address(rows):
+        (tmp_path / "mask.json").write_text(rows)
+        return (
+            check("technique=structured", f"technique.structured.head_mask={tmp_path / 'mask.json'}").steps[0].address
+        )
+
+    one = address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
+    assert one == address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
+    assert one != address("[[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["technique=gptq+distill", "technique.distill.student.layers=1"],
+            r"student asks for another model and the chain's is quantized already: distil first",
+        ),
+        (["technique=nf4+distill"], r"`distill` works on float or packed weights.*distill\+nf4"),
+        (
+            ["technique=gptq+onnx", "technique.onnx.precision=int8_dynamic"],
+            r"would round weights again .*precision=null",
+        ),
+        (
+            ["technique=gptq+onnx", "technique.gptq.group_size=8"],
+            r"technique.gptq.group_size=8 cannot be kept: .* technique.gptq.group_size=32, or .*onnx.precision=fp32",
+        ),
+        (
+            ["technique=mixed+onnx", "technique.mixed.group_size=8", "technique.mixed.average_bits=8"],
+            r"technique.mixed.group_size=8 cannot be kept",
+        ),
+        (
+            ["technique=nf4+onnx", "technique.nf4.blocksize=512", "model.config.hidden_size=512"],
+            r"technique.nf4.blocksize=512 cannot be kept: .*, 256 weights a scale",
+        ),
+        (
+            ["technique=gptq+onnx", "technique.gptq.format=gptq", "model=tiny_llama", "task=toy_lm"],
+            r"`onnx` does not read .*gptq.format=gptq: set technique.gptq.format=compressed-tensors",
+        ),
+        (
+            ["hardware=cpu", "hardware.precision=16-mixed"],
+            r"16-mixed, .*: set hardware.precision=bf16-mixed or 32-true",
+        ),
+        (["technique=nf4+onnx", "technique.onnx.precision=int8_static"], r"would round weights again"),
+        (["technique=gptq+openvino", "technique.openvino.precision=int4_weights"], r"weights again .*precision=null"),
+        (["technique=prune+nf4+openvino"], r"try .* technique=prune\+openvino .*openvino.precision=int4_weights\.$"),
+        (
+            ["technique=openvino", "technique.openvino.max_drop=1"],
+            r"max_drop bounds .*precision is null: set technique.openvino.precision=int8",
+        ),
+        (["technique=qat+onnx", "technique.onnx.precision=int8_static"], r"would give up the .*precision=null to keep"),
+        (["technique=w8a8+openvino"], r"technique.w8a8.dynamic=true gives every token its own: set .*dynamic=false"),
+        (
+            ["technique=qat+onnx", "technique.qat.group_size=32"],
+            r"qat.group_size=32 gives a row several: .*group_size=-1",
+        ),
+        (["technique=prune+qat+gptq"], r"leaves integer ones: try technique=prune\+qat or technique=prune\+gptq"),
+        (["technique=gptq+prune"], r"`prune` works on float weights and `gptq` .* leaves packed ones.*prune\+gptq"),
+        (["technique=onnx+prune"], r"`prune` works on float .* `onnx` .* leaves onnx ones.*try technique=prune\+onnx"),
+        (["technique=onnx", "technique.onnx.precision=int3"], r"technique.onnx.precision is 'int3': .*'fp32', 'fp16'"),
+        (["technique=onnx", "technique.onnx.skip=[*qery]"], r"technique.onnx.skip: `\*qery` fits none"),
+        (["technique=onnx+openvino"], r"`openvino` works on float .* weights and `onnx` before it leaves onnx"),
+        (["technique=gptq+gptq"], r"`gptq_2` works on float weights"),
+        (["technique=prune+prune"], r"sparsity of 0.2 follows one to 0.2"),
+        (["technique=prune", "technique.prune.sparsity=1.5"], r"technique.prune.sparsity is 1.5: .* less than 1"),
+        (["technique=prune", "technique.prune.sparsity=lots"], r"technique.prune.sparsity is 'lots': .* number"),
+        (["technique=prune", "+technique.prune.sparsty=0.5"], r"technique.prune.sparsty is no setting .* sparsity"),
+        (["technique=prune", "technique.prune.scope=block"], r"scope is 'block': .*'global', 'layer' or 'row'"),
+        (["technique=prune", "technique.prune.train.epochs=-1"], r"technique.prune.train.epochs is -1"),
+        (["technique=gptq", "technique.gptq.bits=5"], r"technique.gptq.bits is 5: .* 2, 3, 4 or 8"),
+        (["technique=gptq", "technique.gptq.group_size=100"], r"group_size=100 does not divide the 128 inputs of"),
+        (["technique=drop_layers", "technique.drop_layers.drop=3"], r"drop is 3 and the model has 3 blocks"),
+        (
+            ["technique=drop_layers+drop_layers", "technique.drop_layers.drop=2"],
+            r"drop is 1 and the model has 1 blocks",
+        ),
+        (["technique=gptq+prune_vocab"], r"try technique=prune_vocab\+gptq"),
+        (["technique=prune_vocab", "+technique.prune_vocab.train.epochs=1"], r"try technique=prune_vocab\+finetune"),
+        (
+            ["technique=prune_vocab", "technique.prune_vocab.keep_file=nowhere"],
+            r"keep_file is 'nowhere': path does not",
+        ),
+        (["technique=gptq", "technique.gptq._target_=compress.techniques.gptq.Nothing"], r"cannot be imported"),
+        (["technique=sensitivity", "technique.sensitivity.sparsities=[]"], r"sparsities is \[\]: .*at least 1 item"),
+        (
+            ["technique=sensitivity", "technique.sensitivity.sparsities=[0.5,1.5]"],
+            r"sparsities.1 is 1.5: .*than 1",
+        ),
+        (["technique=sensitivity", "technique.sensitivity.sparsities=[0.5,0.5]"], r"\[0.5, 0.5\] and names one twice"),
+        (["+baseline.momentum=1"], r"baseline.momentum is no setting of `baseline`: it has epochs"),
+        (["task.epochs=-3"], r"task.epochs is -3"),
+        (["task.primary=matthews"], r"primary metric matthews, which it does not measure"),
+        (["model=tiny", "task=toy_lm"], r"`bert` is an encoder: choose a decoder"),
+        (["model.dtype=int8"], r"model.dtype is 'int8'"),
+        (["hardware.accelerator=tpu"], r"hardware.accelerator is 'tpu': .*'auto', 'cpu' or 'gpu'"),
+        (["hardware.threads=two"], r"hardware.threads is 'two'"),
+        (["hardware.runtime=openvino"], r"python evaluate.py artifact=FOLDER hardware.runtime=.*end the chain on"),
+        (["hardware.precision=foo"], r"hardware.precision is 'foo'"),
+        (["hardware.latency.seconds=0"], r"hardware.latency.seconds is 0"),
+        (["+hardware.foo=1"], r"hardware.foo is no setting of `hardware`"),
+        (["hardware.latency=null"], r"hardware.latency is None"),
+        (["seed=abc"], r"seed is 'abc'"),
+        (["cache.dir=null"], r"cache.dir is None"),
+        (["baseline=null"], r"`baseline` is not set"),
+        (["~technique"], r"`technique` is not set"),
+        (["+foo=1"], r"`foo` is set and means nothing here"),
+        (["++task.columns.txt=a"], r"task.columns.txt is no setting of `task.columns`"),
+        (["model.config.hidden_size=130"], r"model.config"),
+    ],
+)
+def test_a_mistake_is_told_with_its_key(overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        check(*overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_extra_is_told_with_its_command(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"`gptq` needs compressed_tensors.*pip install -e '\.\[gptq\]'"):
+        check("technique=gptq")
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here: set hardware=cpu"):
+        check("hardware=gpu")
+
+
+def test_more_calibration_text_than_there_is_is_told_before_training():
+    planned = check("technique=gptq", "technique.gptq.samples=1000")
+    with pytest.raises(UserError, match=r"samples is 1000 and task `toy` has 3 training texts: .*samples=3"):
+        plan.check_data(planned, SimpleNamespace(train=range(3)))
+
+
+def test_calibration_text_is_a_file_or_a_task_and_part_of_the_address(tmp_path):
+    file = tmp_path / "text.txt"
+
+    def address(text):
+        file.write_text(text)
+        return check("technique=gptq", f"technique.gptq.calibration={file}").steps[0].read(0).address
+
+    assert address("one text\nand another") == address("one text\nand another") != address("one text")
+    settings = f"{{task: wikitext, path: {tmp_path}}}"
+    planned = check("technique=gptq", f"technique.gptq.calibration={settings}")
+    assert planned.steps[0].calibration.source.path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        (
+            "wikitxt",
+            r"gptq.calibration is wikitxt, which is neither a text file nor a task \(meant: wikitext\?",
+        ),
+        ("{path: /nowhere}", "neither a text file nor a task"),
+        ("{task: wikitext, pth: x}", "technique.gptq.calibration.pth is no setting"),
+    ],
+)
+def test_what_is_no_calibration_text_is_told(asked, advice):
+    with pytest.raises(UserError, match=advice):
+        check("technique=gptq", f"technique.gptq.calibration={asked}")
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta", "roberta_large", "distilbert", "minilm", "tinyllama", "llama"])
+def test_every_model_can_be_planned_from_its_architecture(model):
+    check(f"model={model}", "model.path=null", "technique=prune+gptq")
+
+
+def test_a_file_that_a_stage_reads_is_part_of_its_address(tmp_path):
+    file = tmp_path / "keep.txt"
+
+    def address(text):
+        file.write_text(text)
+        return check("technique=prune_vocab", f"technique.prune_vocab.keep_file={file}").steps[0].address
+
+    assert address("one") == address("one") != address("another")
+
+
+def test_where_the_data_lies_is_no_part_of_the_address():
+    here, there = (check("task=sst2", f"task.path={path}").address("same rows") for path in ("here", "there"))
+    assert here == there != check("task=sst2", "task.path=here", "seed=1").address("same rows")
+
+
+def test_a_mistake_in_a_second_stage_of_a_name_is_told_with_its_own_key():
+    with pytest.raises(UserError, match=r"technique.prune_2.scope=row"):
+        check("technique=prune+prune", "technique.prune_2.criterion=wanda", "technique.prune_2.scope=global")
+
+
+def test_of_a_value_that_may_be_of_several_kinds_the_mistake_is_told_where_it_is():
+    with pytest.raises(UserError, match=r"technique.prune.ratios.\*attention\* is 1.3: input should be less than 1"):
+        check("technique=prune", "technique.prune.ratios={*attention*:1.3}")

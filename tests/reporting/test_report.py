@@ -1,0 +1,437 @@
+import base64
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from omegaconf import OmegaConf
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+from torch.utils.tensorboard import SummaryWriter
+
+from compress.artifacts.artifact import Description, Done
+from compress.maths import statistics
+from compress.measuring.measure import Interval, Measurement
+from compress.measuring.predictions import Predictions, compare
+from compress.measuring.timing import Spread
+from compress.reporting import card, findings, plots, report, tables, tensorboard
+from compress.reporting import jobs as jobs_reporting
+from compress.reporting import page as html
+from compress.reporting import rows as results
+from compress.reporting.rows import Job, Outcome
+from compress.sweeping import callbacks
+
+
+def measured(accuracy, size, speedup=None, same=None):
+    latency = Spread(median_ms=2.0, mean_ms=2.5, p95_ms=4.0, repeats=9)
+    times = (latency, 12.5, 50.0, 11, speedup, same)
+    return Measurement({"accuracy": accuracy}, 100, size, 10, 8, *times, "torch", "cpu", 2)
+
+
+def begin(job):
+    """What Hydra writes when a job begins."""
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    (job / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
+
+
+def answered(wrong):
+    """A hundred examples of two labels of which the first ``wrong`` were missed."""
+    labels = np.arange(100) % 2
+    logits = np.eye(2)[np.where(np.arange(100) < wrong, 1 - labels, labels)]
+    lengths, negated = np.arange(1, 101), np.arange(100) < 30
+    return Predictions("multiclass", logits, labels, lengths, lengths, negated, ("bad", "good"))
+
+
+BASELINE = Done("baseline", {}, 10.0, trained=True)
+PRUNE = Done("prune", {}, 2.0, trained=False)
+OUTCOME = Outcome(
+    primary="accuracy",
+    descriptions={
+        "none": Description("multiclass", "tiny", "toy", history=(BASELINE,)),
+        "prune": Description("multiclass", "tiny", "toy", limits=("prune: no speed",), history=(BASELINE, PRUNE)),
+    },
+    measurements={"none": measured(0.9, 4_000_000), "prune": measured(0.88, 1_000_000, Interval(1.5, 1.4, 1.6))},
+    predictions={"none": answered(10), "prune": answered(12)},
+)
+WORSE = replace(
+    OUTCOME,
+    measurements={
+        "none": OUTCOME.measurements["none"],
+        "prune": replace(
+            measured(0.8, 2_000_000, Interval(1.2, 1.1, 1.3)),
+            comparison=compare(answered(10), answered(20), "accuracy"),
+        ),
+    },
+    predictions={"none": answered(10), "prune": answered(20)},
+)
+JOB = Job("prune", "tiny", "toy", 0)
+
+
+def read(folder):
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_starts_with_the_columns_that_people_compare(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
+    none, prune = read(tmp_path)
+    assert (none["method"], none["size_mb"], none["accuracy"], none["speedup"]) == ("none", "4.0", "0.9", "")
+    assert (prune["method"], prune["training_time_s"], prune["compression_time_s"]) == ("prune", "10.0", "2.0")
+    assert (prune["compression_ratio"], prune["speedup"], float(prune["change"])) == ("4.0", "1.5", 0.88 - 0.9)
+
+
+def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    text = (tmp_path / "results.md").read_text()
+    assert "| prune  |   0.8800 | -2.00 pt | 1.00 |   4.00x | 2.00 | 1.50x [1.40, 1.60] |" in text
+    assert "100 test examples, cpu, 2 threads" in text and "- prune: no speed" in text
+
+
+def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_path):
+    there = measured(0.88, 1_000_000, Interval(4.5, 4.4, 4.6), Interval(1.5, 1.4, 1.6))
+    outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
+    report.finish(tmp_path, JOB, outcome)
+    text = (tmp_path / "results.md").read_text()
+    assert "4.50x [4.40, 4.60]" in text and "1.50x [1.40, 1.60] |" in text
+    assert "- in its runtime: faster than the baseline exported to the same runtime" in text
+    assert [row["speedup_same_runtime"] for row in read(tmp_path)] == ["", "1.5"]
+    report.finish(tmp_path, JOB, OUTCOME)
+    assert "in its runtime" not in (tmp_path / "results.md").read_text()
+
+
+def test_perplexity_is_no_fraction():
+    row = {**results.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
+    figures = tables.drawn_figures(row)
+    assert (figures["value"], figures["change"]) == ("5.500", "+0.250")
+
+
+def drawn(rows, width):
+    """The headings of a terminal's table, in which nothing may be cut off."""
+    console = Console(width=width, file=io.StringIO())
+    table = tables.table(rows, width)
+    console.print(table)
+    lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
+    cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
+    shown = ["".join(column) for column in zip(*cells)]
+    told = [str(column.header) + "".join(column.cells) for column in table.columns]
+    assert [text.replace(" ", "") for text in shown] == [re.sub(r"\s", "", text) for text in told]
+    assert max(map(len, console.file.getvalue().splitlines())) <= width
+    return [str(column.header).replace("\n", " ") for column in table.columns]
+
+
+def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
+    there = replace(OUTCOME.measurements["prune"], parameters=7, speedup_same_runtime=Interval(11.5, 11.4, 11.6))
+    outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
+    settings = [("a=1", "technique.prune.sparsity=0.2"), ("a=1", "technique.prune.calibration=" + "x" * 90)]
+    jobs = [Job("prune+distill+openvino", f"model_{i}", "toy", i, words) for i, words in enumerate(settings)]
+    rows = [results.row(job, name, outcome) for job in jobs for name in outcome.measurements]
+    assert drawn(rows[:2], 150) == [
+        "method", "accuracy", "change", "parameters", "MB", "smaller", "ms", "faster [95%]", "in its runtime [95%]",
+        "texts/s", "train s", "compress s",
+    ]  # fmt: skip
+    assert drawn(rows[:2], 120)[-2:] == ["faster [95%]", "in its runtime [95%]"]
+    narrower = ["method", "accuracy", "change", "MB", "smaller", "faster [95%]", "in its runtime [95%]"]
+    assert drawn(rows[:2], 100) == narrower
+    assert drawn(rows[:2], 80) == narrower[:-1]
+    assert drawn([*rows, results.failed(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
+    assert drawn(rows, 80) == ["method", "model", "seed", "settings", "accuracy", "change"]
+
+
+def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(tmp_path):
+    none, prune = OUTCOME.measurements.values()
+    outcome = replace(
+        OUTCOME,
+        descriptions={**OUTCOME.descriptions, "teacher": OUTCOME.descriptions["none"]},
+        measurements={"none": none, "teacher": measured(0.93, 9_000_000, Interval(0.5, 0.4, 0.6)), "prune": prune},
+    )
+    report.finish(tmp_path, JOB, outcome)
+    assert [row["against_teacher"][:5] for row in read(tmp_path)] == ["", "", "-0.05"]
+    table = findings.markdown([results.row(JOB, "prune", outcome)], [])
+    assert "| to teacher |" in (tmp_path / "results.md").read_text() and "-5.00 pt" in table
+    assert "to teacher" not in tables.figures([results.row(JOB, "prune", OUTCOME)])
+
+
+def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
+    report.fail(tmp_path, JOB, "no such thing")
+    assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
+    (row,) = read(tmp_path)
+    assert (row["method"], row["status"], row["reason"]) == ("prune", "failed", "no such thing")
+    assert "prune failed: no such thing" in (tmp_path / "results.md").read_text()
+
+
+def rows(baseline, *overrides, seed=0):
+    job = Job("prune", "tiny", "toy", seed, overrides)
+    return [results.row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
+
+
+def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
+    many = rows("a", "technique.prune.sparsity=0.2") + rows("a", "technique.prune.sparsity=0.5")
+    kept = results.without_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
+    assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
+        ("none", "", 0),
+        ("prune", "technique.prune.sparsity=0.2", 0),
+        ("prune", "technique.prune.sparsity=0.5", 0),
+        ("none", "", 1),
+        ("prune", "", 1),
+        ("prune", "", 1),
+    ]
+
+
+def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
+    shared = ("model.path=somewhere", "technique.prune.scope=layer")
+    many = rows("a", "technique.prune.sparsity=0.2", *shared) + rows("a", "technique.prune.sparsity=0.5", *shared)
+    kept = results.without_repeated_baselines(many)
+    assert tables.apart(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
+    assert [column.header for column in tables.table(kept).columns][:2] == ["method", "settings"]
+    assert tables.table(rows("a", *shared)).columns[1].header != "settings"
+
+
+def test_a_note_says_which_rows_read_the_timed_texts_as_more_tokens():
+    none, prune = rows("a")
+    more = {**prune, "method": "prune_vocab", "latency_tokens": none["latency_tokens"] + 3}
+    same, longer = f"{none['latency_tokens']:.0f} tokens", f"{more['latency_tokens']:.0f} by prune_vocab"
+    (note,) = (one for one in findings.notes([none, prune, more]) if "ms:" in one)
+    assert note.startswith(f"ms: one text, on average of {same} ({longer}); texts/s")
+    several = [one for one in findings.notes([none, prune, {**more, "task": "other"}]) if "ms:" in one]
+    assert [one.partition("ms:")[0] for one in several] == ["tiny on toy: ", "tiny on other: "]
+
+
+def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
+    begin(tmp_path / "0_job")
+    config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
+    (tmp_path / "0_job" / ".hydra" / "config.yaml").write_text(config)
+    (tmp_path / "0_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n- task.epochs=1\n")
+    (lost,) = jobs_reporting.gather(tmp_path)
+    assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
+        "prune", "bert", "sst2", 3, "task.epochs=1"
+    ]  # fmt: skip
+    assert lost["reason"].startswith("it left no result, as happens to a process that is killed")
+
+
+def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
+    took = {name: replace(one, measuring_time_s=3.0) for name, one in WORSE.measurements.items()}
+    report.finish(tmp_path, JOB, replace(WORSE, measurements=took))
+    none, prune = read(tmp_path)
+    assert (none["run_time_s"], prune["run_time_s"], prune["worst_slice"]) == ("13.0", "15.0", "with negation")
+    assert float(prune["worst_slice_change"]) == pytest.approx(-1 / 3) and not none["worst_slice"]
+    text = (tmp_path / "results.md").read_text()
+    assert "measuring took up to 20% of the time of a run" in text and "its budget is hardware.latency" in text
+    assert "lost most: with negation, -33.3 points by prune (significant among its parts)" in text
+
+
+def test_a_failed_baseline_is_no_repeated_one():
+    failure = results.failed(Job("none", "tiny", "toy", 0), "out of memory")
+    kept = results.without_repeated_baselines([*rows("a"), failure])
+    assert [(r["method"], r["status"]) for r in kept] == [
+        ("none", "completed"),
+        ("prune", "completed"),
+        ("none", "failed"),
+    ]
+
+
+def sweep(folder, *jobs):
+    (folder / "multirun.yaml").write_text("")
+    for number, job in enumerate(jobs):
+        begin(folder / f"{number}_job")
+        if job:
+            report.conclude(folder / f"{number}_job", job)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    callbacks.SweepReport().on_multirun_end(config)
+
+
+def test_a_sweep_writes_one_table(tmp_path, capsys):
+    sweep(tmp_path, rows("a"), rows("a"))
+    assert [row["method"] for row in read(tmp_path)] == ["none", "prune", "prune"]
+    assert "100 test examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [None, [results.failed(JOB, "no such thing")]])
+def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
+    with pytest.raises(SystemExit) as exit:
+        sweep(tmp_path, rows("a"), lost)
+    assert exit.value.code == 1
+    assert [row["status"] for row in read(tmp_path)] == ["completed", "completed", "failed"]
+
+
+def test_a_report_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "publish", lambda *args: 1 / 0)
+    with pytest.raises(SystemExit):
+        sweep(tmp_path, rows("a"))
+
+
+def test_the_title_tells_only_what_all_rows_share():
+    one, other = rows("a"), [{**row, "examples": 7} for row in rows("b")]
+    assert tables.title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
+    assert tables.title(one + other) == "tiny on toy"
+
+
+def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
+    report.finish(tmp_path, JOB, OUTCOME)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("final/size_mb")] == [1.0]
+    assert metadata.SESSION_END_INFO_TAG in events.PluginTagToContent("hparams")
+    content = events.PluginTagToContent("hparams")[metadata.SESSION_END_INFO_TAG]
+    assert metadata.parse_session_end_info_plugin_data(content).status == 1  # success
+
+
+def test_tensorboard_marks_a_failed_run(tmp_path):
+    report.fail(tmp_path, JOB, "no such thing")
+    content = EventAccumulator(str(tmp_path / "tensorboard")).Reload().PluginTagToContent("hparams")
+    assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
+
+
+def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_path):
+    for number, sparsity in enumerate((0.2, 0.5)):
+        begin(tmp_path / f"{number}_job")
+        job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}", "task.epochs=1"))
+        report.finish(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
+        for stage, tag in (("0_baseline", "train/loss"), ("1_prune", "train/loss"), ("2_gptq", "hp_metric")):
+            with SummaryWriter(str(tmp_path / f"{number}_job" / "tensorboard" / stage)) as writer:
+                writer.add_scalar(tag, number)
+    begin(tmp_path / "2_job")
+    rows = results.without_repeated_baselines(jobs_reporting.gather(tmp_path))
+    tensorboard.overlay(tmp_path, rows, tables.labels(rows))
+    folder = tmp_path / "tensorboard"
+    # A run for each row, with its own training: the baseline's once, none where nothing was trained.
+    runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
+    assert runs == {".", "none", "prune sparsity=0.2", "prune sparsity=0.5", "2_job"}
+    events = EventAccumulator(str(folder / "prune sparsity=0.5")).Reload()
+    assert {event.value for event in events.Scalars("train/loss")} == {1.0} and events.Scalars("final/size_mb")
+    whole = EventAccumulator(str(folder)).Reload()
+    (layout,) = whole.Tensors("custom_scalars__config__")
+    charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    assert [one.title for one in charts.category] == ["final", "training"]
+    assert "report/accuracy against size" in whole.Tags()["images"]
+    assert tensorboard.differing(rows)[1:3] == [{"method": "prune", "prune.sparsity": x} for x in (0.2, 0.5)]
+    content = EventAccumulator(str(folder / "2_job")).Reload().PluginTagToContent("hparams")
+    assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
+
+
+def many(folder):
+    """Twenty rows, a failed one among them."""
+    for number in range(19):
+        begin(folder / f"{number}_job")
+        job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
+        pruned = replace(WORSE.measurements["prune"], size_bytes=(7 * number % 19 + 1) * 100_000)
+        outcome = replace(WORSE, measurements={**WORSE.measurements, "prune": pruned})
+        report.finish(folder / f"{number}_job", job, replace(outcome, baseline="a", data="fingerprint-of-the-data"))
+    begin(folder / "19_job")
+    report.fail(folder / "19_job", JOB, "<no such> thing")
+    return results.corrected(results.without_repeated_baselines(jobs_reporting.gather(folder)))
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.outside, self.pictures, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.pictures.append(attributes["alt"])
+        self.outside += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+
+
+def test_the_page_has_everything_and_needs_no_network(tmp_path):
+    text = html.write(tmp_path, many(tmp_path)).read_text()
+    page = Page(text)
+    assert not page.outside
+    assert page.pictures == [
+        "accuracy against latency",
+        "accuracy against size",
+        "latency, and accuracy in the bars",
+        "change of each part of the test split, in points",
+        "against prune.sparsity",
+    ]
+    assert text.count("<tr><td data-value") + text.count('<tr class="failed"><td data-value') == 2 * 21
+    for said in ("&lt;no such&gt; thing", "fingerprint-of-the-data", "python train.py technique=prune", "torch",
+                 "smallest within 1 point of the baseline: none is smaller", "-10.00 [-16.00, -4.00]*"):  # fmt: skip
+        assert said in text
+    maps = [base64.b64decode(one).decode() for one in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert len(maps) == 5 and all(one.rstrip().endswith("</svg>") for one in maps)
+
+
+def test_every_point_that_no_other_beats_is_on_the_front():
+    assert statistics.undominated([3, 1, 2, 2, 4], [0.9, 0.5, 0.7, 0.6, 0.8]) == [1, 2, 0]
+
+
+def test_names_beside_a_plot_do_not_overlap():
+    moved = plots.apart([0.5, 0.5, 0.51, 1.0, 0.99], 0.1)
+    assert sorted(moved) == pytest.approx([0.5, 0.6, 0.7, 0.9, 1.0]) and moved[4] < moved[3]
+
+
+def test_parquet_is_the_same_table(tmp_path):
+    report.finish(tmp_path, JOB, WORSE)
+    table = pandas.read_parquet(tmp_path / "results.parquet")
+    assert list(table.columns) == list(read(tmp_path)[0]) and table["size_mb"].tolist() == [4.0, 2.0]
+    assert table["churn"][1] == 0.1 and table["change_high"][1] < 0
+    assert json.loads((tmp_path / "result.json").read_text())["environment"]["python"]
+
+
+def test_significance_allows_for_the_number_of_comparisons():
+    rows = [{"p_value": p} for p in (0.03, 0.001, None)]
+    assert [row.get("p_holm") for row in results.corrected(rows)] == pytest.approx([0.03, 0.002, None])
+    assert results.significant({"p_holm": 0.03}) and not results.significant({"p_holm": None})
+
+
+def test_recommendations_stay_within_a_point_and_say_how_sure_they_are():
+    near, far = (results.row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
+    none = results.row(JOB, "none", OUTCOME)
+    assert all(line.endswith("none is smaller") or line.endswith("none is faster")
+               for line in findings.recommendations([none, far, near]))  # fmt: skip
+    near = {**near, "change": -0.01, "change_low": -0.02, "change_high": 0.0, "p_value": 0.5}
+    smallest, fastest = findings.recommendations([none, far, near])
+    assert smallest.endswith("1.00 MB, 4.00x smaller, accuracy -1.00 pt [-2.00, +0.00], not significant (p = 0.5)")
+    assert "1.50x [1.40, 1.60] faster" in fastest
+
+
+def test_seeds_become_a_mean_with_an_interval():
+    rows = [{**row, "change": row["change"] - 0.01 * seed} for seed in (0, 1, 2) for row in rows_of_seed(seed)]
+    none, prune = tables.over_seeds(rows)
+    assert none.change is None and (prune.seeds, prune.label) == (3, "prune (tiny on toy)")
+    assert prune.change.value == pytest.approx(-0.03) and prune.change.low < -0.05 < -0.01 < prune.change.high
+
+
+def rows_of_seed(seed):
+    return [results.row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
+
+
+def test_the_card_tells_the_hub_what_was_measured(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    card.write(tmp_path, OUTCOME, "prune")
+    found = ModelCard.load(tmp_path / "README.md")
+    (index,) = metadata_load(tmp_path / "README.md")["model-index"]
+    assert model_index_to_eval_results([index]) == ("tiny-toy-prune", found.data.eval_results)
+    assert found.data.base_model is None and found.data.datasets is None  # neither is the hub's
+    (result,) = found.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.88, "toy")
+    assert found.data.pipeline_tag == "text-classification" and found.data.model_name == "tiny-toy-prune"
+    assert "## Limits\n\n- prune: no speed" in found.text and "One text: 2.00 ms (p95 4.00" in found.text
+
+
+@pytest.mark.parametrize("path", ["null", "data"])
+def test_the_card_names_the_model_and_the_data_of_the_hub(tmp_path, path):
+    (tmp_path / "config.json").write_text("{}")
+    hub = "{id: nyu-mll/glue, config: sst2, train: train, test: validation}"
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{path: sentence-transformers/all-MiniLM-L6-v2}}\ntask: {{hub: {hub}, path: {path}}}\n"
+    )
+    card.write(tmp_path, OUTCOME, "prune")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    (result,) = data.eval_results
+    theirs = ("nyu-mll/glue", "sst2", "validation") if path == "null" else ("toy", None, "test")
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == theirs
+    assert data.datasets == (["nyu-mll/glue"] if path == "null" else None)

@@ -1,0 +1,188 @@
+"""`evaluate.py` measures what a run measured, again, and what others made."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from hydra import compose, initialize_config_dir
+from test_conf import CONF
+from test_experiment import SMALL, cache, carry_out  # noqa: F401
+from test_report import OUTCOME, WORSE
+
+from compress.artifacts import artifact, moving
+from compress.errors import UserError
+from compress.exporting.tracing import inputs_of
+from compress.reporting import jobs, report
+from compress.reporting.compare import changes
+from compress.reporting.rows import Job
+from compress.running import evaluate
+
+
+@pytest.fixture
+def measure_again(cache, tmp_path):  # noqa: F811
+    def measure_again(*overrides):
+        small = [o for o in SMALL if o.startswith("hardware")]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return evaluate.evaluate(
+                compose("evaluate", [f"cache.dir={cache}", *small, *overrides]), tmp_path / "again"
+            )
+
+    return measure_again
+
+
+def test_an_artifact_is_worth_the_same_again(carry_out, measure_again, tmp_path):  # noqa: F811
+    outcome = carry_out("technique=prune+gptq")
+    (row,) = measure_again(f"artifact={tmp_path / 'artifact'}")
+    first = outcome.measurements["prune+gptq"]
+    assert row["method"] == "prune+gptq" and row["value"] == first.quality["accuracy"]
+    assert row["size_mb"] * 1e6 == first.size_bytes and row["examples"] == first.examples
+    assert row["speedup"] is None
+
+
+def test_an_artifact_is_measured_on_the_runtime_that_is_asked_for(carry_out, measure_again, tmp_path):  # noqa: F811
+    first = carry_out("technique=none").measurements["none"]
+    (row,) = measure_again(f"artifact={tmp_path / 'artifact'}", "hardware.runtime=openvino")
+    assert row["runtime"] == "openvino" and row["value"] == first.quality["accuracy"]
+    assert (row["size_mb"] * 1e6, row["parameters"]) == (first.size_bytes, first.parameters)
+
+
+def loaded(runtime="torch", weights="float"):
+    done = tuple(artifact.Done(name, {}, 0.0, False) for name in ("baseline", "stage"))
+    description = artifact.Description("multiclass", "tiny", "toy", runtime, weights, history=done)
+    return artifact.Artifact(tiny.bert(), None, description)
+
+
+@pytest.mark.parametrize("runtime", ["torch_compile", "onnxruntime", "openvino"])
+def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # for no C++ compiler to run
+    batch = inputs_of(tiny.batch())
+    ours = loaded()
+    expected = ours.model(**batch).logits
+    moved = moving.move(ours, runtime, batch, tmp_path)
+    with torch.inference_mode():
+        assert torch.allclose(moved.model(**batch).logits, expected, atol=1e-5)
+    assert moved.description.runtime == runtime and ours.description.runtime == "torch"
+
+
+@pytest.mark.parametrize(
+    ("there", "sentence"),
+    [
+        ({"weights": "packed"}, r"those of `stage` are packed: let a chain end on `openvino`"),
+        (
+            {"runtime": "onnxruntime", "weights": "onnx"},
+            r"artifact of `stage` was exported for onnxruntime",
+        ),
+    ],
+)
+def test_what_cannot_run_there_is_refused(there, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        moving.move(loaded(**there), "openvino", tiny.batch(), tmp_path)
+
+
+def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):  # noqa: F811
+    carry_out("technique=prune")
+    (tmp_path / "artifact").rename(tmp_path / "pruned")
+    carry_out("technique=none")
+    rows = measure_again(f"artifact={tmp_path / 'pruned'}", f"baseline={tmp_path / 'artifact'}")
+    assert [row["method"] for row in rows] == ["none", "prune"] and rows[1]["speedup"] > 0
+
+
+def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_path):  # noqa: F811
+    carry_out("technique=none")
+    folder = tmp_path / "artifact"
+    for name in ("compress.json", "config.yaml"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"says nothing of its task: name one as well \(task=sst2\)"):
+        measure_again(f"artifact={folder}")
+    (row,) = measure_again(f"artifact={folder}", "task=toy", "task.limit.test=100")
+    assert row["method"] == "artifact" and row["examples"] == 100
+    with pytest.raises(UserError, match="tells 4 labels apart and task `augesc` has 8"):
+        evaluate.fits(folder, evaluate.artifact.load(folder, "multiclass"), task_named("augesc"))
+
+
+def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure_again, tmp_path):  # noqa: F811
+    alone = {}
+    for name, count in (("few", 64), ("many", 256)):
+        carry_out("technique=none", f"task.limit.train={count}", f"cache.dir={tmp_path / 'cache'}")
+        (tmp_path / "artifact").rename(tmp_path / name)
+        (row,) = measure_again(f"artifact={tmp_path / name}")
+        alone[name] = row["value"]
+    rows = measure_again(f"artifact={tmp_path / 'many'}", f"baseline={tmp_path / 'few'}")
+    assert [row["value"] for row in rows] == [alone["few"], alone["many"]]
+
+
+def test_labels_in_another_order_are_refused(carry_out, measure_again, tmp_path):  # noqa: F811
+    carry_out("technique=none")
+    with pytest.raises(UserError, match=r"calls its labels awful, bad, good, great and task `toy` has great, good"):
+        measure_again(f"artifact={tmp_path / 'artifact'}", "task=toy", "task.labels=[great,good,bad,awful]")
+
+
+def test_a_head_without_weights_is_refused(measure_again, shared_models):
+    with pytest.raises(UserError, match="holds no weights for classifier.bias.* would be random"):
+        measure_again(f"artifact={shared_models('minilm-l6')}", "task=toy")
+
+
+def task_named(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return evaluate.plan.parse(evaluate.Task, evaluate.plan.plain(compose("train", [f"task={name}"]).task), "task")
+
+
+def test_what_is_not_there_is_told(measure_again, tmp_path):
+    with pytest.raises(UserError, match="No artifact is named: type artifact=FOLDER"):
+        measure_again()
+    with pytest.raises(UserError, match="There is no folder nowhere"):
+        measure_again("artifact=nowhere")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        measure_again(f"artifact={tmp_path}", "task=toy")
+
+
+def test_real_weights_are_measured_by_their_folder(measure_again, shared_models, shared_data):
+    folder, data = shared_models("stories260K"), shared_data("tinystories-sample")
+    (row,) = measure_again(f"artifact={folder}", "task=tinystories", f"task.path={data}")
+    assert row["metric"] == "perplexity" and 4 < row["value"] < 7
+    assert row["parameters"] == 260_032
+
+
+def gathered(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return evaluate.rebuilt(compose("evaluate", list(overrides)))
+
+
+@pytest.fixture
+def sweeps(tmp_path):
+    """Two sweeps with one baseline: `first` prunes at two sparsities, `second` with other answers."""
+    for name, job, outcome in (
+        ("first/0_a", "technique.prune.sparsity=0.2", OUTCOME),
+        ("first/1_b", "technique.prune.sparsity=0.5", OUTCOME),
+        ("second/0_a", "technique.prune.sparsity=0.2", WORSE),
+    ):
+        folder = tmp_path / name
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/config.yaml").touch()
+        report.finish(folder, Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_several_sweeps_become_one_report_and_a_part_of_it_another(sweeps):
+    first, second = sweeps
+    rows = gathered(f"report=[{first},{second}]")
+    assert [row["method"] for row in rows] == ["none", "prune", "prune", "prune"]
+    assert [row["overrides"][-3:] for row in gathered(f"report={first}", "where.method=prune")] == ["0.2", "0.5"]
+    with pytest.raises(UserError, match=r"No row is left of 4: where.model can be tiny\."):
+        gathered(f"report={first}", "where.model=[bert,llama]")
+    with pytest.raises(UserError, match="holds no results: name the folder of a run or a sweep"):
+        gathered(f"report={first.parent}")
+
+
+def test_what_changed_between_two_sweeps_is_tested_on_the_same_examples(sweeps):
+    first, second = (jobs.gather(folder) for folder in sweeps)
+    line, alone = changes(first, second)
+    assert line.startswith("prune: accuracy 0.8800 -> 0.8000 (-8.00 pt [")
+    assert "significant, p = 0.00" in line and "not significant" not in line
+    assert "1.00 -> 2.00 MB; 1.50 -> 1.20x of the baseline's speed, beyond both intervals" in line
+    assert alone.startswith("only in the first: tiny toy accuracy prune 0 technique.prune.sparsity=0.5")
+    assert "(+0.00 pt [+0.00 pt, +0.00 pt], not significant, p = 1); same size; same speed" in changes(first, first)[0]
+    with pytest.raises(UserError, match="no experiment in common"):
+        changes(first, [{**row, "task": "sst2"} for row in [*second, {**second[1], "seed": 1}]])

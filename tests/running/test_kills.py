@@ -1,0 +1,95 @@
+"""A sweep that is killed at any moment and started again ends as if nothing had happened."""
+
+import atexit
+import csv
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import threading
+import time
+
+from test_command_line import ROOT
+from test_experiment import SMALL
+
+from compress.cache.digests import checksum
+from compress.cache.store import entries, unused
+
+KILLS = 20
+SWEEP = [
+    "technique=none,prune,prune+gptq",
+    *SMALL,
+    "task.limit.test=64",
+    "baseline.epochs=3",
+    "hardware.threads=1",
+]
+FORK = multiprocessing.get_context("forkserver")  # imports what is heavy once, and no thread has run there yet
+FORK.set_forkserver_preload(["compress.running.job", "test_command_line", "test_experiment"])
+
+
+def sweep(words, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: in the background it is ignored
+    os.chdir(ROOT)
+    sys.argv = ["train.py", "-m", *words]
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    finally:
+        threading._shutdown()  # neither of which a forked process does by itself
+        atexit._run_exitfuncs()
+
+
+def start(folder):
+    words = [*SWEEP, f"cache.dir={folder}/cache", f"hydra.sweep.dir={folder}/sweep"]
+    process = FORK.Process(target=sweep, args=(words, folder / "log"))
+    process.start()
+    return process
+
+
+def found(folder):
+    """Of every row what does not depend on the clock, and the weights of every job."""
+    with (folder / "sweep" / "results.csv").open() as file:
+        rows = [{key: row[key] for key in ("method", "status", "accuracy", "f1_macro", "size_mb", "nonzeros")}
+                for row in csv.DictReader(file)]  # fmt: skip
+    weights = [checksum(file) for file in sorted((folder / "sweep").glob("*/artifact/model.safetensors"))]
+    return rows, weights
+
+
+def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_table(tmp_path):
+    whole, kills, rounds = tmp_path / "whole", 0, 0
+    whole.mkdir()
+    begin = time.perf_counter()
+    process = start(whole)
+    process.join()
+    seconds = time.perf_counter() - begin
+    assert process.exitcode == 0, (whole / "log").read_text()
+    expected, moments = found(whole), random.Random(0)
+    assert [row["method"] for row in expected[0]] == ["none", "prune", "prune+gptq"] and len(expected[1]) == 3
+
+    while kills < KILLS:  # a sweep that has come to its end is followed by another one
+        killed, rounds = tmp_path / f"killed {rounds}", rounds + 1
+        killed.mkdir()
+        ended = False
+        while not ended:
+            process = start(killed)
+            process.join(moments.uniform(0, seconds / 3) if kills < KILLS else None)
+            process.kill()
+            process.join()
+            ended = process.exitcode != -signal.SIGKILL
+            kills += not ended
+        assert process.exitcode == 0, (killed / "log").read_text()
+        assert found(killed) == expected
+        assert not list(killed.rglob("*.partial"))
+        for entry in entries(killed / "cache"):
+            with unused(entry.path) as free:
+                assert free
+
+    before = (killed / "log").read_text().count("finished before")
+    process = start(killed)
+    process.join()
+    assert (killed / "log").read_text().count("finished before") == before + 3
+    assert json.loads(next((killed / "sweep").glob("0_*/result.json")).read_text())["rows"]

@@ -1,0 +1,118 @@
+"""Processes of one machine that train together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
+from test_command_line import ROOT
+from test_experiment import SMALL
+
+from compress.cache.digests import checksum
+from compress.errors import UserError
+from compress.planning.settings import Hardware
+from compress.running import resume
+from compress.running.team import Team, named
+
+WORDS = [*SMALL, "technique=none", "hardware.devices=2", "hardware.threads=1", "baseline.epochs=3"]
+
+
+def train(folder):
+    words = [*WORDS, f"cache.dir={folder}/cache", f"hydra.run.dir={folder}/run"]
+    return subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_processes_that_were_stopped_end_as_two_that_were_not(tmp_path):
+    weights = []
+    for stopped in (False, True):
+        folder = tmp_path / str(stopped)
+        process = train(folder)
+        if stopped:
+            while process.poll() is None and not list(folder.glob("cache/stages/*.partial/resume/*.ckpt")):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.02)
+            process.terminate()
+            output, _ = process.communicate()
+            assert process.returncode == 130, output
+            process = train(folder)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        assert ("goes on after step" in output) == stopped
+        weights.append(checksum(folder / "run" / "artifact" / "model.safetensors"))
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Asked(pl.Callback):
+    def on_validation_batch_start(self, trainer, *args):
+        if trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_in_validation(rank, port, folder):
+    named(rank, 2)
+    hardware = Hardware(accelerator="cpu", devices=2)
+    callbacks = [Asked(), resume.Checkpoints(folder)]
+    trainer = pl.Trainer(
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=False,
+        **resume.where(hardware, together=True),
+    )
+    with Team(rank, 2, "127.0.0.1", port).training(hardware):
+        trainer.fit(BoringModel())
+
+
+def test_the_first_stops_in_validation_without_waiting_for_the_others(port, tmp_path):
+    both = torch.multiprocessing.start_processes(
+        stopped_in_validation, (port, tmp_path), nprocs=2, join=False, start_method="spawn"
+    )
+    both.processes[0].join(120)
+    for process in both.processes:
+        process.kill()
+    assert both.processes[0].exitcode == -signal.SIGTERM
+
+
+def test_the_first_is_told_what_failed_in_another(port):
+    def other():
+        with Team(1, 2, "127.0.0.1", port).part():
+            raise UserError("The disk is full.")
+
+    def ignored():
+        with pytest.raises(UserError):
+            other()
+
+    thread = threading.Thread(target=ignored)
+    thread.start()
+    with (
+        pytest.raises(UserError, match="with this one has failed: The disk is full."),
+        Team(0, 2, "127.0.0.1", port).part() as team,
+        team.training(Hardware(accelerator="cpu")),
+    ):
+        pass
+    thread.join()
+
+
+def test_the_first_does_not_wait_for_one_that_is_gone(port):
+    thread = threading.Thread(target=lambda: Team(1, 2, "127.0.0.1", port))
+    thread.start()
+    team = Team(0, 2, "127.0.0.1", port, alive=lambda: False)
+    thread.join()
+    with pytest.raises(UserError, match="has ended"), team.training(Hardware(accelerator="cpu")):
+        pass

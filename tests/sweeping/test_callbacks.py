@@ -1,0 +1,211 @@
+"""What can go wrong with a run or a sweep around the jobs themselves: a sentence each, and nothing finished is lost."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+from importlib.util import find_spec
+
+import psutil
+import pytest
+from filelock import FileLock
+from test_command_line import python
+from test_experiment import SMALL
+from test_kills import FORK, found, sweep
+
+from compress.errors import told
+from compress.reporting import jobs as jobs_reporting
+
+
+@pytest.fixture
+def start(tmp_path):
+    def start(*words):
+        words = [*SMALL, f"cache.dir={tmp_path}/cache", f"hydra.sweep.dir={tmp_path}/sweep", *words]
+        process = FORK.Process(target=sweep, args=(words, tmp_path / "log"))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """The rows of the sweep's table by method, as they lie in the jobs' folders."""
+    return lambda: {row["method"]: row for row in jobs_reporting.gather(tmp_path / "sweep")}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own."""
+    mounted = []
+
+    def disk(name, options):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a tmpfs is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield disk
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("flags", "key"), [([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir")])
+def test_two_runs_into_one_folder_at_once_are_refused(tmp_path, flags, key):
+    with FileLock(tmp_path / ".lock"):
+        done = python("train.py", *flags, f"{key}={tmp_path}", check=False)
+    assert done.returncode == 1 and not (tmp_path / "results.csv").exists()
+    assert done.stderr == (
+        f"Another run is writing into {tmp_path}: wait for its end, or set {key} to another folder.\n"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(disk):
+    folder = disk("read-only", "ro")
+    done = python("train.py", f"hydra.run.dir={folder}/run", check=False)
+    assert done.returncode == 1
+    expected = f"{folder}/run cannot be written (Read-only file system): set hydra.run.dir to a folder that can.\n"
+    assert done.stderr == expected
+
+
+def test_a_job_that_another_process_is_at_work_on_is_left_alone(tmp_path):
+    with FileLock(tmp_path / ".job.lock"):
+        done = python("train.py", f"hydra.run.dir={tmp_path}", check=False)
+    assert done.returncode == 1 and not (tmp_path / "result.json").exists()
+    assert f"Another process is at work on this job: wait for its end ({tmp_path})." in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_a_failed_job_leaves_the_others_running_and_the_table_says_why(start, jobs, tmp_path, launcher):
+    plugin = launcher.partition("_")[0]
+    if launcher != "basic" and not find_spec(f"hydra_plugins.hydra_{plugin}_launcher"):
+        pytest.skip(f"hydra-{plugin}-launcher is not installed")
+    process = start("technique=gptq,none", "technique.gptq.bits=5", f"hydra/launcher={launcher}")
+    process.join()
+    assert process.exitcode == 1
+    assert "bits" in jobs()["gptq"]["reason"]
+    assert jobs()["none"]["status"] == "completed"
+    assert "gptq failed: technique.gptq.bits is 5" in (tmp_path / "sweep" / "results.md").read_text()
+
+
+def test_a_full_disk_is_told_and_with_more_space_the_sweep_goes_on(start, jobs, disk):
+    cache = disk("cache", "size=2m")
+    process = start("technique=none,prune")
+    process.join()
+    assert process.exitcode == 1
+    assert {row["status"] for row in jobs().values()} == {"failed"}
+    assert all(row["reason"].startswith("No space is left on the disk") for row in jobs().values())
+    subprocess.run(["mount", "-o", "remount,size=100m", str(cache)], check=True)
+    process = start("technique=none,prune")
+    process.join()
+    assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
+
+
+def test_a_full_folder_of_results_is_told(start, jobs, disk, tmp_path):
+    disk("sweep", "size=2m")
+    process = start("technique=none")
+    process.join()
+    assert process.exitcode == 1 and "No space is left on the disk" in jobs()["none"]["reason"]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_path):
+    process = start("model.config.hidden_size=128,268435456", "technique=none")
+    process.join()
+    assert process.exitcode == 1 and "Traceback" not in (tmp_path / "log").read_text()
+    first, second = jobs_reporting.gather(tmp_path / "sweep")
+    assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory: choose")
+
+
+def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goes_on(start, jobs, tmp_path):
+    if not find_spec("hydra_plugins.hydra_joblib_launcher"):
+        pytest.skip("hydra-joblib-launcher is not installed")
+    words = ["technique=none,prune", "baseline.epochs=10", "hardware.threads=1"]
+    process = start(*words, "hydra/launcher=joblib")
+    while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
+        process.join(0.05)
+    workers = [one for one in psutil.Process(process.pid).children() if "LokyProcess" in " ".join(one.cmdline())]
+    workers[0].kill()
+    process.join()
+    assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
+    assert all(row["reason"].startswith("it left no result, as happens to a process") for row in jobs().values())
+    assert "goes on with it" in (tmp_path / "log").read_text()
+    process = start(*words)
+    process.join()
+    assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
+    whole = tmp_path / "whole"
+    process = start(*words, f"cache.dir={whole}/cache", f"hydra.sweep.dir={whole}/sweep")
+    process.join()
+    assert process.exitcode == 0 and found(whole) == found(tmp_path)
+
+
+def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(start, tmp_path):
+    if not find_spec("submitit"):
+        pytest.skip("hydra-submitit-launcher is not installed")
+    process = start("technique=none,prune", "baseline.epochs=10", "hydra/launcher=submitit_local", "cache.mode=off")
+    while process.is_alive() and not list(tmp_path.glob("sweep/0_*/cache/stages/*.partial/resume/*.ckpt")):
+        process.join(0.05)
+    for one in psutil.Process(process.pid).children(recursive=True):
+        if "submitit.core._submit" in one.cmdline() and f"{tmp_path}/sweep/0_" in str(one.open_files()):
+            one.kill()
+    process.join()
+    assert process.exitcode == 1
+    found = [(row["method"], row["status"]) for row in jobs_reporting.gather(tmp_path / "sweep")]
+    assert found == [("none", "failed"), ("none", "completed"), ("prune", "completed")]
+    assert "it left no result" in (tmp_path / "sweep" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_path, number, by):
+    process = start("technique=none,prune", "baseline.epochs=100")
+    while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
+        process.join(0.05)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 130 and f"stopped by {by}" in jobs()["none"]["reason"]
+    assert f"stopped by {by}" in (tmp_path / "sweep" / "results.md").read_text()
+    assert "goes on with it" in (tmp_path / "log").read_text()
+
+
+def test_a_rerun_leaves_out_the_jobs_of_another_sweep(start, tmp_path):
+    start("technique=none,prune", "seed=0").join()
+    process = start("technique=prune,none", "seed=0")
+    process.join()
+    assert process.exitcode == 0
+    with (tmp_path / "sweep" / "results.csv").open() as table:
+        assert [row["method"] for row in csv.DictReader(table)] == ["none", "prune"]
+
+
+def test_a_rerun_leaves_what_is_finished_and_redoes_what_changed(start, jobs, tmp_path):
+    data = tmp_path / "data"
+
+    def write(word):
+        data.mkdir(exist_ok=True)
+        lines = (f"{word if i % 3 else 'bad'} {i},{int(i % 3 > 0)}" for i in range(400))
+        (data / "train.csv").write_text("text,label\n" + "\n".join(lines))
+
+    def rerun():
+        process = start("technique=none,prune", "task=files", f"task.path={data}")
+        process.join()
+        rows, when = jobs(), {job.parent.name: job.stat().st_mtime_ns for job in tmp_path.glob("sweep/*/finished")}
+        return process.exitcode, {row["status"] for row in rows.values()}, when
+
+    write("good")
+    code, statuses, first = rerun()
+    assert (code, statuses, len(first)) == (0, {"completed"}, 2)
+    assert rerun() == (0, {"completed"}, first)
+    (data / "train.csv").rename(data / "away")
+    assert rerun()[1:] == ({"completed"}, first)  # what was found is not lost
+    write("great")
+    code, statuses, again = rerun()
+    assert (code, statuses) == (0, {"completed"}) and all(again[job] > first[job] for job in first)
+
+
+def test_what_is_no_fault_of_the_disk_is_not_told_as_one():
+    assert not told(ValueError("no"))
+    assert told(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert json.dumps(told(PermissionError(13, "Permission denied", "/x"))).startswith('"/x cannot be written or read')

@@ -1,0 +1,66 @@
+"""What is said of the jobs of a sweep while it runs."""
+
+import io
+import json
+import os
+
+import pytest
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from test_conf import CONF
+
+import compress.sweeping.sweeper  # noqa: F401  whose jobs they are
+from compress.reporting import jobs
+from compress.sweeping import live
+
+SETTINGS = ("seed=1 technique.prune.sparsity=0.2", "seed=2 technique.prune.sparsity=0.2")
+
+
+@pytest.fixture
+def job(tmp_path):
+    def job(number, begun, stage=None, ended=None, reason=""):
+        folder = tmp_path / f"{number}_x"
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "config.yaml").touch()
+        os.utime(folder / ".hydra" / "config.yaml", (begun, begun))
+        if stage:
+            (folder / "running").write_text(stage)
+        if ended:
+            row = {"status": "failed" if reason else "completed", "reason": reason}
+            (folder / "result.json").write_text(json.dumps({"rows": [row]}))
+            os.utime(folder / "result.json", (ended, ended))
+
+    return job
+
+
+def test_the_jobs_are_told_apart_by_what_varies():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["model=tiny"], return_hydra_config=True)
+        config.hydra.overrides.task = ["technique=none,prune", "seed=1,2", "task=toy", "technique.prune.sparsity=0.2"]
+        assert live.names(config) == ["none seed=1", "none seed=2", *(f"prune {each}" for each in SETTINGS)]
+        config.hydra.overrides.task = ["search=glob(*)"]
+        assert live.names(config) == ["search=latency", "search=size"]
+
+
+def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 130.0)
+    job(0, begun=100, ended=110)
+    job(1, begun=110, ended=130, reason="no [space] left")
+    job(2, begun=124, stage="gptq")
+    job(3, begun=50, ended=60)  # of an earlier sweep
+    job(4, begun=128, ended=70, reason="of an earlier run")
+    job(5, begun=128, ended=70)
+    jobs.took_no_time(tmp_path / "5_x")
+    found = live.states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
+    assert [(one.state, one.what, one.seconds) for one in found] == [
+        ("done", "", 10),
+        ("failed", "no [space] left", 20),
+        ("running", "gptq", 6),
+        ("queued", "", 0),
+        ("running", "starting", 2),
+        ("done", "", 0),
+    ]
+    assert live.summary(found) == "3 of 6 jobs, about 11 s left"
+    console = Console(width=80, file=io.StringIO())
+    console.print(live.drawn(found))
+    assert "prune  failed   20 s  no [space] left" in console.file.getvalue()

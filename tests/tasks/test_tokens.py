@@ -1,0 +1,180 @@
+"""Batches of real splits by a tokenizer of a few words."""
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from compress.errors import UserError
+from compress.tasks.splits import Splits
+from compress.tasks.task import Task
+from compress.tasks.tokens import LengthBuckets, TaskData
+
+WORDS = [f"w{i}" for i in range(20)]
+METRIC = {"multiclass": "accuracy", "multilabel": "f1_micro", "regression": "pearson", "lm": "perplexity"}
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
+    rules = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    rules.post_processor = processors.BertProcessing(("</s>", 3), ("<s>", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", unk_token="<unk>", padding_side="right")
+
+
+def splits(kind="multiclass", train=40, **columns):
+    """Texts of one to nine words; validation and test are other words than train."""
+
+    def rows(count, first):
+        table = {"text": [" ".join(WORDS[first + i % 3] for i in range(1 + n % 9)) for n in range(count)]}
+        labels = {
+            "multiclass": [n % 2 for n in range(count)],
+            "multilabel": [[float(n % 2), 1.0] for n in range(count)],
+            "regression": [n / 2 for n in range(count)],
+        }
+        return Dataset.from_dict({**table, **{name: values[:count] for name, values in columns.items()},
+                                  **({} if kind == "lm" else {"label": labels[kind]})})  # fmt: skip
+
+    task = Task(name="t", kind=kind, metrics=[METRIC[kind]], primary=METRIC[kind], labels=("a", "b"))
+    return Splits(train=rows(train, 0), validation=rows(7, 5), test=rows(11, 10), task=task)
+
+
+def words(loader):
+    """The words of every text, in the order of the loader."""
+    return [
+        [WORDS[i - 4] for i in row if i >= 4] for batch in loader for row in batch["input_ids"].tolist()
+    ]  # fmt: skip
+
+
+def test_batches_are_padded_on_the_right_to_their_longest_text(tokenizer):
+    for batch in TaskData(splits(), tokenizer, max_length=16, batch_size=8).train_dataloader():
+        lengths = batch["attention_mask"].sum(1)
+        assert batch["input_ids"].shape[1] == lengths.max()
+        assert (batch["input_ids"][:, 0] == 2).all()
+        for row, length in zip(batch["input_ids"], lengths):
+            assert (row[:length] != 0).all() and (row[length:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, shape", [("multiclass", torch.int64, (4,)), ("regression", torch.float32, (4,)),
+                           ("multilabel", torch.float32, (4, 2))]
+)  # fmt: skip
+def test_labels_are_indices_numbers_or_vectors(tokenizer, kind, dtype, shape):
+    labels = next(iter(TaskData(splits(kind), tokenizer, 16, batch_size=4).train_dataloader()))["labels"]
+    assert (labels.dtype, labels.shape) == (dtype, shape)
+
+
+def test_labels_stay_with_their_texts(tokenizer):
+    data = splits()
+    answers = {len(text.split()): set() for text in data.test["text"]}
+    for row in data.test:
+        answers[len(row["text"].split())].add(row["label"])
+    for batch in TaskData(data, tokenizer, 16, batch_size=3).test_dataloader():
+        for length, label in zip(batch["attention_mask"].sum(1).tolist(), batch["labels"].tolist()):
+            assert label in answers[length - 2]
+
+
+def test_texts_are_cut_and_pairs_are_read_together(tokenizer):
+    data = splits(text_pair=["w19 w18"] * 40)
+    batch = next(iter(TaskData(data, tokenizer, max_length=6, batch_size=40).test_dataloader()))
+    assert batch["input_ids"].shape[1] == 6
+    assert (batch["input_ids"] == tokenizer.convert_tokens_to_ids("w19")).any(1).all()
+
+
+def test_texts_of_like_length_are_trained_together_and_all_are(tokenizer):
+    data = splits(train=900)
+    loader = TaskData(data, tokenizer, 16, batch_size=8).train_dataloader()
+    padded = sum((batch["attention_mask"] == 0).sum().item() for batch in loader)
+    assert padded < 0.05 * sum(len(text.split()) for text in data.train["text"])
+    assert sorted(words(loader)) == sorted(text.split() for text in data.train["text"])
+
+
+def test_epochs_differ_and_runs_repeat(tokenizer):
+    first, second = (TaskData(splits(), tokenizer, 16, batch_size=4, seed=3).train_dataloader() for _ in range(2))
+    epochs = words(first), words(first)
+    assert epochs[0] != epochs[1]
+    assert (words(second), words(second)) == epochs
+
+
+def test_evaluation_sees_every_row_once_from_the_longest_on(tokenizer):
+    data = splits()
+    found = words(TaskData(data, tokenizer, 16, batch_size=3).test_dataloader())
+    assert [len(text) for text in found] == sorted((len(text) for text in found), reverse=True)
+    assert sorted(found) == sorted(text.split() for text in data.test["text"])
+
+
+def test_calibration_is_random_training_text_and_nothing_else(tokenizer):
+    data = TaskData(splits(), tokenizer, 16, seed=1)
+    found = words(data.calibration(samples=10, batch_size=4))
+    assert len(found) == 10
+    assert {word for text in found for word in text} <= set(WORDS[:3])
+    assert found == words(TaskData(splits(), tokenizer, 16, seed=1).calibration(10, 4))
+    assert found != words(TaskData(splits(), tokenizer, 16, seed=2).calibration(10, 4))
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "lm"])
+def test_calibration_is_other_text_where_that_is_given(tokenizer, kind):
+    other = Dataset.from_dict({"text": [f"{WORDS[4]} {WORDS[4]}"] * 12})
+    data = TaskData(splits(kind), tokenizer, 4, calibration_text=other)
+    (batch,) = data.calibration(samples=4, batch_size=4)
+    assert {word for text in words([batch]) for word in text} == {WORDS[4]}
+    assert ("labels" in batch) == (kind == "lm")
+
+
+def test_too_little_text_to_calibrate_on_is_told(tokenizer):
+    with pytest.raises(UserError, match="asks for 41 texts and the text of task `t` has 40"):
+        TaskData(splits(), tokenizer, 16).calibration(samples=41, batch_size=4)
+
+
+def test_documents_are_joined_and_cut_into_blocks(tokenizer):
+    data = splits("lm")
+    rows = TaskData(data, tokenizer, max_length=8).tokenised("test")["input_ids"][:]
+    joined = [i for text in data.test["text"] for i in tokenizer(text)["input_ids"]]
+    assert all(len(row) == 8 for row in rows[:-1])
+    assert [i for row in rows for i in row] == joined[: len(joined) - (len(joined) % 8 == 1)]
+
+
+def test_a_language_models_labels_are_its_inputs_but_for_padding(tokenizer):
+    for batch in TaskData(splits("lm"), tokenizer, max_length=8, batch_size=100).test_dataloader():
+        padding = batch["attention_mask"] == 0
+        assert padding.any()
+        assert (batch["labels"][padding] == -100).all()
+        assert (batch["labels"] == batch["input_ids"])[~padding].all()
+
+
+def test_tokens_are_kept_by_content(tokenizer, tmp_path, monkeypatch):
+    def tokens(data, max_length=16):
+        kept = TaskData(data, tokenizer, max_length, tokens=tmp_path)
+        return [kept.tokenised(split)["input_ids"][:] for split in ("train", "validation", "test")]
+
+    def folders():
+        return {path.name for path in tmp_path.iterdir() if path.is_dir()}
+
+    first = tokens(splits())
+    assert len(folders()) == 3
+    with monkeypatch.context() as context:
+        context.setattr(TaskData, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+        assert tokens(splits()) == first
+    tokens(splits(), max_length=5)
+    assert len(folders()) == 6
+    tokens(splits(train=41))
+    assert len(folders()) == 7
+
+
+def test_training_batches_hold_texts_of_like_length_in_random_order():
+    lengths = [n % 50 for n in range(3200)]
+    buckets = LengthBuckets(lengths, batch_size=32, seed=0)
+    first, second = list(buckets), list(buckets)
+    assert len(first) == len(buckets) == 100
+    assert sorted(i for batch in first for i in batch) == list(range(3200))
+    assert first != second and list(LengthBuckets(lengths, 32, seed=0)) == first
+    spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first]
+    assert sum(spreads) / len(spreads) < 3  # of 49
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+    ordered = sum(a > b for a, b in itertools.pairwise(means))
+    assert 30 < ordered < 70  # about half of the steps go down
