@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 import compress.planning.chain  # noqa: F401  sweeps name their folders by it
-from compress.planning.advice import told_on_the_command_line
+from compress.planning.advice import report_user_errors
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -21,5 +21,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with told_on_the_command_line():
+    with report_user_errors():
         main()

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 
 import compress.planning.chain  # makes technique=a+b a choice
 import compress.sweeping.sweeper
-from compress.planning.advice import told_on_the_command_line
+from compress.planning.advice import report_user_errors
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -22,6 +22,6 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    with told_on_the_command_line():
-        sys.argv[1:] = compress.planning.chain.typed(sys.argv[1:])
+    with report_user_errors():
+        sys.argv[1:] = compress.planning.chain.prepare_overrides(sys.argv[1:])
         main()

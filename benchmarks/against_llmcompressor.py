@@ -30,7 +30,7 @@ from untrained import carry_out
 
 from compress.formats.packed import quantization_scheme
 from compress.maths.rounding import Scheme
-from compress.quiet import hush
+from compress.quiet import silence_libraries
 from compress.techniques.awq import AWQ
 from compress.techniques.gptq import GPTQ
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
     parser.add_argument("--windows", type=int, default=400, help="most windows to test on")
     asked = parser.parse_args()
-    hush()
+    silence_libraries()
     logger.remove()  # llm-compressor's own
     IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory for a GPU without asking
     tokenizer = AutoTokenizer.from_pretrained(asked.model)

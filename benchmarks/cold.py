@@ -22,9 +22,9 @@ def one(folder: Path, texts: int, tokens: int) -> None:
     """Print the seconds of every text's first pass, and of its second after ten more for warmth."""
     import torch
 
-    from compress.artifacts import artifact
+    from compress.artifacts.artifact import load_artifact
 
-    model = artifact.load(folder).model.eval()
+    model = load_artifact(folder).model.eval()
     batches = [{"input_ids": torch.randint(100, 1000, (1, tokens))} for _ in range(texts)]
 
     def seconds(batch: dict[str, torch.Tensor]) -> float:

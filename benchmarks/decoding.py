@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from untrained import carry_out
 from yaml import safe_load
 
-from compress.measuring.timing import speedup
-from compress.quiet import hush
+from compress.measuring.timing import estimate_speedup
+from compress.quiet import silence_libraries
 from compress.runtimes import onnxruntime, openvino
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens that are timed in a row")
     parser.add_argument("--repeats", type=int, default=5, help="such rows of each")
     asked = parser.parse_args()
-    hush()
+    silence_libraries()
     config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": asked.blocks})
     torch.manual_seed(0)
     context = torch.randint(config.vocab_size, (1, asked.context))
@@ -66,7 +66,7 @@ def main() -> None:
                 times[name].append(row)
     table = Table("", "ms a token", "faster [95%]")
     for name, rows in times.items():
-        found = speedup(times["PyTorch float32"], rows)
+        found = estimate_speedup(times["PyTorch float32"], rows)
         table.add_row(
             name, f"{np.median(np.concatenate(rows)):.1f}", f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         )

@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from untrained import Batch, carry_out
 from yaml import safe_load
 
-from compress.measuring.timing import speedup, spread, take_turns
+from compress.measuring.timing import estimate_speedup, summarise_times, time_in_turns
 from compress.planning.settings import Latency
-from compress.quiet import hush
+from compress.quiet import silence_libraries
 from compress.runtimes import onnxruntime as ours_onnxruntime
 from compress.runtimes import openvino as ours_openvino
 from compress.techniques.onnx import Onnx
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each variant, on the clock")
     asked = parser.parse_args()
-    hush()
+    silence_libraries()
     nncf.set_log_level("ERROR")
     torch.manual_seed(0)
     config = AutoConfig.for_model(**safe_load(MODEL.read_text())["config"])
@@ -86,11 +86,11 @@ def compared(runs: dict[str, tuple[Run, Run | None]], batch: Batch, seconds: flo
         if by_hand:
             calls[f"{name} by hand"] = lambda _, run=by_hand: run(batch)
     with torch.inference_mode():
-        times = take_turns(calls, Latency(seconds=seconds, block_s=0.5), cycle=1).blocks
+        times = time_in_turns(calls, Latency(seconds=seconds, block_s=0.5), cycle=1).blocks
     size, length = batch["input_ids"].shape
     table = Table(f"batch {size}, {length} tokens", "ms", "faster [95%]", "by hand", "ours is faster [95%]")
     for name, (_, by_hand) in runs.items():
-        row = [name, f"{spread(times[name]).median_ms:.2f}", ratio(times["PyTorch"], times[name])]
+        row = [name, f"{summarise_times(times[name]).median_ms:.2f}", ratio(times["PyTorch"], times[name])]
         if by_hand:
             hand = times[f"{name} by hand"]
             row += [ratio(times["PyTorch"], hand), ratio(hand, times[name])]
@@ -99,7 +99,7 @@ def compared(runs: dict[str, tuple[Run, Run | None]], batch: Batch, seconds: flo
 
 
 def ratio(slow: list[np.ndarray], fast: list[np.ndarray]) -> str:
-    found = speedup(slow, fast)
+    found = estimate_speedup(slow, fast)
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 

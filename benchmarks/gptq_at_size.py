@@ -59,12 +59,12 @@ def measured(method, asked: argparse.Namespace) -> tuple[float, float, float, fl
 
 def prune(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     """Set a fifth of every layer to zero; where that is."""
-    from compress.maths.sparsity import magnitude, smallest_of
-    from compress.models.layers import linears, zeros
+    from compress.maths.sparsity import magnitude_score, mask_tensor
+    from compress.models.layers import find_linears, find_zeros
 
-    for _, linear in linears(model):
-        linear.weight.data[smallest_of(magnitude(linear.weight.data), 0.2)] = 0
-    return zeros(model)
+    for _, linear in find_linears(model):
+        linear.weight.data[mask_tensor(magnitude_score(linear.weight.data), 0.2)] = 0
+    return find_zeros(model)
 
 
 def peak_gib() -> float:

@@ -17,11 +17,11 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress.measuring.timing import speedup, take_turns
-from compress.models.students import Student, student_of
+from compress.measuring.timing import estimate_speedup, time_in_turns
+from compress.models.students import Student, build_student
 from compress.models.teachers import KeptLogits
 from compress.planning.settings import Latency
-from compress.quiet import hush
+from compress.quiet import silence_libraries
 from compress.techniques.distill import Distill
 
 TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -30,13 +30,13 @@ BATCH = 32
 
 def stepper(teacher: BertForSequenceClassification) -> tuple[Distill, Callable[[dict, int], None]]:
     """A student to be trained, and a call that trains it on a batch."""
-    module = Distill(student_of(teacher, Student(layers=3)), teacher=teacher)
+    module = Distill(build_student(teacher, Student(layers=3)), teacher=teacher)
     module.configure_model()
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer
     optimizer = torch.optim.AdamW(module.model.parameters(), fused=True)
 
     def step(batch: dict, _: int) -> None:
-        module._imitate(batch, progress=0.0).backward()
+        module._imitation_loss(batch, progress=0.0).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -44,7 +44,7 @@ def stepper(teacher: BertForSequenceClassification) -> tuple[Distill, Callable[[
 
 
 def main() -> None:
-    hush()
+    silence_libraries()
     torch.manual_seed(0)
     teacher = BertForSequenceClassification(BertConfig(vocab_size=5000, **TEACHER)).eval()
     ids = torch.randint(5, 5000, (BATCH, 32))
@@ -64,9 +64,9 @@ def main() -> None:
             kept = KeptLogits(Path(tempfile.mkdtemp()) / "logits", rows)
             kept.fill(lambda cut: module._ask(cut).logits, collate, BATCH)  # noqa: B023  (called at once)
             module._kept = [kept]
-    times = take_turns(steps, Latency(seconds=20.0), cycle=1).blocks
+    times = time_in_turns(steps, Latency(seconds=20.0), cycle=1).blocks
     for name in ("float32 teacher", "bfloat16 teacher"):
-        ratio = speedup(times["kept"], times[name])
+        ratio = estimate_speedup(times["kept"], times[name])
         print(f"kept / {name}: {ratio.value:.2f} of the time per step [{ratio.low:.2f}, {ratio.high:.2f}]")
 
 

@@ -21,13 +21,13 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 
 import compress.planning.chain  # noqa: F401  the configs' resolvers
-from compress.artifacts import artifact
+from compress.artifacts.artifact import load_artifact
 from compress.measuring.bench import Bench
-from compress.measuring.measure import Measurement, answer, measure
-from compress.planning import settings as settings_planning
-from compress.quiet import hush
-from compress.running import evaluate
-from compress.running.experiment import bench_of
+from compress.measuring.measure import Measurement, measure_artifacts, predict_split
+from compress.planning.settings import parse_values, read_settings
+from compress.quiet import silence_libraries
+from compress.running.evaluate import read_task
+from compress.running.experiment import make_split_bench
 from compress.tasks.splits import load_splits
 from compress.tasks.task import Task
 
@@ -60,12 +60,12 @@ def slower(model: Any, **batch: Any) -> Any:
 
 def worse(bench: Bench, task: Task, device: Any) -> Callable[..., Any]:
     """Wrong about a hundredth of the test split that the model is right about: right logits in the wrong places."""
-    _, before = answer(bench, task, device)
-    assert before.right is not None
+    _, before = predict_split(bench, task, device)
+    assert before.correct_examples is not None
     count = round(LOSS * len(before.labels))
     rows = bench.data.tokenised("test")
     spoilt: set[tuple[int, ...]] = set()
-    for i in np.random.default_rng(0).permutation(np.flatnonzero(before.right)):
+    for i in np.random.default_rng(0).permutation(np.flatnonzero(before.correct_examples)):
         if len(spoilt) < count:
             spoilt.add(tuple(rows[int(i)]["input_ids"]))
 
@@ -99,17 +99,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
-    hush()
+    silence_libraries()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("evaluate", [f"artifact={options.artifact}", f"hardware.latency.seconds={options.seconds}"])
-    settings = settings_planning.settings(cfg)
+    settings = read_settings(cfg)
     latency, device = settings.hardware.latency, settings.hardware.device
     latency = replace(latency, batch_sizes=latency.batch_sizes[:1], memory=False)
-    task = settings_planning.parse(Task, evaluate.task_of(cfg), "task")
+    task = parse_values(Task, read_task(cfg), "task")
     splits = load_splits(task, settings.seed)
 
     def ready() -> Bench:
-        return bench_of(splits, options.artifact, artifact.load(options.artifact, task.kind), settings)
+        return make_split_bench(splits, options.artifact, load_artifact(options.artifact, task.kind), settings)
 
     baseline, itself = ready(), ready()
     planted = {
@@ -122,7 +122,9 @@ def main() -> None:
         variant = replace(itself, artifact=itself.artifact._replace(model=Changed(model, call) if call else model))
         found = []
         for number in range(options.repeats):
-            one = measure({"baseline": baseline, "variant": variant}, splits.task, latency, device)[0]["variant"]
+            one = measure_artifacts({"baseline": baseline, "variant": variant}, splits.task, latency, device)[0][
+                "variant"
+            ]
             found.append(one)
             print(f"  {what}, {number + 1}: {one.speedup}", flush=True)
         tell(what, found)

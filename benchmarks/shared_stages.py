@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from compress.reporting.jobs import gather
+from compress.reporting.jobs import gather_rows
 
 ROOT = Path(__file__).parents[1]
 CHAINS = """none nf4 int8 distill distill+prune distill+nf4 distill+int8 prune prune+nf4 prune+int8 distill+prune+nf4
@@ -31,7 +31,7 @@ def sweep(folder: Path, words: list[str], mode: str) -> tuple[float, list[float]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - begin
     logs = (log.read_text() for log in (folder / mode).glob("*/train.log"))
-    measured = {row["folder"]: row["measuring_time_s"] for row in gather(folder / mode)}
+    measured = {row["folder"]: row["measuring_time_s"] for row in gather_rows(folder / mode)}
     return seconds, [float(made) for log in logs for made in MADE.findall(log)], sum(measured.values())
 
 

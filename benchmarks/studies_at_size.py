@@ -17,8 +17,9 @@ import psutil
 import torch
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
+from test_studies import CONF, STUDIES, generated, rows, shortened  # noqa: E402
 
-from compress.planning.chain import stages
+from compress.planning.chain import read_stages
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -28,11 +29,11 @@ MOST = 24.0  # GiB
 
 
 def work(config: DictConfig, folder: Path) -> None:
-    from compress.running import experiment
+    from compress.running.experiment import run_experiment
     from compress.tasks import splits
 
     splits.read_tables = generated(words=200)
-    experiment.run(config, folder)
+    run_experiment(config, folder)
 
 
 def watched(process: multiprocessing.process.BaseProcess, before: float) -> float:
@@ -66,7 +67,7 @@ def main() -> None:
             for config in map(shortened, configs):
                 config.hardware.latency.batch_sizes, config.hardware.latency.texts = [1], 1
                 config.task.limit.test = 4
-                for stage in stages(config.technique):
+                for stage in read_stages(config.technique):
                     for key, value in {"samples": 4, "grid": 2}.items():  # AWQ tries 40 scales otherwise
                         if key in stage.node:
                             stage.node[key] = value

@@ -14,16 +14,16 @@ class PostconditionError(Exception):
     """A stage did not do what it says, so its result is worth nothing."""
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those that led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def told(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """One sentence where memory is short, or a disk is full or cannot be written; empty where it is something else."""
-    for one in causes(error):
+    for one in iterate_causes(error):
         number, where, why = (one.errno, one.filename, one.strerror) if isinstance(one, OSError) else (None, None, "")
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(one):
             return (

@@ -13,7 +13,7 @@ def offline_if_unreachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not any(before) and not reachable(constants.ENDPOINT):
+    if not any(before) and not is_reachable(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
@@ -21,7 +21,7 @@ def offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def reachable(url: str, timeout_s: float = 5) -> bool:
+def is_reachable(url: str, timeout_s: float = 5) -> bool:
     """Whether anything answers; the environment's proxies are used, as the hub's own client does."""
     import httpx
 

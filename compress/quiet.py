@@ -10,20 +10,20 @@ import warnings
 from collections.abc import Iterator
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Turn off the libraries' notices, hints and warnings; errors are raised, not logged, and still seen."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
     warnings.filterwarnings("ignore")
-    hush_logs()
+    silence_logs()
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
-def hush_logs() -> None:
+def silence_logs() -> None:
     """Of that what they log, without the import of any."""
     for name in (
         "pytorch_lightning",
@@ -40,19 +40,19 @@ def hush_logs() -> None:
 
 
 @contextlib.contextmanager
-def without_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """For calls that draw a progress bar of their own for a moment's work."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
-def muted() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """For exporters and converters, which warn, log and print on a normal run; errors are raised all the same."""
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_bars():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), hide_progress_bars():
             warnings.simplefilter("ignore")
             yield
     finally:

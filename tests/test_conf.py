@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf, open_dict
 
-from compress.planning.chain import PACKAGE, leave_out, stages
+from compress.planning.chain import PACKAGE, drop_unused_settings, read_stages
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
@@ -75,8 +75,8 @@ def test_its_command_composes_and_uses_it(file, monkeypatch):
     assert any(uses(config, program, file) for config in configs), f"the command in conf/{file} does not use it"
     for config in configs:
         if "technique" in config:
-            leave_out(config.technique, config.hydra.overrides.task)
-            stages(config.technique)
+            drop_unused_settings(config.technique, config.hydra.overrides.task)
+            read_stages(config.technique)
         with open_dict(config):
             config.hydra.runtime.output_dir = "."
             monkeypatch.setattr(HydraConfig.instance(), "cfg", config.copy())

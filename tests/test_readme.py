@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_conf import hydra, jobs  # noqa: F401
 
-from compress.planning.chain import leave_out, stages
+from compress.planning.chain import drop_unused_settings, read_stages
 
 LATER = "technique.prune_2.sparsity=0.5"
 ROOT = Path(__file__).parents[1]
@@ -118,8 +118,8 @@ def printed():
 def test_every_printed_command_can_be_composed(line):
     _, _, *words = shlex.split(line, comments=True)
     for config in jobs("train", [word for word in words if "=" in word]):
-        leave_out(config.technique, config.hydra.overrides.task)
-        stages(config.technique)
+        drop_unused_settings(config.technique, config.hydra.overrides.task)
+        read_stages(config.technique)
 
 
 def test_the_snippet_for_anybodys_lightning_script(monkeypatch, tmp_path):

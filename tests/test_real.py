@@ -4,7 +4,7 @@ import pytest
 from test_experiment import cache, carry_out  # noqa: F401
 
 import compress
-from compress.models.layers import linears, zeros
+from compress.models.layers import find_linears, find_zeros
 
 FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
 
@@ -29,9 +29,9 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
     assert none.examples == 872 and none.quality["accuracy"] > 0.86  # a sixth of the training text, once
     assert both.quality["accuracy"] > none.quality["accuracy"] - 0.02
     assert both.size_bytes < 0.65 * none.size_bytes
-    assert sum(int(zero.sum()) for zero in zeros(compress.load(tmp_path / "artifact").model).values()) >= 0.2 * sum(
-        linear.weight.numel() for _, linear in linears(compress.load(tmp_path / "artifact").model)
-    )
+    assert sum(
+        int(zero.sum()) for zero in find_zeros(compress.load(tmp_path / "artifact").model).values()
+    ) >= 0.2 * sum(linear.weight.numel() for _, linear in find_linears(compress.load(tmp_path / "artifact").model))
 
 
 def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):  # noqa: F811

@@ -7,9 +7,9 @@ from hydra import compose
 from omegaconf import open_dict
 from test_conf import CONF, hydra, jobs  # noqa: F401
 
-from compress.planning import plan
-from compress.planning.chain import leave_out, stages
-from compress.running import experiment as experiment_running
+from compress.planning.chain import drop_unused_settings, read_stages
+from compress.planning.plan import make_plan
+from compress.running.experiment import run_experiment
 from compress.tasks.task import SPLITS
 
 TEXTS = {path.stem: path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))}
@@ -23,7 +23,7 @@ def rows(*words):
     """The configs of a sweep, as its jobs get them."""
     configs = jobs("train", list(words))
     for config in configs:
-        leave_out(config.technique, config.hydra.overrides.task)
+        drop_unused_settings(config.technique, config.hydra.overrides.task)
         with open_dict(config):
             del config["hydra"]
     return configs
@@ -36,7 +36,7 @@ def shortened(config):
     config.baseline.epochs = 1
     config.hardware.latency.seconds, config.hardware.latency.block_s = 0.02, 0.01
     config.hardware.latency.batch_sizes, config.hardware.latency.memory = [1, 4], False
-    for stage in stages(config.technique):
+    for stage in read_stages(config.technique):
         if "samples" in stage.node:
             stage.node.samples = texts
         if stage.node.get("train", {}).get("epochs"):
@@ -77,7 +77,7 @@ def test_the_scale_swaps_the_model_where_none_is_typed():
 @pytest.mark.parametrize("scale", ["full", "small"])
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_row_can_be_planned(experiment, scale):
-    planned = [plan.check(config) for config in rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")]
+    planned = [make_plan(config) for config in rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")]
     assert len({(one.method, str(one.steps)) for one in planned}) == len(planned)
 
 
@@ -141,5 +141,5 @@ def test_a_row_of_each_kind_runs_at_small_scale(experiment, technique, settings,
     monkeypatch.setattr("compress.tasks.splits.read_tables", generated(words=6))
     words = [f"experiment={experiment}", "scale=small", f"technique={technique}", f"cache.dir={cache}", *settings]
     (config,) = rows(*words)
-    none, changed = experiment_running.run(shortened(config), tmp_path).measurements.values()
+    none, changed = run_experiment(shortened(config), tmp_path).measurements.values()
     assert changed.size_bytes < none.size_bytes and changed.speedup is not None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.formats import packed as packing
+from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
 
 DESCRIPTION = "compress.json"
@@ -71,7 +71,7 @@ class Artifact(NamedTuple):
     description: Description
 
 
-def write(
+def write_artifact(
     folder: Path,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +82,7 @@ def write(
     """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats; what it was trained
     beside stays as the artifact ``packed`` has it."""
     if packed:
-        packing.save_beside(model, packed, folder)
+        save_with_packed(model, packed, folder)
     elif hasattr(stage, "save"):
         stage.save(model, folder)
     else:
@@ -91,7 +91,7 @@ def write(
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str))
 
 
-def describe(folder: Path | str, kind: str | None = None) -> Description:
+def read_description(folder: Path | str, kind: str | None = None) -> Description:
     """What the artifact says of itself; a plain Hugging Face folder says nothing and is taken for one of ``kind``.
 
     Raises:
@@ -115,25 +115,25 @@ def describe(folder: Path | str, kind: str | None = None) -> Description:
     return Description(kind=kind, model=folder.name, task="")
 
 
-def load(folder: Path | str, kind: str | None = None) -> Artifact:
+def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
     """Load an artifact, or a plain Hugging Face folder of a model for a task of this ``kind``, ready to run.
 
     model, tokenizer, _ = compress.load("multirun/.../artifact")
     """
-    description = describe(folder, kind)
+    description = read_description(folder, kind)
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
-    model = module(description).load(Path(folder), description.kind)
+    model = import_runtime(description).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)
     return Artifact(model, tokenizer, description)
 
 
-def size_bytes(folder: Path | str) -> int:
+def measure_size_bytes(folder: Path | str) -> int:
     """Bytes on disk of the weights that are loaded from ``folder``."""
-    patterns = module(describe(folder, kind="")).WEIGHTS
+    patterns = import_runtime(read_description(folder, kind="")).WEIGHTS
     found = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
     return sum(next(filter(None, found), []))
 
 
-def module(description: Description) -> Any:
+def import_runtime(description: Description) -> Any:
     """The module of ``compress.runtimes`` that runs the artifact."""
     return importlib.import_module(f"compress.runtimes.{description.runtime}")

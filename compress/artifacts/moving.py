@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.artifacts.artifact import Artifact, module
+from compress.artifacts.artifact import Artifact, import_runtime
 from compress.errors import UserError
-from compress.runtimes import need
+from compress.runtimes import require_packages
 
 EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """The stage whose ``export`` writes what a runtime other than PyTorch runs."""
 
 
-def move(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> Artifact:
+def move_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> Artifact:
     """The artifact as another runtime runs it, exported to ``folder`` where that is not PyTorch's own.
 
     Raises:
@@ -40,19 +40,19 @@ def move(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Pat
             f"hardware.runtime={runtime} is for weights that are floats and those of `{method}` are {weights}: let a "
             f"chain end on `{stage}` (python train.py technique=...+{stage}), or set hardware.runtime=torch."
         )
-    need(stage, f"hardware.runtime={runtime}", (stage, runtime))
-    export(loaded, runtime, example, folder)
-    return exported(loaded, runtime, folder)
+    require_packages(stage, f"hardware.runtime={runtime}", (stage, runtime))
+    export_artifact(loaded, runtime, example, folder)
+    return load_exported_artifact(loaded, runtime, folder)
 
 
-def export(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> None:
+def export_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> None:
     """Write what another runtime than PyTorch runs of the artifact, whose model becomes one in float32; the
     ``example`` is a batch as it will be called with."""
-    technique = importlib.import_module(f"compress.techniques.{EXPORTS[runtime]}")
-    technique.export(loaded.model.cpu().float(), example, folder)
+    exporter = importlib.import_module(f"compress.exporting.{EXPORTS[runtime]}")
+    exporter.export(loaded.model.cpu().float(), example, folder)
 
 
-def exported(loaded: Artifact, runtime: str, folder: Path) -> Artifact:
+def load_exported_artifact(loaded: Artifact, runtime: str, folder: Path) -> Artifact:
     """The artifact as that runtime runs what :func:`export` wrote."""
     description = replace(loaded.description, runtime=runtime)
-    return loaded._replace(model=module(description).load(folder, description.kind), description=description)
+    return loaded._replace(model=import_runtime(description).load(folder, description.kind), description=description)

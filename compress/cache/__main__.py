@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from compress.cache.store import entries, prune, unused
+from compress.cache.store import list_entries, lock_if_unused, prune_cache
 
 
 def main(words: list[str] | None = None) -> None:
@@ -18,11 +18,11 @@ def main(words: list[str] | None = None) -> None:
     if not given.dir.is_dir():
         parser.error(f"there is no folder {given.dir}: name that of a cache (--dir).")
     if given.command == "prune":
-        removed = prune(given.dir, given.max_gb)
+        removed = prune_cache(given.dir, given.max_gb)
         print(f"removed {len(removed)} entries, {sum(entry.size_bytes for entry in removed) / 1e9:.3f} GB")
-    every = entries(given.dir)
+    every = list_entries(given.dir)
     for entry in every if given.command == "report" else ():
-        with unused(entry.path) as free:
+        with lock_if_unused(entry.path) as free:
             state = "" if free else "  in use"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(f"{entry.size_bytes / 1e9:9.3f} GB  {used}  {entry.path.parent.name:8}  {entry.name}{state}")

@@ -12,13 +12,13 @@ from typing import Any
 LIBRARIES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "torchmetrics")
 
 
-def digest(content: Any) -> str:
+def compute_digest(content: Any) -> str:
     """The address of any JSON-like content."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 @memoised
-def environment() -> dict[str, str]:
+def digest_environment() -> dict[str, str]:
     """What else decides a result: this package's own source and the libraries that train and save."""
     source = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -26,7 +26,7 @@ def environment() -> dict[str, str]:
     return {"compress": source.hexdigest(), **{name: version(name) for name in LIBRARIES}}
 
 
-def checksum(file: Path) -> str:
+def compute_checksum(file: Path) -> str:
     """The digest of a file's content."""
     content = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
@@ -35,7 +35,7 @@ def checksum(file: Path) -> str:
     return content.hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_files(folder: Path) -> str:
     """The content of a file, or of a folder of files."""
     files = [file for file in sorted(folder.rglob("*")) or [folder] if file.is_file()]
-    return digest([(file.name, checksum(file)) for file in files])
+    return compute_digest([(file.name, compute_checksum(file)) for file in files])

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 
-def flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Have all files of a folder on the disk, so that a power cut takes none of them."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -15,7 +15,7 @@ def flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """A folder or a file, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
@@ -23,7 +23,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, after a power cut as well."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from compress.cache.digests import checksum, digest, environment
-from compress.cache.files import remove
+from compress.cache.digests import compute_checksum, compute_digest, digest_environment
+from compress.cache.files import remove_path
 from compress.errors import PostconditionError, UserError
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,11 @@ class Cache:
 
     def get(self, key: Any, make: Callable[[Path], None], name: str) -> Path:
         """The folder of ``key``, made by ``make(folder)`` where there is none yet; says so under ``name``."""
-        entry = self.folder / digest([key, environment()])
-        with locked(entry, name):
-            self._use(entry)
+        entry = self.folder / compute_digest([key, digest_environment()])
+        with lock_entry(entry, name):
+            self._mark_used(entry)
             if entry.is_dir() and entry.stat().st_mtime >= self.since:
-                if not (damage := damaged(entry)):
+                if not (damage := find_damage(entry)):
                     log.info(f"  {name}: from the cache")
                     return entry
                 log.warning(f"  {name}: the cache's entry {entry.name} is damaged ({damage}): it is made again")
@@ -73,25 +73,25 @@ class Cache:
             partial.mkdir(exist_ok=True)
             for child in partial.iterdir():
                 if child.name not in RESUME:
-                    remove(child)
+                    remove_path(child)
             try:
                 make(partial)
             except (UserError, PostconditionError):
-                remove(partial)  # it would end there again
+                remove_path(partial)  # it would end there again
                 raise
             for used_up in RESUME[:2]:
-                remove(partial / used_up)
-            (partial / MANIFEST).write_text(json.dumps(manifest(partial)))
+                remove_path(partial / used_up)
+            (partial / MANIFEST).write_text(json.dumps(make_manifest(partial)))
             old = entry.with_suffix(".old")
-            remove(old)  # of a process that was killed here
+            remove_path(old)  # of a process that was killed here
             if entry.is_dir():
                 os.replace(entry, old)
             os.replace(partial, entry)
-            remove(old)
+            remove_path(old)
             log.info(f"  {name}: {time.perf_counter() - begin:.1f} s")
         return entry
 
-    def _use(self, entry: Path) -> None:
+    def _mark_used(self, entry: Path) -> None:
         stream = entry.with_suffix(".used").open("a+")  # a shared lock on a network's disk asks for reading
         self.used.append(stream)
         fcntl.flock(stream, fcntl.LOCK_SH)
@@ -99,7 +99,7 @@ class Cache:
 
 
 @contextmanager
-def locked(entry: Path, name: str) -> Iterator[None]:
+def lock_entry(entry: Path, name: str) -> Iterator[None]:
     """Alone with an entry; says under ``name`` that another process has to be waited for."""
     lock = FileLock(f"{entry}.lock")
     try:
@@ -113,19 +113,19 @@ def locked(entry: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def manifest(folder: Path) -> dict[str, str]:
+def make_manifest(folder: Path) -> dict[str, str]:
     """The checksum of every file in ``folder``, by its path."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
-    return {str(file.relative_to(folder)): checksum(file) for file in files}
+    return {str(file.relative_to(folder)): compute_checksum(file) for file in files}
 
 
-def damaged(entry: Path) -> str:
+def find_damage(entry: Path) -> str:
     """What is wrong with an entry; empty where it is as it was written."""
     try:
         written = json.loads((entry / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    found = manifest(entry)
+    found = make_manifest(entry)
     for file in sorted({*written, *found}):
         if written.get(file) != found.get(file):
             return f"{file} is {'not what was written' if file in found else 'missing'}"
@@ -151,7 +151,7 @@ class Entry:
         return f"{method} of {content['model']} on {content['task']}"
 
 
-def entries(folder: Path) -> list[Entry]:
+def list_entries(folder: Path) -> list[Entry]:
     """Everything in the cache at ``folder``, the least recently used first: stages, tokens, teachers' answers."""
     found = []
     for path in folder.glob("*/*"):
@@ -163,24 +163,24 @@ def entries(folder: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
-def prune(folder: Path, max_gb: float) -> list[Entry]:
+def prune_cache(folder: Path, max_gb: float) -> list[Entry]:
     """Remove the least recently used entries that nobody uses until the cache takes less than ``max_gb``."""
-    every = entries(folder)
+    every = list_entries(folder)
     size, removed = sum(entry.size_bytes for entry in every), []
     for entry in every:
         if size <= max_gb * 1e9:
             break
-        with unused(entry.path) as free:
+        with lock_if_unused(entry.path) as free:
             if free:
-                remove(entry.path)
-                remove(entry.path.with_suffix(".used"))
+                remove_path(entry.path)
+                remove_path(entry.path.with_suffix(".used"))
                 size -= entry.size_bytes
                 removed.append(entry)
     return removed
 
 
 @contextmanager
-def unused(path: Path) -> Iterator[bool]:
+def lock_if_unused(path: Path) -> Iterator[bool]:
     """Whether nobody makes or uses an entry, which stays so meanwhile."""
     path = path.with_suffix("")
     try:

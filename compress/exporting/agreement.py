@@ -12,8 +12,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from compress.exporting.tracing import inputs_of
-from compress.models.calibration import Batch, evenly_spread, validation_batches
+from compress.exporting.tracing import select_inputs
+from compress.models.calibration import Batch, read_validation_batches, spread_evenly
 
 AGREEMENT = "agreement.json"
 EXAMPLES = 128  # of the validation split, which would take minutes of two models as a whole
@@ -30,27 +30,27 @@ class Agreement:
     label_agreement: float | None
 
 
-def agreed(folder: Path) -> Agreement | None:
+def read_agreement(folder: Path) -> Agreement | None:
     """What the report of a stage in ``folder`` says of its export; None where it exported nothing."""
     told = folder / AGREEMENT
     return Agreement(**json.loads(told.read_text())) if told.is_file() else None
 
 
-def on_validation_text(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:
+def measure_on_validation(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:
     """Their agreement on texts from all over the validation split; None where the Trainer has none."""
     if not trainer.enable_validation:
         return None
-    batches = validation_batches(trainer)
+    batches = read_validation_batches(trainer)
     count = min(EXAMPLES, sum(len(batch["input_ids"]) for batch in batches))
-    return agreement(model, exported, evenly_spread(batches, count))
+    return measure_agreement(model, exported, spread_evenly(batches, count))
 
 
 @torch.inference_mode()
-def agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Agreement:
+def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Agreement:
     """How far the logits of ``exported`` are from those of ``model``."""
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
-    for batch in map(inputs_of, batches):
+    for batch in map(select_inputs, batches):
         ours, theirs = exported(**batch).logits.float(), model(**batch).logits.float()
         if theirs.ndim == 3 and "attention_mask" in batch:
             real = batch["attention_mask"].bool()

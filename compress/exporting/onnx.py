@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.exporting.tracing import plain_attention, plain_config, to_trace
+from compress.exporting.tracing import prepare_trace, strip_config, use_plain_attention
 from compress.formats import nbits
-from compress.formats.nbits import Weight
+from compress.formats.nbits import Weight, build_lookup, build_product, round_rows, round_weight, share_table
 from compress.formats.onnx import Graph
 from compress.maths.rounding import Scheme
 from compress.models.calibration import Batch
-from compress.models.layers import Layer, digest_tensor, evaluating
-from compress.quiet import muted
+from compress.models.layers import Layer, digest_tensor, evaluation_mode
+from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import PAST, PRESENT
 
 
-def fused(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
+def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
     """The graph with what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query,
     key and value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
     from onnxruntime.transformers.fusion_options import FusionOptions
@@ -52,7 +52,7 @@ def fused(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
             set_heads(node, shapes[node.input[1]][1] // 3 // (width // heads))
         elif node.op_type == "MultiHeadAttention":
             set_heads(node, shapes[products[node.input[0]].input[1]][1] // (width // heads))
-    graph.declare(nbits.DOMAIN)
+    graph.declare_domain(nbits.DOMAIN)
     return graph
 
 
@@ -61,7 +61,7 @@ def set_heads(attention: Any, heads: int) -> None:
     attribute.i = heads
 
 
-def store_once(graph: Graph) -> None:
+def share_transposed(graph: Graph) -> None:
     """Leave out weights that are others transposed: those of an output layer that is tied to the embeddings."""
     import onnx
 
@@ -69,7 +69,7 @@ def store_once(graph: Graph) -> None:
     matrices = [one for one in graph.tensors.values() if one.data_type in kinds and len(one.dims) == 2]
     seen: dict[tuple[bytes, torch.Size], str] = {}
     for one in matrices:
-        name, weight = one.name, graph.copied(one)
+        name, weight = one.name, graph.read_tensor(one)
         if source := seen.get((digest_tensor(weight.T), weight.T.shape)):
             graph.initializer.remove(one)
             graph.nodes.insert(0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0]))
@@ -77,7 +77,7 @@ def store_once(graph: Graph) -> None:
             seen[digest_tensor(weight), weight.shape] = name
 
 
-def begin_with(graph: Graph, past: Batch) -> None:
+def set_default_past(graph: Graph, past: Batch) -> None:
     """Let the graph take ``past`` where it is given nothing else."""
     import onnx
 
@@ -85,7 +85,7 @@ def begin_with(graph: Graph, past: Batch) -> None:
         graph.initializer.append(onnx.numpy_helper.from_array(part.numpy(), name))
 
 
-def to_float16(graph: Graph) -> None:
+def store_float16(graph: Graph) -> None:
     """Store the weights in float16; they are cast to float32 once, when the graph is loaded."""
     import onnx
 
@@ -98,7 +98,7 @@ def to_float16(graph: Graph) -> None:
             graph.nodes.insert(0, cast)
 
 
-def lower(
+def lower_weights(
     graph: Graph, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
 ) -> None:
     """Store the ``layers``' weights as integers: as they are ``kept``, or rounded by the ``scheme``, or embeddings and
@@ -110,23 +110,23 @@ def lower(
     tables: dict[str, str] = {}
     nodes: list[Any] = []
     for node in proto.node:
-        found = [names.get(digest_tensor(one)) for one in factors(node, graph, tensors)]
+        found = [names.get(digest_tensor(one)) for one in find_factors(node, graph, tensors)]
         if len(found) != 1 or found[0] is None:
             nodes.append(node)
             continue
         (name,), weight = found, layers[found[0]].weight.detach()
         if node.op_type == "Gather":
-            new, lowered = nbits.look_up(node, nbits.rounded_rows(weight))
+            new, lowered = build_lookup(node, round_rows(weight))
             tables[name] = node.input[0]
         else:
             if name in kept:
                 rounded = kept[name]
             else:
                 tied = isinstance(layers[name], nn.Embedding)
-                rounded = nbits.rounded_rows(weight) if tied else nbits.rounded(weight, scheme)
-            new, lowered = nbits.multiply(node, rounded, weight.shape[1], activations)
+                rounded = round_rows(weight) if tied else round_weight(weight, scheme)
+            new, lowered = build_product(node, rounded, weight.shape[1], activations)
             if name in tables:
-                new, lowered = nbits.share(tables[name], new, lowered)
+                new, lowered = share_table(tables[name], new, lowered)
         nodes += new
         tensors |= {key: onnx.numpy_helper.from_array(one, key) for key, one in lowered.items()}
     used = {name for node in nodes for name in node.input}
@@ -135,7 +135,7 @@ def lower(
     proto.ClearField("initializer")
     proto.node.extend(nodes)
     proto.initializer.extend(left)
-    graph.declare(nbits.DOMAIN)
+    graph.declare_domain(nbits.DOMAIN)
 
 
 def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
@@ -143,7 +143,7 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
     import onnx
     from onnxruntime import quantization
 
-    nodes = nodes_of(graph, layers)
+    nodes = find_nodes(graph, layers)
     graph.load(math.inf)
     quantization.quantize_dynamic(
         graph.proto,
@@ -176,29 +176,29 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        nodes_to_quantize=nodes_of(graph, layers),
+        nodes_to_quantize=find_nodes(graph, layers),
         use_external_data_format=graph.large or graph.too_large,
     )
 
 
-def nodes_of(graph: Graph, layers: Iterable[Layer]) -> list[str]:
+def find_nodes(graph: Graph, layers: Iterable[Layer]) -> list[str]:
     """The names of the graph's nodes that multiply by weights of some of the ``layers`` and no others."""
     chosen, tensors, found = {digest_tensor(layer.weight) for layer in layers}, graph.tensors, []
     for node in graph.nodes:
-        weights = factors(node, graph, tensors) if node.op_type != "Gather" else []
+        weights = find_factors(node, graph, tensors) if node.op_type != "Gather" else []
         if weights and all(digest_tensor(one) in chosen for one in weights):
             found.append(node.name)
     return found
 
 
-def factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
+def find_factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
     """The weights ``[rows, inputs]`` that the node multiplies by, three where it is all of attention, or the table in
     which it looks up rows; none if it does neither."""
     place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
     stored = tensors.get(node.input[place]) if place is not None else None
     if stored is None or len(stored.dims) != 2:
         return []
-    weight = graph.copied(stored)
+    weight = graph.read_tensor(stored)
     if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
         return [weight]
     return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
@@ -209,29 +209,29 @@ SIZES = {0: "batch", 1: "length"}
 
 def export(model: Any, example: Batch, folder: Path) -> None:
     """Write the model's graph in float32, as the runtime loads it."""
-    with evaluating(model), muted(), TemporaryDirectory() as apart:
+    with evaluation_mode(model), silence_exporters(), TemporaryDirectory() as apart:
         traced = Path(apart) / "model.onnx"
-        past = trace(model, example, traced)
-        graph = fused(traced, model.config, embeddings=True, whole=True)
-        store_once(graph)
+        past = trace_graph(model, example, traced)
+        graph = fuse_graph(traced, model.config, embeddings=True, whole=True)
+        share_transposed(graph)
         if past:
-            begin_with(graph, past)
+            set_default_past(graph, past)
         graph.write(folder / "model.onnx")
-    plain_config(model).save_pretrained(folder)
+    strip_config(model).save_pretrained(folder)
 
 
 @torch.no_grad()
-def trace(model: Any, example: Batch, path: Path) -> Batch:
+def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
     """Write the graph that PyTorch runs for the ``example``, for batches of any shape. Gives what it takes for the keys
     and values of earlier tokens where there are none; nothing if it takes none."""
-    module, inputs, parts = to_trace(model, example)
+    module, inputs, parts = prepare_trace(model, example)
     past = {f"{PAST}{i // 2}.{('key', 'value')[i % 2]}": part for i, part in enumerate(parts)}
     outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
     outputs |= {name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}
     axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
     if past:
         axes["attention_mask"] = {0: "batch", 1: "total"}
-    with plain_attention(model):
+    with use_plain_attention(model):
         torch.onnx.export(
             module.eval(),  # in whose mode the exporter leaves the model
             (*inputs.values(), *past.values()),

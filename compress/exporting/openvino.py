@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.exporting.tracing import inputs_of, plain_config, to_trace
+from compress.exporting.tracing import prepare_trace, select_inputs, strip_config
 from compress.formats.packed import Integers
 from compress.models.calibration import Batch
-from compress.models.layers import evaluating
-from compress.quiet import muted
+from compress.models.layers import evaluation_mode
+from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO
 
 ARITHMETIC = {
@@ -30,28 +30,28 @@ def export(model: Any, example: Batch, folder: Path) -> None:
     """Write the model's graph in float32, as the runtime loads it."""
     import openvino
 
-    with evaluating(model), muted():
-        openvino.save_model(convert(model, example), folder / GRAPH, compress_to_fp16=False)
+    with evaluation_mode(model), silence_exporters():
+        openvino.save_model(convert_to_graph(model, example), folder / GRAPH, compress_to_fp16=False)
     (folder / SETTINGS).write_text(json.dumps(ARITHMETIC["fp32"]))
-    plain_config(model).save_pretrained(folder)
+    strip_config(model).save_pretrained(folder)
 
 
 @torch.no_grad()
-def convert(model: Any, example: Batch) -> Any:
+def convert_to_graph(model: Any, example: Batch) -> Any:
     """The graph of what PyTorch runs for the ``example``, for batches of any shape."""
     import openvino
 
-    module, inputs, past = to_trace(model, example)
+    module, inputs, past = prepare_trace(model, example)
     graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
     before, after = ([f"{when}.{i}" for i in range(len(past))] for when in ("before", "after"))
     for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
         port.get_tensor().set_names({name})
     if past:
-        keep_state(graph, dict(zip(before, after)), [one.shape for one in past])
+        make_stateful(graph, dict(zip(before, after)), [one.shape for one in past])
     return graph
 
 
-def keep_state(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> None:
+def make_stateful(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> None:
     """Make inputs and outputs of the same ``names`` a state, that is empty to begin with, for as many texts as come."""
     from openvino import PartialShape
     from openvino import opset13 as ops
@@ -68,11 +68,11 @@ def keep_state(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> N
             rest = ops.constant(np.array([shape[1].get_length(), 0, shape[3].get_length()]))
             node.set_arguments([ops.broadcast(ops.constant(np.float32(0)), ops.concat([texts, rest], 0))])
         if node.get_type_name() == "ScaledDotProductAttention":
-            seen_by_all(node)
+            unmask_padding(node)
     graph.validate_nodes_and_infer_types()
 
 
-def seen_by_all(attention: Any) -> None:
+def unmask_padding(attention: Any) -> None:
     """Let a token of padding before a text, which may attend to nothing, attend to everything: OpenVINO would give it
     no number, and later tokens with it."""
     from openvino import opset13 as ops
@@ -90,7 +90,7 @@ def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
 
     constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
     for name, (scheme, integers, grid) in layers.items():
-        dense = constants[constant_of(name)]
+        dense = constants[constant_name(name)]
         signed = scheme.symmetric and scheme.bits in (4, 8)  # there are no others with a sign
         lift, to = (0, np.int8) if signed else (-scheme.lowest, np.uint8)
         kind = getattr(Type, f"{'i' if signed else 'u'}{scheme.bits}")
@@ -116,23 +116,23 @@ def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
             reader.replace_source_output(weight.output(0))
 
 
-def readers_of_others(graph: Any, layers: Iterable[str]) -> list[str]:
+def find_other_readers(graph: Any, layers: Iterable[str]) -> list[str]:
     """The names of the graph's nodes that multiply by, or look up, what is not the weight of one of the ``layers``."""
-    chosen = {constant_of(name) for name in layers}
+    chosen = {constant_name(name) for name in layers}
     constants = [one for one in graph.get_ops() if one.get_type_name() == "Constant"]
     others = [one for one in constants if one.get_element_type().is_real() and one.get_friendly_name() not in chosen]
     readers = [port.get_node() for one in others for port in one.output(0).get_target_inputs()]
     return [one.get_friendly_name() for one in readers if one.get_type_name() in ("MatMul", "Gather")]
 
 
-def quantize(graph: Any, batches: list[Batch], left: list[str], accuracy: dict[str, Any]) -> Any:
+def quantize_graph(graph: Any, batches: list[Batch], left: list[str], accuracy: dict[str, Any]) -> Any:
     """Quantize weights and activations, on scales of the activations that the ``batches`` give, but for the nodes
     that are ``left`` as they are, and those that ``accuracy`` asks for, if anything."""
     import nncf
 
     return (nncf.quantize_with_accuracy_control if accuracy else nncf.quantize)(
         graph,
-        nncf.Dataset([arrays(batch) for batch in batches]),
+        nncf.Dataset([to_arrays(batch) for batch in batches]),
         subset_size=len(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
@@ -141,9 +141,9 @@ def quantize(graph: Any, batches: list[Batch], left: list[str], accuracy: dict[s
     )
 
 
-def arrays(batch: Batch) -> dict[str, np.ndarray]:
+def to_arrays(batch: Batch) -> dict[str, np.ndarray]:
     """What a graph reads of the batch."""
-    return {name: value.numpy() for name, value in inputs_of(batch).items()}
+    return {name: value.numpy() for name, value in select_inputs(batch).items()}
 
 
 def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str]) -> Any:
@@ -155,12 +155,12 @@ def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str
     return nncf.compress_weights(graph, mode=mode, ignored_scope=nncf.IgnoredScope(names=left), **four)
 
 
-def halve(graph: Any, but: Iterable[str]) -> None:
+def store_float16(graph: Any, but: Iterable[str]) -> None:
     """Store the weights in float16, ``but`` those of some layers. (OpenVINO's own way takes the angles of positions
     too, which need more digits.)"""
     import openvino
 
-    left = {constant_of(name) for name in but}
+    left = {constant_name(name) for name in but}
     for stored in graph.get_ops():
         if stored.get_type_name() != "Constant" or stored.get_friendly_name() in left:
             continue
@@ -172,6 +172,6 @@ def halve(graph: Any, but: Iterable[str]) -> None:
                 reader.replace_source_output(whole.output(0))
 
 
-def constant_of(layer: str) -> str:
+def constant_name(layer: str) -> str:
     """What OpenVINO calls the weight of the layer."""
     return f"self.model.{layer}.weight"

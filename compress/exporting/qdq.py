@@ -18,16 +18,16 @@ from compress.technique import trait
 WIDER = "integers of 4 bits take eight there"
 
 
-def check(key: str, precision: str | None, before: list[Any]) -> None:
+def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
     """Raise UserError where the export ``key`` cannot keep what a stage ``before`` computes in integers."""
     for stage in before:
         if trait(stage, "leaves") == "integer":
             name = type(stage).__module__.rpartition(".")[2]
             scheme, dynamic = getattr(stage, "scheme", Scheme(8)), getattr(stage, "dynamic", False)
-            refuse(key, precision, f"technique.{name}.", scheme, dynamic)
+            check_support(key, precision, f"technique.{name}.", scheme, dynamic)
 
 
-def refuse(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic: bool) -> None:
+def check_support(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic: bool) -> None:
     if precision is not None:
         raise UserError(
             f"{key}.precision={precision} would give up the integers and ranges that a stage before has found: set "
@@ -46,7 +46,7 @@ def refuse(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic:
         )
 
 
-def layers(model: nn.Module, key: str, precision: str | None) -> dict[str, Quantized]:
+def find_quantized_layers(model: nn.Module, key: str, precision: str | None) -> dict[str, Quantized]:
     """How the layers whose inputs are quantized compute, by name; none where all inputs are floats.
 
     Raises:
@@ -58,12 +58,12 @@ def layers(model: nn.Module, key: str, precision: str | None) -> dict[str, Quant
         if isinstance(getattr(module, "quantized", None), Quantized)
     }
     for one in found.values():
-        refuse(key, precision, "", one.scheme, one.inputs is not None and one.inputs.grid is None)
+        check_support(key, precision, "", one.scheme, one.inputs is not None and one.inputs.grid is None)
     return found
 
 
 @contextmanager
-def plain(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def suspend_quantization(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """With inputs of the layers left as they are, so that the graph that is traced has nothing but products there."""
     modules = [model.get_submodule(name) for name in names]
     before = [(vars(module).pop("forward", None), dict(module._forward_pre_hooks)) for module in modules]
@@ -78,24 +78,24 @@ def plain(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
                 module.forward = forward  # type: ignore[method-assign]
 
 
-def limits(found: dict[str, Quantized]) -> str:
+def describe_limits(found: dict[str, Quantized]) -> str:
     """What an export of the layers ``found`` cannot do for size or speed."""
     return WIDER if any(one.scheme.bits < 8 for one in found.values()) else ""
 
 
-def integers(module: Any, layer: Quantized) -> np.ndarray:
+def weight_integers(module: Any, layer: Quantized) -> np.ndarray:
     """What stands for the module's weight, which is on the layer's grid already, ``[rows, inputs]``."""
     return (module.weight.detach().float() / layer.grid.scale.float()).round().char().numpy()
 
 
-def unsigned(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
+def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of the same grid as integers from 0 on, for which processors multiply fastest."""
     assert inputs is not None and inputs.grid is not None  # or it would have been refused
     scale, zero = inputs.grid
     return scale.float().numpy().reshape(()), (zero.short() - inputs.scheme.lowest).numpy().astype(np.uint8).reshape(())
 
 
-def into_onnx(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
+def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
     """Quantize the graph's products by the weights of the layers ``found``, and what enters them, between
     ``QuantizeLinear`` and ``DequantizeLinear``: runtimes make integer products of that."""
     from onnx import numpy_helper
@@ -106,11 +106,11 @@ def into_onnx(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None
     entered: dict[Any, str] = {}
     done = set()
     for node in graph.node:
-        name = layer_of(node, found)
+        name = find_layer(node, found)
         if name is None:
             nodes.append(node)
             continue
-        layer, (scale, zero) = found[name], unsigned(found[name].inputs)
+        layer, (scale, zero) = found[name], unsigned_grid(found[name].inputs)
         grid = node.input[0], scale.item(), zero.item()
         if grid not in entered:  # what enters query, key and value is rounded once
             x = entered[grid] = f"{name}.input"
@@ -120,7 +120,7 @@ def into_onnx(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None
             stored |= how
         weight = f"{name}.weight"
         how = {
-            f"{weight}_quantized": integers(model.get_submodule(name), layer).T.copy(),
+            f"{weight}_quantized": weight_integers(model.get_submodule(name), layer).T.copy(),
             f"{weight}_scale": layer.grid.scale.float().numpy()[:, 0],
             f"{weight}_zero_point": layer.grid.zero.numpy()[:, 0],
         }
@@ -142,13 +142,13 @@ def into_onnx(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None
     graph.initializer.extend([*others, *(numpy_helper.from_array(one, name) for name, one in stored.items())])
 
 
-def layer_of(node: Any, names: Iterable[str]) -> str | None:
+def find_layer(node: Any, names: Iterable[str]) -> str | None:
     """The layer whose product the node is, which PyTorch names by the path of the module."""
     path, _, operation = node.name.replace("/", ".").removeprefix(".model.").rpartition(".")
     return path if path in names and re.fullmatch(r"(MatMul|Gemm)(_\d+)?", operation) else None
 
 
-def into_openvino(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
+def quantize_openvino_graph(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
     """Quantize the graph's products by the weights of the layers ``found``, and what enters them, by ``FakeQuantize``,
     of which OpenVINO makes integer products."""
     from openvino import opset13 as ops
@@ -157,12 +157,12 @@ def into_openvino(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> 
     entered: dict[Any, Any] = {}
     for name, layer in found.items():
         dense = constants[f"self.model.{name}.weight"]
-        stored = ops.constant(integers(model.get_submodule(name), layer))
+        stored = ops.constant(weight_integers(model.get_submodule(name), layer))
         stored.set_friendly_name(dense.get_friendly_name())
         scales = ops.constant(layer.grid.scale.float().numpy())
         scales.set_friendly_name(f"{dense.get_friendly_name()}/fq_weights_1/scale")
         weight = ops.multiply(ops.convert(stored, "f32"), scales)
-        scale, zero = unsigned(layer.inputs)
+        scale, zero = unsigned_grid(layer.inputs)
         low, high = ((end - zero.item()) * scale.item() for end in (0, 255))
         for reader in dense.output(0).get_target_inputs():
             x = reader.get_node().input_value(0)

@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 from torch import nn
 
 from compress.errors import UserError
-from compress.exporting import qdq
 from compress.exporting.agreement import AGREEMENT, Agreement
-from compress.models.layers import Layer, select
+from compress.exporting.qdq import check_stages
+from compress.models.layers import Layer, select_layers
 from compress.technique import trait
 
 
@@ -39,27 +39,27 @@ class Export(pl.Callback):
         self.agreement: Agreement | None = None
 
     @property
-    def lowers(self) -> bool:
+    def lowers_precision(self) -> bool:
         """Whether it makes floats less precise."""
         return self.precision not in (None, "fp32")
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        readable(self.key, before)
-        qdq.check(self.key, self.precision, before)
+        check_readable(self.key, before)
+        check_stages(self.key, self.precision, before)
         if self.precision in self.rounds:
-            round_once(f"{self.key}.precision", self.precision, before)
+            check_rounding(f"{self.key}.precision", self.precision, before)
         self.chosen(skeleton)
 
     def chosen(self, model: nn.Module) -> dict[str, Layer]:
         """The layers that ``skip`` leaves to integers."""
-        return select(model, self.skip, f"{self.key}.skip")
+        return select_layers(model, self.skip, f"{self.key}.skip")
 
     def report(self, folder: Path) -> None:
         if self.agreement is not None:
             (folder / AGREEMENT).write_text(json.dumps(asdict(self.agreement), indent=2))
 
 
-def round_once(setting: str, precision: str, before: list[Any]) -> None:
+def check_rounding(setting: str, precision: str, before: list[Any]) -> None:
     """Raise UserError where a stage ``before`` has rounded the weights, which the ``precision`` would round again."""
     if any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before):
         raise UserError(
@@ -68,7 +68,7 @@ def round_once(setting: str, precision: str, before: list[Any]) -> None:
         )
 
 
-def readable(key: str, before: list[Any]) -> None:
+def check_readable(key: str, before: list[Any]) -> None:
     """Raise UserError where a stage ``before`` saves integers in a format that the export ``key`` does not read."""
     for stage in before:
         if getattr(stage, "format", "compressed-tensors") != "compressed-tensors":

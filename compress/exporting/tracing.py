@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from compress.models.calibration import Batch
-from compress.models.layers import kind_of
+from compress.models.layers import detect_task_kind
 
 GROUPED = "grouped"  # an attention of transformers' by this name
 
@@ -49,23 +49,23 @@ class Cached(nn.Module):
             layer.dtype, layer.device = keys.dtype, keys.device
             cache.layers.append(layer)
         answer = self.model(**dict(zip(self.names, inputs)), past_key_values=cache, use_cache=True)
-        return answer.logits, *parts(answer.past_key_values)
+        return answer.logits, *flatten_cache(answer.past_key_values)
 
 
-def parts(cache: Any) -> list[Tensor]:
+def flatten_cache(cache: Any) -> list[Tensor]:
     """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
     return [part for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
-def to_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]]:
+def prepare_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]]:
     """What is traced of the model, and with which inputs: those of the ``example``, or where it decodes those of the
     example's second half (the mask stays that of both) and the keys and values of the first."""
-    example = any_shape(example)
-    if not (kind_of(model) == "lm" and model.can_generate()):
+    example = vary_shape(example)
+    if not (detect_task_kind(model) == "lm" and model.can_generate()):
         return Logits(model, example), example, []
     half = example["input_ids"].shape[1] // 2
     first = {name: value[:, :half] for name, value in example.items()}
-    past = parts(model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values)
+    past = flatten_cache(model(**first, past_key_values=DynamicCache(), use_cache=True).past_key_values)
     second = {name: value if name == "attention_mask" else value[:, half:] for name, value in example.items()}
     return Cached(model, example), second, past
 
@@ -90,7 +90,7 @@ AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def use_plain_attention(model: Any) -> Iterator[None]:
     """With attention written out in matrix products, and afterwards as it was."""
     before = model.config._attn_implementation
     grouped = any(getattr(module, "num_key_value_groups", 1) > 1 for module in model.modules())
@@ -101,12 +101,12 @@ def plain_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def inputs_of(batch: Batch) -> Batch:
+def select_inputs(batch: Batch) -> Batch:
     """What a model reads of the batch, on the CPU."""
     return {key: value.cpu() for key, value in batch.items() if key != "labels"}
 
 
-def any_shape(example: Batch) -> Batch:
+def vary_shape(example: Batch) -> Batch:
     """Two rows of the example with some padding: what is 1 or unmasked there must not be traced as always so."""
     twice = {name: value[:1].repeat(2, 1) for name, value in example.items()}
     if "attention_mask" in twice:
@@ -119,7 +119,7 @@ def is_float32(model: Any) -> bool:
     return model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
 
 
-def plain_config(model: Any) -> PretrainedConfig:
+def strip_config(model: Any) -> PretrainedConfig:
     """The model's config without what only concerns its weights in PyTorch."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "compress"):

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from compress.formats.nbits import Floats, Weight
 from compress.formats.packed import Integers
 from compress.maths.rounding import Grid, Scheme
-from compress.models.layers import values
-from compress.quiet import without_bars
+from compress.models.layers import dequantize_weight
+from compress.quiet import hide_progress_bars
 
 
-def replace(model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn.Linear], nn.Linear]) -> dict[str, Any]:
+def replace_layers(
+    model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn.Linear], nn.Linear]
+) -> dict[str, Any]:
     """Put ``packed(layer)``, without its bias, in the place of each of the ``layers``; the model's state, to be saved.
 
     It is taken here because the first forward pass arranges 4-bit weights anew for a CPU with bfloat16 instructions,
@@ -30,18 +32,18 @@ def replace(model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn
     return dict(model.state_dict())
 
 
-def save(model: nn.Module, state: dict[str, Any], layers: Iterable[str], folder: Path, **settings: Any) -> None:
+def save_model(model: nn.Module, state: dict[str, Any], layers: Iterable[str], folder: Path, **settings: Any) -> None:
     """Write the ``state`` of ``model``, whose ``layers`` are bitsandbytes' own, to ``folder``, with these ``settings``
     of transformers' ``BitsAndBytesConfig``."""
     from transformers import BitsAndBytesConfig
 
-    kept = unconverted(model, set(layers))
+    kept = list_unconverted(model, set(layers))
     model.config.quantization_config = BitsAndBytesConfig(llm_int8_skip_modules=kept, **settings)
-    with without_bars():
+    with hide_progress_bars():
         model.save_pretrained(folder, state_dict=dict(state))
 
 
-def unconverted(model: nn.Module, layers: set[str]) -> list[str]:
+def list_unconverted(model: nn.Module, layers: set[str]) -> list[str]:
     """What transformers must be told so that it makes bitsandbytes' layers of ``layers`` and of no other Linear layer.
 
     It leaves out whatever starts or ends with a name: where that would be one of the ``layers`` too (``classifier`` and
@@ -52,7 +54,7 @@ def unconverted(model: nn.Module, layers: set[str]) -> list[str]:
     return [f"^{re.escape(name)}$" if catches[name] else name for name in kept]
 
 
-def take_out(model: nn.Module) -> dict[str, Weight]:
+def extract_weights(model: nn.Module) -> dict[str, Weight]:
     """Put plain layers in the place of bitsandbytes' own; what their weights were stored as, by layer.
 
     Raises:
@@ -67,8 +69,8 @@ def take_out(model: nn.Module) -> dict[str, Weight]:
             plain = weight.data * scale
         elif state := getattr(weight, "quant_state", None):
             state.dtype = torch.float32
-            plain = values(weight)
-            found[name] = Floats(weight.data.view(torch.uint8), scales(state), state.blocksize, state.quant_type)
+            plain = dequantize_weight(weight)
+            found[name] = Floats(weight.data.view(torch.uint8), read_scales(state), state.blocksize, state.quant_type)
         else:
             continue
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False).train(layer.training)  # type: ignore[arg-type]
@@ -77,7 +79,7 @@ def take_out(model: nn.Module) -> dict[str, Weight]:
     return found
 
 
-def scales(state: Any) -> Tensor:
+def read_scales(state: Any) -> Tensor:
     """Those of the blocks of 4-bit weights, which may be quantized themselves."""
     if not state.nested:
         return state.absmax
@@ -86,7 +88,7 @@ def scales(state: Any) -> Tensor:
     return dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
-def move(model: Any, device: torch.device) -> None:
+def move_model(model: Any, device: torch.device) -> None:
     """``model.to(device)``, and what 8-bit layers keep beside their weights, which they move only when told so
     themselves."""
     model.to(device)

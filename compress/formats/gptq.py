@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.formats.packed import Quantized
 from compress.maths.rounding import Scheme
-from compress.models.layers import kind_of
-from compress.quiet import without_bars
+from compress.models.layers import detect_task_kind
+from compress.quiet import hide_progress_bars
 
 SCALE = torch.float16
 WORD = 32
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def check(key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Scheme, skip: tuple[str, ...]) -> None:
+def check_format(
+    key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Scheme, skip: tuple[str, ...]
+) -> None:
     """Raise UserError where the format, or what reads it, has no place for the layers or for what the stage ``key``
     asks for."""
     instead = f"set {key}.format=compressed-tensors."
-    if kind_of(model) != "lm":
+    if detect_task_kind(model) != "lm":
         raise UserError(f"{key}.format=gptq is read as a language model, without a classification head: {instead}")
     if hasattr(model.config, "compress"):
         raise UserError(f"{key}.format=gptq has no place for blocks that were cut to shapes of their own: {instead}")
@@ -47,7 +49,7 @@ def check(key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Sche
             )
 
 
-def pack(integers: Tensor, bits: int) -> Tensor:
+def pack_words(integers: Tensor, bits: int) -> Tensor:
     """Integers from 0 to ``2**bits - 1``, ``[n, columns]``, as words of 32 bits, ``[n * bits / 32, columns]``: the bits
     of a column one after the other, the lowest first."""
     n, columns = integers.shape
@@ -57,7 +59,7 @@ def pack(integers: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(words[..., 0].astype(np.int32))
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int) -> Tensor:
     """The integers that :func:`pack` has packed, ``[n, columns]``."""
     columns = words.shape[1]
     packed = np.ascontiguousarray(words.numpy().astype("<i4")[..., None]).view(np.uint8)  # [words, columns, 4]
@@ -66,7 +68,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy((each.reshape(-1, bits, columns) * weights).sum(1).astype(np.int32))
 
 
-def packed(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
+def pack_layer(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
     """The tensors of a layer whose ``weight`` ``[rows, inputs]`` is on the layer's grid: integers from 0 on, inputs
     along the words, and zero points likewise, rows along the words, in the first version of the format one less."""
     scheme, grid, _ = layer
@@ -74,18 +76,18 @@ def packed(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
     zeros = grid.zero.int() - scheme.lowest
     integers = (weight.float() / grid.scale.float()[:, group]).round().int() + zeros[:, group]
     return {
-        "qweight": pack(integers.T, scheme.bits),
-        "qzeros": pack((zeros - int(scheme.symmetric)) % 2**scheme.bits, scheme.bits).T.contiguous(),
+        "qweight": pack_words(integers.T, scheme.bits),
+        "qzeros": pack_words((zeros - int(scheme.symmetric)) % 2**scheme.bits, scheme.bits).T.contiguous(),
         "scales": grid.scale.to(SCALE).T.contiguous(),
         "g_idx": group.int(),
     }
 
 
-def unpacked(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
+def unpack_layer(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
     """The weight ``[rows, inputs]`` of a layer's tensors, of the ``first`` version of the format or the second."""
     group = tensors["g_idx"].long()
-    zeros = unpack(tensors["qzeros"].T.contiguous(), bits) + int(first)  # [rows, groups]
-    integers = unpack(tensors["qweight"], bits).T - zeros[:, group]
+    zeros = unpack_words(tensors["qzeros"].T.contiguous(), bits) + int(first)  # [rows, groups]
+    integers = unpack_words(tensors["qweight"], bits).T - zeros[:, group]
     return (integers.to(SCALE) * tensors["scales"].T[:, group]).float()
 
 
@@ -95,13 +97,13 @@ class Layer(nn.Module):
     def __init__(self, linear: nn.Linear, layer: Quantized) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name, tensor in packed(linear.weight.detach(), layer).items():
+        for name, tensor in pack_layer(linear.weight.detach(), layer).items():
             self.register_buffer(name, tensor)
         if linear.bias is not None:
             self.bias = linear.bias
 
 
-def save(model: Any, layers: dict[str, Quantized], folder: Path, **how: Any) -> None:
+def save_model(model: Any, layers: dict[str, Quantized], folder: Path, **how: Any) -> None:
     """Write ``model`` to ``folder``, its ``layers`` packed; ``how`` they were quantized is told to readers. The model
     is of no use afterwards."""
     for name, layer in layers.items():
@@ -119,11 +121,11 @@ def save(model: Any, layers: dict[str, Quantized], folder: Path, **how: Any) -> 
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
         **how,
     }
-    with without_bars():
+    with hide_progress_bars():
         model.save_pretrained(folder)
 
 
-def load(auto: Any, config: Any, folder: Path) -> Any:
+def load_model(auto: Any, config: Any, folder: Path) -> Any:
     """The model of the class ``auto`` in ``folder``, all of it floats, in PyTorch's own operators: those of GPTQModel
     need float16, and are made for a GPU.
 
@@ -131,14 +133,14 @@ def load(auto: Any, config: Any, folder: Path) -> Any:
         UserError: ``folder`` lacks some of its weights.
     """
     model = auto.from_config(config, dtype=config.dtype)
-    missing, _ = model.load_state_dict(floats(folder, config.quantization_config), strict=False)
+    missing, _ = model.load_state_dict(load_floats(folder, config.quantization_config), strict=False)
     model.tie_weights()
     if lacking := set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()):
         raise UserError(f"{folder} holds no weights for {', '.join(sorted(lacking)[:4])}: name another folder.")
     return model
 
 
-def floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def load_floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors in ``folder`` of a model with this quantization ``config``, the weights of all layers as floats."""
     found: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
@@ -146,7 +148,7 @@ def floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     first = config.get("checkpoint_format", config.get("format", "gptq")) == "gptq"
     for name in [key.removesuffix(".qweight") for key in found if key.endswith(".qweight")]:
         tensors = {part: found.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-        found[f"{name}.weight"] = unpacked(tensors, config["bits"], first)
+        found[f"{name}.weight"] = unpack_layer(tensors, config["bits"], first)
     return found
 
 

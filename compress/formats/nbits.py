@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats.packed import Integers
-from compress.maths.rounding import Grid, Scheme, minmax_grid, to_integers
+from compress.maths.rounding import Grid, Scheme, minmax_grid, round_to_integers
 
 BLOCKS = (16, 32, 64, 128, 256)
 """How many consecutive inputs may share a scale in these operators."""
@@ -37,7 +37,7 @@ class Floats(NamedTuple):
 Weight = Integers | Floats
 
 
-def word(scheme: Scheme) -> int:
+def word_size(scheme: Scheme) -> int:
     """The bits in which MatMulNBits holds the integers of ``scheme``."""
     return next(bits for bits in WORDS if bits >= scheme.bits)
 
@@ -46,37 +46,37 @@ def block_size(scheme: Scheme, inputs: int) -> int | None:
     """The most of a row's ``inputs`` that can share a scale in MatMulNBits as they do in ``scheme``, or where a whole
     row shares one, so many that it takes the fewest bytes; None where groups are not made up of whole blocks."""
     if scheme.group(inputs) == inputs:
-        return min(BLOCKS, key=lambda size: (math.ceil(inputs / size) * (size * word(scheme) + 32), -size))
+        return min(BLOCKS, key=lambda size: (math.ceil(inputs / size) * (size * word_size(scheme) + 32), -size))
     return max((size for size in BLOCKS if scheme.group_size % size == 0), default=None)
 
 
-def rounded(weight: Tensor, scheme: Scheme) -> Integers:
+def round_weight(weight: Tensor, scheme: Scheme) -> Integers:
     """``weight`` ``[rows, inputs]`` rounded to the nearest; the last group may hold fewer inputs than the others."""
     filled = F.pad(weight.float(), (0, -weight.shape[1] % scheme.group(weight.shape[1])))
     grid = minmax_grid(filled, scheme, torch.float32)
-    return Integers(scheme, to_integers(filled, grid, scheme)[:, : weight.shape[1]].char(), grid)
+    return Integers(scheme, round_to_integers(filled, grid, scheme)[:, : weight.shape[1]].char(), grid)
 
 
-def rounded_rows(weight: Tensor) -> Integers:
+def round_rows(weight: Tensor) -> Integers:
     """``weight`` in 8 bits with a scale a row, rounded as ONNX Runtime's quantizer rounds the outputs of a layer."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     grid = Grid(scale.masked_fill(scale == 0, 1), torch.zeros_like(scale, dtype=torch.int8))
-    return Integers(Scheme(8), to_integers(weight, grid, Scheme(8)).char(), grid)
+    return Integers(Scheme(8), round_to_integers(weight, grid, Scheme(8)).char(), grid)
 
 
-def pack(numbers: Tensor, bits: int) -> Tensor:
+def pack_bytes(numbers: Tensor, bits: int) -> Tensor:
     """Numbers from 0 to ``2**bits - 1`` in bytes along the last dimension, the first in the lowest bits."""
     each = 8 // bits
     parts = F.pad(numbers.to(torch.uint8), (0, -numbers.shape[-1] % each)).unflatten(-1, (-1, each))
     return sum(parts[..., i] << bits * i for i in range(each))  # type: ignore[return-value]
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
+def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
     """The numbers in the bytes along the last dimension."""
     return torch.stack([packed >> bits * i & 2**bits - 1 for i in range(8 // bits)], -1).flatten(-2)
 
 
-def multiply(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[list[Any], dict[str, np.ndarray]]:
+def build_product(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[list[Any], dict[str, np.ndarray]]:
     """What multiplies by ``weight``, of rows of so many ``inputs``, in place of a MatMul or Gemm: nodes and tensors."""
     from onnx import helper
 
@@ -86,10 +86,10 @@ def multiply(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[
         into = [f"{name}_product"]
     settings: dict[str, Any]
     if isinstance(weight, Integers):
-        kind, settings, tensors = integers(weight, inputs)
+        kind, settings, tensors = integer_product(weight, inputs)
         settings["accuracy_level"] = INT8_ACTIVATIONS if activations == "int8" else 0
     else:
-        kind, settings, tensors = floats(weight, inputs)
+        kind, settings, tensors = float_product(weight, inputs)
     tensors = {f"{source}_{part}": tensor for part, tensor in tensors.items()}
     nodes = [
         helper.make_node(kind, [node.input[0], *tensors], into, name, domain=DOMAIN, **settings),
@@ -98,30 +98,30 @@ def multiply(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[
     return nodes, {key: tensor.numpy() for key, tensor in tensors.items()}
 
 
-def integers(weight: Integers, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def integer_product(weight: Integers, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """MatMulNBits with ``weight``: its name, attributes and tensors. A scale is repeated for every block of its
     group."""
     scheme, numbers, grid = weight
-    bits, size = word(scheme), block_size(scheme, inputs)
+    bits, size = word_size(scheme), block_size(scheme, inputs)
     assert size is not None
     blocks = math.ceil(inputs / size)
     group = torch.arange(blocks) * size // scheme.group(inputs)
     above = 2 ** (bits - 1)  # what the operator takes away again where it has no zero points
     filled = F.pad(numbers.to(torch.int16) + above, (0, blocks * size - inputs)).unflatten(1, (blocks, size))
-    tensors = {"weight": pack(filled, bits), "scale": grid.scale.float()[:, group].contiguous()}
+    tensors = {"weight": pack_bytes(filled, bits), "scale": grid.scale.float()[:, group].contiguous()}
     if not scheme.symmetric:
-        tensors["zero_point"] = pack(grid.zero[:, group].to(torch.int16) + above, bits)
+        tensors["zero_point"] = pack_bytes(grid.zero[:, group].to(torch.int16) + above, bits)
     return "MatMulNBits", {"K": inputs, "N": len(numbers), "bits": bits, "block_size": size}, tensors
 
 
-def floats(weight: Floats, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def float_product(weight: Floats, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """MatMulBnb4 with ``weight``: its name, attributes and tensors."""
     rows = weight.packed.numel() * 2 // inputs
     settings = {"K": inputs, "N": rows, "block_size": weight.blocksize, "quant_type": int(weight.kind == "nf4")}
     return "MatMulBnb4", settings, {"weight": weight.packed.flatten(), "scale": weight.scale.float()}
 
 
-def look_up(node: Any, rows: Integers) -> tuple[list[Any], dict[str, np.ndarray]]:
+def build_lookup(node: Any, rows: Integers) -> tuple[list[Any], dict[str, np.ndarray]]:
     """What looks up ``rows``, with a scale for each, in place of a Gather: nodes and tensors."""
     from onnx import TensorProto, helper
 
@@ -136,7 +136,9 @@ def look_up(node: Any, rows: Integers) -> tuple[list[Any], dict[str, np.ndarray]
     return nodes, {f"{table}_quantized": rows.integers.numpy(), f"{table}_scale": rows.grid.scale.numpy()}
 
 
-def share(table: str, nodes: list[Any], tensors: dict[str, np.ndarray]) -> tuple[list[Any], dict[str, np.ndarray]]:
+def share_table(
+    table: str, nodes: list[Any], tensors: dict[str, np.ndarray]
+) -> tuple[list[Any], dict[str, np.ndarray]]:
     """The same as ``nodes`` and ``tensors``, which multiply by the rows that are looked up in ``table``, without a
     stored copy of them: it is made when the graph is loaded. Where rows had to be filled up, it stays."""
     from onnx import TensorProto, helper
@@ -156,19 +158,19 @@ def share(table: str, nodes: list[Any], tensors: dict[str, np.ndarray]) -> tuple
     return [*steps, *nodes], {**others, above: np.array(128, np.int32), shape: np.array([rows, count, size])}
 
 
-def read(node: Any, values: Callable[[str], Tensor]) -> Tensor:
+def read_integers(node: Any, values: Callable[[str], Tensor]) -> Tensor:
     """The integers that the weight of a MatMulNBits or MatMulBnb4 is stored as, ``[rows, inputs]``, zero at 0, given
     the ``values`` of tensors by name."""
     has = {one.name: one.i for one in node.attribute}
     rows, inputs = has["N"], has["K"]
     packed = values(node.input[1])
     if node.op_type == "MatMulBnb4":
-        indices = unpack(packed, 4).view(rows, inputs).short()
+        indices = unpack_bytes(packed, 4).view(rows, inputs).short()
         return indices - 7 if has["quant_type"] else indices % 8  # where nf4 has its zero, and fp4 two of them
     bits, size = has["bits"], has["block_size"]
-    numbers = unpack(packed, bits).short()
+    numbers = unpack_bytes(packed, bits).short()
     zero = torch.tensor(2 ** (bits - 1))
     if len(node.input) > 3:
         blocks = math.ceil(inputs / size)
-        zero = unpack(values(node.input[3]).view(rows, -1), bits)[:, :blocks, None].short()
+        zero = unpack_bytes(values(node.input[3]).view(rows, -1), bits)[:, :blocks, None].short()
     return (numbers - zero).flatten(1)[:, :inputs]

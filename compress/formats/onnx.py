@@ -52,7 +52,7 @@ class Graph:
 
         return onnx.numpy_helper.to_array(tensor, str(self.beside))
 
-    def copied(self, tensor: Any) -> Tensor:
+    def read_tensor(self, tensor: Any) -> Tensor:
         """The values for PyTorch, which takes none that cannot be written to."""
         return torch.from_numpy(self.values(tensor).copy())
 
@@ -64,7 +64,7 @@ class Graph:
             if onnx.external_data_helper.uses_external_data(one) and math.prod(one.dims) <= most:
                 one.CopyFrom(onnx.numpy_helper.from_array(self.values(one), one.name))
 
-    def declare(self, domain: str) -> None:
+    def declare_domain(self, domain: str) -> None:
         """Let its nodes be operators of the ``domain``."""
         import onnx
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.maths.rounding import Grid, Inputs, Scheme
-from compress.quiet import without_bars
+from compress.quiet import hide_progress_bars
 
 ABOUT = ("weight_shape", "weight_format", "quant_map", "quant_state")
 """Parts of the names of tensors that describe a layer and are the same for every number of weights."""
@@ -55,7 +55,7 @@ class Integers(NamedTuple):
     grid: Grid
 
 
-def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
+def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
     """Write ``model`` to ``folder``, its ``layers`` as packed integers. The model is packed as well and of no use
     afterwards."""
     from compressed_tensors.compressors import ModelCompressor
@@ -72,7 +72,7 @@ def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
         for i, kind in enumerate(kinds)
     }
     ignore = [name for name in linears if name not in layers]
-    with without_bars():
+    with hide_progress_bars():
         apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=ignore))
     for name, (scheme, grid, inputs) in layers.items():
         layer = model.get_submodule(name)
@@ -83,7 +83,7 @@ def save(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
         if inputs and inputs.grid:
             layer.input_scale.data.copy_(inputs.grid.scale)
             layer.input_zero_point.data.copy_(inputs.grid.zero)
-    with without_bars():
+    with hide_progress_bars():
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
         model.save_pretrained(folder)
@@ -109,7 +109,7 @@ def quantization_scheme(scheme: Scheme, inputs: Scheme | None, dynamic: bool, ta
     return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=how)
 
 
-def described(layer: Any) -> Quantized | None:
+def describe_layer(layer: Any) -> Quantized | None:
     """How a layer that compressed-tensors has loaded, with quantized inputs, computes; None where that is in another
     way than ours."""
     weights, activations = layer.quantization_scheme.weights, layer.quantization_scheme.input_activations
@@ -135,7 +135,7 @@ def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, fl
     return {name: layers[name].scheme.average_bits(one.in_features, one.weight.dtype) for name, one in linears.items()}
 
 
-def packed_layers(folder: Path) -> set[str]:
+def list_packed_layers(folder: Path) -> set[str]:
     """The layers whose weights ``folder`` holds as integers."""
     found = set()
     for path in folder.glob("*.safetensors"):
@@ -147,7 +147,7 @@ def packed_layers(folder: Path) -> set[str]:
     return found
 
 
-def integers(folder: Path) -> dict[str, Integers]:
+def read_integers(folder: Path) -> dict[str, Integers]:
     """The packed weights that ``folder`` holds, by layer; none where all are floats."""
     config = json.loads((folder / "config.json").read_text())
     if config.get("quantization_config", {}).get("quant_method") != "compressed-tensors":
@@ -174,15 +174,15 @@ def integers(folder: Path) -> dict[str, Integers]:
     return found
 
 
-def freeze(model: nn.Module, layers: Iterable[str]) -> None:
+def freeze_weights(model: nn.Module, layers: Iterable[str]) -> None:
     """Leave the weights of ``layers`` out of training."""
     for name in layers:
         model.get_submodule(name).weight.requires_grad_(False)
 
 
-def save_beside(model: nn.Module, source: Path, folder: Path) -> None:
+def save_with_packed(model: nn.Module, source: Path, folder: Path) -> None:
     """Write to ``folder`` the packed weights that ``source`` holds, and all else as it is in ``model``."""
-    packed, now = packed_layers(source), model.state_dict()
+    packed, now = list_packed_layers(source), model.state_dict()
     for name in ("config.json", "generation_config.json"):
         if (source / name).is_file():
             shutil.copy(source / name, folder)
@@ -195,7 +195,7 @@ def save_beside(model: nn.Module, source: Path, folder: Path) -> None:
         save_file({**tensors, **changed}, folder / path.name, metadata={"format": "pt"})
 
 
-def stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:
+def count_stored_bits(folder: Path, layers: Iterable[str]) -> dict[str, int]:
     """Bits that the weights of ``layers`` take on disk, scales and zero points counted; biases are not."""
     found = dict.fromkeys(layers, 0)
     for path in folder.glob("*.safetensors"):

@@ -33,7 +33,7 @@ class Point:
     drop: float
 
 
-def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
+def allocate_sparsity(points: list[Point], sparsity: float) -> dict[str, float]:
     """A sparsity for every layer, their mean over all weights exactly ``sparsity``, so that each layer alone costs the
     same drop, or less where it is pruned as far as was measured.
 
@@ -47,7 +47,7 @@ def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
         allocate(read("report/1_sensitivity/sensitivity.csv"), 0.6)["bert.encoder.layer.0.output.dense"]
     """
     weights = {point.layer: point.weights for point in points}
-    curves = {layer: curve([point for point in points if point.layer == layer]) for layer in weights}
+    curves = {layer: build_curve([point for point in points if point.layer == layer]) for layer in weights}
 
     def mean(allocation: dict[str, float]) -> float:
         return sum(weights[layer] * share for layer, share in allocation.items()) / sum(weights.values())
@@ -57,7 +57,7 @@ def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
     rungs = [(tolerance, side) for tolerance in tolerances for side in (bisect_left, bisect_right)]
 
     def rung(at: tuple[float, Callable[..., int]]) -> dict[str, float]:
-        return {layer: furthest(measured, *at) for layer, measured in curves.items()}
+        return {layer: highest_sparsity(measured, *at) for layer, measured in curves.items()}
 
     most = mean(rung(rungs[-1]))
     if sparsity > most + 1e-9:
@@ -72,14 +72,14 @@ def allocate(points: list[Point], sparsity: float) -> dict[str, float]:
     return {layer: low[layer] + way * (high[layer] - low[layer]) for layer in weights}
 
 
-def curve(points: list[Point]) -> Curve:
+def build_curve(points: list[Point]) -> Curve:
     """Sparsities from 0 on and the drops there, which never fall; it ends where the drop is endless."""
     ordered = sorted(points, key=lambda point: point.sparsity)
     drops = [drop for drop in accumulate((point.drop for point in ordered), max, initial=0.0) if math.isfinite(drop)]
     return [0.0, *(point.sparsity for point in ordered)][: len(drops)], drops
 
 
-def furthest(curve: Curve, tolerance: float, side: Callable[..., int]) -> float:
+def highest_sparsity(curve: Curve, tolerance: float, side: Callable[..., int]) -> float:
     """The sparsity up to which the drop stays below ``tolerance`` (``side=bisect_left``) or at most at it
     (``bisect_right``)."""
     sparsities, drops = curve
@@ -90,7 +90,7 @@ def furthest(curve: Curve, tolerance: float, side: Callable[..., int]) -> float:
     return sparsities[i - 1] + share * (sparsities[i] - sparsities[i - 1])
 
 
-def write(path: Path | str, points: list[Point], metric: str) -> None:
+def write_points(path: Path | str, points: list[Point], metric: str) -> None:
     """Write ``points`` as csv."""
     with Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -98,7 +98,7 @@ def write(path: Path | str, points: list[Point], metric: str) -> None:
         writer.writerows({**vars(point), "metric": metric} for point in points)
 
 
-def read(path: Path | str) -> list[Point]:
+def read_points(path: Path | str) -> list[Point]:
     """The points of a csv that ``write`` wrote, exactly.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.maths.hessian import inverse_factor
-from compress.maths.rounding import Grid, Scheme, fitted_grid, minmax_grid, to_grid
+from compress.maths.rounding import Grid, Scheme, fit_grid, minmax_grid, round_to_grid
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
     factor = inverse_factor(hessian[order][:, order], damping)
     importance = hessian.diagonal()
-    grid = fitted_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
+    grid = fit_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
     left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight lies together
     keep = left != 0
     quantized = torch.zeros_like(left)
@@ -46,10 +46,10 @@ def gptq(
                 members = left[j : j + size].clone()
                 ahead = slice(max(stop, j), min(j + size, columns))
                 members[ahead.start - j :] -= factor[start:j, ahead].T @ errors[: j - start]
-                found = fitted_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
+                found = fit_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
                 grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
             of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            quantized[j] = to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
+            quantized[j] = round_to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
             errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
             left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

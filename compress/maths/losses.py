@@ -99,14 +99,14 @@ def soft_loss(
 def divergence(name: str, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """``kl``, ``reverse_kl`` or ``js`` of log-probabilities, over the last dimension."""
     if name == "kl":
-        return kl(teacher, student)
+        return kl_divergence(teacher, student)
     if name == "reverse_kl":
-        return kl(student, teacher)
+        return kl_divergence(student, teacher)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+    return beta * kl_divergence(teacher, mixture) + (1 - beta) * kl_divergence(student, mixture)
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities, over the last dimension."""
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
@@ -159,7 +159,7 @@ def match_loss(name: str, student: Any, teacher: Any, mask: Tensor, heads: int =
     else:
         student, teacher = student.float(), teacher.detach().float()
     if name in ("attention_ce", "attention_ce_mean"):
-        student, teacher = scores(student, mask), scores(teacher, mask)
+        student, teacher = attention_scores(student, mask), attention_scores(teacher, mask)
     elif name == "pkd":
         # TextBrewer takes position 0, which is padding where texts are padded on the left.
         first = torch.arange(len(mask), device=mask.device), mask.long().argmax(1)
@@ -170,7 +170,7 @@ def match_loss(name: str, student: Any, teacher: Any, mask: Tensor, heads: int =
     return MATCH_LOSS_MAP[name](student, teacher, mask)
 
 
-def scores(probabilities: Tensor, mask: Tensor) -> Tensor:
+def attention_scores(probabilities: Tensor, mask: Tensor) -> Tensor:
     """Attention scores of which a softmax gives ``probabilities`` back, none of it on padding."""
     real = probabilities * mask[:, None, None, :].to(probabilities)
     return real.clamp(min=torch.finfo(real.dtype).tiny).log()
@@ -192,12 +192,12 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor) ->
     Raises:
         UserError: the heads do not divide a width.
     """
-    p, q = relations(teacher.detach(), heads, mask), relations(student, heads, mask)
+    p, q = token_relations(teacher.detach(), heads, mask), token_relations(student, heads, mask)
     rows = mask.bool()[:, None].expand(-1, heads, -1)
-    return kl(p, q)[rows].sum() / rows.sum().clamp(min=1)
+    return kl_divergence(p, q)[rows].sum() / rows.sum().clamp(min=1)
 
 
-def relations(states: Tensor, heads: int, mask: Tensor) -> Tensor:
+def token_relations(states: Tensor, heads: int, mask: Tensor) -> Tensor:
     """The logarithms of how much every token relates to every other, ``[batch, heads, tokens, tokens]``."""
     width = states.shape[-1]
     if width % heads:
@@ -208,7 +208,7 @@ def relations(states: Tensor, heads: int, mask: Tensor) -> Tensor:
     return products.masked_fill(padding, torch.finfo(products.dtype).min).log_softmax(-1)
 
 
-def projection(proj: Sequence[Any]) -> nn.Module:
+def build_projection(proj: Sequence[Any]) -> nn.Module:
     """TextBrewer's layer from the student's width to the teacher's, untrained: ``["linear", 384, 768]``, or ``relu`` or
     ``tanh`` after it."""
     from textbrewer.presets import PROJ_MAP
@@ -217,7 +217,7 @@ def projection(proj: Sequence[Any]) -> nn.Module:
     return PROJ_MAP[name](student, teacher)
 
 
-def temperature(
+def logit_temperature(
     name: str,
     base: float,
     arguments: Sequence[float],
@@ -253,7 +253,7 @@ def temperature(
     return found
 
 
-def weight(name: str, progress: float) -> float:
+def loss_weight(name: str, progress: float) -> float:
     """A loss's weight when ``progress`` (a fraction) of training is done: TextBrewer's ``linear_decay`` from 1 to 0 or
     ``linear_growth`` from 0 to 1."""
     from textbrewer.presets import WEIGHT_SCHEDULER

@@ -74,22 +74,22 @@ def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: floa
     return Grid(scale, zero.to(torch.int8))
 
 
-def to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+def round_to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The nearest values of the grid to ``weight`` ``[rows, inputs]``, as a checkpoint's reader computes them: in the
     dtype of the scale. A value that is exactly zero stays so."""
     scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
-    integers = to_integers(weight, grid, scheme).unflatten(1, (scale.shape[1], -1))
+    integers = round_to_integers(weight, grid, scheme).unflatten(1, (scale.shape[1], -1))
     return ((integers - zero).to(scale.dtype) * scale).float().flatten(1)
 
 
-def to_integers(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+def round_to_integers(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """The integers of the grid that stand for the nearest values to ``weight`` ``[rows, inputs]``, as floats."""
     scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     return (groups / scale.float() + zero).round().clamp(scheme.lowest, scheme.highest).flatten(1)
 
 
-def fitted_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:
+def fit_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:
     """The grid of every group of ``weight`` ``[rows, inputs]`` on which rounding loses least, of those that reach to
     between half and all of its range; ``importance`` ``[inputs]`` weighs the squared errors."""
     # A megabyte of rows at a time stays in the processor's cache: twenty times faster on a large layer.
@@ -103,7 +103,7 @@ def fit_rows(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Ten
     groups = best.scale.shape[1]
 
     def lost(grid: Grid) -> Tensor:
-        errors = (weight.float() - to_grid(weight, grid, scheme)).square() * importance
+        errors = (weight.float() - round_to_grid(weight, grid, scheme)).square() * importance
         return errors.unflatten(1, (groups, -1)).sum(2)
 
     least = lost(best)
@@ -154,14 +154,14 @@ def straight_through_round(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def histogram(x: Tensor) -> Tensor:
+def count_values(x: Tensor) -> Tensor:
     """How often each of the 65,536 numbers of bfloat16, in their order, is the nearest to a value of ``x``: of any
     range, and to be added up over batches."""
     bits = x.bfloat16().flatten().view(torch.int16).int()
     return torch.bincount((bits ^ ((bits >> 15) & 0x7FFF)) + (1 << 15), minlength=1 << 16)
 
 
-def ends(counts: Tensor, percentile: float) -> Tensor:
+def percentile_range(counts: Tensor, percentile: float) -> Tensor:
     """The lowest and the highest value, ``[2]``, of what a histogram counted, when on either side so few are left out
     that ``percentile`` percent lie below the one and above the other; zero is always between them."""
     total = int(counts.sum())

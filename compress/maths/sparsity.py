@@ -13,12 +13,12 @@ from torch import Tensor
 from compress.maths.hessian import inverse_factor
 
 
-def magnitude(weight: Tensor) -> Tensor:
+def magnitude_score(weight: Tensor) -> Tensor:
     """``|w|``: Han et al., 2015, arXiv:1506.02626."""
     return weight.detach().abs()
 
 
-def wanda(weight: Tensor, squared_norms: Tensor) -> Tensor:
+def wanda_score(weight: Tensor, squared_norms: Tensor) -> Tensor:
     """``|w| ||x||_2``: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
     arXiv:2306.11695; ``squared_norms`` of the inputs, ``[inputs]``."""
     return weight.detach().float().abs() * squared_norms.sqrt()
@@ -29,13 +29,13 @@ def squared_norms(x: Tensor) -> Tensor:
     return x.square().sum(0)
 
 
-def random(weight: Tensor, seed: int) -> Tensor:
+def random_score(weight: Tensor, seed: int) -> Tensor:
     """A number from (0, 1] for every weight, the control of every criterion; 0 where the weight is zero already."""
     generator = torch.Generator().manual_seed(seed)
     return (1 - torch.rand(weight.shape, generator=generator)).to(weight.device).masked_fill(weight == 0, 0)
 
 
-def smallest(scores: dict[str, Callable[[], Tensor]], fraction: float) -> Iterator[tuple[str, Tensor]]:
+def mask_model(scores: dict[str, Callable[[], Tensor]], fraction: float) -> Iterator[tuple[str, Tensor]]:
     """Masks that cover the lowest ``round(fraction * n)`` of all n scores exactly, ranked over all tensors together.
 
     Ties at the threshold go to the first in order. Every tensor of scores is made when it is needed and again when it
@@ -57,26 +57,26 @@ def smallest(scores: dict[str, Callable[[], Tensor]], fraction: float) -> Iterat
         yield name, mask
 
 
-def smallest_of(score: Tensor, fraction: float) -> Tensor:
+def mask_tensor(score: Tensor, fraction: float) -> Tensor:
     """The mask of the lowest ``round(fraction * n)`` of one tensor's n scores."""
-    return dict(smallest({"": lambda: score}, fraction))[""]
+    return dict(mask_model({"": lambda: score}, fraction))[""]
 
 
-def smallest_of_rows(score: Tensor, fraction: float) -> Tensor:
+def mask_rows(score: Tensor, fraction: float) -> Tensor:
     """The mask of the lowest ``fraction`` of every row of ``[rows, inputs]``; where that is no whole number, the rows
     take turns in rounding, so that the total is right."""
     rows, inputs = score.shape
     ends = (torch.arange(rows + 1, dtype=torch.float64, device=score.device) * fraction * inputs).round()
-    return ranks(score) < ends.diff()[:, None]
+    return rank_scores(score) < ends.diff()[:, None]
 
 
-def smallest_of_groups(score: Tensor, pruned: int, group: int) -> Tensor:
+def mask_groups(score: Tensor, pruned: int, group: int) -> Tensor:
     """The mask of the ``pruned`` lowest of every ``group`` consecutive inputs of ``[rows, inputs]``: N:M sparsity, with
     N = group - pruned weights left of M = group. Mishra et al., 2021, arXiv:2104.08378."""
-    return (ranks(score.reshape(len(score), -1, group)) < pruned).reshape(score.shape)
+    return (rank_scores(score.reshape(len(score), -1, group)) < pruned).reshape(score.shape)
 
 
-def ranks(score: Tensor) -> Tensor:
+def rank_scores(score: Tensor) -> Tensor:
     """The place of every score among those of its last dimension, from 0; ties in order."""
     return score.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
 
@@ -136,7 +136,7 @@ def sparsegpt(
         done, due = round(sparsity * rows * start), round(sparsity * rows * stop)
         if pattern is None:
             score = (left[:, inside].square() / spread[inside]).masked_fill(pruned_before[:, inside], -1)
-            mask = smallest_of(score, (due - done) / score.numel())
+            mask = mask_tensor(score, (due - done) / score.numel())
         else:
             mask = torch.zeros(rows, stop - start, dtype=torch.bool, device=weight.device)
         errors = torch.zeros(rows, stop - start, device=weight.device)
@@ -144,7 +144,7 @@ def sparsegpt(
             if pattern is not None and j % pattern[1] == 0:
                 group = slice(j, j + pattern[1])
                 score = (left[:, group].square() / spread[group]).masked_fill(pruned_before[:, group], -1)
-                mask[:, j - start : j - start + pattern[1]] = smallest_of_groups(score, *pattern)
+                mask[:, j - start : j - start + pattern[1]] = mask_groups(score, *pattern)
             column = left[:, j]
             kept = column.masked_fill(mask[:, j - start] | pruned_before[:, j], 0)
             error = (column - kept) / factor[j, j]
@@ -154,7 +154,7 @@ def sparsegpt(
     return result.to(weight.dtype)
 
 
-def gradual(steps: int, begin: float = 0.0, end: float = 1.0, every: int = 1) -> dict[int, float]:
+def gradual_schedule(steps: int, begin: float = 0.0, end: float = 1.0, every: int = 1) -> dict[int, float]:
     """When to prune, and how much of the way to the final sparsity to go: the cubic schedule of Zhu and Gupta, "To
     prune, or not to prune", 2017, arXiv:1710.01878, from ``begin`` to ``end`` (fractions of ``steps``), ``every`` so
     many."""
@@ -163,6 +163,6 @@ def gradual(steps: int, begin: float = 0.0, end: float = 1.0, every: int = 1) ->
     return {t: 1 - (1 - (t - first) / max(last - first, 1)) ** 3 if t < last else 1.0 for t in times}
 
 
-def iterative(steps: int, rounds: int) -> dict[int, float]:
+def iterative_schedule(steps: int, rounds: int) -> dict[int, float]:
     """When to prune, and how much of the way to go: in ``rounds`` equal steps, training in between and after."""
     return {i * steps // rounds: (i + 1) / rounds for i in range(rounds)}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def undominated(costs: list[float], worths: list[float]) -> list[int]:
+def pareto_indices(costs: list[float], worths: list[float]) -> list[int]:
     """Of all points those that no other matches at less cost and no less worth, in the order of their cost."""
     found: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -worths[i])):
@@ -35,7 +35,7 @@ class Interval:
     high: float
 
 
-def difference(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> Interval:
+def paired_difference(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> Interval:
     """``score`` of the variant less that of the baseline, over the same examples: both are drawn together, so that what
     is hard for both cancels out.
 
@@ -53,7 +53,7 @@ def difference(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: 
     if np.array_equal(baseline, variant) or count < 2:
         return Interval(value, value, value)
     with np.errstate(invalid="ignore", divide="ignore"):  # a metric of a draw without one of the labels
-        drawn = bootstrap((every,), change, **how_often(count), method="percentile").bootstrap_distribution
+        drawn = bootstrap((every,), change, **resampling_options(count), method="percentile").bootstrap_distribution
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
@@ -67,7 +67,7 @@ def mcnemar(baseline: np.ndarray, variant: np.ndarray) -> float:
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def swapped(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> float:
+def permutation_p_value(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> float:
     """The p-value of the paired permutation test, for any metric: were the two alike, it would not matter whose answer
     is whose."""
     from scipy.stats import permutation_test
@@ -80,10 +80,10 @@ def swapped(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.
         return score(answers[theirs], twice[theirs]) - score(answers[mine], twice[mine])
 
     pair = (np.arange(count), count + np.arange(count))
-    return float(permutation_test(pair, change, permutation_type="samples", **how_often(count)).pvalue)
+    return float(permutation_test(pair, change, permutation_type="samples", **resampling_options(count)).pvalue)
 
 
-def how_often(examples: int) -> dict[str, Any]:
+def resampling_options(examples: int) -> dict[str, Any]:
     """Of many examples fewer resamples tell as much about what matters, and take as long; some megabytes at once."""
     often = min(1000, max(200, 4_000_000 // examples))
     return {"n_resamples": often, "batch": max(1, 1_000_000 // examples), "vectorized": False, "random_state": 0}
@@ -98,7 +98,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def churn(baseline: np.ndarray, variant: np.ndarray) -> float:
+def label_churn(baseline: np.ndarray, variant: np.ndarray) -> float:
     """The share of examples whose predicted label (or one of several) changed, for better or worse."""
     changed = baseline != variant
     return float(changed.reshape(len(changed), -1).any(1).mean())
@@ -115,6 +115,6 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def terciles(values: np.ndarray) -> np.ndarray:
+def assign_terciles(values: np.ndarray) -> np.ndarray:
     """0, 1 or 2: the third of the examples, by ``values``, that each belongs to; equal values stay together."""
     return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values, side="left")

@@ -9,27 +9,27 @@ Scores = list[Tensor]  # of every block, a number for every head group or FFN ch
 Masks = list[Tensor]  # likewise, True: kept
 
 
-def after(step: int, steps: int, now: int, goal: int) -> int:
+def units_left(step: int, steps: int, now: int, goal: int) -> int:
     """What is left of ``now`` units after a step, counted from 1, on the way to the ``goal``."""
     each, more = divmod(now - goal, steps)
     return now - each * step - min(step, more)
 
 
-def most_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
+def mask_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
     """Masks of the ``total`` units with the highest scores: as many of every block, or wherever they are, but in
     multiples and at least one multiple of a block. (Units of a block are ranked and then bundled, as TextPruner does.)
     """
     if even:
-        return [top(score, total // len(scores)) for score in scores]
+        return [mask_top(score, total // len(scores)) for score in scores]
     bundles = [score.float().sort(descending=True).values.view(-1, multiple_of).sum(1) for score in scores]
     for sums in bundles:
         sums[0] = torch.inf
     owner = torch.cat([torch.full(sums.shape, i) for i, sums in enumerate(bundles)])
     kept = owner[torch.cat(bundles).topk(total // multiple_of).indices.cpu()]
-    return [top(score, multiple_of * int((kept == i).sum())) for i, score in enumerate(scores)]
+    return [mask_top(score, multiple_of * int((kept == i).sum())) for i, score in enumerate(scores)]
 
 
-def top(score: Tensor, count: int) -> Tensor:
+def mask_top(score: Tensor, count: int) -> Tensor:
     """The mask of the ``count`` highest scores."""
     return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(count).indices, True)
 
@@ -45,6 +45,6 @@ def activation_score(weight: Tensor, norms: Tensor, units: int) -> Tensor:
     return (weight.abs().float().sum(0) * norms).view(units, -1).sum(1)
 
 
-def standardised(score: Tensor) -> Tensor:
+def standardise_score(score: Tensor) -> Tensor:
     """Of mean 0 and variance 1."""
     return (score - score.mean()) / score.std(unbiased=False).clamp(min=torch.finfo(score.dtype).tiny)

@@ -28,7 +28,7 @@ class Bench:
     batches: dict[int, list[Batch]]
 
 
-def bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency, split: str = "test") -> Bench:
+def build_bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency, split: str = "test") -> Bench:
     """An artifact with a split of ``data``, which is in its own tokens."""
     batches = {size: data.texts(max(1, latency.texts // size), split, size) for size in latency.batch_sizes}
     singles, words = data.texts(latency.texts, split), data.words(split, latency.texts)

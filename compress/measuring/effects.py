@@ -16,7 +16,7 @@ LESS_MEMORY, OF_PEAK = 1.05, 0.02
 which a library more or less moves."""
 
 
-def effects(description: Description, measured: Measurement, baseline: Measurement) -> dict[str, str]:
+def describe_effects(description: Description, measured: Measurement, baseline: Measurement) -> dict[str, str]:
     """One phrase for each of ``size``, ``speed`` and ``memory``: by what factor it is better than the baseline, and
     where it is not, whether it could be: fewer bytes on disk were promised, or what runs is another runtime, fewer
     weights, or kernels for weights that are no floats."""
@@ -26,23 +26,23 @@ def effects(description: Description, measured: Measurement, baseline: Measureme
         or description.weights not in AS_FLOATS
     )
     found = {
-        "size": phrase(
+        "size": describe_factor(
             "size", any(done.shrinks for done in description.history), baseline.size_bytes / measured.size_bytes, 1.005
         )
     }
     if measured.speedup:
         low, high = measured.speedup.low, measured.speedup.high
         certain = low > 1 or high < 1
-        found["speed"] = phrase("speed", runs_otherwise, measured.speedup.value if certain else 1.0)
+        found["speed"] = describe_factor("speed", runs_otherwise, measured.speedup.value if certain else 1.0)
     if measured.memory and baseline.memory:
         before, after = baseline.memory, measured.memory
         clear = abs(before.model_bytes - after.model_bytes) > OF_PEAK * before.peak_bytes
         factor = before.model_bytes / after.model_bytes if clear else 1.0
-        found["memory"] = phrase("memory", runs_otherwise, factor, LESS_MEMORY)
+        found["memory"] = describe_factor("memory", runs_otherwise, factor, LESS_MEMORY)
     return found
 
 
-def phrase(what: str, possible: bool, factor: float, least: float = 1.0) -> str:
+def describe_factor(what: str, possible: bool, factor: float, least: float = 1.0) -> str:
     """``factor`` is how many times better; within ``least`` of 1 it is nothing."""
     better, worse = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "memory": ("less", "more")}[what]
     noun = " memory" if what == "memory" else ""
@@ -53,7 +53,7 @@ def phrase(what: str, possible: bool, factor: float, least: float = 1.0) -> str:
     return f"no {what}" + (", though it could" if possible else "")
 
 
-def zeros_alone(description: Description, measured: Measurement, baseline: Measurement) -> bool:
+def is_only_sparser(description: Description, measured: Measurement, baseline: Measurement) -> bool:
     """Whether weights became zero and nothing else happened that could save anything."""
     share = measured.nonzeros / measured.parameters
     more = share < baseline.nonzeros / baseline.parameters - 0.005

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.measuring.bench import Bench
-from compress.measuring.timing import Batch, Spread, spread, take_turns, to_device
+from compress.measuring.timing import Batch, Spread, move_batch, summarise_times, time_in_turns
 from compress.planning.settings import Latency
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
@@ -28,27 +28,30 @@ class Generation:
     new_tokens: int
 
 
-def generate(benches: dict[str, Bench], latency: Latency, device: torch.device) -> dict[str, Generation]:
+def measure_generation(benches: dict[str, Bench], latency: Latency, device: torch.device) -> dict[str, Generation]:
     """The times of those artifacts that keep the tokens before, in turns."""
     calls, prompt, new = {}, 0, 0
     for name, bench in benches.items():
-        text = to_device(bench.texts[len(bench.texts) // 2], device)
+        text = move_batch(bench.texts[len(bench.texts) // 2], device)
         new = min(latency.new_tokens, text["input_ids"].shape[1] // 2)
         prompt = text["input_ids"].shape[1] - new
-        if new > 1 and (step := decoder(bench.artifact.model, text)):
-            calls[name] = writer(step, text["input_ids"], text["attention_mask"], prompt, device)
-    found = take_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
+        if new > 1 and (step := find_decoder(bench.artifact.model, text)):
+            calls[name] = build_decoding_call(step, text["input_ids"], text["attention_mask"], prompt, device)
+    found = time_in_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
     split = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in found.items()}
     return {
         name: Generation(
-            spread([block[:, 0] for block in blocks]), spread([block[:, 1:].ravel() for block in blocks]), prompt, new
+            summarise_times([block[:, 0] for block in blocks]),
+            summarise_times([block[:, 1:].ravel() for block in blocks]),
+            prompt,
+            new,
         )
         for name, blocks in split.items()
     }
 
 
 @torch.inference_mode()
-def decoder(model: Any, text: Batch) -> Step | None:
+def find_decoder(model: Any, text: Batch) -> Step | None:
     """``step(ids, mask, past)``: the logits of the tokens ``ids`` after those that ``past`` keeps, and what is to be
     kept then; None where the model keeps nothing."""
     if isinstance(model, nn.Module):
@@ -69,7 +72,9 @@ def decoder(model: Any, text: Batch) -> Step | None:
     return step if step(text["input_ids"], text["attention_mask"], None)[1] is not None else None
 
 
-def writer(step: Step, ids: Tensor, mask: Tensor, prompt: int, device: torch.device) -> Callable[[int], None]:
+def build_decoding_call(
+    step: Step, ids: Tensor, mask: Tensor, prompt: int, device: torch.device
+) -> Callable[[int], None]:
     """A call that reads the prompt when ``i`` is 0, and then one more of the tokens that follow it."""
     past: Any = None
 
@@ -85,7 +90,7 @@ def writer(step: Step, ids: Tensor, mask: Tensor, prompt: int, device: torch.dev
     return call
 
 
-def reader(bench: Bench) -> Callable[[int], None]:
+def build_tokenising_call(bench: Bench) -> Callable[[int], None]:
     """A call that makes tokens of text ``i``."""
     tokenizer, length = bench.artifact.tokenizer, bench.data.max_length
 

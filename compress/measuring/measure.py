@@ -11,18 +11,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from compress.artifacts.artifact import Artifact, size_bytes
-from compress.formats import bnb
+from compress.artifacts.artifact import Artifact, measure_size_bytes
+from compress.formats.bnb import move_model
 from compress.maths.statistics import Interval
-from compress.measuring import meters
 from compress.measuring.bench import Bench
-from compress.measuring.generation import Generation, generate, reader
-from compress.measuring.meters import Memory, Work
-from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare
-from compress.measuring.timing import BUSY, Batch, Spread, runner, speedup, spread, take_turns, to_device
-from compress.models import layers
+from compress.measuring.generation import Generation, build_tokenising_call, measure_generation
+from compress.measuring.meters import Memory, Work, count_macs, find_energy_meter, measure_memory, measure_work
+from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare_predictions
+from compress.measuring.timing import (
+    BUSY,
+    Batch,
+    Spread,
+    build_model_call,
+    estimate_speedup,
+    move_batch,
+    summarise_times,
+    time_in_turns,
+)
+from compress.models.layers import dequantize_weight
 from compress.planning.settings import Latency
-from compress.tasks.metrics import aligned, metrics
+from compress.tasks.metrics import align_labels, build_metrics
 from compress.tasks.task import Task
 
 
@@ -67,12 +75,12 @@ class Measurement:
     split: str = "test"
 
     @property
-    def disturbed(self) -> bool:
+    def is_disturbed(self) -> bool:
         """Whether others took so much of the machine that the times mean little."""
         return self.others > BUSY
 
 
-def measure(
+def measure_artifacts(
     benches: dict[str, Bench], task: Task, latency: Latency, device: torch.device, exported: Artifact | None = None
 ) -> tuple[dict[str, Measurement], dict[str, Predictions]]:
     """Measure every artifact, and what each answered on its split; the first is the baseline that the others are
@@ -81,67 +89,69 @@ def measure(
     begin = time.perf_counter()
     if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
         device = torch.device("cpu")
-    counts = {name: count(bench.artifact.model) for name, bench in benches.items()}
+    counts = {name: count_parameters(bench.artifact.model) for name, bench in benches.items()}
     memory = {
-        name: meters.memory(
+        name: measure_memory(
             bench.folder, task.kind, [batch for batches in bench.batches.values() for batch in batches], device
         )
         for name, bench in benches.items()
         if latency.memory
     }
     for bench in benches.values():
-        bnb.move(bench.artifact.model, device)
-    answers = {name: answer(bench, task, device, f"testing {name}") for name, bench in benches.items()}
+        move_model(bench.artifact.model, device)
+    answers = {name: predict_split(bench, task, device, f"testing {name}") for name, bench in benches.items()}
     macs = {
-        name: meters.macs(bench.artifact.model, to_device(bench.texts[len(bench.texts) // 2], device))
+        name: count_macs(bench.artifact.model, move_batch(bench.texts[len(bench.texts) // 2], device))
         for name, bench in benches.items()
     }
     baseline = next(iter(benches))
     first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
     turns = {}
     for size in latency.batch_sizes:
-        calls = {name: runner(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
+        calls = {name: build_model_call(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
         if exported and size == first:
-            calls[""] = runner(exported, benches[baseline].batches[size], device)
+            calls[""] = build_model_call(exported, benches[baseline].batches[size], device)
         cycle = len(benches[baseline].batches[size])
-        turns[size] = take_turns(calls, latency, cycle, label=f"batches of {size}")
+        turns[size] = time_in_turns(calls, latency, cycle, label=f"batches of {size}")
     times = {size: one.blocks for size, one in turns.items()}
-    joules = meters.energy_meter(device)
+    joules = find_energy_meter(device)
     seconds = latency.seconds if joules else latency.block_s
     work = {}
     for name, bench in benches.items():
-        call, cycle = runner(bench.artifact, bench.batches[first], device), len(bench.batches[first])
-        work[name] = meters.work(call, cycle, first, seconds, device, joules)
-    reading = {name: reader(bench) for name, bench in benches.items()}
-    read = take_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
-    generations = generate(benches, latency, device) if task.kind == "lm" else {}
-    spreads = {name: {size: spread(times[size][name]) for size in latency.batch_sizes} for name in benches}
+        call, cycle = build_model_call(bench.artifact, bench.batches[first], device), len(bench.batches[first])
+        work[name] = measure_work(call, cycle, first, seconds, device, joules)
+    reading = {name: build_tokenising_call(bench) for name, bench in benches.items()}
+    read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
+    generations = measure_generation(benches, latency, device) if task.kind == "lm" else {}
+    spreads = {name: {size: summarise_times(times[size][name]) for size in latency.batch_sizes} for name in benches}
     spent = time.perf_counter() - begin
     return {
         name: Measurement(
             quality=answers[name][0],
             examples=len(answers[name][1].labels),
-            size_bytes=size_bytes(bench.folder),
+            size_bytes=measure_size_bytes(bench.folder),
             parameters=counts[name][0],
             nonzeros=counts[name][1],
             latency=spreads[name][first],
-            latency_tokens=tokens(bench.batches[first]),
+            latency_tokens=mean_length(bench.batches[first]),
             throughput_per_s=1000 * last / spreads[name][last].median_ms,
-            throughput_tokens=tokens(bench.batches[last]),
-            speedup=None if name == baseline else speedup(times[first][baseline], times[first][name]),
-            speedup_same_runtime=speedup(times[first][""], times[first][name])
+            throughput_tokens=mean_length(bench.batches[last]),
+            speedup=None if name == baseline else estimate_speedup(times[first][baseline], times[first][name]),
+            speedup_same_runtime=estimate_speedup(times[first][""], times[first][name])
             if exported and exported.description.runtime == bench.artifact.description.runtime
             else None,
             runtime=bench.artifact.description.runtime,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             threads=torch.get_num_threads(),
             batches=spreads[name],
-            comparison=None if name == baseline else compare(answers[baseline][1], answers[name][1], task.primary),
+            comparison=None
+            if name == baseline
+            else compare_predictions(answers[baseline][1], answers[name][1], task.primary),
             generation=generations.get(name),
             memory=memory.get(name),
             macs=macs[name],
             work=work[name],
-            tokenizer_ms=spread(read[name]).median_ms,
+            tokenizer_ms=summarise_times(read[name]).median_ms,
             others=turns[first].others,
             measuring_time_s=spent,
             split=bench.split,
@@ -150,33 +160,33 @@ def measure(
     }, {name: predictions for name, (_, predictions) in answers.items()}
 
 
-def count(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters the model has, and how many that are not zero; packed ones by what they stand for, which has
     to be read before the first forward pass."""
-    each = [(weight.numel(), int(weight.count_nonzero())) for weight in map(layers.values, model.parameters())]
+    each = [(weight.numel(), int(weight.count_nonzero())) for weight in map(dequantize_weight, model.parameters())]
     return sum(number for number, _ in each), sum(nonzero for _, nonzero in each)
 
 
-def tokens(batches: list[Batch]) -> float:
+def mean_length(batches: list[Batch]) -> float:
     """Of a text on average."""
     return float(np.mean([length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]))
 
 
 @torch.inference_mode()
-def answer(
+def predict_split(
     bench: Bench, task: Task, device: torch.device, label: str = "testing"
 ) -> tuple[dict[str, float], Predictions]:
     """The task's metrics over the whole split, and what was answered to each of its examples."""
-    scores = metrics(task).to(device)
+    scores = build_metrics(task).to(device)
     outputs, labels, lengths = [], [], []
     for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
-        batch = to_device(batch, device)
+        batch = move_batch(batch, device)
         wanted = batch.pop("labels")
         lengths.append(batch["attention_mask"].sum(1).cpu())
-        logits, wanted = aligned(bench.artifact.model(**batch).logits.float(), wanted)
+        logits, wanted = align_labels(bench.artifact.model(**batch).logits.float(), wanted)
         scores.update(logits, wanted)
         if task.kind == "lm":
-            logits, wanted = by_block(logits, wanted)
+            logits, wanted = score_blocks(logits, wanted)
         outputs.append(logits.cpu())
         labels.append(wanted.cpu())
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
@@ -192,7 +202,7 @@ def answer(
     return quality, Predictions(task.kind, **found, characters=characters, negated=negated, names=task.labels or ())
 
 
-def by_block(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def score_blocks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of every block the sum of its tokens' losses in nats and how many were predicted right, ``[blocks, 2]``; and how
     many there were to predict."""
     there = labels != -100

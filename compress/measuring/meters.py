@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.artifacts import artifact
-from compress.formats import bnb
-from compress.quiet import hush
+from compress.artifacts.artifact import load_artifact, read_description
+from compress.formats.bnb import move_model
+from compress.quiet import silence_libraries
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,16 @@ class Memory:
         return self.peak_bytes - self.libraries_bytes
 
 
-def memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], device: torch.device) -> Memory | None:
+def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], device: torch.device) -> Memory | None:
     """The memory of a process that begins with the libraries alone; None, and said so, where it was killed."""
     # A server that has imported the libraries and nothing else forks such a process in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     answer, child = context.Pipe(duplex=False)
     arrays = [{key: value.numpy(force=True) for key, value in batch.items()} for batch in batches]
-    process = context.Process(target=run, args=(child, folder, kind, arrays, str(device), torch.get_num_threads()))
+    process = context.Process(
+        target=report_memory, args=(child, folder, kind, arrays, str(device), torch.get_num_threads())
+    )
     process.start()
     child.close()
     try:
@@ -66,33 +68,33 @@ def memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], device: to
 
 
 @torch.inference_mode()
-def run(
+def report_memory(
     answer: Connection, folder: Path, kind: str, arrays: list[dict[str, np.ndarray]], device: str, threads: int
 ) -> None:
     """The life of that process."""
-    hush()
+    silence_libraries()
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):
-        importlib.import_module(artifact.describe(folder, kind).runtime)
+        importlib.import_module(read_description(folder, kind).runtime)
     gpu = torch.device(device).type == "cuda"
     if gpu:
         torch.zeros(1, device=device)  # the driver's share
         torch.cuda.reset_peak_memory_stats(device)
-    libraries = peak_bytes()
-    model = artifact.load(folder, kind).model
-    bnb.move(model, torch.device(device))
+    libraries = read_peak_bytes()
+    model = load_artifact(folder, kind).model
+    move_model(model, torch.device(device))
     for batch in arrays:
         model(**{key: torch.from_numpy(array).to(device) for key, array in batch.items()})
-    answer.send(Memory(peak_bytes(), libraries, torch.cuda.max_memory_allocated(device) if gpu else None))
+    answer.send(Memory(read_peak_bytes(), libraries, torch.cuda.max_memory_allocated(device) if gpu else None))
 
 
-def peak_bytes() -> int:
+def read_peak_bytes() -> int:
     """The most that this process has had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.inference_mode()
-def macs(model: Any, text: dict[str, Tensor]) -> int | None:
+def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
     """Multiply-accumulates of matrices for one text; None where a runtime or layers of a packed format hide them."""
     if not isinstance(model, nn.Module):
         return None
@@ -103,7 +105,7 @@ def macs(model: Any, text: dict[str, Tensor]) -> int | None:
     return counter.get_total_flops() // 2
 
 
-def energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:
+def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:
     """A counter of the joules that the GPU, or all packages of the CPU, have used; None where nothing says so."""
     if device.type == "cuda":
         try:
@@ -145,7 +147,7 @@ class Work:
     energy_j: float | None
 
 
-def work(
+def measure_work(
     call: Callable[[int], None],
     cycle: int,
     texts: int,

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from compress.maths.statistics import Interval, churn, difference, holm, mcnemar, swapped, terciles
+from compress.maths.statistics import (
+    Interval,
+    assign_terciles,
+    holm,
+    label_churn,
+    mcnemar,
+    paired_difference,
+    permutation_p_value,
+)
 from compress.tasks.metrics import SCORES
 
 FILE = "predictions.npz"
@@ -48,18 +56,18 @@ class Predictions:
         return cls(**{**arrays, "kind": str(arrays["kind"]), "names": tuple(map(str, arrays["names"]))})
 
     @property
-    def predicted(self) -> np.ndarray | None:
+    def predicted_labels(self) -> np.ndarray | None:
         """The labels that the model chose, where there are labels to choose from."""
         if self.kind == "multiclass":
             return self.outputs.argmax(-1)
         return self.outputs > 0 if self.kind == "multilabel" else None
 
     @property
-    def right(self) -> np.ndarray | None:
+    def correct_examples(self) -> np.ndarray | None:
         """Whether the model chose all of an example's labels and no other."""
-        if self.predicted is None:
+        if self.predicted_labels is None:
             return None
-        same = self.predicted == self.labels
+        same = self.predicted_labels == self.labels
         return same if same.ndim == 1 else same.all(1)
 
     def score(self, metric: str) -> float:
@@ -77,29 +85,33 @@ class Comparison:
     churn: float | None
 
 
-def paired(baseline: Predictions, variant: Predictions) -> bool:
+def are_paired(baseline: Predictions, variant: Predictions) -> bool:
     """Whether both are of the same examples: not where a language model has a vocabulary of its own, for example."""
     return baseline.kind == variant.kind and np.array_equal(baseline.labels, variant.labels)
 
 
-def compare(baseline: Predictions, variant: Predictions, metric: str) -> Comparison | None:
+def compare_predictions(baseline: Predictions, variant: Predictions, metric: str) -> Comparison | None:
     """McNemar's exact test of accuracies, a paired permutation test of other metrics, and a paired bootstrap interval
     of the change; None where the examples differ."""
-    if not paired(baseline, variant):
+    if not are_paired(baseline, variant):
         return None
     score = SCORES[variant.kind][metric]
     outputs = (baseline.outputs, variant.outputs)
-    if metric in ("accuracy", "subset_accuracy") and baseline.right is not None and variant.right is not None:
-        p_value = mcnemar(baseline.right, variant.right)
+    if (
+        metric in ("accuracy", "subset_accuracy")
+        and baseline.correct_examples is not None
+        and variant.correct_examples is not None
+    ):
+        p_value = mcnemar(baseline.correct_examples, variant.correct_examples)
     else:
-        p_value = swapped(score, *outputs, variant.labels)
+        p_value = permutation_p_value(score, *outputs, variant.labels)
     changed = None
-    if baseline.predicted is not None and variant.predicted is not None:
-        changed = churn(baseline.predicted, variant.predicted)
-    return Comparison(metric, difference(score, *outputs, variant.labels), p_value, changed)
+    if baseline.predicted_labels is not None and variant.predicted_labels is not None:
+        changed = label_churn(baseline.predicted_labels, variant.predicted_labels)
+    return Comparison(metric, paired_difference(score, *outputs, variant.labels), p_value, changed)
 
 
-def slices(one: Predictions) -> dict[str, np.ndarray]:
+def slice_examples(one: Predictions) -> dict[str, np.ndarray]:
     """The parts of the test split that are looked at apart, as masks by name: each label, the thirds of the texts by
     length, and texts with and without a word of negation."""
     found = {}
@@ -108,7 +120,7 @@ def slices(one: Predictions) -> dict[str, np.ndarray]:
     elif one.kind == "multilabel":
         found = {f"label {name}": one.labels[:, i] == 1 for i, name in enumerate(one.names)}
     if one.characters.any():
-        third = terciles(one.characters)
+        third = assign_terciles(one.characters)
         found |= {name: third == i for i, name in enumerate(("short texts", "middling texts", "long texts"))}
         found |= {"with negation": one.negated, "without negation": ~one.negated}
     return {name: mask for name, mask in found.items() if mask.sum() >= FEWEST}
@@ -125,15 +137,15 @@ class Regression:
     p_value: float | None
 
 
-def regressions(baseline: Predictions, variant: Predictions, metric: str) -> list[Regression]:
+def measure_regressions(baseline: Predictions, variant: Predictions, metric: str) -> list[Regression]:
     """Every slice, in the order of :func:`slices`; none where the examples differ."""
-    if not paired(baseline, variant):
+    if not are_paired(baseline, variant):
         return []
     found = []
-    for name, mask in slices(variant).items():
+    for name, mask in slice_examples(variant).items():
         p_value = None
-        if baseline.right is not None and variant.right is not None:
-            before, after = baseline.right[mask], variant.right[mask]
+        if baseline.correct_examples is not None and variant.correct_examples is not None:
+            before, after = baseline.correct_examples[mask], variant.correct_examples[mask]
             change, p_value = float(after.mean() - before.mean()), mcnemar(before, after)
         else:
             score = SCORES[variant.kind][metric]
@@ -143,9 +155,9 @@ def regressions(baseline: Predictions, variant: Predictions, metric: str) -> lis
     return found
 
 
-def worst(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
+def find_worst_slice(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
     """The slice that lost most, its p-value corrected for how many slices there are (Holm); None where none lost."""
-    every = regressions(baseline, variant, metric)
+    every = measure_regressions(baseline, variant, metric)
     fair = dict(zip(map(id, every), holm([1.0 if one.p_value is None else one.p_value for one in every])))
     lost = min(every, key=lambda one: one.change, default=None)
     if lost is None or lost.change >= 0:

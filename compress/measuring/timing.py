@@ -46,7 +46,9 @@ class Turns:
     others: float
 
 
-def take_turns(calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing") -> Turns:
+def time_in_turns(
+    calls: dict[str, Callable[[int], None]], latency: Latency, cycle: int, label: str = "timing"
+) -> Turns:
     """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``.
 
     Taking turns, in one order and then in the other, lets a disturbance of the machine fall on all alike, and the pause
@@ -68,20 +70,20 @@ def take_turns(calls: dict[str, Callable[[int], None]], latency: Latency, cycle:
     order = list(calls)
     patience, quiet = PATIENCE * latency.seconds * len(calls), rounds
     begin = time.perf_counter()
-    while len(quiet) < FEWEST or least(quiet) < latency.seconds:
+    while len(quiet) < FEWEST or least_seconds(quiet) < latency.seconds:
         if len(rounds) >= FEWEST and time.perf_counter() - begin > patience:
             break
-        rounds.append({name: block(calls[name], latency.block_s, cycle) for name in order})
+        rounds.append({name: time_block(calls[name], latency.block_s, cycle) for name in order})
         shares.append(others())
         order.reverse()
         quiet = [one for one, share in zip(rounds, shares) if share <= BUSY]
-        bar.update(min(latency.seconds, least(quiet)) - bar.n)
+        bar.update(min(latency.seconds, least_seconds(quiet)) - bar.n)
     bar.close()
     kept, counted = (quiet, [share for share in shares if share <= BUSY]) if len(quiet) >= FEWEST else (rounds, shares)
     return Turns({name: [one[name] for one in kept] for name in calls}, float(np.mean(counted)))
 
 
-def block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
+def time_block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
     """Milliseconds of the calls of whole cycles."""
     time.sleep(0.04)
     times: list[float] = []
@@ -94,7 +96,7 @@ def block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray
     return np.array(times)
 
 
-def least(rounds: list[dict[str, np.ndarray]]) -> float:
+def least_seconds(rounds: list[dict[str, np.ndarray]]) -> float:
     """Seconds that the one had that had fewest."""
     return min((sum(one[name].sum() for one in rounds) / 1000 for name in rounds[0]), default=0.0) if rounds else 0.0
 
@@ -118,7 +120,7 @@ class Others:
         return max(0.0, busy - own) / total if total > 0 else 0.0
 
 
-def speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
+def estimate_speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
     """The geometric mean of the ratios of neighbouring blocks' median times, with Student's t interval: above one is
     faster than the baseline. (A bootstrap of so few blocks is too sure of itself.)"""
     ratios = [float(np.log(np.median(b) / np.median(v))) for b, v in zip(baseline, variant)]
@@ -126,7 +128,7 @@ def speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
     return Interval(*np.exp([found.value, found.low, found.high]).tolist())
 
 
-def spread(blocks: list[np.ndarray]) -> Spread:
+def summarise_times(blocks: list[np.ndarray]) -> Spread:
     from scipy.stats import bootstrap
 
     times = np.concatenate(blocks)
@@ -150,9 +152,9 @@ def spread(blocks: list[np.ndarray]) -> Spread:
     )
 
 
-def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
+def build_model_call(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
     """A call that runs batch ``i`` to its end: a GPU's work is waited for."""
-    batches = [to_device(batch, device) for batch in batches]
+    batches = [move_batch(batch, device) for batch in batches]
 
     @torch.inference_mode()
     def call(i: int) -> None:
@@ -163,5 +165,5 @@ def runner(artifact: Artifact, batches: list[Batch], device: torch.device) -> Ca
     return call
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def move_batch(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}

@@ -28,11 +28,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from compress.cache.digests import fingerprint
+from compress.cache.digests import fingerprint_files
 from compress.errors import UserError
 from compress.hub import offline_if_unreachable
-from compress.models.layers import blocks
-from compress.models.shapes import cut_class
+from compress.models.layers import find_blocks
+from compress.models.shapes import build_cut_class
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
@@ -98,16 +98,16 @@ class Backbone:
         config = self.configuration(task)
         try:
             with torch.device("meta"):
-                return auto_class(task.kind, config).from_config(config)
+                return find_auto_class(task.kind, config).from_config(config)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model.config cannot be built ({one_line(error)[:200]}): mend it.") from error
+            raise UserError(f"model.config cannot be built ({join_lines(error)[:200]}): mend it.") from error
 
     def fingerprint(self, task: Task) -> str | None:
         """What the weights are known by: the content of a folder, or the hub's id and commit."""
         if self.path is None:
             return None
         folder = Path(self.path).expanduser()
-        return fingerprint(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
+        return fingerprint_files(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that comes with the weights at ``path``."""
@@ -124,10 +124,10 @@ class Backbone:
         dtype = getattr(torch, self.dtype)
         trained = False
         if self.path:
-            theirs = same_labels(self._pretrained(AutoConfig), task)
+            theirs = has_task_labels(self._pretrained(AutoConfig), task)
             tokenizer = self.tokenizer()
             model, missing = load_weights(
-                auto_class(task.kind, config),
+                find_auto_class(task.kind, config),
                 self.path,
                 f"Model `{self.name}`",
                 "model.path",
@@ -135,7 +135,7 @@ class Backbone:
                 dtype=dtype,
                 ignore_mismatched_sizes=True,  # a head for other labels is replaced
             )
-            if inside := [name for name in missing if name.startswith(blocks(model)[0])]:
+            if inside := [name for name in missing if name.startswith(find_blocks(model)[0])]:
                 raise UserError(
                     f"Model `{self.name}`: {self.path} holds no weights for {len(inside)} tensors of the transformer "
                     f"blocks ({inside[0]}...): set model.path to a checkpoint of this architecture."
@@ -145,7 +145,7 @@ class Backbone:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
                 setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
-            model = auto_class(task.kind, config).from_config(config, dtype=dtype)
+            model = find_auto_class(task.kind, config).from_config(config, dtype=dtype)
         set_pad_token(model, tokenizer)
         return model, tokenizer, trained
 
@@ -153,7 +153,7 @@ class Backbone:
         try:
             return AutoConfig.for_model(**(self.config or {}))
         except (ValueError, TypeError) as error:
-            reason = one_line(error)[:200]
+            reason = join_lines(error)[:200]
             raise UserError(f"model.config is no architecture that transformers knows ({reason}): mend it.") from error
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
@@ -177,7 +177,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
         with nullcontext() if folder.is_dir() else offline_if_unreachable():
             return auto.from_pretrained(str(folder) if folder.is_dir() else path, **kwargs)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = one_line(error)[:300]
+        reason = join_lines(error)[:300]
         if folder.is_dir():
             raise UserError(f"{what}: the folder {path} could not be loaded ({reason}).") from error
         raise UserError(
@@ -187,7 +187,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def join_lines(error: Exception) -> str:
     """A library's message without its line breaks, to be quoted in a sentence."""
     return " ".join(str(error).split())
 
@@ -199,7 +199,7 @@ def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tu
     return model, sorted({*found["missing_keys"], *mismatched})
 
 
-def same_labels(config: PretrainedConfig, task: Task) -> bool:
+def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
     """Whether a classifier's labels are the task's, in its order; labels without names are taken on trust."""
     if task.kind == "lm":
         return True
@@ -208,11 +208,11 @@ def same_labels(config: PretrainedConfig, task: Task) -> bool:
     return len(names) == task.num_labels and (unnamed or names == [label.lower() for label in task.labels or ()])
 
 
-def auto_class(kind: str, config: PretrainedConfig) -> Any:
+def find_auto_class(kind: str, config: PretrainedConfig) -> Any:
     """The transformers class that puts the head of a task of this ``kind`` on any architecture, one that was cut to
     other shapes than its config can say included."""
     auto: Any = AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
-    return cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
+    return build_cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
@@ -234,7 +234,7 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+def limit_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
     """``wanted`` tokens, or as many as the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None) or wanted
     if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from compress.errors import UserError
-from compress.models.layers import blocks
+from compress.models.layers import find_blocks
 
 Batch = dict[str, Tensor]
 Forwards = Sequence[Callable[[], Tensor]]
 """Runs of a block, one for every calibration batch."""
 
 
-def calibration_batches(trainer: pl.Trainer, samples: int, batch_size: int, labels: bool = False) -> Iterator[Batch]:
+def draw_calibration_batches(
+    trainer: pl.Trainer, samples: int, batch_size: int, labels: bool = False
+) -> Iterator[Batch]:
     """``samples`` training examples on the Trainer's device: the datamodule's own ``calibration``, or else the first of
     the training loader, in the batches that it has."""
     calibration = getattr(getattr(trainer, "datamodule", None), "calibration", None)
@@ -51,7 +53,7 @@ class Call(NamedTuple):
 
 
 @torch.no_grad()
-def calibrate(
+def calibrate_layers(
     model: nn.Module,
     batches: list[Batch],
     statistic: Callable[[Tensor], Tensor],
@@ -69,25 +71,27 @@ def calibrate(
     masks)`` may change a block as a whole before its first layers are yielded; the masks are those of the batches'
     padding.
     """
-    prefix, stack = blocks(model)
-    hidden, calls = capture(model, stack, batches)
+    prefix, stack = find_blocks(model)
+    hidden, calls = capture_calls(model, stack, batches)
     masks = [batch.get("attention_mask") for batch in batches]
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
         forwards: Forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
         if prepare is not None:
             prepare(f"{prefix}.{index}", block, forwards, masks)
-        for layers in sharing_inputs(block, forwards[0]):
+        for layers in group_by_input(block, forwards[0]):
             named = {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}
             if chosen := {name: layer for name, layer in named.items() if wanted is None or name in wanted}:
-                yield chosen, over_inputs(next(iter(chosen.values())), forwards, masks, statistic, combine)
+                yield chosen, combine_over_inputs(next(iter(chosen.values())), forwards, masks, statistic, combine)
         hidden = [forward() for forward in forwards]
     for name, module in model.named_modules() if wanted is not None else ():
         if isinstance(module, nn.Linear) and name in wanted and not name.startswith(f"{prefix}."):
             forwards = [partial(model, **batch) for batch in batches]
-            yield {name: module}, over_inputs(module, forwards, masks, statistic, combine)
+            yield {name: module}, combine_over_inputs(module, forwards, masks, statistic, combine)
 
 
-def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tuple[list[Tensor], list[list[Call]]]:
+def capture_calls(
+    model: nn.Module, stack: nn.ModuleList, batches: list[Batch]
+) -> tuple[list[Tensor], list[list[Call]]]:
     """The hidden states that enter the first block, by batch, and how every block is called, by batch and block. The
     masks and position embeddings of a call are shared between blocks: they cost their memory once. After the first
     batch, blocks that give nothing but hidden states give back those that they get instead, for speed."""
@@ -115,7 +119,7 @@ def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tup
             calls.append([])
             with ExitStack() as passed, suppress(Seen):
                 for block, in_tuple in in_tuples.items():
-                    passed.enter_context(patch.object(block, "forward", partial(give_back, in_tuple)))
+                    passed.enter_context(patch.object(block, "forward", partial(return_states, in_tuple)))
                 model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
     finally:
         for hook in hooks:
@@ -123,7 +127,7 @@ def capture(model: nn.Module, stack: nn.ModuleList, batches: list[Batch]) -> tup
     return hidden, calls
 
 
-def give_back(in_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+def return_states(in_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
     return (hidden_states,) if in_tuple else hidden_states
 
 
@@ -131,7 +135,7 @@ class Seen(Exception):
     """Raised inside a block when the wanted input has been seen, to spare the rest of its forward pass."""
 
 
-def inputs(module: nn.Module, forwards: Forwards) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def record_inputs(module: nn.Module, forwards: Forwards) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """The arguments, positional and by name, with which each of the ``forwards`` calls ``module``."""
     seen: list[tuple[tuple, dict[str, Any]]] = []
 
@@ -147,7 +151,7 @@ def inputs(module: nn.Module, forwards: Forwards) -> Iterator[tuple[tuple, dict[
         yield seen.pop()
 
 
-def over_inputs(
+def combine_over_inputs(
     layer: nn.Linear,
     forwards: Forwards,
     masks: list[Tensor | None],
@@ -156,18 +160,21 @@ def over_inputs(
 ) -> Tensor:
     """The sum of ``statistic`` over the inputs of ``layer`` in all ``forwards``, padding left out, or what else
     ``combine`` makes of them."""
-    found = (statistic(tokens(args[0], mask).float()) for (args, _), mask in zip(inputs(layer, forwards), masks))
+    found = (
+        statistic(select_tokens(args[0], mask).float())
+        for (args, _), mask in zip(record_inputs(layer, forwards), masks)
+    )
     return reduce(combine, found)
 
 
-def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def select_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` ``[batch, tokens, width]`` as ``[tokens, width]``, without those of padding."""
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.bool()]
     return x.reshape(-1, x.shape[-1])
 
 
-def sharing_inputs(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:
+def group_by_input(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:
     """The block's Linear layers in the order in which ``forward()`` runs them, those that get one and the same tensor
     (query, key and value; gate and up) together."""
     calls: list[tuple[str, nn.Linear, Tensor]] = []  # holding the tensors keeps their addresses apart
@@ -183,7 +190,7 @@ def sharing_inputs(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict
     return [{name: layer for name, layer, _ in members} for _, members in sets]
 
 
-def validation_batches(trainer: pl.Trainer) -> list[Batch]:
+def read_validation_batches(trainer: pl.Trainer) -> list[Batch]:
     """The whole validation split as the Trainer's own loaders give it.
 
     Raises:
@@ -199,7 +206,7 @@ def validation_batches(trainer: pl.Trainer) -> list[Batch]:
     return list(chain.from_iterable(loaders if isinstance(loaders, (list, tuple)) else [loaders]))
 
 
-def evenly_spread(batches: list[Batch], samples: int) -> list[Batch]:
+def spread_evenly(batches: list[Batch], samples: int) -> list[Batch]:
     """Batches of exactly ``samples`` examples, picked at even distances: a loader may be sorted, by length say.
 
     Raises:
@@ -212,15 +219,15 @@ def evenly_spread(batches: list[Batch], samples: int) -> list[Batch]:
             f"technique.sensitivity.samples={sum(sizes)} or less."
         )
     count, parts = len(batches), math.ceil(samples / max(sizes))
-    while sum(sizes[i] for i in middles(count, parts)) < samples:
+    while sum(sizes[i] for i in middle_indices(count, parts)) < samples:
         parts += 1
     picked: list[Batch] = []
-    for i in middles(count, parts):
+    for i in middle_indices(count, parts):
         picked.append({key: value[:samples] for key, value in batches[i].items()})
         samples -= len(picked[-1]["input_ids"])
     return [batch for batch in picked if len(batch["input_ids"])]
 
 
-def middles(count: int, parts: int) -> list[int]:
+def middle_indices(count: int, parts: int) -> list[int]:
     """The middles of so many equal parts of ``range(count)``."""
     return [(2 * i + 1) * count // (2 * parts) for i in range(parts)]

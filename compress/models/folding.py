@@ -28,7 +28,7 @@ FOLDS = (
 """Those of a block of Llama, Mistral or Qwen2."""
 
 
-def sources(block: Any, before: Any, layer: nn.Linear) -> Tensor:
+def find_sources(block: Any, before: Any, layer: nn.Linear) -> Tensor:
     """Which output of ``before`` each input of ``layer`` is made of, ``[inputs]``: query heads that share a key and
     value head read the same values."""
     channels = torch.arange(before.weight.shape[0], device=layer.weight.device)
@@ -39,7 +39,7 @@ def sources(block: Any, before: Any, layer: nn.Linear) -> Tensor:
 
 
 @torch.no_grad()
-def fold(before: nn.Module, layers: list[nn.Linear], scale: Tensor, source: Tensor) -> None:
+def fold_scale(before: nn.Module, layers: list[nn.Linear], scale: Tensor, source: Tensor) -> None:
     """Have ``before`` give out ``1 / scale`` of each of its outputs, and the weights of the layers make up for it."""
     for parameter in before.parameters():
         parameter.copy_(parameter.float() / scale.view(-1, *[1] * (parameter.ndim - 1)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 
 
-def values(weight: Tensor) -> Tensor:
+def dequantize_weight(weight: Tensor) -> Tensor:
     """The numbers that a weight stands for: 4-bit ones lie two to a byte, in another shape.
 
     Raises:
@@ -33,7 +33,7 @@ def values(weight: Tensor) -> Tensor:
 Layer = nn.Linear | nn.Embedding
 
 
-def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the transformer blocks: the longest ``ModuleList`` of the model.
 
     Raises:
@@ -48,7 +48,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: len(item[1]))
 
 
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def find_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that compression works on: every ``Linear`` inside a transformer block.
 
     Embeddings, the pooler and the head stand outside the blocks and keep full precision.
@@ -56,7 +56,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     Raises:
         UserError: there is none.
     """
-    prefix, stack = blocks(model)
+    prefix, stack = find_blocks(model)
     found = [(f"{prefix}.{name}", module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
     if not found:
         raise UserError(
@@ -66,7 +66,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return iter(found)
 
 
-def kind_of(model: nn.Module) -> str:
+def detect_task_kind(model: nn.Module) -> str:
     """The kind of task that the model's head is for, as its config says."""
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return "lm"
@@ -75,7 +75,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """In eval mode, and afterwards every module in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -86,18 +86,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def compressed(module: nn.Module) -> nn.Module:
+def unwrap_model(module: nn.Module) -> nn.Module:
     """The model that a callback works on: the ``model`` of a LightningModule that names one, or all of it."""
     model = getattr(module, "model", module)
     return model if isinstance(model, nn.Module) else module
 
 
-def prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]:
+def find_prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]:
     """The layers whose weights can be pruned, by name: those of :func:`linears`, and if asked for the embeddings and
     the Linear layers outside the blocks (pooler and head). An output layer tied to the embeddings counts as those."""
     every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     tied = {id(module.weight) for _, module in every if isinstance(module, nn.Embedding)}
-    inside = dict(linears(model))
+    inside = dict(find_linears(model))
 
     def wanted(name: str, module: nn.Module) -> bool:
         if isinstance(module, nn.Embedding):
@@ -107,7 +107,7 @@ def prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]
     return {name: module for name, module in every if wanted(name, module)}
 
 
-def select(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
+def select_layers(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
     """The layers that ``skip``, the setting ``key``, leaves of all, by name: ``embeddings``, ``head`` (every Linear
     outside the transformer blocks) or a pattern of names leaves out what it says.
 
@@ -115,17 +115,17 @@ def select(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
         UserError: a pattern fits no layer, or no layer is left.
     """
     patterns = [word for word in skip if word not in ("embeddings", "head")]
-    found = prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
+    found = find_prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in found):
-            raise UserError(unmatched(key, pattern, found))
+            raise UserError(describe_unmatched(key, pattern, found))
     kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
     if not kept:
         raise UserError(f"{key}={list(skip)} leaves no layer to work on: skip fewer.")
     return kept
 
 
-def quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn.Linear]:
+def find_quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn.Linear]:
     """The Linear layers that the setting ``key.skip`` leaves to be quantized, by name.
 
     Raises:
@@ -133,17 +133,22 @@ def quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn
     """
     if "embeddings" not in skip:
         raise UserError(f"{key}.skip={list(skip)} leaves the embeddings, which stay floats: add `embeddings` to it.")
-    return {name: layer for name, layer in select(model, skip, f"{key}.skip").items() if isinstance(layer, nn.Linear)}
+    return {
+        name: layer for name, layer in select_layers(model, skip, f"{key}.skip").items() if isinstance(layer, nn.Linear)
+    }
 
 
-def unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
+def describe_unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
     return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."
 
 
-def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
+def find_zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero *is* the mask: nothing else is
     kept beside the weights. (The embedding of padding is zero by itself.)"""
-    masks = {name: values(layer.weight) == 0 for name, layer in prunable(model, embeddings=True, head=True).items()}
+    masks = {
+        name: dequantize_weight(layer.weight) == 0
+        for name, layer in find_prunable(model, embeddings=True, head=True).items()
+    }
     for name, mask in masks.items():
         if (padding := getattr(model.get_submodule(name), "padding_idx", None)) is not None:
             mask[padding] = False
@@ -156,13 +161,13 @@ def digest_tensor(tensor: Tensor) -> bytes:
 
 
 @torch.no_grad()
-def hold(model: nn.Module, masks: dict[str, Tensor]) -> None:
+def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Multiply the weights by their masks (1 keeps, 0 prunes) in place."""
     for name, mask in masks.items():
         model.get_submodule(name).weight.mul_(mask)
 
 
-def measured_sparsity(weights: Iterable[Tensor]) -> float:
+def measure_sparsity(weights: Iterable[Tensor]) -> float:
     """Fraction of exact zeros."""
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
     return sum(zero for zero, _ in counts) / sum(size for _, size in counts)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from compress.errors import UserError
 from compress.maths import losses
-from compress.models import shapes
+from compress.models.shapes import read_blocks
 
 KEY = "technique.distill"
 LOSSES = {
@@ -68,13 +68,13 @@ class Match:
                 f"proj=[linear,{widths[0]},{widths[1]}]."
             )
 
-    def features(self, seen: dict[str, Any], layer: int | tuple[int, int]) -> Any:
+    def select_features(self, seen: dict[str, Any], layer: int | tuple[int, int]) -> Any:
         """What of a model's features the loss compares."""
         found = seen[self.feature]
         return [found[i] for i in layer] if isinstance(layer, tuple) else found[layer]
 
 
-def features(output: Any, relations: Relations) -> dict[str, Any]:
+def collect_features(output: Any, relations: Relations) -> dict[str, Any]:
     """Of a forward pass what a match may compare, by the name of the feature."""
     return {"hidden": output.hidden_states, "attention": output.attentions, "relation": relations}
 
@@ -88,7 +88,7 @@ class Relations:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Relations:
-        for i, block in enumerate(shapes.read_blocks(self.model) if self.wanted else ()):
+        for i, block in enumerate(read_blocks(self.model) if self.wanted else ()):
             self.seen[i] = {}
             for name in ("query", "key", "value"):
                 keep = partial(self._keep, self.seen[i], name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.errors import UserError
-from compress.models.layers import blocks
+from compress.models.layers import find_blocks
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ FAMILIES = {
 }
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: nn.Module) -> Anatomy:
     """The names of the model's layers.
 
     Raises:
@@ -119,7 +119,7 @@ class Block:
 
 def read_blocks(model: nn.Module) -> list[Block]:
     """The model's blocks, the first first."""
-    names = anatomy(model)
+    names = find_anatomy(model)
 
     def layers(block: nn.Module) -> Block:
         def get(name: str) -> Any:
@@ -135,10 +135,10 @@ def read_blocks(model: nn.Module) -> list[Block]:
             ffn_out=get(names.ffn_out),
         )
 
-    return [layers(block) for block in blocks(model)[1]]
+    return [layers(block) for block in find_blocks(model)[1]]
 
 
-def cut(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] | None = None) -> None:
+def remove_units(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] | None = None) -> None:
     """Remove from every block the head groups and FFN channels that its mask (True: kept) leaves out.
 
     The Parameters stay the same objects with less in them, so that an optimizer that was made before trains on.
@@ -146,10 +146,10 @@ def cut(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] 
     for i, block in enumerate(read_blocks(model)):
         if groups is not None:
             size, group = block.head_size, block.head_size * block.group_size
-            take(block.query, 0, groups[i], group)
-            take(block.key, 0, groups[i], size)
-            take(block.value, 0, groups[i], size)
-            take(block.attention_out, 1, groups[i], group)
+            keep_units(block.query, 0, groups[i], group)
+            keep_units(block.key, 0, groups[i], size)
+            keep_units(block.value, 0, groups[i], size)
+            keep_units(block.attention_out, 1, groups[i], group)
             for name, value in (
                 ("num_attention_heads", block.heads),
                 ("n_heads", block.heads),
@@ -159,11 +159,11 @@ def cut(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] 
                     setattr(block.attention, name, value)
         if ffn is not None:
             for linear in block.ffn_in:
-                take(linear, 0, ffn[i])
-            take(block.ffn_out, 1, ffn[i])
+                keep_units(linear, 0, ffn[i])
+            keep_units(block.ffn_out, 1, ffn[i])
 
 
-def take(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None:
+def keep_units(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None:
     """Leave the layer the outputs (``dim`` 0) or inputs (1) of the ``kept`` units, of ``size`` features each."""
     index = kept.cpu().repeat_interleave(size).nonzero().flatten().to(linear.weight.device)
     linear.weight.data = linear.weight.data.index_select(dim, index)
@@ -177,24 +177,24 @@ def take(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None:
         linear.bias.grad = None
 
 
-def shape(model: nn.Module, heads: list[int] | None = None, ffn: list[int] | None = None) -> None:
+def shape_blocks(model: nn.Module, heads: list[int] | None = None, ffn: list[int] | None = None) -> None:
     """Give every block this many query heads and FFN channels, the first ones."""
 
     def first(count: int, of: int) -> Tensor:
         return torch.arange(of, device="cpu") < count
 
     each = read_blocks(model)
-    cut(
+    remove_units(
         model,
         groups=[first(n // b.group_size, b.groups) for n, b in zip(heads, each)] if heads else None,
         ffn=[first(n, b.ffn) for n, b in zip(ffn, each)] if ffn else None,
     )
 
 
-def record(model: PreTrainedModel) -> None:
+def record_shapes(model: PreTrainedModel) -> None:
     """Say the model's shapes in its config, where they can be said there in the config's own words, or else in its
     entry ``compress``."""
-    names, config, each = anatomy(model), model.config, read_blocks(model)
+    names, config, each = find_anatomy(model), model.config, read_blocks(model)
     heads, ffn = [block.heads for block in each], [block.ffn for block in each]
     extra = {}
     if len(set(ffn)) == 1:
@@ -202,7 +202,7 @@ def record(model: PreTrainedModel) -> None:
     else:
         extra["ffn"] = ffn
     plain = {"num_attention_heads": heads[0], "num_key_value_heads": each[0].groups, "head_dim": each[0].head_size}
-    if names.says_head_size and len(set(heads)) == 1 and accepts(config, plain):
+    if names.says_head_size and len(set(heads)) == 1 and is_valid_config(config, plain):
         config.update(plain)
     elif set(heads) != {config.num_attention_heads}:
         extra["heads"] = heads
@@ -212,7 +212,7 @@ def record(model: PreTrainedModel) -> None:
         del config.compress
 
 
-def accepts(config: PretrainedConfig, values: dict[str, Any]) -> bool:
+def is_valid_config(config: PretrainedConfig, values: dict[str, Any]) -> bool:
     """Whether the config can be made with these values: Llama's refuses heads that do not divide the width."""
     try:
         type(config).from_dict({**config.to_dict(), **values})
@@ -221,13 +221,13 @@ def accepts(config: PretrainedConfig, values: dict[str, Any]) -> bool:
     return True
 
 
-def cut_class(base: type[PreTrainedModel]) -> Any:
+def build_cut_class(base: type[PreTrainedModel]) -> Any:
     """``base`` for a config with the entry ``compress``: its models are built in those shapes, on whatever device, and
     are then plain models of ``base``."""
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        shape(self, **config.compress)
+        shape_blocks(self, **config.compress)
         self.__class__ = base  # what is left to tell them apart is in the config
 
     made: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
@@ -237,7 +237,7 @@ def cut_class(base: type[PreTrainedModel]) -> Any:
 
 def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
     """Take blocks out of the model and out of what its configs say of every block."""
-    _, stack = blocks(model)
+    _, stack = find_blocks(model)
     total, gone = len(stack), set(dropped)
     for index in sorted(gone, reverse=True):
         del stack[index]
@@ -251,7 +251,7 @@ def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
             return [entry for index, entry in enumerate(value) if index not in gone]
         return value
 
-    for config in configs(model):
+    for config in collect_configs(model):
         lists = {key: value for key, value in vars(config).items() if isinstance(value, list)}
         config.num_hidden_layers = len(stack)
         for key, value in lists.items():
@@ -261,7 +261,7 @@ def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
             config.compress = {key: rest(value) for key, value in own.items()}
 
 
-def configs(model: nn.Module) -> list[PretrainedConfig]:
+def collect_configs(model: nn.Module) -> list[PretrainedConfig]:
     """The configs of a model's modules, each once: mostly one that they share."""
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())

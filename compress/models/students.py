@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import auto_class, from_pretrained, load_weights
-from compress.models.layers import blocks
+from compress.models.backbone import find_auto_class, from_pretrained, load_weights
+from compress.models.layers import find_blocks
 from compress.models.shapes import drop_blocks
 
 KEY = "technique.distill.student"
@@ -33,7 +33,7 @@ class Student:
             raise UserError(f"{KEY}.path names a whole model: leave {KEY}.layers and {KEY}.hidden_size out.")
 
 
-def spaced(layers: int, of: int) -> list[int]:
+def space_layers(layers: int, of: int) -> list[int]:
     """``layers`` of ``of`` blocks, evenly spaced from the first to the last, one alone being the last: 3 of 6 are 0, 2
     and 5. (What Sanh et al., arXiv:1910.01108, took for DistilBERT, with the last block always among them.)
 
@@ -47,24 +47,24 @@ def spaced(layers: int, of: int) -> list[int]:
     return [int(i * (of - 1) / (layers - 1)) for i in range(layers)]
 
 
-def student_of(model: PreTrainedModel, student: Student) -> PreTrainedModel:
+def build_student(model: PreTrainedModel, student: Student) -> PreTrainedModel:
     """The student that is cut from ``model``, which stays as it is, or made at random weights in its likeness.
 
     Raises:
         UserError: the layers are not there, or the heads do not divide the width.
     """
-    count = len(blocks(model)[1])
-    keep = sorted(student.layers) if isinstance(student.layers, tuple) else spaced(student.layers or count, count)
+    count = len(find_blocks(model)[1])
+    keep = sorted(student.layers) if isinstance(student.layers, tuple) else space_layers(student.layers or count, count)
     if wrong := [i for i in keep if i >= count]:
         raise UserError(f"{KEY}.layers names the block {wrong[0]} and the model's are 0 to {count - 1}.")
     if student.hidden_size is None:
         cut = copy.deepcopy(model)
         drop_blocks(cut, set(range(count)) - set(keep))
         return cut
-    return type(model)._from_config(narrower(model.config, student.hidden_size, len(keep)), dtype=model.dtype)
+    return type(model)._from_config(narrow_config(model.config, student.hidden_size, len(keep)), dtype=model.dtype)
 
 
-def narrower(config: PretrainedConfig, hidden_size: int, layers: int) -> PretrainedConfig:
+def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int) -> PretrainedConfig:
     """The same architecture of another width: as many dimensions a head, the FFN and the heads in proportion.
 
     Raises:
@@ -106,17 +106,17 @@ def load_student(
     config = from_pretrained(AutoConfig, path, what, key)
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
-    auto = auto_class("lm" if model.get_output_embeddings() is not None else "", config)
+    auto = find_auto_class("lm" if model.get_output_embeddings() is not None else "", config)
     if not weights:
         with torch.device("meta"):
             return auto.from_config(config)
     if tokenizer is not None:
-        same_vocabulary(tokenizer.get_vocab(), from_pretrained(AutoTokenizer, path, what, key).get_vocab(), key)
+        check_same_vocabulary(tokenizer.get_vocab(), from_pretrained(AutoTokenizer, path, what, key).get_vocab(), key)
     student, _ = load_weights(auto, path, what, key, config=config, ignore_mismatched_sizes=True)
     return student
 
 
-def same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key: str) -> None:
+def check_same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key: str) -> None:
     """Raise UserError where teacher and student give their outputs to other labels, or in another order."""
     if list(teacher.id2label.values()) != list(student.id2label.values()):
         raise UserError(
@@ -125,7 +125,7 @@ def same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key: str) 
         )
 
 
-def same_vocabulary(ours: dict[str, int], theirs: dict[str, int], key: str) -> None:
+def check_same_vocabulary(ours: dict[str, int], theirs: dict[str, int], key: str) -> None:
     """Raise UserError where the model at ``key`` reads other tokens than the chain's."""
     if ours != theirs:
         shared = len(set(theirs.items()) & set(ours.items()))

@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 @torch.inference_mode()
-def rounded(teacher: nn.Module, batch: Batch) -> nn.Module:
+def round_teacher(teacher: nn.Module, batch: Batch) -> nn.Module:
     """A copy of the teacher in bfloat16, if it answers ``batch`` as before: every prediction the same, and the
     probabilities within one in a hundred. Or else the teacher itself."""
     copied = copy.deepcopy(teacher).to(torch.bfloat16)
@@ -80,13 +80,13 @@ class KeptLogits:
                     dtype = np.float16 if name == "logits" else np.int32
                     kept[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
                 for row, answer in zip(rows, part.numpy()):
-                    where, count = self._where(row, part.ndim == 3)
+                    where, count = self._locate_logits(row, part.ndim == 3)
                     kept[name][where] = answer[:count] if part.ndim == 3 else answer
         for array in kept.values():
             array.flush()
         (folder / "labels").write_text(str(logits.shape[-1]))
 
-    def _where(self, row: int, by_token: bool) -> tuple[slice | int, int]:
+    def _locate_logits(self, row: int, by_token: bool) -> tuple[slice | int, int]:
         start, stop = int(self.starts[row]), int(self.starts[row + 1])
         return (slice(start, stop) if by_token else row), stop - start
 
@@ -99,7 +99,7 @@ class KeptLogits:
             return torch.from_numpy(self.kept["logits"][rows].astype(np.float32)).to(device)
         answer = torch.zeros(*mask.shape, self.labels)
         for place, row in enumerate(rows):
-            where, count = self._where(row, by_token=True)
+            where, count = self._locate_logits(row, by_token=True)
             logits = torch.from_numpy(self.kept["logits"][where].astype(np.float32))
             if self.k:
                 logits = expand_topk(

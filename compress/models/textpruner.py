@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.models.layers import blocks
-from compress.models.shapes import anatomy
-from compress.quiet import without_bars
+from compress.models.layers import find_blocks
+from compress.models.shapes import find_anatomy
+from compress.quiet import hide_progress_bars
 
 Ranking = Callable[[list[Tensor], int, bool, int], list[Tensor]]
 
 
-def required() -> None:
+def require_textpruner() -> None:
     """Raise UserError where TextPruner is not installed."""
     if importlib.util.find_spec("textpruner") is None:
         raise UserError(
@@ -35,7 +35,7 @@ def required() -> None:
         )
 
 
-def masks(
+def find_masks(
     model: Any, batches: list[dict[str, Tensor]], ranking: Ranking, **settings: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The heads and the FFN channels to keep (True), by layer, as TextPruner finds them with these ``settings`` of its
@@ -52,15 +52,15 @@ def masks(
     def generate_mask(scores: Tensor, total: int, even: bool, multiple_of: int = 1) -> Tensor:
         return torch.stack(ranking(list(scores), total, even, multiple_of)).to(scores)
 
-    config, names = model.config, anatomy(model)
-    MODEL_MAP.setdefault(config.model_type, {"structure": structure(model)})
+    config, names = model.config, find_anatomy(model)
+    MODEL_MAP.setdefault(config.model_type, {"structure": describe_structure(model)})
     width = getattr(config, names.ffn_size)
     with (
         tempfile.TemporaryDirectory() as folder,  # for the scores, which it writes to files
         patch.object(transformer_pruner, "generate_mask", generate_mask),
         patch.object(config, "intermediate_size", width, create=True),  # DistilBERT's has another name
-        restored(model),
-        without_bars(),
+        restore_parameters(model),
+        hide_progress_bars(),
     ):
         pruner = transformer_pruner.TransformerPruner(
             model,
@@ -71,12 +71,12 @@ def masks(
     return [row.bool().cpu() for row in pruner.head_mask], [row.bool().cpu() for row in pruner.ffn_mask]
 
 
-def structure(model: nn.Module) -> type:
+def describe_structure(model: nn.Module) -> type:
     """TextPruner's description of a family that it has none for."""
     from textpruner.model_utils.model_structure import ModelStructure
 
-    names = anatomy(model)
-    stack = blocks(model)[0].removeprefix(f"{model.base_model_prefix}.")
+    names = find_anatomy(model)
+    stack = find_blocks(model)[0].removeprefix(f"{model.base_model_prefix}.")
 
     class Structure(ModelStructure):
         ENCODER_PREFIX = stack.replace(".", r"\.") + r"\.[0-9]+\."
@@ -93,7 +93,7 @@ def structure(model: nn.Module) -> type:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restore_parameters(model: nn.Module) -> Iterator[None]:
     """Put the model's Parameters back afterwards, the very objects: TextPruner replaces those that it zeroes, and an
     optimizer would be left with the old ones."""
     before = [(module, dict(module._parameters)) for module in model.modules()]

@@ -19,7 +19,7 @@ TRACED = "HYDRA_FULL_ERROR"
 
 
 @contextmanager
-def told_on_the_command_line() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Tell in a sentence what is wrong with a command line; with a traceback where the user asks Hydra for it."""
     for word in sys.argv[1:]:
         group, _, choice = word.partition("=")
@@ -34,30 +34,30 @@ def told_on_the_command_line() -> Iterator[None]:
     except CompactHydraException as error:
         if traced:
             raise
-        sys.exit(advised(error))
+        sys.exit(explain_hydra_error(error))
 
 
-def advised(error: HydraException) -> str:
+def explain_hydra_error(error: HydraException) -> str:
     """What to type in place of a setting or a choice that there is none of."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        near = meant(choice, error.options, f"{group}=")
+        near = suggest_match(choice, error.options, f"{group}=")
         return f"`{group}={choice}` is no choice{near}: choose one of {', '.join(error.options)}."
     cause, append = error.__cause__, str(error).partition("To append to your config use ")[2]
     if not append or not isinstance(cause, OmegaConfBaseException) or cause.parent_node is None:
         return str(error)
     where, _, key = str(cause.full_key).rpartition(".")
     if where == "technique":
-        from compress.planning.chain import not_in
+        from compress.planning.chain import explain_missing_stage
 
-        return not_in(cause.parent_node.name, key)
+        return explain_missing_stage(cause.parent_node.name, key)
     known = [str(one) for one in cause.parent_node if not str(one).startswith("_") and one != "hydra"]
-    near = meant(key, known, f"{where}." if where else "")
+    near = suggest_match(key, known, f"{where}." if where else "")
     there = f"{where or 'it'} has {', '.join(known) or 'no settings'}"
     adds = f"; `{append}` adds it" if known and not near else ""
     return f"`{cause.full_key}` is not in the config{near}: {there}{adds}."
 
 
-def meant(word: str, known: Sequence[str], before: str) -> str:
+def suggest_match(word: str, known: Sequence[str], before: str) -> str:
     near = get_close_matches(word, known, 1)
     return f" (did you mean `{before}{near[0]}`?)" if near else ""

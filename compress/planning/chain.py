@@ -51,17 +51,17 @@ class Stage:
     node: DictConfig
 
 
-def stages(technique: DictConfig) -> list[Stage]:
+def read_stages(technique: DictConfig) -> list[Stage]:
     """The stages of `cfg.technique` in the order in which they run; none for `technique=none`.
 
     Raises `UserError` for a stage that is set but not in the chain, and for one without `_target_`.
     """
     chain = technique.name
     names = [] if chain == NONE else chain.split("+")
-    keyed = _keyed(names)
+    keyed = _assign_keys(names)
     for key in map(str, technique):
         if key != "name" and key not in keyed:
-            raise UserError(not_in(chain, key))
+            raise UserError(explain_missing_stage(chain, key))
     for key, name in keyed.items():
         node = technique.get(key)
         if not isinstance(node, DictConfig) or not node.get("_target_"):
@@ -72,12 +72,12 @@ def stages(technique: DictConfig) -> list[Stage]:
     return [Stage(key, name, technique[key]) for key, name in keyed.items()]
 
 
-def name(config: Any) -> str:
+def read_chain_name(config: Any) -> str:
     """The chain of a config; that of an evaluation has none."""
     return str(OmegaConf.select(config, f"{GROUP}.name", default=NONE))
 
 
-def not_in(chain: str, key: str) -> str:
+def explain_missing_stage(chain: str, key: str) -> str:
     """What to do about a setting of a stage that a chain lacks."""
     name = re.sub(r"_\d+$", "", key)
     example = name if chain == NONE else f"{name}+{chain}"
@@ -87,7 +87,7 @@ def not_in(chain: str, key: str) -> str:
     )
 
 
-def typed(words: list[str]) -> list[str]:
+def prepare_overrides(words: list[str]) -> list[str]:
     """The words of a command line as Hydra takes them: a sweep's settings of stages as a choice among one value, which
     it leaves to the jobs, for the sweep as a whole has no stages.
 
@@ -102,14 +102,14 @@ def typed(words: list[str]) -> list[str]:
         one = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
         return [SETTING.sub(r"\1=choice(\3)", word) if word in one else word for word in words]
     elsewhere = {"experiment", "--config-name", "-cn"} & groups
-    chain = _chosen(words, "" if elsewhere else NONE)
+    chain = _find_chain(words, "" if elsewhere else NONE)
     for setting in filter(None, map(SETTING.fullmatch, words)):
-        if chain and "," not in chain and not _has(chain, setting[2]):
-            raise UserError(not_in(chain, setting[2]))
+        if chain and "," not in chain and not _has_stage(chain, setting[2]):
+            raise UserError(explain_missing_stage(chain, setting[2]))
     return words
 
 
-def jobs(overrides: list[Override], chain: str) -> list[list[str]]:
+def expand_jobs(overrides: list[Override], chain: str) -> list[list[str]]:
     """The words of every job of a sweep: of the settings of stages those of its own chain, ``chain`` where it names
     none; and no job twice.
 
@@ -117,32 +117,32 @@ def jobs(overrides: list[Override], chain: str) -> list[list[str]]:
         UserError: a stage is set that no chain of the sweep has.
     """
     every = BasicSweeper.split_arguments(overrides, None)[0]
-    chains = [_chosen(words, chain) for words in every]
+    chains = [_find_chain(words, chain) for words in every]
 
     def own(word: str, chain: str) -> bool:
         setting = re.match(rf"[+~]*{GROUP}\.(\w+)", word)
-        if setting and not any(_has(one, setting[1]) for one in chains):
-            raise UserError(not_in(chain, setting[1]))
-        return not setting or _has(chain, setting[1])
+        if setting and not any(_has_stage(one, setting[1]) for one in chains):
+            raise UserError(explain_missing_stage(chain, setting[1]))
+        return not setting or _has_stage(chain, setting[1])
 
     kept = [tuple(word for word in words if own(word, chain)) for words, chain in zip(every, chains)]
     return [list(words) for words in dict.fromkeys(kept)]
 
 
-def _chosen(words: Sequence[str], default: str) -> str:
+def _find_chain(words: Sequence[str], default: str) -> str:
     """The chain that the words of a run or of a job name."""
     return next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), default)
 
 
-def _has(chain: str, key: str) -> bool:
+def _has_stage(chain: str, key: str) -> bool:
     """Whether a chain takes settings of `key`."""
-    return key in ("name", *_keyed(chain.split("+")))
+    return key in ("name", *_assign_keys(chain.split("+")))
 
 
-def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:
+def drop_unused_settings(technique: DictConfig, typed: Sequence[str]) -> None:
     """Drop what an experiment's file sets for stages that this chain of its sweep lacks; what was ``typed`` with a `+`
     on the command line stays, for `stages` to refuse, and so does what is no stage at all."""
-    keyed = _keyed(technique.name.split("+"))
+    keyed = _assign_keys(technique.name.split("+"))
     for key in [str(key) for key in technique if key != "name" and key not in keyed]:
         stage = find_spec(f"compress.techniques.{re.sub(r'_[0-9]+$', '', key)}")
         if stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
@@ -150,7 +150,7 @@ def leave_out(technique: DictConfig, typed: Sequence[str]) -> None:
                 del technique[key]
 
 
-def slug(number: int, overrides: str) -> str:
+def make_slug(number: int, overrides: str) -> str:
     """The folder of a sweep's job, one level deep: `0_technique-prune+gptq`; long or odd overrides end in a hash.
 
     Hydra reads neither `=` nor `,` inside a value, and the folder is typed again as `artifact=FOLDER`.
@@ -162,7 +162,7 @@ def slug(number: int, overrides: str) -> str:
     return f"{safe[: LONGEST_SLUG - 9]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
-def scaled(full: Any, small: Any, *, _root_: DictConfig) -> Any:
+def choose_by_scale(full: Any, small: Any, *, _root_: DictConfig) -> Any:
     """One of two values in an experiment, by `scale`: `epochs: ${scaled:5,1}`; likewise the model in its defaults."""
     return {"full": full, "small": small}[_root_.scale]
 
@@ -189,13 +189,13 @@ class ChainSource(ConfigSource):
 
     def is_config(self, config_path: str) -> bool:
         # Every name counts, so that a misspelt one gets our advice and not Hydra's search path.
-        return self._chain(config_path) is not None or self.folder.is_config(config_path)
+        return self._parse_choice(config_path) is not None or self.folder.is_config(config_path)
 
     def load_config(self, config_path: str) -> ConfigResult:
-        chain = self._chain(config_path)
+        chain = self._parse_choice(config_path)
         if chain is None:
             return self.folder.load_config(config_path)
-        keyed = _keyed(self._checked(chain))
+        keyed = _assign_keys(self._check_names(chain))
         defaults = ["_self_", *(f"stage/{name}@{key}" for key, name in keyed.items())]
         config = OmegaConf.create({"defaults": defaults, "name": chain})
         return ConfigResult(self.provider, self.full_path(), config, header={"package": None})
@@ -204,19 +204,19 @@ class ChainSource(ConfigSource):
         if not self.has_stages or config_path.strip("/") != GROUP:
             return self.folder.list(config_path, results_filter)
         # No subgroups: `--help` and Tab would offer each stage twice.
-        return [] if results_filter == ObjectType.GROUP else [*self._names(), *self._completions()]
+        return [] if results_filter == ObjectType.GROUP else [*self._list_stages(), *self._list_completions()]
 
-    def _names(self) -> Names:
+    def _list_stages(self) -> Names:
         return self.folder.list(STAGES, ObjectType.CONFIG)
 
-    def _chain(self, config_path: str) -> str | None:
+    def _parse_choice(self, config_path: str) -> str | None:
         """`prune+gptq` for `technique/prune+gptq`, and None for what is not a choice of `technique`."""
         group, _, chain = config_path.lstrip("/").rpartition("/")
         return chain.removesuffix(".yaml") if self.has_stages and group == GROUP else None
 
-    def _checked(self, chain: str) -> Names:
+    def _check_names(self, chain: str) -> Names:
         """The names in `chain`, or the reason why it is none."""
-        known, names = self._names(), chain.split("+")
+        known, names = self._list_stages(), chain.split("+")
         choices = f"Stages: {', '.join(known)}; chain them with '+'."
         if chain == NONE:
             return []
@@ -240,13 +240,13 @@ class ChainSource(ConfigSource):
             )
         return names
 
-    def _completions(self) -> Names:
+    def _list_completions(self) -> Names:
         """What may follow `technique=a+` or `technique=a,` when the shell asks, which leaves its line in COMP_LINE."""
         typed = re.search(rf"(?:^|\s){GROUP}=(\S*[+,])[^\s+,]*$", os.environ.get("COMP_LINE", ""))
         if not typed:
             return []
         inside = typed[1].endswith("+")
-        return [typed[1] + name for name in self._names() if not (inside and name == NONE)]
+        return [typed[1] + name for name in self._list_stages() if not (inside and name == NONE)]
 
 
 class ChainSearchPath(SearchPathPlugin):
@@ -258,7 +258,7 @@ class ChainSearchPath(SearchPathPlugin):
                 element.path = f"chain://{element.path}"
 
 
-def _keyed(names: list[str]) -> dict[str, str]:
+def _assign_keys(names: list[str]) -> dict[str, str]:
     """Key to name, in order: the second `prune` of a chain has the key `prune_2`."""
     keyed = {}
     for i, name in enumerate(names):
@@ -269,8 +269,8 @@ def _keyed(names: list[str]) -> dict[str, str]:
 
 Plugins.instance().register(ChainSource)
 Plugins.instance().register(ChainSearchPath)
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+OmegaConf.register_new_resolver("slug", make_slug, replace=True)
+OmegaConf.register_new_resolver("scaled", choose_by_scale, replace=True)
 
 PACKAGE = "hydra_plugins.compress"
 """Where Hydra wants its plugins to be."""

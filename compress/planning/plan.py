@@ -19,14 +19,14 @@ import torch
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
-from compress.cache.digests import digest, fingerprint
+from compress.cache.digests import compute_digest, fingerprint_files
 from compress.errors import UserError
 from compress.models.backbone import Backbone
-from compress.planning import chain
-from compress.planning.settings import Settings, parse, plain, settings, strings
-from compress.tasks import sources
+from compress.planning.chain import Stage, read_stages
+from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
+from compress.tasks.sources import read_file, split_documents
 from compress.tasks.splits import Splits, load_splits
-from compress.tasks.splits import fingerprint as content
+from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import TaskData
 from compress.technique import Training, trait
@@ -46,7 +46,7 @@ class Calibration:
     def read(self, seed: int) -> Calibration:
         if isinstance(self.source, Task):
             return replace(self, rows=load_splits(self.source, seed).train.select_columns("text"))
-        table = sources.documents(sources.read_file(self.source, None, "text"))
+        table = split_documents(read_file(self.source, None, "text"))
         return replace(self, rows=Dataset.from_dict(table))
 
 
@@ -67,7 +67,7 @@ class Step:
     def settings(self) -> dict[str, Any]:
         """Everything that was chosen for the stage."""
         text = {"calibration": self.calibration.asked} if self.calibration else {}
-        return {"stage": self.name, **self.arguments, **text, "train": plain(self.training)}
+        return {"stage": self.name, **self.arguments, **text, "train": to_plain(self.training)}
 
     @property
     def address(self) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class Step:
         source = inspect.getsource(sys.modules[self.technique.__module__])
         used = [*trait(self.technique, "packages"), *trait(self.technique, "versions")]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
-        paths = [Path(value).expanduser() for value in strings(self.arguments)]
+        paths = [Path(value).expanduser() for value in find_strings(self.arguments)]
         return {
             **self.settings,
             "class": self.technique.__qualname__,
-            "source": digest(source),
-            "files": [fingerprint(path) for path in paths if os.path.exists(path)],
+            "source": compute_digest(source),
+            "files": [fingerprint_files(path) for path in paths if os.path.exists(path)],
             "calibration": self.calibration and content(self.calibration.rows),
             "libraries": libraries,
         }
@@ -103,7 +103,7 @@ class Step:
         a callback finds its model in the Trainer, a module is made with it."""
         takes = inspect.signature(self.technique).parameters
         given = {name: value for name, value in {**offered, "training": self.training}.items() if name in takes}
-        return parse(self.technique, self.arguments, f"technique.{self.key}", **given)
+        return parse_values(self.technique, self.arguments, f"technique.{self.key}", **given)
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,19 @@ class Plan:
         steps = tuple(one.read(self.settings.seed) for one in self.steps)
         return replace(self, task=splits.task, steps=steps, team=team)
 
-    def addresses(self, data: str) -> list[Any]:
+    def compute_addresses(self, data: str) -> list[Any]:
         """What decides the baseline, how it is trained, and what decides every stage, given the data's fingerprint.
         Files of models are read for it."""
-        return [self.address(data), plain(self.training), *(step.address for step in self.steps)]
+        return [self.address(data), to_plain(self.training), *(step.address for step in self.steps)]
 
     def address(self, data: str) -> dict[str, Any]:
         """What decides the baseline besides its training, given the fingerprint of the data."""
-        task = plain(self.task)
+        task = to_plain(self.task)
         for key in ("path", "hub", "files"):
             del task[key]  # where the data lies decides nothing: its content is in the fingerprint
         hardware = self.settings.hardware
         return {
-            "model": {**plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
+            "model": {**to_plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
             "task": task,
             "data": data,
             "seed": self.settings.seed,
@@ -148,7 +148,7 @@ class Plan:
         }
 
 
-def check(cfg: DictConfig) -> Plan:
+def make_plan(cfg: DictConfig) -> Plan:
     """The plan of ``cfg``.
 
     Raises:
@@ -160,12 +160,12 @@ def check(cfg: DictConfig) -> Plan:
         raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
     if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
         raise UserError(f"`{unknown[0]}` is set and means nothing here: the settings are {', '.join(known)}.")
-    task = parse(Task, plain(cfg.task), "task")
-    backbone = parse(Backbone, plain(cfg.model), "model")
-    steps = tuple(step(stage) for stage in chain.stages(cfg.technique))
-    follow(cfg.technique.name, steps)
-    training = parse(Training, plain(cfg.baseline), "baseline")
-    planned = Plan(cfg.technique.name, backbone, task, training, steps, settings(cfg))
+    task = parse_values(Task, to_plain(cfg.task), "task")
+    backbone = parse_values(Backbone, to_plain(cfg.model), "model")
+    steps = tuple(make_step(stage) for stage in read_stages(cfg.technique))
+    check_stage_order(cfg.technique.name, steps)
+    training = parse_values(Training, to_plain(cfg.baseline), "baseline")
+    planned = Plan(cfg.technique.name, backbone, task, training, steps, read_settings(cfg))
     if planned.settings.hardware.runtime:
         raise UserError(
             "hardware.runtime is for artifacts that are there (python evaluate.py artifact=FOLDER "
@@ -197,9 +197,9 @@ def check(cfg: DictConfig) -> Plan:
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
 
 
-def step(stage: chain.Stage) -> Step:
+def make_step(stage: Stage) -> Step:
     """A stage of the config with its class found and what it imports at hand."""
-    arguments = plain(stage.node)
+    arguments = to_plain(stage.node)
     target = arguments.pop("_target_")
     module, _, name = target.rpartition(".")
     try:
@@ -214,12 +214,12 @@ def step(stage: chain.Stage) -> Step:
         raise UserError(
             f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed: pip install -e '.[{stage.name}]'"
         )
-    training = parse(Training, arguments.pop("train", {}), f"technique.{stage.key}.train")
-    other = calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
+    training = parse_values(Training, arguments.pop("train", {}), f"technique.{stage.key}.train")
+    other = parse_calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
     return Step(stage.key, stage.name, technique, arguments, training, calibration=other)
 
 
-def calibration(asked: Any, key: str) -> Calibration | None:
+def parse_calibration(asked: Any, key: str) -> Calibration | None:
     """What ``key`` names: a text file, or a task of ``conf/task``, alone or with settings such as its ``path``."""
     if asked is None:
         return None
@@ -234,11 +234,11 @@ def calibration(asked: Any, key: str) -> Calibration | None:
             f"{key} is {asked}, which is neither a text file nor a task{f' (meant: {near[0]}?)' if near else ''}: name "
             f"a file or one of {', '.join(sorted(tasks))}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
         )
-    task = parse(Task, {**plain(OmegaConf.load(tasks[name])), **settings}, key)
+    task = parse_values(Task, {**to_plain(OmegaConf.load(tasks[name])), **settings}, key)
     return Calibration(asked, task)
 
 
-def follow(method: str, steps: tuple[Step, ...]) -> None:
+def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
     """Raise UserError where a stage cannot work on the weights that the one before it leaves."""
     weights, before = "float", None
     for one in steps:

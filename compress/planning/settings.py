@@ -103,15 +103,17 @@ class Settings:
     """What the finished artifact is measured on."""
 
 
-def settings(cfg: DictConfig) -> Settings:
+def read_settings(cfg: DictConfig) -> Settings:
     """The settings of ``cfg`` that are no part of an experiment; sets the number of CPU threads."""
-    found = parse(Settings, {key: plain(cfg[key]) for key in ("hardware", "cache", "seed", "split") if key in cfg}, "")
+    found = parse_values(
+        Settings, {key: to_plain(cfg[key]) for key in ("hardware", "cache", "seed", "split") if key in cfg}, ""
+    )
     if found.hardware.threads:
         torch.set_num_threads(found.hardware.threads)
     return found
 
 
-def parse(schema: type[T], values: Any, key: str, **given: Any) -> T:
+def parse_values(schema: type[T], values: Any, key: str, **given: Any) -> T:
     """``schema(**values, **given)``; what its constructor does not take is told by its config key."""
     if not isinstance(values, dict):
         raise UserError(f"{key} is {values!r} and should hold settings: leave it out to have the defaults.")
@@ -131,16 +133,16 @@ def parse(schema: type[T], values: Any, key: str, **given: Any) -> T:
         raise UserError(f"{key}: {error}: it has {', '.join(inspect.signature(schema).parameters)}.") from None
 
 
-def strings(value: Any) -> Iterator[str]:
+def find_strings(value: Any) -> Iterator[str]:
     """All strings in containers of containers."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from strings(one)
+            yield from find_strings(one)
 
 
-def plain(node: Any) -> Any:
+def to_plain(node: Any) -> Any:
     """A config node or dataclass as plain containers, interpolations resolved; anything else as it is."""
     if isinstance(node, (DictConfig, ListConfig)):
         return OmegaConf.to_container(node, resolve=True)

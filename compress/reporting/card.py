@@ -12,10 +12,8 @@ from omegaconf import OmegaConf
 
 from compress.artifacts.artifact import Description
 from compress.measuring.measure import Measurement
-from compress.reporting import findings
-from compress.reporting import rows as results
-from compress.reporting import rows as rows_reporting
-from compress.reporting.rows import Outcome
+from compress.reporting.findings import format_markdown, recommend_rows
+from compress.reporting.rows import Job, Outcome, build_row
 from compress.runtimes.torch import FORMATS
 
 LOAD = """\
@@ -64,12 +62,12 @@ logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
 """
 
 
-def write(folder: Path, outcome: Outcome, method: str) -> None:
+def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the hub's form."""
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
-    job = rows_reporting.Job(method, description.model, description.task, seed=0)
-    rows = [results.row(job, name, outcome) for name in outcome.measurements]
+    job = Job(method, description.model, description.task, seed=0)
+    rows = [build_row(job, name, outcome) for name in outcome.measurements]
     config = json.loads((folder / "config.json").read_text())
     uneven = "compress" in config
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
@@ -79,23 +77,23 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
     lines = [
         "---",
-        front_matter(folder, description, measured),
+        format_front_matter(folder, description, measured),
         "---",
         "",
         f"# {description.model} on {description.task}: {method}",
         "",
         "| step | time, s | settings |",
         "|---|---|---|",
-        *(f"| {done.name} | {done.seconds:.1f} | {settings(done.settings)} |" for done in description.history),
+        *(f"| {done.name} | {done.seconds:.1f} | {format_settings(done.settings)} |" for done in description.history),
         "",
         "## Measured",
         "",
-        *findings.markdown(rows, findings.recommendations(rows)).splitlines()[2:],
+        *format_markdown(rows, recommend_rows(rows)).splitlines()[2:],
         "",
         f"Quality is over the {measured.examples:,} examples of the {measured.split} split, which calibrated nothing"
         f"{' and chose nothing' if measured.split == 'test' else ''}.",
         "Latency is the median time of one text, timed in turns with the baseline.",
-        *cost(measured),
+        *describe_cost(measured),
         "",
         *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
         "## Load it with `compress`" if uneven else "## Load it without `compress`",
@@ -108,7 +106,7 @@ def write(folder: Path, outcome: Outcome, method: str) -> None:
     (folder / "README.md").write_text("\n".join(lines))
 
 
-def front_matter(folder: Path, description: Description, measured: Measurement) -> str:
+def format_front_matter(folder: Path, description: Description, measured: Measurement) -> str:
     """What the hub reads: the library, the task, the model and the data set where they are the hub's own, and the
     metrics as a model-index."""
     pipeline = "text-generation" if description.kind == "lm" else "text-classification"
@@ -139,7 +137,7 @@ def front_matter(folder: Path, description: Description, measured: Measurement) 
     ).to_yaml()
 
 
-def cost(measured: Measurement) -> Iterator[str]:
+def describe_cost(measured: Measurement) -> Iterator[str]:
     """What else running it took, as far as it was measured."""
     yield (
         f"One text: {measured.latency.median_ms:.2f} ms (p95 {measured.latency.p95_ms:.2f}, p99 "
@@ -154,5 +152,5 @@ def cost(measured: Measurement) -> Iterator[str]:
         yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory beside the libraries."
 
 
-def settings(values: dict) -> str:
+def format_settings(values: dict) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items() if key not in ("stage", "train"))

@@ -19,9 +19,9 @@ MOST_TICKS = 12
 BASELINE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
 
 
-def write(folder: Path, rows: list[Row]) -> list[Path]:
+def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
     """Write ``curves/<setting>.png`` into a sweep's folder, and the same figures for TensorBoard; their paths."""
-    if not (figures := curves(rows)):
+    if not (figures := draw_curves(rows)):
         return []
     from torch.utils.tensorboard import SummaryWriter
 
@@ -35,7 +35,7 @@ def write(folder: Path, rows: list[Row]) -> list[Path]:
     return paths
 
 
-def curves(rows: list[Row]) -> dict[str, Figure]:
+def draw_curves(rows: list[Row]) -> dict[str, Figure]:
     """A figure for every numeric setting of a stage with at least two values among the completed rows, by its name;
     of several models, tasks or metrics each has its own."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
@@ -44,29 +44,29 @@ def curves(rows: list[Row]) -> dict[str, Figure]:
             groups[row["model"], row["task"], row["metric"]].append(row)
     figures = {}
     for group_name, group in groups.items():
-        numbers = [settings(row) for row in group if row["method"] != "none"]
+        numbers = [numeric_settings(row) for row in group if row["method"] != "none"]
         for name in dict.fromkeys(name for found in numbers for name in found):
             if len({found[name] for found in numbers if name in found}) > 1:
                 full = "-".join((*group_name, name)) if len(groups) > 1 else name
-                figures[full.replace("/", "_")] = figure(group, name)
+                figures[full.replace("/", "_")] = draw_curve(group, name)
     return figures
 
 
-def settings(row: Row) -> dict[str, float]:
+def numeric_settings(row: Row) -> dict[str, float]:
     """The numbers among the settings of its stages: ``{"prune.sparsity": 0.5}``."""
     found = {}
-    for key, value in overrides(row).items():
-        if key.startswith("technique.") and (number := as_number(value)) is not None:
+    for key, value in parse_overrides(row).items():
+        if key.startswith("technique.") and (number := parse_number(value)) is not None:
             found[key.removeprefix("technique.")] = number
     return found
 
 
-def overrides(row: Row) -> dict[str, str]:
+def parse_overrides(row: Row) -> dict[str, str]:
     words = (word.lstrip("+").partition("=") for word in row["overrides"].split())
     return {key: value for key, _, value in words}
 
 
-def as_number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """None where ``text`` is no finite number."""
     try:
         number = float(text)
@@ -75,12 +75,13 @@ def as_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
+def group_lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
     """The rows that have the setting, those that differ in nothing else together, in its order: first the names of
     what tells these lines apart, then the lines by the values of that, numbers in their order."""
-    having = [row for row in rows if row["method"] != "none" and name in settings(row)]
+    having = [row for row in rows if row["method"] != "none" and name in numeric_settings(row)]
     facts = [
-        {"method": row["method"], "seed": str(row["seed"]), **overrides(row), f"technique.{name}": ""} for row in having
+        {"method": row["method"], "seed": str(row["seed"]), **parse_overrides(row), f"technique.{name}": ""}
+        for row in having
     ]
     keys = dict.fromkeys(key for fact in facts for key in fact)
     varying = [key for key in keys if len({fact.get(key, "") for fact in facts}) > 1]
@@ -89,27 +90,27 @@ def lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, ...], 
         found[tuple(fact.get(key, "") for key in varying)].append(row)
 
     def order(values: tuple[str, ...]) -> list[Any]:
-        numbers = [as_number(value) for value in values]
+        numbers = [parse_number(value) for value in values]
         return [(number is None, number or 0.0, value) for number, value in zip(numbers, values)]
 
     for line in found.values():
-        line.sort(key=lambda row: settings(row)[name])
+        line.sort(key=lambda row: numeric_settings(row)[name])
     return [key.removeprefix("technique.") for key in varying], {key: found[key] for key in sorted(found, key=order)}
 
 
-def figure(rows: list[Row], name: str) -> Figure:
+def draw_curve(rows: list[Row], name: str) -> Figure:
     """The primary metric of ``rows`` of one model and task, and under it the size, against the setting ``name``."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    varying, drawn = lines(rows, name)
+    varying, drawn = group_lines(rows, name)
     baselines = [row for row in rows if row["method"] == "none"]
     panel = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     top, bottom = panel.subplots(2, 1, sharex=True)
     for axis, key in ((top, "value"), (bottom, "size_mb")):
         for number, line in enumerate(drawn.values()):
             axis.plot(
-                [settings(row)[name] for row in line],
+                [numeric_settings(row)[name] for row in line],
                 [row[key] for row in line],
                 color=colormaps["viridis"](0.9 * number / max(len(drawn) - 1, 1)),
                 marker="o",
@@ -123,7 +124,7 @@ def figure(rows: list[Row], name: str) -> Figure:
     top.set_ylabel(rows[0]["metric"])
     bottom.set_ylabel("size, MB")
     bottom.set_xlabel(name)
-    place_ticks(bottom, sorted({settings(row)[name] for line in drawn.values() for row in line}))
+    place_ticks(bottom, sorted({numeric_settings(row)[name] for line in drawn.values() for row in line}))
 
     labels = [", ".join(value or "-" for value in values) for values in drawn] if varying else []
     handles = [*top.lines[: len(labels)], *top.lines[len(drawn) :][:1]]

@@ -7,8 +7,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.reporting.rows import Row, groups, is_faster, is_near, is_smaller, significant
-from compress.reporting.tables import drawn_figures, faster_by, labels, significance, smaller_by, table, title, together
+from compress.reporting.rows import Row, group_rows, is_faster, is_near_baseline, is_significant, is_smaller
+from compress.reporting.tables import (
+    build_table,
+    describe_size_ratio,
+    describe_speedup,
+    format_figures,
+    format_significance,
+    format_title,
+    join_methods,
+    label_rows,
+)
 
 if TYPE_CHECKING:
     pass
@@ -18,27 +27,28 @@ CONCLUSIONS = "search.txt"
 """What a search has chosen, a line each."""
 
 
-def markdown(rows: list[Row], concluded: list[str]) -> str:
+def format_markdown(rows: list[Row], concluded: list[str]) -> str:
     """The table as Markdown, and under it what to conclude and how to read it."""
     from rich import box
     from rich.console import Console
 
-    drawn = table(rows)
+    drawn = build_table(rows)
     drawn.box, drawn.title, drawn.caption = box.MARKDOWN, None, None
     text = io.StringIO()
     Console(file=text, width=1000).print(drawn)
-    lines = [f"# {title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
-    lines += [f"- {note}" for note in (*concluded, *notes(rows))]
+    lines = [f"# {format_title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
+    lines += [f"- {note}" for note in (*concluded, *list_notes(rows))]
     return "\n".join(lines) + "\n"
 
 
-def notes(rows: list[Row]) -> list[str]:
+def list_notes(rows: list[Row]) -> list[str]:
     """What the table alone does not say, each thing once."""
     done = [one for one in rows if one["status"] == "completed"]
-    every = groups(rows)
+    every = group_rows(rows)
     timed = [
-        f"{f'{model} on {task}: ' if len(every) > 1 else ''}ms: one text, on average of {lengths(group, 'latency')}; "
-        f"texts/s: batches of texts of {lengths(group, 'throughput')}; faster: in turns with the baseline in one job"
+        f"{f'{model} on {task}: ' if len(every) > 1 else ''}ms: one text, on average of "
+        f"{describe_lengths(group, 'latency')}; texts/s: batches of texts of {describe_lengths(group, 'throughput')}; "
+        "faster: in turns with the baseline in one job"
         for (model, task, _), group in every.items()
     ]
     timed += [
@@ -49,11 +59,11 @@ def notes(rows: list[Row]) -> list[str]:
     if disturbed := [one for one in done if one.get("disturbed")]:
         most = max(one["others_cpu"] for one in disturbed)
         timed.append(
-            f"{together(disturbed)}: others took up to {most:.0%} of the CPUs in the meantime, so that its times are "
-            "unsure"
+            f"{join_methods(disturbed)}: others took up to {most:.0%} of the CPUs in the meantime, so that its times "
+            "are unsure"
         )
     tested = sum(one.get("p_holm") is not None for one in rows)
-    if any(significant(one) for one in rows):
+    if any(is_significant(one) for one in rows):
         several = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
         timed.append(f"*: p < 0.05 on the same examples{several}")
     elif tested:
@@ -79,37 +89,37 @@ def notes(rows: list[Row]) -> list[str]:
         zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
         if kept:
             nothing[zeros + ", ".join(kept)].append(one)
-    timed += [f"{together(same)}: {said}" for said, same in nothing.items()]
+    timed += [f"{join_methods(same)}: {said}" for said, same in nothing.items()]
     found = [part for one in rows for part in one.get("limits", "").split(" | ") if part]
     lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
     return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
 
 
-def lengths(rows: list[Row], what: str) -> str:
+def describe_lengths(rows: list[Row], what: str) -> str:
     """Tokens of the texts that were timed, and which rows read these as more or fewer of them."""
     found: dict[str, list[Row]] = defaultdict(list)
     for one in rows:
         found[f"{one[f'{what}_tokens']:.0f}"].append(one)
     first, *others = found
-    return "".join([f"{first} tokens", *(f" ({number} by {together(found[number])})" for number in others)])
+    return "".join([f"{first} tokens", *(f" ({number} by {join_methods(found[number])})" for number in others)])
 
 
-def conclusions(folder: Path, rows: list[Row]) -> list[str]:
+def read_conclusions(folder: Path, rows: list[Row]) -> list[str]:
     """What a search has chosen by other figures than these, which then choose nothing; else what they recommend."""
     said = folder / CONCLUSIONS
-    return said.read_text().splitlines() if said.is_file() else recommendations(rows)
+    return said.read_text().splitlines() if said.is_file() else recommend_rows(rows)
 
 
-def recommendations(rows: list[Row]) -> list[str]:
+def recommend_rows(rows: list[Row]) -> list[str]:
     """The smallest and the fastest row whose quality is within a point of its baseline's (a hundredth of a
     perplexity), for each model and task."""
     found = []
-    for (model, task, metric), group in groups(rows).items():
+    for (model, task, metric), group in group_rows(rows).items():
         if len(group) < 2:
             continue
-        named = {id(one): label for one, label in zip(group, labels(group))}
-        where = f" ({model} on {task})" if len(groups(rows)) > 1 else ""
-        near = [one for one in group if one["method"] != "none" and is_near(one)]
+        named = {id(one): label for one, label in zip(group, label_rows(group))}
+        where = f" ({model} on {task})" if len(group_rows(rows)) > 1 else ""
+        near = [one for one in group if one["method"] != "none" and is_near_baseline(one)]
         smaller = [one for one in near if is_smaller(one)]
         faster = [one for one in near if is_faster(one)]
         margin = "1 % of the baseline" if metric == "perplexity" else "1 point of the baseline"
@@ -121,7 +131,7 @@ def recommendations(rows: list[Row]) -> list[str]:
                 found.append(f"{word} within {margin}{where}: none is {'smaller' if word == 'smallest' else 'faster'}")
                 continue
             best = min(able, key=key)
-            gain = smaller_by(best) if word == "smallest" else faster_by(best)
-            change = significance(best, drawn_figures(best)["change"])
+            gain = describe_size_ratio(best) if word == "smallest" else describe_speedup(best)
+            change = format_significance(best, format_figures(best)["change"])
             found.append(f"{word} within {margin}{where}: {named[id(best)]}, {gain}, {metric} {change}")
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from compress.reporting.rows import Job, Row, failed
+from compress.reporting.rows import Job, Row, build_failed_row
 
 STAGE = "running"
 """The file in which a job says at which stage it is."""
@@ -24,38 +24,38 @@ RESULT = "result.json"
 LOST = "it left no result, as happens to a process that is killed, for want of memory perhaps"
 
 
-def took_no_time(job: Path) -> None:
+def mark_as_reused(job: Path) -> None:
     """Let a result that was there before count for this run."""
     start = (job / CONFIG).stat().st_mtime_ns
     os.utime(job / RESULT, ns=(start, start))
 
 
-def gather(folder: Path, begun: float = 0.0) -> list[Row]:
+def gather_rows(folder: Path, begun: float = 0.0) -> list[Row]:
     """The rows of all jobs of a sweep in their order, of those that began at ``begun`` or later, or of one run; a job
     that left no result, killed perhaps, has failed."""
-    found = jobs(folder, begun) or [folder] * (folder / RESULT).is_file()
-    return [one for job in found for one in left_by(job)]
+    found = find_jobs(folder, begun) or [folder] * (folder / RESULT).is_file()
+    return [one for job in found for one in read_job_rows(job)]
 
 
-def left_by(job: Path) -> list[Row]:
+def read_job_rows(job: Path) -> list[Row]:
     """The rows in the folder of a job, which may have been moved."""
     if (job / RESULT).is_file():
         rows = json.loads((job / RESULT).read_text())["rows"]
     else:
         hydra = job / ".hydra"
         words: Any = OmegaConf.load(hydra / "overrides.yaml") if (hydra / "overrides.yaml").is_file() else []
-        lost = asked(OmegaConf.load(hydra / "config.yaml"), words)
-        rows = [failed(replace(lost, method=lost.method or job.name), f"{LOST}: see {job}")]
+        lost = describe_job(OmegaConf.load(hydra / "config.yaml"), words)
+        rows = [build_failed_row(replace(lost, method=lost.method or job.name), f"{LOST}: see {job}")]
     return [{**one, "folder": str(job)} for one in rows]
 
 
-def jobs(folder: Path, begun: float = 0.0) -> list[Path]:
+def find_jobs(folder: Path, begun: float = 0.0) -> list[Path]:
     """The folders of a sweep's jobs that began at ``begun`` or later, in their order."""
     configs = (config for config in folder.glob("*/.hydra/config.yaml") if config.stat().st_mtime >= begun)
     return sorted((config.parents[1] for config in configs), key=job_number)
 
 
-def asked(cfg: Any, overrides: Iterable[str]) -> Job:
+def describe_job(cfg: Any, overrides: Iterable[str]) -> Job:
     """The job of a config and of what was typed for it."""
     said = ("technique=", "model=", "task=", "seed=", "split=")  # which have columns of their own
     method, model, task = (

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cache import files
-from compress.reporting import curves, findings, jobs, tables
-from compress.reporting import rows as results
-from compress.reporting.plots import Picture, figures
+from compress.cache.files import write_atomically
+from compress.reporting import jobs
+from compress.reporting.curves import draw_curves
+from compress.reporting.findings import list_notes, read_conclusions
+from compress.reporting.plots import Picture, draw_figures
+from compress.reporting.rows import is_significant
+from compress.reporting.tables import format_title, label_rows, summarise_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,13 +39,13 @@ class Column:
     def text(self, one: Row) -> str:
         if one.get(self.key) is None:
             return ""
-        shown = self.form.format(self.scaled(one, self.key))
+        shown = self.form.format(self.scale_value(one, self.key))
         if self.ends and one.get(self.ends[0]) is not None:
-            low, high = (self.form.format(self.scaled(one, end)) for end in self.ends)
+            low, high = (self.form.format(self.scale_value(one, end)) for end in self.ends)
             shown += f" [{low}, {high}]"
-        return shown + "*" * (self.key == "change" and results.significant(one))
+        return shown + "*" * (self.key == "change" and is_significant(one))
 
-    def scaled(self, one: Row, key: str) -> Any:
+    def scale_value(self, one: Row, key: str) -> Any:
         return one[key] * 100 if self.key in SHARES and one["metric"] != "perplexity" else one[key]
 
 
@@ -84,35 +87,37 @@ DETAILS = (
 )
 
 
-def write(folder: Path, rows: list[Row]) -> Path:
+def write_page(folder: Path, rows: list[Row]) -> Path:
     """Write ``report.html`` of ``rows`` into ``folder``."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     rows = [{**one, "mmacs": one["macs"] / 1e6 if one.get("macs") else None} for one in rows]
-    labels = tables.labels(rows)
+    labels = label_rows(rows)
     content = environment.get_template("page.html.j2").render(
-        title=tables.title(rows),
-        recommendations=findings.conclusions(folder, rows),
-        tables=[table(rows, labels, QUALITY_AND_COST, value=True), table(rows, labels, DETAILS)],
+        title=format_title(rows),
+        recommendations=read_conclusions(folder, rows),
+        tables=[format_table(rows, labels, QUALITY_AND_COST, value=True), format_table(rows, labels, DETAILS)],
         effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
-        seeds=tables.over_seeds(rows),
+        seeds=summarise_seeds(rows),
         pictures=[
-            Picture(title, uri(figure))
+            Picture(title, encode_figure(figure))
             for title, figure in (
-                *figures(rows),
-                *((f"against {name}", figure) for name, figure in curves.curves(rows).items()),
+                *draw_figures(rows),
+                *((f"against {name}", figure) for name, figure in draw_curves(rows).items()),
             )
         ],
-        notes=findings.notes(rows),
-        repeat=repeat(rows),
-        environments=environments(rows),
+        notes=list_notes(rows),
+        repeat=list_commands(rows),
+        environments=list_environments(rows),
     )
-    files.write_whole(folder / "report.html", content)
+    write_atomically(folder / "report.html", content)
     return folder / "report.html"
 
 
-def table(rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False) -> dict[str, Any]:
+def format_table(
+    rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False
+) -> dict[str, Any]:
     """Headings and lines, each cell as what is shown and what it is sorted by; columns that no row fills are left out,
     and a failed row is a line of its own kind."""
     metrics = list(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed"))
@@ -133,14 +138,14 @@ def table(rows: list[Row], labels: list[str], columns: tuple[Column, ...], value
     return {"headings": [column.name for column in columns], "lines": lines}
 
 
-def uri(figure: Figure) -> str:
+def encode_figure(figure: Figure) -> str:
     """A figure as an image in the page; outside the axes nothing is cut off."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def repeat(rows: list[Row]) -> list[dict[str, str]]:
+def list_commands(rows: list[Row]) -> list[dict[str, str]]:
     """What made each job: its command and the fingerprint of its data; its whole config where Hydra left it."""
     found = {}
     for one in rows:
@@ -155,7 +160,7 @@ def repeat(rows: list[Row]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def environments(rows: list[Row]) -> list[dict[str, str]]:
+def list_environments(rows: list[Row]) -> list[dict[str, str]]:
     """Where the jobs ran, each place once."""
     found: list[dict[str, str]] = []
     for folder in dict.fromkeys(one["folder"] for one in rows if one.get("folder")):

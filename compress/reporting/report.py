@@ -16,12 +16,12 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cache.files import write_whole
-from compress.reporting import tensorboard
-from compress.reporting.findings import conclusions, markdown, notes
+from compress.cache.files import write_atomically
+from compress.reporting.findings import format_markdown, list_notes, read_conclusions
 from compress.reporting.jobs import RESULT
-from compress.reporting.rows import Job, Outcome, Row, corrected, failed, rows_of
-from compress.reporting.tables import table
+from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, correct_p_values
+from compress.reporting.tables import build_table
+from compress.reporting.tensorboard import write_summaries
 
 if TYPE_CHECKING:
     pass
@@ -54,28 +54,28 @@ LIBRARIES = (
 )
 
 
-def finish(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
+def report_success(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     """Write a completed job's results."""
-    rows = rows_of(folder, job, outcome)
-    conclude(folder, rows)
-    tensorboard.write(folder / "tensorboard", rows[-1])
+    rows = collect_rows(folder, job, outcome)
+    write_result(folder, rows)
+    write_summaries(folder / "tensorboard", rows[-1])
     return rows
 
 
-def fail(folder: Path, job: Job, reason: str) -> None:
+def report_failure(folder: Path, job: Job, reason: str) -> None:
     """Write that a job failed, and why."""
-    rows = [failed(job, reason)]
-    conclude(folder, rows)
-    tensorboard.write(folder / "tensorboard", rows[-1])
+    rows = [build_failed_row(job, reason)]
+    write_result(folder, rows)
+    write_summaries(folder / "tensorboard", rows[-1])
 
 
-def conclude(folder: Path, rows: list[Row]) -> None:
+def write_result(folder: Path, rows: list[Row]) -> None:
     """Write a job's rows, for the sweep's report to find and for people."""
-    write_whole(folder / RESULT, json.dumps({"rows": rows, "environment": environment()}, indent=2))
-    write(folder, rows)
+    write_atomically(folder / RESULT, json.dumps({"rows": rows, "environment": describe_machine()}, indent=2))
+    write_tables(folder, rows)
 
 
-def environment() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Where the figures come from."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -93,24 +93,24 @@ def environment() -> dict[str, str]:
     return found
 
 
-def publish(folder: Path, rows: list[Row]) -> list[Row]:
+def publish_report(folder: Path, rows: list[Row]) -> list[Row]:
     """Write the tables and the report of ``rows`` and show them; the rows with what is known of them together."""
-    rows = record(folder, rows)
-    show(rows, folder)
+    rows = write_report(folder, rows)
+    show_table(rows, folder)
     return rows
 
 
-def record(folder: Path, rows: list[Row]) -> list[Row]:
+def write_report(folder: Path, rows: list[Row]) -> list[Row]:
     """Write the tables and the report of ``rows``; the rows with what is known of them together."""
-    from compress.reporting import page
+    from compress.reporting.page import write_page
 
-    rows = corrected(rows)
-    write(folder, rows)
-    page.write(folder, rows)
+    rows = correct_p_values(rows)
+    write_tables(folder, rows)
+    write_page(folder, rows)
     return rows
 
 
-def write(folder: Path, rows: list[Row]) -> None:
+def write_tables(folder: Path, rows: list[Row]) -> None:
     """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
     import pandas
 
@@ -119,12 +119,12 @@ def write(folder: Path, rows: list[Row]) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(folder / "results.csv", text.getvalue())
+    write_atomically(folder / "results.csv", text.getvalue())
     pandas.DataFrame(rows, columns=columns).to_parquet(folder / "results.parquet")
-    write_whole(folder / "results.md", markdown(rows, conclusions(folder, rows)))
+    write_atomically(folder / "results.md", format_markdown(rows, read_conclusions(folder, rows)))
 
 
-def show(rows: list[Row], folder: Path) -> None:
+def show_table(rows: list[Row], folder: Path) -> None:
     """Draw the table in the terminal."""
     from rich.console import Console
 
@@ -132,9 +132,9 @@ def show(rows: list[Row], folder: Path) -> None:
     if not console.is_terminal:
         console.width = 140
     console.print()
-    console.print(table(rows, console.width))
-    for line in conclusions(folder, rows):
+    console.print(build_table(rows, console.width))
+    for line in read_conclusions(folder, rows):
         console.print(f"  {line}", markup=False)
-    for note in notes(rows):
+    for note in list_notes(rows):
         console.print(f"  {note}", style="dim")
     console.print(f"  results: {folder}", soft_wrap=True)

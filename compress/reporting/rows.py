@@ -48,11 +48,11 @@ class Outcome:
 Row = dict[str, Any]
 
 
-def rows_of(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
+def collect_rows(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     """A row for everything that was measured, its predictions kept in ``folder``."""
     rows = []
     for number, method in enumerate(outcome.measurements):
-        one = {**row(job, method, outcome), "folder": str(folder)}
+        one = {**build_row(job, method, outcome), "folder": str(folder)}
         if method in outcome.predictions:
             one["predictions"] = f"predictions/{number}.npz"
             outcome.predictions[method].save(folder / one["predictions"])
@@ -60,26 +60,26 @@ def rows_of(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
     return rows
 
 
-def row(job: Job, method: str, outcome: Outcome) -> Row:
+def build_row(job: Job, method: str, outcome: Outcome) -> Row:
     """One line of ``results.csv``. Times are seconds or milliseconds as named, sizes and memory are 10^6 bytes, quality
     is in fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
-    from compress.measuring.effects import effects, zeros_alone
-    from compress.measuring.predictions import worst
+    from compress.measuring.effects import describe_effects, is_only_sparser
+    from compress.measuring.predictions import find_worst_slice
 
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     baseline = next(iter(outcome.measurements.values()))
     compared = measured is not baseline
     quality, change = measured.quality, measured.comparison
     agreement = outcome.agreements.get(method)
-    did = effects(description, measured, baseline) if compared else {}
-    zeros = "dense zeros: " if compared and zeros_alone(description, measured, baseline) else ""
+    did = describe_effects(description, measured, baseline) if compared else {}
+    zeros = "dense zeros: " if compared and is_only_sparser(description, measured, baseline) else ""
     writing, memory, work = measured.generation, measured.memory, measured.work
     teachers = [
         one.quality[outcome.primary] for name, one in outcome.measurements.items() if name.startswith("teacher")
     ]
     taught = compared and not method.startswith("teacher") and teachers
     answered, before = outcome.predictions.get(method), next(iter(outcome.predictions.values()), None)
-    lost = worst(before, answered, outcome.primary) if compared and before and answered else None
+    lost = find_worst_slice(before, answered, outcome.primary) if compared and before and answered else None
     return {
         "method": method,
         "size_mb": measured.size_bytes / 1e6,
@@ -107,12 +107,12 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
         "compression_ratio": baseline.size_bytes / measured.size_bytes,
         "label_agreement": agreement.label_agreement if agreement else None,
         "max_logit_difference": agreement.max_logit_difference if agreement else None,
-        **interval("speedup", measured.speedup),
-        **interval("speedup_same_runtime", measured.speedup_same_runtime),
+        **interval_columns("speedup", measured.speedup),
+        **interval_columns("speedup_same_runtime", measured.speedup_same_runtime),
         "effect": zeros + ", ".join(did.values()),
         **{f"effect_{name}": said for name, said in did.items()},
         "others_cpu": measured.others,
-        "disturbed": measured.disturbed,
+        "disturbed": measured.is_disturbed,
         "latency_low_ms": measured.latency.low_ms,
         "latency_high_ms": measured.latency.high_ms,
         "latency_mean_ms": measured.latency.mean_ms,
@@ -152,17 +152,17 @@ def row(job: Job, method: str, outcome: Outcome) -> Row:
     }
 
 
-def interval(name: str, one: Any) -> dict[str, float | None]:
+def interval_columns(name: str, one: Any) -> dict[str, float | None]:
     """An interval as three columns."""
     parts = {"": "value", "_low": "low", "_high": "high"}
     return {f"{name}{end}": getattr(one, part) if one else None for end, part in parts.items()}
 
 
-def failed(job: Job, reason: str) -> Row:
+def build_failed_row(job: Job, reason: str) -> Row:
     return {**asdict(job), "overrides": " ".join(job.overrides), "status": "failed", "reason": reason}
 
 
-def corrected(rows: list[Row]) -> list[Row]:
+def correct_p_values(rows: list[Row]) -> list[Row]:
     """The rows with ``p_holm``, their p-values corrected for being tested together."""
     from compress.maths.statistics import holm
 
@@ -171,7 +171,7 @@ def corrected(rows: list[Row]) -> list[Row]:
     return [{**one, "p_holm": fair[i]} if i in fair else one for i, one in enumerate(rows)]
 
 
-def without_repeated_baselines(rows: list[Row]) -> list[Row]:
+def drop_repeated_baselines(rows: list[Row]) -> list[Row]:
     """Every job measures its baseline; of each the first measurement is kept."""
     seen: set[str] = set()
     kept: list[Row] = []
@@ -187,7 +187,7 @@ def without_repeated_baselines(rows: list[Row]) -> list[Row]:
     return kept
 
 
-def groups(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
+def group_rows(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     """The completed rows that can be compared: of one model, task and metric."""
     found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for one in rows:
@@ -205,16 +205,16 @@ def is_faster(one: Row) -> bool:
     return one["speedup_low"] is not None and one["speedup_low"] > 1
 
 
-def is_near(one: Row) -> bool:
-    return drop(one) <= 1 + 1e-7
+def is_near_baseline(one: Row) -> bool:
+    return quality_drop(one) <= 1 + 1e-7
 
 
-def drop(one: Row) -> float:
+def quality_drop(one: Row) -> float:
     """What is lost of the baseline's quality: points, of a perplexity percent."""
     perplexity = one["metric"] == "perplexity"
     return float(100 * (one["change"] / (one["value"] - one["change"]) if perplexity else -one["change"]))
 
 
-def significant(one: Row) -> bool:
+def is_significant(one: Row) -> bool:
     """Whether the quality differs from the baseline's by more than chance, of all rows that were tested together."""
     return (one.get("p_holm") if one.get("p_holm") is not None else 1.0) < 0.05

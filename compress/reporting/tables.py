@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.reporting.rows import Row, significant
+from compress.reporting.rows import Row, is_significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +27,7 @@ GIVE_WAY = (
 """The columns that a narrow terminal does without, the first of them first."""
 
 
-def title(rows: list[Row]) -> str:
+def format_title(rows: list[Row]) -> str:
     """What all rows have in common: models, tasks, and on what they were measured."""
     done = [one for one in rows if one["status"] == "completed"]
 
@@ -41,21 +41,21 @@ def title(rows: list[Row]) -> str:
     return f"{models} on {tasks}" + (f": {', '.join(facts)}" if len(facts) == 3 else "")
 
 
-def table(rows: list[Row], width: int | None = None) -> Table:
+def build_table(rows: list[Row], width: int | None = None) -> Table:
     """The columns a person compares; settings show where they differ between rows. A terminal of ``width`` characters
     gets those that it has room for."""
     from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(title=title(rows), title_justify="left")
-    told = apart(rows)
+    drawn = Table(title=format_title(rows), title_justify="left")
+    told = differing_overrides(rows)
     names = {"method": [one["method"] for one in rows]}
-    for key in varying(rows):
+    for key in varying_keys(rows):
         names[key] = [str(one[key]) for one in rows]
     if len(set(told)) > 1:
         names["settings"] = told
-    columns = figures(rows)
-    widths = fit(names, columns, width) if width else {}
+    columns = figure_columns(rows)
+    widths = fit_columns(names, columns, width) if width else {}
     for name in names:
         drawn.add_column(name, overflow="fold", width=widths.get(name))
     for name in columns:
@@ -65,11 +65,11 @@ def table(rows: list[Row], width: int | None = None) -> Table:
     return drawn
 
 
-def figures(rows: list[Row]) -> dict[str, list[str]]:
+def figure_columns(rows: list[Row]) -> dict[str, list[str]]:
     """The columns of figures by their headings, those that say something: the parameters where they differ."""
     done = [one for one in rows if one["status"] == "completed"]
     metrics = ", ".join(dict.fromkeys(one["metric"] for one in done)) or "quality"
-    drawn = [drawn_figures(one) if one["status"] == "completed" else {"value": "failed"} for one in rows]
+    drawn = [format_figures(one) if one["status"] == "completed" else {"value": "failed"} for one in rows]
     names = dict.fromkeys(name for one in drawn for name in one)
     if len({one["parameters"] for one in done}) < 2:
         names.pop("parameters", None)
@@ -77,7 +77,7 @@ def figures(rows: list[Row]) -> dict[str, list[str]]:
     return {name: cells for name, cells in found.items() if any(cells)}
 
 
-def fit(names: dict[str, list[str]], columns: dict[str, list[str]], width: int) -> dict[str, int]:
+def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], width: int) -> dict[str, int]:
     """Leave out the ``columns`` that a terminal has no room for, and say how wide those of the ``names`` may be: as
     wide as their longest word, up to 24 characters, or 10 where nothing else helps, and wider where there is room."""
 
@@ -98,73 +98,73 @@ def fit(names: dict[str, list[str]], columns: dict[str, list[str]], width: int) 
     return widths
 
 
-def drawn_figures(one: Row) -> dict[str, str]:
+def format_figures(one: Row) -> dict[str, str]:
     """The figures of a completed row as text, by the heading of their column; a baseline is compared with nothing."""
     perplexity, baseline = one["metric"] == "perplexity", one["speedup"] is None
     to_teacher = one.get("against_teacher")
     return {
         "value": f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
-        "change": "" if baseline else amount(one, one["change"]) + "*" * significant(one),
-        "to teacher": "" if to_teacher is None else amount(one, to_teacher),
+        "change": "" if baseline else format_change(one, one["change"]) + "*" * is_significant(one),
+        "to teacher": "" if to_teacher is None else format_change(one, to_teacher),
         "parameters": f"{one['parameters']:,}",
         "MB": f"{one['size_mb']:.2f}",
         "smaller": "" if baseline else f"{one['compression_ratio']:.2f}x",
         "ms": f"{one['latency_ms']:.2f}",
-        "faster [95%]": ratio(one, "speedup"),
-        "in its\nruntime [95%]": ratio(one, "speedup_same_runtime"),
+        "faster [95%]": format_ratio(one, "speedup"),
+        "in its\nruntime [95%]": format_ratio(one, "speedup_same_runtime"),
         "texts/s": f"{one['throughput_per_s']:,.0f}",
         "train s": f"{one['training_time_s']:.1f}",
         "compress s": "" if baseline else f"{one['compression_time_s']:.1f}",
     }
 
 
-def ratio(one: Row, key: str) -> str:
+def format_ratio(one: Row, key: str) -> str:
     """A ratio with its interval; empty where there is none."""
     if one.get(key) is None:
         return ""
     return f"{one[key]:.2f}x [{one[f'{key}_low']:.2f}, {one[f'{key}_high']:.2f}]"
 
 
-def amount(one: Row, change: float) -> str:
+def format_change(one: Row, change: float) -> str:
     return f"{change:+.3f}" if one["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
 
 
-def significance(one: Row, change: str) -> str:
+def format_significance(one: Row, change: str) -> str:
     """The change with its interval, and whether it may be chance."""
     if one.get("p_value") is None:
         return change
     p = one.get("p_holm", one["p_value"])
-    low, high = (amount(one, one[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
+    low, high = (format_change(one, one[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
     return f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant (p = {p:.2g})"
 
 
-def smaller_by(one: Row) -> str:
+def describe_size_ratio(one: Row) -> str:
     return f"{one['size_mb']:.2f} MB, {one['compression_ratio']:.2f}x smaller"
 
 
-def faster_by(one: Row) -> str:
-    return f"{ratio(one, 'speedup')} faster"
+def describe_speedup(one: Row) -> str:
+    return f"{format_ratio(one, 'speedup')} faster"
 
 
-def together(rows: list[Row]) -> str:
+def join_methods(rows: list[Row]) -> str:
     return ", ".join(dict.fromkeys(one["method"] for one in rows))
 
 
-def labels(rows: list[Row]) -> list[str]:
+def label_rows(rows: list[Row]) -> list[str]:
     """A short name of each row that tells it from all others."""
-    found, keys = [], varying(rows)
-    for one, settings in zip(rows, apart(rows)):
+    found, keys = [], varying_keys(rows)
+    for one, settings in zip(rows, differing_overrides(rows)):
         facts = [f"seed={one[key]}" if key == "seed" else str(one[key]) for key in keys]
         found.append(" ".join(filter(None, (one["method"], *facts, settings))))
     return found
 
 
-def varying(rows: list[Row]) -> list[str]:
+def varying_keys(rows: list[Row]) -> list[str]:
     """What else than the method and its settings tells rows apart."""
     return [key for key in ("model", "task", "seed") if len({one[key] for one in rows if one["model"]}) > 1]
 
 
-def apart(rows: list[Row]) -> list[str]:
+def differing_overrides(rows: list[Row]) -> list[str]:
     """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques, and a job that
     was killed none at all."""
     compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none" and one["model"]]
@@ -187,12 +187,12 @@ class Seeds:
     change: Any
 
 
-def over_seeds(rows: list[Row]) -> list[Seeds]:
+def summarise_seeds(rows: list[Row]) -> list[Seeds]:
     """The experiments of which there are several seeds."""
     from compress.maths.statistics import mean_interval
 
     same: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for one, settings in zip(rows, apart(rows)):
+    for one, settings in zip(rows, differing_overrides(rows)):
         if one["status"] == "completed":
             same[one["model"], one["task"], one["metric"], one["method"], settings].append(one)
     found = []

@@ -42,7 +42,7 @@ LAYOUT = {
 LONGEST = 100  # characters of a run's name, which is a folder's as well
 
 
-def write(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> None:
+def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> None:
     """The final figures as scalars and as a row of the HParams tab with the settings that were ``chosen``, all of them
     if none are given; marked as failed where the job failed.
 
@@ -57,7 +57,7 @@ def write(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> No
     figures = {f"final/{name}": result[name] for name in FIGURES if result.get(name) is not None}
     status = "SUCCESS" if result["status"] == "completed" else "FAILURE"
     with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(settings(result) if chosen is None else chosen, dict.fromkeys(figures, 0.0))[:2]:
+        for summary in hparams(collect_settings(result) if chosen is None else chosen, dict.fromkeys(figures, 0.0))[:2]:
             writer.file_writer.add_summary(summary)
         for name, value in figures.items():
             writer.add_scalar(name, value)
@@ -66,18 +66,18 @@ def write(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> No
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data)]))
 
 
-def settings(result: Row) -> dict[str, Any]:
+def collect_settings(result: Row) -> dict[str, Any]:
     """What was chosen, each setting a column; a number as one, so that the tab can draw an axis of it."""
-    from compress.reporting.curves import as_number, overrides
+    from compress.reporting.curves import parse_number, parse_overrides
 
     chosen = {key: result[key] for key in ("method", "model", "task", "metric") if result.get(key)}
-    for key, value in overrides(result).items():
-        number = as_number(value)
+    for key, value in parse_overrides(result).items():
+        number = parse_number(value)
         chosen[key.removeprefix("technique.")] = value if number is None else number
     return {**chosen, "seed": result["seed"]}
 
 
-def overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
+def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
     """``tensorboard/`` of a sweep: a run of a short name for every row, with its curves and the settings in which rows
     differ, the charts that overlay them, and the pictures of the report.
 
@@ -86,32 +86,32 @@ def overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
-    from compress.reporting import plots
+    from compress.reporting.plots import draw_figures
 
     into = folder / "tensorboard"
     names: list[str] = []
-    for one, label, chosen in zip(rows, labels, differing(rows)):
+    for one, label, chosen in zip(rows, labels, differing_settings(rows)):
         name = re.sub(r"[^\w+.= -]+", "-", label)[:LONGEST]
         names.append(f"{name} ({len(names)})" if name in names else name)
         shutil.rmtree(into / names[-1], ignore_errors=True)
-        trained = [stage for stage in stages(one, rows) if has_curves(stage)]
+        trained = [stage for stage in find_stage_folders(one, rows) if has_curves(stage)]
         for stage in trained:
             alone = len(trained) == 1
             shutil.copytree(stage, into / names[-1] / ("" if alone else stage.name), dirs_exist_ok=True)
-        write(into / names[-1], one, chosen)
+        write_summaries(into / names[-1], one, chosen)
     with SummaryWriter(str(into)) as writer:
         writer.add_custom_scalars(LAYOUT)
-        for title, figure in plots.figures(rows):
+        for title, figure in draw_figures(rows):
             content = io.BytesIO()
             figure.savefig(content, dpi=120, bbox_inches="tight")
             content.seek(0)
             writer.add_image(f"report/{title}", imread(content)[..., :3], dataformats="HWC")
 
 
-def differing(rows: list[Row]) -> list[dict[str, Any]]:
+def differing_settings(rows: list[Row]) -> list[dict[str, Any]]:
     """The method of every row, and of its settings those that the rows do not share; a baseline knows none of
     techniques, and a job that failed perhaps none at all."""
-    every = [settings(one) for one in rows]
+    every = [collect_settings(one) for one in rows]
     done = (one["method"] != "none" and one["status"] == "completed" for one in rows)
     compared = [chosen for chosen, known in zip(every, done) if known] or every
     keys = {key for chosen in compared for key in chosen}
@@ -119,12 +119,12 @@ def differing(rows: list[Row]) -> list[dict[str, Any]]:
     return [{key: value for key, value in chosen.items() if key in vary} for chosen in every]
 
 
-def stages(one: Row, rows: list[Row]) -> list[Path]:
+def find_stage_folders(one: Row, rows: list[Row]) -> list[Path]:
     """The folders of curves that are the row's own: the baseline's training is that of the baseline alone."""
     job = Path(one["folder"]) / "tensorboard"
     if one["method"] == "none":
         return sorted(job.glob("0_*"))
-    return [] if is_measured_beside_another(one, rows) else sorted(job.glob("[1-9]*_*"))
+    return [] if is_measured_in_other_job(one, rows) else sorted(job.glob("[1-9]*_*"))
 
 
 def has_curves(stage: Path) -> bool:
@@ -133,6 +133,6 @@ def has_curves(stage: Path) -> bool:
     return any(tag.startswith("train/") for tag in EventAccumulator(str(stage)).Reload().Tags()["scalars"])
 
 
-def is_measured_beside_another(one: Row, rows: list[Row]) -> bool:
+def is_measured_in_other_job(one: Row, rows: list[Row]) -> bool:
     """Whether the row was measured in the job of another row, whose figures are the job's."""
     return any(other["folder"] == one["folder"] for other in rows[rows.index(one) + 1 :])

@@ -15,11 +15,11 @@ from pytorch_lightning.callbacks import BatchSizeFinder
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from compress.cache.files import write_whole
+from compress.cache.files import write_atomically
 from compress.errors import UserError
-from compress.models.layers import compressed
+from compress.models.layers import unwrap_model
 from compress.planning.settings import Hardware
-from compress.running import resume
+from compress.running.resume import get_random_state, make_trainer_options, set_random_state
 from compress.tasks.tokens import Batch, TaskData
 from compress.technique import Training
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 KEPT = "batch_size"
 
 
-def fitted(
+def fit_batch_size(
     training: Training,
     module: pl.LightningModule,
     callbacks: list[pl.Callback],
@@ -45,15 +45,15 @@ def fitted(
     if kept.is_file():
         size = int(kept.read_text())
     else:
-        size = largest(asked, module, callbacks, data, hardware)
+        size = find_largest_batch(asked, module, callbacks, data, hardware)
         kept.parent.mkdir(exist_ok=True)
-        write_whole(kept, str(size))
+        write_atomically(kept, str(size))
     log.info(f"  batches of {size} texts fit into memory; of {asked // size} a step, {asked} texts")
     data.batch_size = size
     return replace(training, batch_size=size, accumulate=asked // size)
 
 
-def largest(
+def find_largest_batch(
     asked: int, module: pl.LightningModule, callbacks: list[pl.Callback], data: TaskData, hardware: Hardware
 ) -> int:
     """The largest divisor of ``asked`` so many of the longest texts of which are trained on without running out of
@@ -62,21 +62,21 @@ def largest(
     Raises:
         UserError: not even one fits.
     """
-    before = resume.random_state()
+    before = get_random_state()
     module, callbacks = copy.deepcopy((module, callbacks))
-    compressed(module).train()  # dropout keeps masks
+    unwrap_model(module).train()  # dropout keeps masks
     longest = Longest(
         data.splits, data.tokenizer, data.max_length, asked, data.seed, data.tokens, data.calibration_text
     )
     most = asked
     if hardware.device.type == "cpu":  # which ends a process that asks for too much, and tells it nothing
-        most = min(asked, room(compressed(module), longest.text(), psutil.virtual_memory().available))
+        most = min(asked, estimate_capacity(unwrap_model(module), longest.text(), psutil.virtual_memory().available))
     finder = Finder(most)
     longest.batch_size, longest.rows = most, 2 * most
     with TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_epochs=1,
-            **resume.where(hardware, together=False),
+            **make_trainer_options(hardware, together=False),
             callbacks=[*callbacks, finder],
             logger=False,
             default_root_dir=folder,
@@ -86,12 +86,12 @@ def largest(
             num_sanity_val_steps=0,
         )
         trainer.fit(module, datamodule=longest)
-    resume.set_random_state(before)
+    set_random_state(before)
     fits = min(most, finder.optimal_batch_size or 1)
     return max(size for size in range(1, fits + 1) if asked % size == 0)
 
 
-def room(model: torch.nn.Module, text: Batch, free_bytes: int) -> int:
+def estimate_capacity(model: torch.nn.Module, text: Batch, free_bytes: int) -> int:
     """How many texts like this one may be trained on at once, at least one: by what a forward pass keeps for the
     backward one, in half of the memory that gradients and the optimizer's moments leave free."""
     seen: dict[int, int] = {}

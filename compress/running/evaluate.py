@@ -14,79 +14,83 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from compress.artifacts import artifact, moving
-from compress.cache import files
+from compress.artifacts import artifact
+from compress.artifacts.artifact import Artifact, load_artifact, read_description
+from compress.artifacts.moving import move_artifact
+from compress.cache.files import write_atomically
 from compress.errors import UserError
-from compress.measuring.measure import measure
-from compress.models.backbone import same_labels
-from compress.planning import settings as settings_planning
-from compress.quiet import hush
-from compress.reporting import curves, jobs, report
-from compress.reporting import rows as results
-from compress.reporting.compare import changes
-from compress.reporting.rows import Job, Outcome
-from compress.running.experiment import bench_of
-from compress.running.job import guarded
+from compress.measuring.measure import measure_artifacts
+from compress.models.backbone import has_task_labels
+from compress.planning.settings import parse_values, read_settings, to_plain
+from compress.quiet import silence_libraries
+from compress.reporting import jobs, report
+from compress.reporting.compare import describe_changes
+from compress.reporting.curves import write_curves
+from compress.reporting.jobs import gather_rows
+from compress.reporting.report import write_result
+from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, drop_repeated_baselines
+from compress.running.experiment import make_split_bench
+from compress.running.job import run_guarded
 from compress.tasks.splits import load_splits
 from compress.tasks.task import Task
 
 
 def main(cfg: DictConfig) -> int:
     """Measure what the command line names, write and show its figures; 1 where that failed, with the reason told."""
-    hush()
+    silence_libraries()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
 
     def work() -> None:
         if cfg.compare:
-            lines = changes(*(jobs.gather(found(one)) for one in two(cfg.compare)))
-            files.write_whole(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
+            lines = describe_changes(*(gather_rows(find_results_folder(one)) for one in check_two_folders(cfg.compare)))
+            write_atomically(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
             print(*lines, sep="\n")
         elif cfg.report:
-            rows = rebuilt(cfg)
-            report.publish(folder, rows)
-            curves.write(folder, rows)
+            rows = choose_rows(cfg)
+            report.publish_report(folder, rows)
+            write_curves(folder, rows)
         else:
-            rows = evaluate(cfg, folder)
-            report.conclude(folder, rows)
+            rows = evaluate_artifact(cfg, folder)
+            write_result(folder, rows)
             if hydra.mode == RunMode.RUN:
-                report.publish(folder, rows)
+                report.publish_report(folder, rows)
 
     def fail(reason: str) -> None:
         name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
-        report.conclude(folder, [results.failed(Job(name, "", "", cfg.seed), reason)])
+        write_result(folder, [build_failed_row(Job(name, "", "", cfg.seed), reason)])
 
-    return guarded(work, fail)
+    return run_guarded(work, fail)
 
 
-def rebuilt(cfg: DictConfig) -> list[results.Row]:
+def choose_rows(cfg: DictConfig) -> list[Row]:
     """The rows of the runs and sweeps in ``cfg.report``, those that ``cfg.where`` chooses.
 
     Raises:
         UserError: a folder holds no results, or no row is left.
     """
     folders = [cfg.report] if isinstance(cfg.report, str) else cfg.report
-    rows = [row for folder in folders for row in jobs.gather(found(folder))]
-    chosen = {key: listed(value) for key, value in settings_planning.plain(cfg.where).items() if value is not None}
+    rows = [row for folder in folders for row in gather_rows(find_results_folder(folder))]
+    chosen = {key: to_strings(value) for key, value in to_plain(cfg.where).items() if value is not None}
     left = [row for row in rows if all(str(row[key]) in values for key, values in chosen.items())]
     if not left:
         there = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
         told = "; ".join(f"where.{key} can be {values}" for key, values in there.items())
         raise UserError(f"No row is left of {len(rows)}: {told}.")
-    return results.without_repeated_baselines(left)
+    return drop_repeated_baselines(left)
 
 
-def listed(value: Any) -> list[str]:
+def to_strings(value: Any) -> list[str]:
     return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
-def two(folders: Any) -> list[str]:
+def check_two_folders(folders: Any) -> list[str]:
     if isinstance(folders, str) or len(folders) != 2:
         raise UserError(f"compare is {folders}: name two folders of runs or sweeps, compare=[before,after].")
     return list(folders)
 
 
-def found(folder: str) -> Path:
+def find_results_folder(folder: str) -> Path:
     """The folder of a run or a sweep; that of a run's artifact stands for the run."""
     path = Path(folder)
     if (path / artifact.DESCRIPTION).is_file():
@@ -96,7 +100,7 @@ def found(folder: str) -> Path:
     return path
 
 
-def evaluate(cfg: DictConfig, folder: Path) -> list[results.Row]:
+def evaluate_artifact(cfg: DictConfig, folder: Path) -> list[Row]:
     """A row for ``cfg.artifact``, after one for ``cfg.baseline`` where that is given; what they answered is kept in
     ``folder``.
 
@@ -105,37 +109,37 @@ def evaluate(cfg: DictConfig, folder: Path) -> list[results.Row]:
     """
     if OmegaConf.is_missing(cfg, "artifact"):
         raise UserError("No artifact is named: type artifact=FOLDER, the `artifact` folder of a run.")
-    artifact.describe(cfg.artifact, kind="")  # a folder that is not there is told first
-    settings = settings_planning.settings(cfg)
-    task = settings_planning.parse(Task, task_of(cfg), "task")
+    read_description(cfg.artifact, kind="")  # a folder that is not there is told first
+    settings = read_settings(cfg)
+    task = parse_values(Task, read_task(cfg), "task")
     folders = [Path(path) for path in (cfg.baseline, cfg.artifact) if path]
-    loaded = {path: artifact.load(path, task.kind) for path in folders}
+    loaded = {path: load_artifact(path, task.kind) for path in folders}
     splits = load_splits(task, settings.seed)
     for path, one in loaded.items():
-        fits(path, one, splits.task)
+        check_labels(path, one, splits.task)
     vocabularies = {json.dumps(one.tokenizer.get_vocab(), sort_keys=True) for one in loaded.values()}
     if task.kind == "lm" and len(vocabularies) > 1:
         raise UserError("Perplexities over different vocabularies cannot be compared: leave baseline out.")
     names = {path: one.description.method if one.description.history else path.name for path, one in loaded.items()}
     if len(set(names.values())) < len(folders):
         names = {path: str(path) for path in folders}
-    benches = {names[path]: bench_of(splits, path, one, settings) for path, one in loaded.items()}
+    benches = {names[path]: make_split_bench(splits, path, one, settings) for path, one in loaded.items()}
     hardware = settings.hardware
     with ExitStack() as stack:
         for name, ready in benches.items() if hardware.runtime else ():
             graph = Path(stack.enter_context(TemporaryDirectory()))
-            moved = moving.move(ready.artifact, str(hardware.runtime), ready.texts[0], graph)
+            moved = move_artifact(ready.artifact, str(hardware.runtime), ready.texts[0], graph)
             benches[name] = replace(ready, artifact=moved)
         # A process of its own loads what is in the folder, on the runtime that it is for.
         latency = replace(hardware.latency, memory=False) if hardware.runtime else hardware.latency
-        measurements, predictions = measure(benches, splits.task, latency, hardware.device)
+        measurements, predictions = measure_artifacts(benches, splits.task, latency, hardware.device)
     descriptions = {names[path]: one.description for path, one in loaded.items()}
     outcome = Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
     model = loaded[folders[-1]].description.model
-    return results.rows_of(folder, Job("", model, task.name, settings.seed), outcome)
+    return collect_rows(folder, Job("", model, task.name, settings.seed), outcome)
 
 
-def task_of(cfg: DictConfig) -> dict:
+def read_task(cfg: DictConfig) -> dict:
     """The artifact's own task, with what the command line sets of it (``+task.path=...``), or the one it names."""
     own = Path(cfg.artifact) / "config.yaml"
     given = cfg.get("task") or {}
@@ -143,10 +147,10 @@ def task_of(cfg: DictConfig) -> dict:
         given = OmegaConf.merge(OmegaConf.load(own).task, given)
     if "name" not in given:
         raise UserError(f"{cfg.artifact} says nothing of its task: name one as well (task=sst2).")
-    return settings_planning.plain(OmegaConf.create(given))
+    return to_plain(OmegaConf.create(given))
 
 
-def fits(folder: Path, loaded: artifact.Artifact, task: Task) -> None:
+def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:
     """Raise UserError where the model's head is not one for the task."""
     if task.kind == "lm":
         return
@@ -156,7 +160,7 @@ def fits(folder: Path, loaded: artifact.Artifact, task: Task) -> None:
             f"The model in {folder} tells {config.num_labels} labels apart and task `{task.name}` has "
             f"{task.num_labels}: name the task that it was trained for (task=...)."
         )
-    if not same_labels(config, task):
+    if not has_task_labels(config, task):
         raise UserError(
             f"The model in {folder} calls its labels {', '.join(config.id2label.values())} and task `{task.name}` has "
             f"{', '.join(task.labels or ())}, in this order: name the task that it was trained for (task=...)."

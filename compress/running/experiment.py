@@ -13,53 +13,52 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from compress.artifacts import artifact, moving
-from compress.artifacts.artifact import Artifact
-from compress.cache import files
-from compress.cache.files import remove
-from compress.cache.store import BEGAN, MANIFEST, Cache, prune
-from compress.exporting.agreement import agreed
-from compress.measuring.bench import Bench, bench
-from compress.measuring.measure import measure
+from compress.artifacts.artifact import Artifact, load_artifact, read_description
+from compress.artifacts.moving import export_artifact, load_exported_artifact
+from compress.cache.files import remove_path, write_atomically
+from compress.cache.store import BEGAN, MANIFEST, Cache, prune_cache
+from compress.exporting.agreement import read_agreement
+from compress.measuring.bench import Bench, build_bench
+from compress.measuring.measure import measure_artifacts
 from compress.measuring.predictions import FILE
-from compress.planning import plan
-from compress.planning.plan import Plan
+from compress.planning.plan import Plan, check_data, make_plan
 from compress.planning.settings import Settings
-from compress.quiet import hush
-from compress.reporting import card, jobs
+from compress.quiet import silence_libraries
+from compress.reporting import jobs
+from compress.reporting.card import write_card
 from compress.reporting.rows import Outcome
-from compress.running.stages import apply, start
+from compress.running.stages import apply_stage, write_baseline
 from compress.running.team import Team
-from compress.running.training import task_data
+from compress.running.training import make_task_data
 from compress.tasks.splits import Splits, load_splits
 
 log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig, folder: Path) -> Outcome:
+def run_experiment(cfg: DictConfig, folder: Path) -> Outcome:
     """Carry out the experiment that ``cfg`` describes; its artifact and figures are written to ``folder``.
 
     Raises:
         UserError: something in ``cfg`` cannot work, told before anything is loaded or trained.
         PostconditionError: a stage did not do what it says.
     """
-    return carry_out(cfg, *prepared(cfg), folder)
+    return execute_plan(cfg, *prepare_experiment(cfg), folder)
 
 
-def prepared(cfg: DictConfig, team: Team | None = None) -> tuple[Plan, Splits, list[Any]]:
+def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan, Splits, list[Any]]:
     """The experiment, checked, its data, and the addresses of its stages. A ``team`` trains with this process, its
     first."""
-    planned = plan.check(cfg)
+    planned = make_plan(cfg)
     log.info(f"{planned.backbone.name} on {planned.task.name}: {planned.method}")
     splits = load_splits(planned.task, planned.settings.seed)
     for note in splits.notes:
         log.info(f"  {note}")
     planned = planned.read(splits, team)
-    plan.check_data(planned, splits)
-    return planned, splits, planned.addresses(splits.fingerprint)
+    check_data(planned, splits)
+    return planned, splits, planned.compute_addresses(splits.fingerprint)
 
 
-def carry_out(
+def execute_plan(
     cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], folder: Path, begun: float = BEGAN
 ) -> Outcome:
     """The experiment with the cache that it asks for: to refresh it is to take nothing from before ``begun``."""
@@ -68,27 +67,27 @@ def carry_out(
         kept = replace(kept, dir=str(folder / "cache"))
         planned = replace(planned, settings=replace(planned.settings, cache=kept))
     with Cache(kept.dir, since=begun if kept.mode == "refresh" else 0.0) as cache:
-        outcome = through(cfg, planned, splits, addresses, cache, folder)
+        outcome = run_chain(cfg, planned, splits, addresses, cache, folder)
     if kept.mode == "off":
-        remove(Path(kept.dir))
+        remove_path(Path(kept.dir))
     elif kept.max_gb is not None:
-        prune(Path(kept.dir), kept.max_gb)
+        prune_cache(Path(kept.dir), kept.max_gb)
     return outcome
 
 
-def through(
+def run_chain(
     cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], cache: Cache, folder: Path
 ) -> Outcome:
     """The baseline, stage after stage, and what the artifact is worth."""
     address = addresses[:2]  # of the baseline
-    running = partial(files.write_whole, folder / jobs.STAGE)
+    running = partial(write_atomically, folder / jobs.STAGE)
     running("baseline")
-    baseline = source = cache.get(address, partial(start, planned, splits), "baseline")
+    baseline = source = cache.get(address, partial(write_baseline, planned, splits), "baseline")
     entries = {"baseline": baseline}
     for step, own in zip(planned.steps, addresses[2:]):
         running(step.key)
         address.append(own)
-        source = cache.get(address, partial(apply, planned, splits, step, baseline, source), step.key)
+        source = cache.get(address, partial(apply_stage, planned, splits, step, baseline, source), step.key)
         entries[step.key] = source
 
     into = folder / "artifact"
@@ -107,14 +106,14 @@ def through(
         **({planned.method: into} if planned.steps else {}),
     }
     running("measuring")
-    runtime, graph = artifact.describe(into).runtime, None
+    runtime, graph = read_description(into).runtime, None
     if runtime != "torch":  # before what is measured takes memory
         key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
-        graph = cache.get(key, partial(export, planned, splits, baseline, runtime), f"baseline for {runtime}")
-    loaded = {name: artifact.load(path, planned.task.kind) for name, path in measured.items()}
-    benches = {name: bench_of(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
-    exported = moving.exported(loaded["none"], runtime, graph) if graph else None
-    measurements, predictions = measure(
+        graph = cache.get(key, partial(export_baseline, planned, splits, baseline, runtime), f"baseline for {runtime}")
+    loaded = {name: load_artifact(path, planned.task.kind) for name, path in measured.items()}
+    benches = {name: make_split_bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
+    exported = load_exported_artifact(loaded["none"], runtime, graph) if graph else None
+    measurements, predictions = measure_artifacts(
         benches,
         splits.task,
         planned.settings.hardware.latency,
@@ -127,39 +126,41 @@ def through(
         measurements=measurements,
         baseline=baseline.name,
         predictions=predictions,
-        agreements={planned.method: agreement} if (agreement := agreed(source / "report")) else {},
+        agreements={planned.method: agreement} if (agreement := read_agreement(source / "report")) else {},
         data=splits.fingerprint,
     )
     predictions[planned.method].save(into / FILE)
     (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2))
-    card.write(into, outcome, planned.method)
+    write_card(into, outcome, planned.method)
     return outcome
 
 
-def export(planned: Plan, splits: Splits, baseline: Path, runtime: str, into: Path) -> None:
+def export_baseline(planned: Plan, splits: Splits, baseline: Path, runtime: str, into: Path) -> None:
     """The baseline as another runtime runs it, what a chain that ends there is compared with besides."""
-    loaded = artifact.load(baseline, planned.task.kind)
-    example = bench_of(splits, baseline, loaded, planned.settings).texts[0]
-    moving.export(loaded, runtime, example, into)
+    loaded = load_artifact(baseline, planned.task.kind)
+    example = make_split_bench(splits, baseline, loaded, planned.settings).texts[0]
+    export_artifact(loaded, runtime, example, into)
 
 
-def follow(cfg: DictConfig, team: Team) -> None:
+def follow_first_process(cfg: DictConfig, team: Team) -> None:
     """Train with the first process of the ``team`` whenever it trains; what comes of it is written by that one."""
-    hush()
+    silence_libraries()
     logging.disable(logging.WARNING)
-    planned = plan.check(cfg)
+    planned = make_plan(cfg)
     splits = load_splits(planned.task, planned.settings.seed)
     planned = planned.read(splits, team)
     steps = {step.key: step for step in planned.steps}
     while call := team.share(None):
         with TemporaryDirectory() as into:
             if call["stage"] == "baseline":
-                start(planned, splits, Path(into))
+                write_baseline(planned, splits, Path(into))
             else:
-                apply(planned, splits, steps[call["stage"]], Path(call["baseline"]), Path(call["source"]), Path(into))
+                apply_stage(
+                    planned, splits, steps[call["stage"]], Path(call["baseline"]), Path(call["source"]), Path(into)
+                )
 
 
-def bench_of(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
+def make_split_bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
     """An artifact with the split that it is measured on in its own tokens."""
-    data = task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
-    return bench(folder, loaded, data, settings.hardware.latency, settings.split)
+    data = make_task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
+    return build_bench(folder, loaded, data, settings.hardware.latency, settings.split)

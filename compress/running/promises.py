@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.artifacts.artifact import size_bytes
+from compress.artifacts.artifact import measure_size_bytes
 from compress.errors import PostconditionError, UserError
-from compress.formats.packed import stored_bits
-from compress.models.layers import blocks, digest_tensor, values, zeros
+from compress.formats.packed import count_stored_bits
+from compress.models.layers import dequantize_weight, digest_tensor, find_blocks, find_zeros
 from compress.technique import trait
 
 
@@ -25,13 +25,13 @@ class State:
     zeros: dict[str, Tensor]
 
 
-def state(model: nn.Module) -> State:
+def capture_state(model: nn.Module) -> State:
     """Remember the model as it is, without a second copy of it."""
     digests = {name: digest_tensor(tensor) for name, tensor in model.state_dict().items()}
-    return State(digests, {name: one for name, one in zeros(model).items() if trainable(model, name)})
+    return State(digests, {name: one for name, one in find_zeros(model).items() if is_trainable(model, name)})
 
 
-def trainable(model: nn.Module, layer: str) -> bool:
+def is_trainable(model: nn.Module, layer: str) -> bool:
     weight: Any = model.get_submodule(layer).weight
     return weight.requires_grad
 
@@ -47,13 +47,13 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
     if trait(stage, "changes") and not changed:
         raise UserError(f"`{key}` changed nothing: leave it out, or give it settings under which it has work to do.")
     if trait(stage, "keeps_head"):
-        inside = blocks(model)[0] + "."
+        inside = find_blocks(model)[0] + "."
         if outside := sorted(name for name in changed if not name.startswith(inside)):
             raise PostconditionError(
                 f"`{key}` should change the transformer blocks alone and changed {', '.join(outside)}."
             )
     for name, mask in before.zeros.items() if trait(stage, "keeps_zeros") else ():
-        weight = values(model.get_submodule(name).weight)  # type: ignore[arg-type]
+        weight = dequantize_weight(model.get_submodule(name).weight)  # type: ignore[arg-type]
         if weight.shape != mask.shape:
             continue  # cut, and so another one
         filled = int((weight[mask] != 0).sum())
@@ -73,9 +73,10 @@ def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Ten
         raise PostconditionError(
             f"the artifact of `{key}` reloads to other logits: they differ by up to {distance:.2g}."
         )
-    if trait(stage, "shrinks") and size_bytes(folder) >= size_bytes(source):
+    size_before, size_after = measure_size_bytes(source), measure_size_bytes(folder)
+    if trait(stage, "shrinks") and size_after >= size_before:
         raise PostconditionError(
-            f"`{key}` should make the model smaller: {size_bytes(source)} bytes before, {size_bytes(folder)} after."
+            f"`{key}` should make the model smaller: {size_before} bytes before, {size_after} after."
         )
 
 
@@ -90,13 +91,13 @@ def check_bits(key: str, asked: dict[str, float], model: nn.Module, folder: Path
     weights = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
     every = sum(weights.values())
     wanted = sum(asked[name] * weights[name] for name in asked) / every
-    found = sum(stored_bits(folder, asked).values()) / every
+    found = sum(count_stored_bits(folder, asked).values()) / every
     if abs(found - wanted) > 0.02 * wanted:
         raise PostconditionError(f"`{key}` should store {wanted:.3f} bits a weight and stored {found:.3f}.")
 
 
 @torch.inference_mode()
-def logits(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+def compute_logits(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
     """The model's logits on ``batches``, flat."""
     if isinstance(model, nn.Module):
         model.eval()

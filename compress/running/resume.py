@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from compress.cache.digests import checksum
+from compress.cache.digests import compute_checksum
 from compress.planning.settings import Hardware
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
         """The checkpoint to go on from; one that is not as it was written is removed."""
         (self.folder / NEW).unlink(missing_ok=True)
         for path in self.folder.glob("*.ckpt"):
-            if path.stem.partition("-")[2] == checksum(path):
+            if path.stem.partition("-")[2] == compute_checksum(path):
                 return path
             log.warning("  the checkpoint of the stopped training is damaged: it starts again")
             path.unlink()
@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + time.perf_counter() - self.begun
-        return {"seconds": seconds, "random": of_all(random_state())}
+        return {"seconds": seconds, "random": gather_from_all(get_random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.random = state["seconds"], state["random"]
@@ -108,46 +108,46 @@ class Checkpoints(Checkpoint):
             due = trainer.global_step % 10 == 0 and trainer.strategy.broadcast(due)
         if due:
             self.save(trainer)
-            self._stop()
+            self._handle_signal()
 
     def on_validation_batch_end(self, *args: Any) -> None:
-        self._stop()
+        self._handle_signal()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch + 1 < (trainer.max_epochs or 0):
             self.save(trainer)
-        self._stop()
+        self._handle_signal()
 
     def on_train_end(self, *args: Any) -> None:
-        self._stop()
+        self._handle_signal()
 
     def save(self, trainer: pl.Trainer) -> None:
         new = self.folder / NEW
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
             old = [path for path in self.folder.glob("*.ckpt") if path != new]
-            os.replace(new, new.with_stem(f"{trainer.global_step}-{checksum(new)}"))
+            os.replace(new, new.with_stem(f"{trainer.global_step}-{compute_checksum(new)}"))
             for path in old:
                 path.unlink()
         self.saved = time.perf_counter()
 
     def on_exception(self, *args: Any) -> None:
-        self._restore()
+        self._restore_handlers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restore()
+        self._restore_handlers()
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         handlers, self.handlers = self.handlers, {}
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:  # Ctrl-C twice: at once
-            self._stop()
+            self._handle_signal()
         self.asked = self.asked or (number, frame)  # a cluster may say it several times
 
-    def _stop(self) -> None:
+    def _handle_signal(self) -> None:
         """Do with a signal that came what would have been done with it without us."""
         if self.asked:
             (number, frame), self.asked = self.asked, None
@@ -160,7 +160,7 @@ class Checkpoints(Checkpoint):
                 signal.raise_signal(signal.Signals(number))
 
 
-def of_all(own: Any) -> list[Any]:
+def gather_from_all(own: Any) -> list[Any]:
     """What every process that trains together has for its ``own``."""
     if not torch.distributed.is_initialized():
         return [own]
@@ -170,7 +170,7 @@ def of_all(own: Any) -> list[Any]:
     return [torch.load(io.BytesIO(one), weights_only=True) for one in every]
 
 
-def random_state() -> dict[str, Any]:
+def get_random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
     return {
         "python": random.getstate(),
@@ -218,7 +218,7 @@ class RestoredTogether(Restored, DDPStrategy):
     pass
 
 
-def where(hardware: Hardware, together: bool) -> dict[str, Any]:
+def make_trainer_options(hardware: Hardware, together: bool) -> dict[str, Any]:
     """The Trainer's arguments to work on one device, or on as many as the hardware has."""
     slurm = SLURMEnvironment.detect() and (together or hardware.processes == 1)
     # On SLURM it is the launcher that requeues, not Lightning as well.

@@ -12,16 +12,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from compress.artifacts import artifact
-from compress.artifacts.artifact import Description, Done
-from compress.formats import packed as packing
-from compress.models.layers import compressed
-from compress.planning import plan
-from compress.planning import settings as settings_planning
-from compress.planning.plan import Plan, Step
-from compress.running import promises
-from compress.running.training import HoldZeros, fit, limits, task_data
-from compress.tasks.metrics import metrics
+from compress.artifacts.artifact import Description, Done, load_artifact, write_artifact
+from compress.formats.packed import freeze_weights, list_packed_layers
+from compress.models.layers import unwrap_model
+from compress.planning.plan import Plan, Step, check_blocks
+from compress.planning.settings import to_plain
+from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
+from compress.running.training import HoldZeros, fit_module, list_limits, make_task_data
+from compress.tasks.metrics import build_metrics
 from compress.tasks.splits import Splits
 from compress.technique import Training, trait
 from compress.techniques.finetune import FineTune
@@ -29,7 +27,7 @@ from compress.techniques.finetune import FineTune
 log = logging.getLogger(__name__)
 
 
-def letting_go(work: Callable[..., None]) -> Callable[..., None]:
+def free_memory_after(work: Callable[..., None]) -> Callable[..., None]:
     """Have all memory of ``work`` given back at its end: a Trainer and its model hold each other, and Python would keep
     gigabytes until it has counted enough objects."""
 
@@ -41,21 +39,21 @@ def letting_go(work: Callable[..., None]) -> Callable[..., None]:
     return worked
 
 
-@letting_go
-def start(planned: Plan, splits: Splits, into: Path) -> None:
+@free_memory_after
+def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     """Write the baseline: the model with the task's head, fine-tuned."""
-    call(planned, planned.training, stage="baseline")
+    announce_training(planned, planned.training, stage="baseline")
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     model, tokenizer, trained = planned.backbone.build(planned.task, splits.train["text"])
     training = planned.training
-    data = task_data(splits, model, tokenizer, training.batch_size, planned.settings)
+    data = make_task_data(splits, model, tokenizer, training.batch_size, planned.settings)
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
-    plan.check_blocks(planned, data)
+    check_blocks(planned, data)
     seconds, losses = 0.0, dict[str, float]()
     if training.epochs:
-        module = FineTune(model, metrics(planned.task), training)
-        training, seconds, losses = fit(module, [], data, planned, training, into, "baseline")
+        module = FineTune(model, build_metrics(planned.task), training)
+        training, seconds, losses = fit_module(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
     description = Description(
@@ -63,26 +61,24 @@ def start(planned: Plan, splits: Splits, into: Path) -> None:
         model=planned.backbone.name,
         task=planned.task.name,
         limits=() if trained or training.epochs else (untrained,),
-        history=(
-            Done("baseline", settings_planning.plain(training), seconds, trained=training.epochs > 0, losses=losses),
-        ),
+        history=(Done("baseline", to_plain(training), seconds, trained=training.epochs > 0, losses=losses),),
     )
-    artifact.write(into, model, tokenizer, description)
+    write_artifact(into, model, tokenizer, description)
 
 
-@letting_go
-def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
+@free_memory_after
+def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
     """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
-    call(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))
+    announce_training(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
-    model, tokenizer, description = artifact.load(source)
+    model, tokenizer, description = load_artifact(source)
     packed = source if description.weights == "packed" else None
     if packed:
-        packing.freeze(model, packing.packed_layers(packed))
-    before = promises.state(model)
+        freeze_weights(model, list_packed_layers(packed))
+    before = capture_state(model)
     text = step.calibration and step.calibration.rows
-    data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
-    scores = metrics(planned.task)
+    data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
+    scores = build_metrics(planned.task)
     with step.told():
         stage = step.build(
             model=model,
@@ -98,34 +94,34 @@ def apply(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Pat
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     with step.told():
-        training, seconds, losses = fit(module, callbacks, data, planned, step.training, into, step.key)
-    model = compressed(module)
-    promises.check_model(step.key, stage, before, model)
+        training, seconds, losses = fit_module(module, callbacks, data, planned, step.training, into, step.key)
+    model = unwrap_model(module)
+    check_model(step.key, stage, before, model)
 
     if (cut := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made one of its own
         tokenizer = cut
-        data = task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
+        data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
-    expected = promises.logits(trait(stage, "exported") or model, probe)
-    settings = {**step.settings, "train": settings_planning.plain(training)}
+    expected = compute_logits(trait(stage, "exported") or model, probe)
+    settings = {**step.settings, "train": to_plain(training)}
     done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"), losses)
     description = replace(
         description,
         runtime=trait(stage, "runtime"),
         weights=trait(stage, "leaves") or description.weights,
-        limits=limits(planned, step, stage, description),
+        limits=list_limits(planned, step, stage, description),
         history=(*description.history, done),
     )
-    artifact.write(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
+    write_artifact(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
     if hasattr(stage, "report"):
         (into / "report").mkdir()
         stage.report(into / "report")
-    promises.check_folder(step.key, stage, source, into, expected, promises.logits(artifact.load(into).model, probe))
+    check_folder(step.key, stage, source, into, expected, compute_logits(load_artifact(into).model, probe))
     if asked := trait(stage, "average_bits"):
-        promises.check_bits(step.key, asked, model, into)
+        check_bits(step.key, asked, model, into)
 
 
-def call(planned: Plan, training: Training, **stage: str) -> None:
+def announce_training(planned: Plan, training: Training, **stage: str) -> None:
     """Have the others take part in a stage's training."""
     if planned.team and planned.team.rank == 0 and training.epochs:
         planned.team.share(stage)

@@ -68,7 +68,7 @@ class Team:
             self.store.wait([f"{rank} knows" for rank in range(1, self.size)], timedelta(seconds=30))
 
     @contextmanager
-    def part(self) -> Iterator[Team]:
+    def take_part(self) -> Iterator[Team]:
         """Take part until all is over; the first process is told of an error."""
         try:
             yield self
@@ -91,7 +91,7 @@ class Team:
         if self.rank:
             self.store.set(f"{name}: {self.rank}", "")
         else:
-            self._await([f"{name}: {rank}" for rank in range(1, self.size)])
+            self._wait_for_keys([f"{name}: {rank}" for rank in range(1, self.size)])
         backend = "nccl" if hardware.device.type == "cuda" else "gloo"
         store = PrefixStore(name, self.store)
         torch.distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
@@ -99,19 +99,19 @@ class Team:
             yield
         except RuntimeError:  # a connection was lost, for one
             if self.rank == 0:
-                self._check()
+                self._check_failures()
             raise
         finally:
             torch.distributed.destroy_process_group()
 
-    def _await(self, keys: list[str]) -> None:
+    def _wait_for_keys(self, keys: list[str]) -> None:
         """Until all are said, or somebody who had to say one fails."""
         while True:
-            self._check()
+            self._check_failures()
             with suppress(RuntimeError):  # not within a second
                 return self.store.wait(keys, timedelta(seconds=1))
 
-    def _check(self) -> None:
+    def _check_failures(self) -> None:
         if self.store.check([FAILED]):
             raise UserError(f"A process that trains with this one has failed: {self.store.get(FAILED).decode()}")
         if not self.alive():
@@ -119,7 +119,7 @@ class Team:
 
 
 @contextmanager
-def gathered(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team | None]:
+def gather_team(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team | None]:
     """The processes that ``hardware`` asks for, none where that is one: those that a cluster started, or new ones on
     this machine, which run ``follow(cfg, team)``."""
     size = hardware.processes
@@ -133,7 +133,7 @@ def gathered(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team 
                 f"hardware.devices={hardware.devices} and hardware.nodes={hardware.nodes} make {size} processes and "
                 f"SLURM started {there.world_size()}: start as many (hardware=slurm does)."
             )
-        with Team(there.global_rank(), size, there.main_address, there.main_port).part() as team:
+        with Team(there.global_rank(), size, there.main_address, there.main_port).take_part() as team:
             yield team
         return
     with socket.socket() as free:
@@ -141,15 +141,15 @@ def gathered(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team 
         port = free.getsockname()[1]
     # Spawned, as a forked process cannot use the GPU.
     others = torch.multiprocessing.start_processes(
-        member, (cfg, follow, size, port), nprocs=size - 1, join=False, start_method="spawn"
+        run_member, (cfg, follow, size, port), nprocs=size - 1, join=False, start_method="spawn"
     )
-    named(0, size)
+    set_rank_variables(0, size)
 
     def alive() -> bool:
         return all(process.is_alive() for process in others.processes)
 
     try:
-        with Team(0, size, "127.0.0.1", port, alive).part() as team:
+        with Team(0, size, "127.0.0.1", port, alive).take_part() as team:
             yield team
     finally:
         for process in others.processes:
@@ -157,13 +157,13 @@ def gathered(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team 
             process.kill()
 
 
-def member(index: int, cfg: DictConfig, follow: Any, size: int, port: int) -> None:
+def run_member(index: int, cfg: DictConfig, follow: Any, size: int, port: int) -> None:
     """One of the processes on this machine, but the first."""
-    named(index + 1, size)
-    with Team(index + 1, size, "127.0.0.1", port).part() as team:
+    set_rank_variables(index + 1, size)
+    with Team(index + 1, size, "127.0.0.1", port).take_part() as team:
         follow(cfg, team)
 
 
-def named(rank: int, size: int) -> None:
+def set_rank_variables(rank: int, size: int) -> None:
     """Lightning takes it for one that is started already."""
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))

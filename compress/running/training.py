@@ -17,14 +17,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from compress.artifacts.artifact import Description
-from compress.cache.files import remove
+from compress.cache.files import remove_path
 from compress.errors import UserError
-from compress.models.backbone import max_length
-from compress.models.layers import compressed, hold, zeros
+from compress.models.backbone import limit_length
+from compress.models.layers import apply_masks, find_zeros, unwrap_model
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
-from compress.running import resume
-from compress.running.batch_size import fitted
+from compress.running.batch_size import fit_batch_size
+from compress.running.resume import Checkpoints, make_trainer_options
 from compress.tasks.kinds import higher_is_better
 from compress.tasks.splits import Splits
 from compress.tasks.tokens import TaskData
@@ -33,7 +33,7 @@ from compress.technique import Training, trait
 log = logging.getLogger(__name__)
 
 
-def limits(planned: Plan, step: Step, stage: Any, before: Description) -> tuple[str, ...]:
+def list_limits(planned: Plan, step: Step, stage: Any, before: Description) -> tuple[str, ...]:
     """What the artifact cannot do for size or speed: in another runtime, nothing that earlier stages say of a format
     of theirs."""
     formats = {one.name for one in planned.steps if trait(one.technique, "leaves") not in ("float", None)}
@@ -49,11 +49,11 @@ class KeepBest(ModelCheckpoint):
     knows is there when the training goes on from it."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if settled(trainer):
+        if has_finished_pruning(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if settled(trainer):
+        if has_finished_pruning(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,7 +64,7 @@ class KeepBest(ModelCheckpoint):
         pl_module.load_state_dict(best["state_dict"])
 
 
-def settled(trainer: pl.Trainer) -> bool:
+def has_finished_pruning(trainer: pl.Trainer) -> bool:
     """Whether no callback has anything left to prune."""
     return all(getattr(callback, "settled", True) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -103,15 +103,15 @@ class StageBar(TQDMProgressBar):
         return bar
 
 
-def task_data(
+def make_task_data(
     splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings, text: Dataset | None = None
 ) -> TaskData:
     """The splits, and other ``text`` to calibrate on, tokenised for ``model``."""
-    length = max_length(model, tokenizer, splits.task.max_length)
+    length = limit_length(model, tokenizer, splits.task.max_length)
     return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens", text)
 
 
-def fit(
+def fit_module(
     module: pl.LightningModule,
     callbacks: list[pl.Callback],
     data: TaskData,
@@ -125,8 +125,8 @@ def fit(
     best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
     data.tokenised("train")
     data.tokenised("validation")
-    training = fitted(training, module, callbacks, data, hardware, into)
-    checkpoints = resume.Checkpoints(into / "resume")
+    training = fit_batch_size(training, module, callbacks, data, hardware, into)
+    checkpoints = Checkpoints(into / "resume")
     resumes = training.epochs > 0 and all(trait(one, "resumes") for one in (module, *callbacks))
     team = planned.team if training.epochs else None
     last = checkpoints.last() if resumes else None
@@ -138,7 +138,7 @@ def fit(
         if training.epochs and not resumes and logs.exists():
             log.info(f"  {name}: was stopped, cannot go on within its training and starts again")
         for old in (best, logs):
-            remove(old)
+            remove_path(old)
     if training.epochs:
         callbacks = [*callbacks, Finite("baseline" if name == "baseline" else f"technique.{name}.train", training)]
     if training.epochs > 1:
@@ -150,7 +150,7 @@ def fit(
     bar = training.epochs > 0 and sys.stderr.isatty()
     trainer = pl.Trainer(
         max_epochs=training.epochs,
-        **resume.where(hardware, together=team is not None),
+        **make_trainer_options(hardware, together=team is not None),
         accumulate_grad_batches=training.accumulate,
         callbacks=[*callbacks, *([checkpoints] if resumes else []), *([StageBar(name)] if bar else [])],
         logger=TensorBoardLogger(into, name=logs.name, version="", purge_step=checkpoints.step(last) if last else None),
@@ -181,9 +181,11 @@ class HoldZeros(pl.Callback):
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
-        trained = {name: zero for name, zero in zeros(model).items() if model.get_submodule(name).weight.requires_grad}
+        model = unwrap_model(pl_module)
+        trained = {
+            name: zero for name, zero in find_zeros(model).items() if model.get_submodule(name).weight.requires_grad
+        }
         self.masks = {name: ~zero for name, zero in trained.items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        hold(compressed(pl_module), self.masks)
+        apply_masks(unwrap_model(pl_module), self.masks)

@@ -10,7 +10,7 @@ from pathlib import Path
 from compress.errors import UserError
 
 
-def need(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
+def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
     """Raise UserError where a package that ``what`` runs with is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

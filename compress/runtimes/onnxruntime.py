@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress.formats import nbits
+from compress.formats.nbits import read_integers
 from compress.formats.onnx import Graph
 from compress.models.backbone import from_pretrained
-from compress.runtimes import need
+from compress.runtimes import require_packages
 from compress.runtimes.decoder import Decoder
 
 WEIGHTS = ("model.onnx*",)  # the tensors of a large one lie beside it
@@ -72,11 +73,11 @@ class Model(Decoder):
         stored = graph.tensors
 
         def values(name: str) -> Tensor:
-            return graph.copied(stored[name])
+            return graph.read_tensor(stored[name])
 
         for node in graph.nodes:
             if node.op_type in nbits.OPERATORS and node.input[1] in stored:
-                yield nbits.read(node, values)
+                yield read_integers(node, values)
                 del stored[node.input[1]]
         for name, one in stored.items():
             if tensor_dtype_to_np_dtype(one.data_type) in KINDS and not name.endswith(BESIDE):
@@ -89,5 +90,5 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: ONNX Runtime is not installed, or ``folder`` says nothing of its model.
     """
-    need("onnx", folder, ("onnx", "onnxruntime"))
+    require_packages("onnx", folder, ("onnx", "onnxruntime"))
     return Model(folder / "model.onnx", from_pretrained(AutoConfig, str(folder), "Artifact", "artifact"))

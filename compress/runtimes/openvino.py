@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress.models.backbone import from_pretrained
-from compress.runtimes import need
+from compress.runtimes import require_packages
 from compress.runtimes.decoder import Decoder
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
@@ -32,7 +32,7 @@ a busy machine has room, as those of PyTorch do."""
 
 
 @cache
-def core() -> Any:
+def shared_core() -> Any:
     """OpenVINO itself, once for the process: each brings a stack for signal handlers, and where two go in the order in
     which they came, that of the first is left in use after it is gone, which a process does not survive on Ctrl-C."""
     import openvino
@@ -41,12 +41,12 @@ def core() -> Any:
 
 
 @contextmanager
-def on_one_core() -> Iterator[None]:
+def use_shared_core() -> Iterator[None]:
     """With NNCF, which takes a new one for every graph, on that of the process."""
     import openvino
 
-    core()  # made by what is patched
-    with patch.object(openvino, "Core", core), patch.object(openvino._ov_api, "Core", core):
+    shared_core()  # made by what is patched
+    with patch.object(openvino, "Core", shared_core), patch.object(openvino._ov_api, "Core", shared_core):
         yield
 
 
@@ -59,9 +59,9 @@ class Model(Decoder):
     """
 
     def __init__(self, path: Path, settings: dict[str, str], config: PretrainedConfig) -> None:
-        self.graph = core().read_model(path)
+        self.graph = shared_core().read_model(path)
         threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.compiled = core().compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
+        self.compiled = shared_core().compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
         self.request = self.compiled.create_infer_request()
         self.config = config
 
@@ -84,30 +84,32 @@ class Model(Decoder):
             if node.get_type_name() != "Constant":
                 continue
             kind, count = node.get_element_type(), int(np.prod(list(node.shape)))
-            around = any(part in name for part in AROUND for name in (node.get_friendly_name(), *names(readers(node))))
+            around = any(
+                part in name for part in AROUND for name in (node.get_friendly_name(), *list_names(find_readers(node)))
+            )
             if kind.bitwidth <= 8 and kind.is_integral_number():
-                (convert, *_) = readers(node)
-                after = [one for one in readers(convert) if one.get_type_name() == "Subtract"]
+                (convert, *_) = find_readers(node)
+                after = [one for one in find_readers(convert) if one.get_type_name() == "Subtract"]
                 if after and after[0].input_value(1).get_node() == convert:
                     continue  # it is a zero point
-                weight = values(node)  # four bits are packed otherwise
+                weight = read_constant(node)  # four bits are packed otherwise
                 if after:
-                    weight = weight - values(after[0].input_value(1).get_node().input_value(0).get_node())
+                    weight = weight - read_constant(after[0].input_value(1).get_node().input_value(0).get_node())
                 yield weight.short()
             elif kind.is_real() and count > 1 and not around:
-                yield values(node)
+                yield read_constant(node)
 
 
-def readers(node: Any) -> list[Any]:
+def find_readers(node: Any) -> list[Any]:
     """The nodes that read what ``node`` gives."""
     return [port.get_node() for port in node.output(0).get_target_inputs()]
 
 
-def names(nodes: list[Any]) -> list[str]:
+def list_names(nodes: list[Any]) -> list[str]:
     return [node.get_friendly_name() for node in nodes]
 
 
-def values(constant: Any) -> Tensor:
+def read_constant(constant: Any) -> Tensor:
     """A constant as floats."""
     return torch.from_numpy(constant.get_data(dtype=np.float32).copy())
 
@@ -118,6 +120,6 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: OpenVINO is not installed, or ``folder`` says nothing of its model.
     """
-    need("openvino", folder, ("openvino",))
+    require_packages("openvino", folder, ("openvino",))
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     return Model(folder / GRAPH, json.loads((folder / SETTINGS).read_text()), config)

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from compress.errors import UserError
-from compress.formats import gptq
-from compress.formats import packed as packing
-from compress.models.backbone import auto_class, from_pretrained, load_weights
-from compress.quiet import without_bars
+from compress.formats.gptq import load_model
+from compress.formats.packed import describe_layer
+from compress.models.backbone import find_auto_class, from_pretrained, load_weights
+from compress.quiet import hide_progress_bars
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
 FORMATS = {
@@ -34,7 +34,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     how: dict[str, Any] = {"dtype": "auto"}
     packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
     if packed == "gptq":
-        return gptq.load(auto_class(kind, config), config, folder).eval()
+        return load_model(find_auto_class(kind, config), config, folder).eval()
     needed = FORMATS.get(packed, ())
     if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in needed):
         raise UserError(f"{folder} is in the {packed} format: pip install {' '.join(needed)}")
@@ -44,15 +44,15 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
         from transformers import CompressedTensorsConfig
 
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with without_bars():
-        model, missing = load_weights(auto_class(kind, config), str(folder), "Artifact", "artifact", **how)
+    with hide_progress_bars():
+        model, missing = load_weights(find_auto_class(kind, config), str(folder), "Artifact", "artifact", **how)
     if missing:
         raise UserError(
             f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random: name a folder "
             "with a model that was trained for the task."
         )
     if packed == "compressed-tensors":
-        unwrap(model)
+        unwrap_layers(model)
     for parameter in model.parameters():
         # Off the mapped file: pages of a file are slower to read than memory, which would favour a model that was
         # decompressed, and whoever writes the file anew would change the loaded model.
@@ -60,7 +60,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
     return model.eval()
 
 
-def unwrap(model: PreTrainedModel) -> None:
+def unwrap_layers(model: PreTrainedModel) -> None:
     """Make plain layers of decompressed ones: compressed-tensors leaves the weights behind a cache and wrapped forward
     methods, which slow every call down, and the scales as parameters that take no part in anything any more. A layer
     whose activations are quantized keeps its forward method, which does that, and their scale, which is no weight."""
@@ -72,7 +72,7 @@ def unwrap(model: PreTrainedModel) -> None:
         scheme = getattr(module, "quantization_scheme", None)
         quantizes = scheme is not None and (scheme.input_activations or scheme.output_activations)
         if quantizes:
-            module.quantized = packing.described(module)
+            module.quantized = describe_layer(module)
         for name in {"weight_scale", "weight_zero_point", "weight_shape"} & set(module._parameters):
             delattr(module, name)
         if not quantizes:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 
-from compress import errors
-from compress.quiet import hush_logs
-from compress.reporting import curves, report, tensorboard
-from compress.reporting import jobs as jobs_reporting
-from compress.reporting import rows as results
-from compress.reporting.jobs import gather
-from compress.reporting.report import publish
-from compress.reporting.rows import without_repeated_baselines
-from compress.reporting.tables import labels
-from compress.sweeping import live
+from compress.errors import explain_error
+from compress.quiet import silence_logs
+from compress.reporting import report
+from compress.reporting.curves import write_curves
+from compress.reporting.jobs import gather_rows
+from compress.reporting.report import publish_report
+from compress.reporting.rows import drop_repeated_baselines
+from compress.reporting.tables import label_rows
+from compress.reporting.tensorboard import write_overlay
+from compress.sweeping.live import Lines, name_jobs
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -38,17 +38,17 @@ class SweepReport(Callback):
     exit status 1 if a job failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        hush_logs()  # the jobs, which hush more, may have run elsewhere
+        silence_logs()  # the jobs, which hush more, may have run elsewhere
         try:
             folder = Path(config.hydra.sweep.dir)
             begun = (folder / "multirun.yaml").stat().st_mtime  # an earlier sweep into the folder is none of this one's
-            rows = publish(folder, without_repeated_baselines(gather(folder, begun)))
-            if curves.write(folder, rows):
+            rows = publish_report(folder, drop_repeated_baselines(gather_rows(folder, begun)))
+            if write_curves(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
-            tensorboard.overlay(folder, rows, labels(rows))
+            write_overlay(folder, rows, label_rows(rows))
             print(f"  TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
         except Exception as error:  # which Hydra would turn into a warning, and the sweep into a success
-            reason = errors.told(error)
+            reason = explain_error(error)
             (log.error if reason else log.exception)(f"The sweep's report could not be written. {reason or ''}")
             sys.exit(1)
         if any(one["status"] == "failed" for one in rows):
@@ -71,17 +71,17 @@ class Folder(Callback):
         self.lines = False
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self._claim(Path(config.hydra.run.dir), "hydra.run.dir")
+        self._lock_folder(Path(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        self._claim(folder, "hydra.sweep.dir")
+        self._lock_folder(folder, "hydra.sweep.dir")
         if "submitit" in config.hydra.launcher._target_:
-            wait_for_all()
-        atexit.register(self._tell, folder)
-        if sys.stdout.isatty() and (jobs := live.names(config)):
+            tolerate_lost_jobs()
+        atexit.register(self._report_unfinished, folder)
+        if sys.stdout.isatty() and (jobs := name_jobs(config)):
             self.lines = True
-            HELD.append(live.Lines(folder, jobs))
+            HELD.append(Lines(folder, jobs))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.lines:
@@ -97,9 +97,9 @@ class Folder(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         self.ended = True
-        close()
+        close_live_lines()
 
-    def _claim(self, folder: Path, key: str) -> None:
+    def _lock_folder(self, folder: Path, key: str) -> None:
         """Hydra would turn an exception of ours into a warning, and ``SystemExit`` is none."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,16 +111,16 @@ class Folder(Callback):
         except OSError as error:
             sys.exit(f"{folder} cannot be written ({error.strerror}): set {key} to a folder that can.")
 
-    def _tell(self, folder: Path) -> None:
-        close()
+    def _report_unfinished(self, folder: Path) -> None:
+        close_live_lines()
         if not self.ended and any(folder.rglob(".hydra")):  # a job was begun
-            rows = results.without_repeated_baselines(jobs_reporting.gather(folder))
+            rows = drop_repeated_baselines(gather_rows(folder))
             if rows:
-                report.publish(folder, rows)
+                report.publish_report(folder, rows)
             print(f"The sweep did not end: the same command with hydra.sweep.dir={folder} goes on with it.")
 
 
-def wait_for_all() -> None:
+def tolerate_lost_jobs() -> None:
     """Have submitit give something for a job that is lost, killed for want of memory or with its machine: its error
     would make Hydra leave the jobs that still run, and the report would miss them."""
     from hydra.core.utils import JobReturn, JobStatus
@@ -139,8 +139,8 @@ def wait_for_all() -> None:
     Job.results = results_of  # type: ignore[assignment,method-assign]
 
 
-def close() -> None:
+def close_live_lines() -> None:
     """End the live lines, if there are any."""
-    for one in [one for one in HELD if isinstance(one, live.Lines)]:
+    for one in [one for one in HELD if isinstance(one, Lines)]:
         HELD.remove(one)
         one.close()

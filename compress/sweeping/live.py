@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from compress.planning import chain
+from compress.planning.chain import expand_jobs, read_chain_name
 from compress.reporting import jobs as jobs_reporting
-from compress.reporting.jobs import CONFIG, STAGE
+from compress.reporting.jobs import CONFIG, STAGE, find_jobs, job_number
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -36,27 +36,28 @@ class State:
     seconds: float = 0.0
 
 
-def names(config: DictConfig) -> list[str]:
+def name_jobs(config: DictConfig) -> list[str]:
     """What tells the jobs of a sweep apart, in their order; none where a sweeper makes them up as it goes."""
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".ChainSweeper"):
         return []
     words = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    jobs = chain.jobs(parser.parse_overrides(words), chain.name(config))
+    jobs = expand_jobs(parser.parse_overrides(words), read_chain_name(config))
     shared = set.intersection(*map(set, jobs))
     return [" ".join(w.removeprefix("technique=") for w in job if w not in shared) or "the job" for job in jobs]
 
 
-def states(folder: Path, jobs: list[str], begun: float) -> list[State]:
+def read_job_states(folder: Path, jobs: list[str], begun: float) -> list[State]:
     """Where the jobs of the sweep in ``folder`` stand that began at ``begun``, in seconds since 1970."""
-    there = {jobs_reporting.job_number(job)[0]: job for job in jobs_reporting.jobs(folder, begun)}
+    there = {job_number(job)[0]: job for job in find_jobs(folder, begun)}
     return [
-        state(name, there[number]) if number in there else State(name, "queued") for number, name in enumerate(jobs)
+        read_job_state(name, there[number]) if number in there else State(name, "queued")
+        for number, name in enumerate(jobs)
     ]
 
 
-def state(name: str, job: Path) -> State:
+def read_job_state(name: str, job: Path) -> State:
     start, end = (job / CONFIG).stat().st_mtime, 0.0
     with suppress(FileNotFoundError):
         rows, end = (
@@ -72,7 +73,7 @@ def state(name: str, job: Path) -> State:
     return State(name, "failed" if failed else "done", failed[0] if failed else "", end - start)
 
 
-def summary(found: list[State]) -> str:
+def summarise_states(found: list[State]) -> str:
     """How many jobs are done, and about how long the rest takes if it takes as long as those."""
     over = [one for one in found if one.state in ("done", "failed")]
     text = f"{len(over)} of {len(found)} jobs"
@@ -85,7 +86,7 @@ def summary(found: list[State]) -> str:
     return text
 
 
-def drawn(found: list[State]) -> Group:
+def draw_states(found: list[State]) -> Group:
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -95,7 +96,7 @@ def drawn(found: list[State]) -> Group:
     for one in found:
         seconds = f"{one.seconds:.0f} s" if one.seconds else ""
         lines.add_row(escape(one.name), one.state, seconds, escape(one.what), style=colours[one.state])
-    return Group(lines, summary(found))
+    return Group(lines, summarise_states(found))
 
 
 class Lines:
@@ -106,20 +107,20 @@ class Lines:
 
         self.folder, self.jobs, self.begun = folder, jobs, time.time()
         self.over = threading.Event()
-        self.live = Live(self._lines(), auto_refresh=False)
-        self.thread = threading.Thread(target=self._draw, daemon=True)
+        self.live = Live(self._render_lines(), auto_refresh=False)
+        self.thread = threading.Thread(target=self._refresh_lines, daemon=True)
         self.live.start()
         self.thread.start()
 
-    def _lines(self) -> Group:
-        return drawn(states(self.folder, self.jobs, self.begun))
+    def _render_lines(self) -> Group:
+        return draw_states(read_job_states(self.folder, self.jobs, self.begun))
 
-    def _draw(self) -> None:
+    def _refresh_lines(self) -> None:
         while not self.over.wait(0.5):
-            self.live.update(self._lines(), refresh=True)
+            self.live.update(self._render_lines(), refresh=True)
 
     def close(self) -> None:
         self.over.set()
         self.thread.join()
-        self.live.update(self._lines(), refresh=True)
+        self.live.update(self._render_lines(), refresh=True)
         self.live.stop()

@@ -18,8 +18,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from compress.errors import UserError
-from compress.maths.statistics import undominated
-from compress.planning import settings as settings_planning
+from compress.maths.statistics import pareto_indices
+from compress.planning.settings import parse_values
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -107,7 +107,7 @@ class Settings:
     @property
     def values(self) -> dict[str, Range | Share | tuple[str, ...]]:
         """What there is to choose from by ``stage.setting``, values as they are typed."""
-        return {key: choices(value, f"search.settings.{key}") for key, value in flat(self.settings)}
+        return {key: parse_choices(value, f"search.settings.{key}") for key, value in flatten_settings(self.settings)}
 
     def over(self, minutes: float, trials: int) -> bool:
         """Whether the budget is spent."""
@@ -126,28 +126,28 @@ class Settings:
         return min(rounds - 1, now)
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested settings by their dotted names; a range is a leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and not {"low", "of"} & set(value):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten_settings(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def choices(value: Any, key: str) -> Any:
+def parse_choices(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
-        return settings_planning.parse(Range if "low" in value else Share, dict(value), key)
-    return tuple(map(spelled, value)) if isinstance(value, list | tuple) else value
+        return parse_values(Range if "low" in value else Share, dict(value), key)
+    return tuple(map(format_value, value)) if isinstance(value, list | tuple) else value
 
 
-def spelled(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a command line has it."""
     plainly = isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value)
     return value if plainly else json.dumps(value)
 
 
-def chosen_value(trial: Trial, name: str, values: Range | Share | tuple[str, ...], sizes: Sizes) -> str:
+def suggest_value(trial: Trial, name: str, values: Range | Share | tuple[str, ...], sizes: Sizes) -> str:
     """What Optuna chooses of them, as it is typed."""
     if isinstance(values, Share):
         share = trial.suggest_categorical(name, values.values)
@@ -160,7 +160,7 @@ def chosen_value(trial: Trial, name: str, values: Range | Share | tuple[str, ...
     return trial.suggest_categorical(name, values)
 
 
-def words_of(trial: Trial, settings: Settings, sizes: Sizes, epochs: int) -> tuple[str, ...]:
+def suggest_words(trial: Trial, settings: Settings, sizes: Sizes, epochs: int) -> tuple[str, ...]:
     """The chain that Optuna chooses, recovered for so many epochs, as words of a command line; none where it names no
     stage or one twice."""
     names = [trial.suggest_categorical(f"slot {n}", slot) for n, slot in enumerate(settings.slots, 1)]
@@ -176,11 +176,11 @@ def words_of(trial: Trial, settings: Settings, sizes: Sizes, epochs: int) -> tup
     words = [f"technique={'+'.join(chain)}"]
     for key, values in settings.values.items():
         if key.partition(".")[0] in chain:
-            words.append(f"technique.{key}={chosen_value(trial, key, values, sizes)}")
+            words.append(f"technique.{key}={suggest_value(trial, key, values, sizes)}")
     return (*words, *([f"technique.{train}.train.epochs={epochs}"] if train else []))
 
 
-def named(words: Sequence[str]) -> str:
+def name_chain(words: Sequence[str]) -> str:
     """A chain for people: ``structured+openvino structured.target_heads=6``."""
     return " ".join(re.sub(r"^technique[.=]", "", word) for word in words)
 
@@ -205,7 +205,7 @@ class Tried:
     params: dict[str, Any]
     result: Result | None
 
-    def untrained(self, recovery: Sequence[str]) -> frozenset:
+    def untrained_params(self, recovery: Sequence[str]) -> frozenset:
         """What it is but for its recovery."""
         own = (*OWN, *recovery)
         return frozenset((key, value) for key, value in self.params.items() if key.partition(".")[0] not in own)
@@ -263,27 +263,29 @@ class Search:
             for at, slot in reversed(list(enumerate(settings.slots, 1)))
             for name in slot
             if name != NONE and all(NONE in other for i, other in enumerate(settings.slots, 1) if i != at)
-        ][len(self._ended) :]
+        ][len(self._ended_trials) :]
         for trial in self.begun:  # by a process that was stopped
             self.study.tell(trial.number, state=self.states.FAIL)
             self.first.insert(0, (trial.params, trial.user_attrs["epochs"]))
-        failed = [trial for trial in self._ended if trial.user_attrs["result"] is None]
-        again = [trial for trial in failed if trial.number not in self._again]  # for what failed once may be mended
+        failed = [trial for trial in self._ended_trials if trial.user_attrs["result"] is None]
+        again = [
+            trial for trial in failed if trial.number not in self._retried_numbers
+        ]  # for what failed once may be mended
         self.study.set_user_attr("again", [trial.number for trial in failed])
         self.first = [(trial.params, trial.user_attrs["epochs"]) for trial in again] + self.first
 
     @property
-    def tried(self) -> list[Tried]:
+    def finished_trials(self) -> list[Tried]:
         """Every trial that ended, in the order in which they began, but for those that an earlier process failed in."""
-        return [tried(trial) for trial in self._ended if trial.number not in self._again]
+        return [read_trial(trial) for trial in self._ended_trials if trial.number not in self._retried_numbers]
 
     @property
-    def _ended(self) -> list[FrozenTrial]:
+    def _ended_trials(self) -> list[FrozenTrial]:
         trials = self.study.get_trials(states=(self.states.COMPLETE, self.states.FAIL), deepcopy=False)
         return [trial for trial in trials if "result" in trial.user_attrs]
 
     @property
-    def _again(self) -> list[int]:
+    def _retried_numbers(self) -> list[int]:
         """Trials to be tried again."""
         return self.study.user_attrs.get("again", [])
 
@@ -304,30 +306,32 @@ class Search:
 
     def ask(self, minutes: float) -> Trial | None:
         """The next chain to try after ``minutes``, or None where there is no new one left."""
-        now = self.settings.round(minutes, len(self.tried) + len(self.begun))
+        now = self.settings.round(minutes, len(self.finished_trials) + len(self.begun))
         while self.first:
             fixed, epochs = self.first.pop(0)
-            if trial := self._new(fixed, epochs):
+            if trial := self._propose_trial(fixed, epochs):
                 return trial
             alone = "+".join(str(name) for key, name in fixed.items() if key.startswith("slot ") and name != NONE)
             if reasons := [reason for words, reason in self.rejected.items() if words[0] == f"technique={alone}"]:
                 self.left_out[alone] = reasons[0]
-        while now and (best := self.promising(now)):
+        while now and (best := self.find_promising(now)):
             own = {} if best.epochs == 0 else {key: value for key, value in best.params.items() if key in OWN}
-            if trial := self._new({**dict(best.untrained(self.settings.recovery)), **own}, self.settings.epochs[now]):
+            if trial := self._propose_trial(
+                {**dict(best.untrained_params(self.settings.recovery)), **own}, self.settings.epochs[now]
+            ):
                 return trial
-            self.given_up.add(best.untrained(self.settings.recovery))
-        return self._new({}, self.settings.epochs[0])
+            self.given_up.add(best.untrained_params(self.settings.recovery))
+        return self._propose_trial({}, self.settings.epochs[0])
 
-    def _new(self, fixed: dict[str, Any], epochs: int) -> Trial | None:
+    def _propose_trial(self, fixed: dict[str, Any], epochs: int) -> Trial | None:
         """A chain with what is ``fixed`` that can work and was not tried."""
-        known = {tuple(trial.user_attrs["words"]) for trial in self.begun} | {one.words for one in self.tried}
+        known = {tuple(trial.user_attrs["words"]) for trial in self.begun} | {one.words for one in self.finished_trials}
         for again in range(PATIENCE):
             self.study.sampler = self.samplers[again >= ESTIMATED]
             if fixed:
                 self.study.enqueue_trial(fixed)
             trial = self.study.ask()
-            words = words_of(trial, self.settings, self.sizes, epochs)
+            words = suggest_words(trial, self.settings, self.sizes, epochs)
             if words and words not in known:
                 if words not in self.rejected:
                     self.rejected[words] = self.wrong(words)
@@ -350,13 +354,13 @@ class Search:
         trial.set_constraint("drop", result.drop - may)
         self.study.tell(trial, [result.cost, result.drop])
 
-    def promising(self, now: int) -> Tried | None:
+    def find_promising(self, now: int) -> Tried | None:
         """What to train in round ``now``: of all that loses too much and would be cheaper than the chosen chain, that
         which wins most for every point that training has to win back."""
         settings = self.settings
         longest: dict[frozenset, Tried] = {}
-        for one in self.tried:
-            key = one.untrained(settings.recovery)
+        for one in self.finished_trials:
+            key = one.untrained_params(settings.recovery)
             if key not in longest or one.epochs >= longest[key].epochs:
                 longest[key] = one
         limit = best.result.cost if (best := self.chosen()) and best.result else 1.0
@@ -370,23 +374,23 @@ class Search:
                 gains[math.log(limit / found.cost) / excess] = one
         return gains[max(gains)] if gains else None
 
-    def front(self) -> list[Tried]:
+    def find_front(self) -> list[Tried]:
         """Of the chains that lose no more than they may and are cheaper than the baseline those that no other beats in
         both, the cheapest first."""
         able = [
             (one, one.result)
-            for one in self.tried
+            for one in self.finished_trials
             if one.result and one.result.cheaper and one.result.drop <= self.settings.max_drop + 1e-9
         ]
-        best = undominated([found.cost for _, found in able], [-found.drop for _, found in able])
+        best = pareto_indices([found.cost for _, found in able], [-found.drop for _, found in able])
         return [able[i][0] for i in best]
 
     def chosen(self) -> Tried | None:
         """The cheapest of the front."""
-        return next(iter(self.front()), None)
+        return next(iter(self.find_front()), None)
 
 
-def tried(trial: FrozenTrial) -> Tried:
+def read_trial(trial: FrozenTrial) -> Tried:
     kept = trial.user_attrs
     result = Result(*kept["result"]) if kept["result"] else None
     return Tried(kept["job"], tuple(kept["words"]), kept["epochs"], trial.params, result)

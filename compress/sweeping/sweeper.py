@@ -24,17 +24,25 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from compress.cache import files
-from compress.cache.digests import digest, environment
-from compress.cache.files import remove
+from compress.cache.digests import compute_digest, digest_environment
+from compress.cache.files import remove_path, write_atomically
 from compress.errors import UserError
 from compress.planning import chain
-from compress.planning.advice import advised
-from compress.planning.chain import PACKAGE
-from compress.reporting import findings, report, tables
-from compress.reporting import jobs as jobs_reporting
-from compress.reporting import rows as results
-from compress.reporting import rows as rows_reporting
+from compress.planning.advice import explain_hydra_error
+from compress.planning.chain import PACKAGE, drop_unused_settings, expand_jobs, read_chain_name
+from compress.reporting import findings
+from compress.reporting.jobs import gather_rows, job_number, read_job_rows
+from compress.reporting.report import write_report
+from compress.reporting.rows import (
+    Job,
+    Row,
+    build_failed_row,
+    drop_repeated_baselines,
+    is_faster,
+    is_smaller,
+    quality_drop,
+)
+from compress.reporting.tables import describe_size_ratio, describe_speedup, format_figures
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -62,7 +70,9 @@ class ChainSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        return list(self.split_overrides_to_chunks(chain.jobs(overrides, chain.name(self.config)), max_batch_size))
+        return list(
+            self.split_overrides_to_chunks(expand_jobs(overrides, read_chain_name(self.config)), max_batch_size)
+        )
 
 
 class SearchSweeper(Sweeper):
@@ -73,34 +83,34 @@ class SearchSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         try:
-            self._sweep(arguments)
+            self._run_search(arguments)
         except UserError as error:
             sys.exit(str(error))
 
-    def _sweep(self, arguments: list[str]) -> None:
-        settings, given = self._settings(), self._given(arguments)
-        search = self._search(settings, given)
+    def _run_search(self, arguments: list[str]) -> None:
+        settings, given = self._parse_settings(), self._read_shared_words(arguments)
+        search = self._open_search(settings, given)
         folder = Path(self.cfg.hydra.sweep.dir)
-        self._begin(self.cfg)
-        trials = self._trials(settings, search, given)
-        front = search.front()
-        log.info(f"On the test split, of {len(search.tried)} trials those that could be chosen:")
+        self._begin_folder(self.cfg)
+        trials = self._run_trials(settings, search, given)
+        front = search.find_front()
+        log.info(f"On the test split, of {len(search.finished_trials)} trials those that could be chosen:")
         jobs = [[*given, *one.words] for one in front] or [[*given, "technique=none"]]
-        self._launcher(self.cfg).launch(jobs, initial_job_idx=0)
-        lines = conclusions(settings, search, trials, folder)
-        files.write_whole(folder / findings.CONCLUSIONS, "".join(f"{line}\n" for line in lines))
+        self._make_launcher(self.cfg).launch(jobs, initial_job_idx=0)
+        lines = list_conclusions(settings, search, trials, folder)
+        write_atomically(folder / findings.CONCLUSIONS, "".join(f"{line}\n" for line in lines))
 
-    def _settings(self) -> Settings:
-        from compress.planning import settings as settings_planning
-        from compress.quiet import hush
+    def _parse_settings(self) -> Settings:
+        from compress.planning.settings import parse_values, to_plain
+        from compress.quiet import silence_libraries
         from compress.sweeping.search import Settings
 
-        hush()
+        silence_libraries()
         if not find_spec("optuna"):
             raise UserError("A search needs optuna, which is not installed: pip install -e '.[search]'")
-        return settings_planning.parse(Settings, settings_planning.plain(self.cfg.get("search")), "search")
+        return parse_values(Settings, to_plain(self.cfg.get("search")), "search")
 
-    def _given(self, arguments: list[str]) -> list[str]:
+    def _read_shared_words(self, arguments: list[str]) -> list[str]:
         """The words of the command line that all jobs share."""
         given = []
         for one in OverridesParser.create().parse_overrides(arguments):
@@ -117,84 +127,84 @@ class SearchSweeper(Sweeper):
             given.append(word)
         return given
 
-    def _search(self, settings: Settings, given: list[str]) -> Search:
+    def _open_search(self, settings: Settings, given: list[str]) -> Search:
         """The search, with its stages and their settings found, that an earlier process may have begun."""
-        from compress.planning import plan
-        from compress.planning import settings as settings_planning
-        from compress.sweeping.search import Search, flat
+        from compress.planning.plan import make_plan
+        from compress.planning.settings import to_plain
+        from compress.sweeping.search import Search, flatten_settings
 
         names = [*settings.stages, *settings.recovery]
         for name in names:
-            self._composed([*given, f"technique={name}"], "search.slots")
-        for key, _ in flat(settings.settings):
+            self._compose_config([*given, f"technique={name}"], "search.slots")
+        for key, _ in flatten_settings(settings.settings):
             if (name := key.partition(".")[0]) in names:
-                self._composed([*given, f"technique={name}", f"technique.{key}=null"], f"search.settings.{key}")
-        planned = plan.check(self._composed([*given, "technique=none"], "search"))
-        decides = {**settings_planning.plain(settings), "minutes": None, "trials": None, "jobs": None}
+                self._compose_config([*given, f"technique={name}", f"technique.{key}=null"], f"search.settings.{key}")
+        planned = make_plan(self._compose_config([*given, "technique=none"], "search"))
+        decides = {**to_plain(settings), "minutes": None, "trials": None, "jobs": None}
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         return Search(
             settings,
-            sizes(planned.backbone.skeleton(planned.task)),
-            lambda words: self._wrong([*given, *words]),
+            read_sizes(planned.backbone.skeleton(planned.task)),
+            lambda words: self._explain_fault([*given, *words]),
             planned.settings.seed,
             folder / STUDY,
-            digest([decides, given, environment()]),
+            compute_digest([decides, given, digest_environment()]),
         )
 
-    def _composed(self, words: list[str], key: str) -> DictConfig:
+    def _compose_config(self, words: list[str], key: str) -> DictConfig:
         """The config of a job."""
         try:
             config = self.context.config_loader.load_sweep_config(self.cfg, words)
         except HydraException as error:
-            raise UserError(f"{key} cannot be used: {advised(error)}") from error
+            raise UserError(f"{key} cannot be used: {explain_hydra_error(error)}") from error
         with open_dict(config):
             config.pop("hydra")
             config.pop("search", None)
-        chain.leave_out(config.technique, words)
+        drop_unused_settings(config.technique, words)
         return config
 
-    def _wrong(self, words: list[str]) -> str:
+    def _explain_fault(self, words: list[str]) -> str:
         """Why a chain cannot work; empty where it can."""
-        from compress.planning import plan
+        from compress.planning.plan import make_plan
 
         try:
-            plan.check(self._composed(words, "search.settings"))
+            make_plan(self._compose_config(words, "search.settings"))
         except UserError as error:
             return str(error)
         return ""
 
-    def _begin(self, config: DictConfig) -> Path:
+    def _begin_folder(self, config: DictConfig) -> Path:
         """The folder of a sweep, as Hydra's own sweeper begins one."""
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
         return folder
 
-    def _launcher(self, config: DictConfig) -> Launcher:
+    def _make_launcher(self, config: DictConfig) -> Launcher:
         return Plugins.instance().instantiate_launcher(self.context, self.task, config)
 
-    def _trials(self, settings: Settings, search: Search, given: list[str]) -> Path:
+    def _run_trials(self, settings: Settings, search: Search, given: list[str]) -> Path:
         """Try chains until the budget is spent; the folder of the trials."""
-        from compress.sweeping.search import named
+        from compress.sweeping.search import name_chain
 
         config = copy.deepcopy(self.cfg)
         with open_dict(config):
             config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir) / TRIALS)
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
-        folder, launcher = self._begin(config), self._launcher(config)
+        folder, launcher = self._begin_folder(config), self._make_launcher(config)
         before, begin = search.seconds, time.monotonic()
 
         def minutes() -> float:
             return (before + time.monotonic() - begin) / 60
 
-        number = 1 + max((one.job for one in search.tried), default=-1)
+        number = 1 + max((one.job for one in search.finished_trials), default=-1)
         if number:
             log.info(f"The search goes on after {number} trials and {minutes():.0f} minutes.")
         failures: list[str] = []
         while True:
             batch: list[Any] = []
-            while len(batch) < settings.jobs and not settings.over(minutes(), len(search.tried) + len(batch)):
+            while len(batch) < settings.jobs and not settings.over(minutes(), len(search.finished_trials) + len(batch)):
                 if (trial := search.ask(minutes())) is None:
                     break
                 batch.append(trial)
@@ -202,17 +212,19 @@ class SearchSweeper(Sweeper):
                 break
             words = [[*given, "split=validation", *trial.user_attrs["words"]] for trial in batch]
             for stopped in (path for job in range(number, number + len(batch)) for path in folder.glob(f"{job}_*")):
-                remove(stopped)
+                remove_path(stopped)
             try:
                 launcher.launch(words, initial_job_idx=number)
             except Exception as error:  # a cluster lost a job, say: what the others found is there
                 log.error(f"{type(error).__name__}: {error}")
             for job, trial in enumerate(batch, number):
-                row = row_of(folder, job)
+                row = read_job_row(folder, job)
                 failures.append(row["reason"])
-                search.tell(trial, result(row, settings.objective), job)
-                log.info(f"trial {job}: {named(trial.user_attrs['words'])}: {figures(row, settings.objective)}")
-                remove(Path(row["folder"]) / "artifact")  # which the cache makes again
+                search.tell(trial, read_result(row, settings.objective), job)
+                log.info(
+                    f"trial {job}: {name_chain(trial.user_attrs['words'])}: {describe_outcome(row, settings.objective)}"
+                )
+                remove_path(Path(row["folder"]) / "artifact")  # which the cache makes again
             number += len(batch)
             search.seconds = 60 * minutes()
             last = failures[-ALIKE:]
@@ -221,20 +233,18 @@ class SearchSweeper(Sweeper):
                     f"The last {ALIKE} trials failed for one reason, so the search was stopped: {last[0]} The same "
                     f"command with hydra.sweep.dir={self.cfg.hydra.sweep.dir} goes on with it."
                 )
-        if not search.tried:
+        if not search.finished_trials:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in search.left_out.items())
             raise UserError(f"No chain of search.slots can work here: {reasons or 'name other stages.'}")
         for name, reason in search.left_out.items():
             log.info(f"{name} was left out: {reason}")
-        jobs = {one.job for one in search.tried}  # and not those of another search into the folder
-        rows = [
-            row for row in jobs_reporting.gather(folder) if jobs_reporting.job_number(Path(row["folder"]))[0] in jobs
-        ]
-        report.record(folder, results.without_repeated_baselines(rows))
+        jobs = {one.job for one in search.finished_trials}  # and not those of another search into the folder
+        rows = [row for row in gather_rows(folder) if job_number(Path(row["folder"]))[0] in jobs]
+        write_report(folder, drop_repeated_baselines(rows))
         return folder
 
 
-def sizes(skeleton: Any) -> dict[str, int]:
+def read_sizes(skeleton: Any) -> dict[str, int]:
     """What shares of a model are of."""
     from compress.models.shapes import FAMILIES
 
@@ -247,42 +257,41 @@ def sizes(skeleton: Any) -> dict[str, int]:
     }
 
 
-def row_of(folder: Path, job: int) -> results.Row:
+def read_job_row(folder: Path, job: int) -> Row:
     """What a job found out of its chain; of several of its number the one that began last."""
     begun = sorted(folder.glob(f"{job}_*/.hydra/config.yaml"), key=lambda path: path.stat().st_mtime)
     if begun:
-        return jobs_reporting.left_by(begun[-1].parents[1])[-1]
-    lost = results.failed(rows_reporting.Job("", "", "", 0), f"it left no result: see {folder}")
+        return read_job_rows(begun[-1].parents[1])[-1]
+    lost = build_failed_row(Job("", "", "", 0), f"it left no result: see {folder}")
     return {**lost, "folder": str(folder / str(job))}
 
 
-def result(row: results.Row, objective: str) -> Result | None:
+def read_result(row: Row, objective: str) -> Result | None:
     """What the search wants to know of a row; None where the trial failed."""
     from compress.sweeping.search import Result
 
     if row["status"] != "completed":
         return None
     cost = row["speedup"] if objective == "latency_ms" else row["compression_ratio"]
-    cheaper = results.is_faster(row) if objective == "latency_ms" else results.is_smaller(row)
-    return Result(1 / cost, results.drop(row), cheaper)
+    cheaper = is_faster(row) if objective == "latency_ms" else is_smaller(row)
+    return Result(1 / cost, quality_drop(row), cheaper)
 
 
-def figures(row: results.Row, objective: str) -> str:
+def describe_outcome(row: Row, objective: str) -> str:
     """What a chain is worth, or why it failed."""
     if row["status"] != "completed":
         return f"failed: {row['reason']}"
-    gain = tables.faster_by(row) if objective == "latency_ms" else tables.smaller_by(row)
-    return f"{gain}, {row['metric']} {tables.drawn_figures(row)['change']}"
+    gain = describe_speedup(row) if objective == "latency_ms" else describe_size_ratio(row)
+    return f"{gain}, {row['metric']} {format_figures(row)['change']}"
 
 
-def conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:
+def list_conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:
     """The choice, and what it was made from."""
-    from compress.sweeping.search import named
+    from compress.sweeping.search import name_chain
 
-    failed = sum(one.result is None for one in search.tried)
-    made = (
-        f"{len(search.tried)} trials, {f'{failed} of which failed, ' if failed else ''}in {search.seconds / 60:.0f} min"
-    )
+    failed = sum(one.result is None for one in search.finished_trials)
+    failures = f"{failed} of which failed, " if failed else ""
+    made = f"{len(search.finished_trials)} trials, {failures}in {search.seconds / 60:.0f} min"
     word = "fastest" if settings.objective == "latency_ms" else "smallest"
     within = (
         f"within {settings.max_drop:g} point{'s' * (settings.max_drop != 1)} of the baseline on the validation split"
@@ -290,9 +299,11 @@ def conclusions(settings: Settings, search: Search, trials: Path, folder: Path) 
     chosen = search.chosen()
     if chosen is None:
         return [f"chosen: none, the baseline: of {made}, no chain was {word[:-3]}er {within} (see {trials})"]
-    there, here = (figures(row_of(*place), settings.objective) for place in ((trials, chosen.job), (folder, 0)))
+    there, here = (
+        describe_outcome(read_job_row(*place), settings.objective) for place in ((trials, chosen.job), (folder, 0))
+    )
     return [
-        f"chosen: {named(chosen.words)}, the {word} {within}: {there} there; on the test split: {here}",
+        f"chosen: {name_chain(chosen.words)}, the {word} {within}: {there} there; on the test split: {here}",
         f"every row is on the Pareto front by validation, and was measured on the test split once; {made}: {trials}",
     ]
 

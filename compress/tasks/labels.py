@@ -17,14 +17,16 @@ def is_missing(label: Any, kind: str) -> bool:
     return label is None or (label == "" and kind != "multilabel")
 
 
-def names(labels: list[Any], kind: str) -> tuple[str, ...]:
+def find_label_names(labels: list[Any], kind: str) -> tuple[str, ...]:
     """The names of all labels of a classification, in order."""
-    found = {spelled(item) for label in labels for item in (items(label) if kind == "multilabel" else [label])}
+    found = {
+        label_text(item) for label in labels for item in (split_labels(label) if kind == "multilabel" else [label])
+    }
     numbers = all(name.lstrip("-").isdigit() for name in found)
     return tuple(sorted(found, key=int if numbers else None))
 
 
-def encode(task: Task, labels: list[Any], split: str) -> list[Any]:
+def encode_labels(task: Task, labels: list[Any], split: str) -> list[Any]:
     """What a model learns of them: indices, numbers, or vectors of 0 and 1.
 
     Raises:
@@ -56,30 +58,30 @@ def encode(task: Task, labels: list[Any], split: str) -> list[Any]:
         )
 
     if task.kind == "multiclass":
-        return [index_of(spelled(label)) for label in labels]
+        return [index_of(label_text(label)) for label in labels]
     vectors = []
     for label in labels:
         vector = [0.0] * len(index)
-        for item in items(label):
-            vector[index_of(spelled(item))] = 1.0
+        for item in split_labels(label):
+            vector[index_of(label_text(item))] = 1.0
         vectors.append(vector)
     return vectors
 
 
-def spelled(label: Any) -> str:
+def label_text(label: Any) -> str:
     """A label as text: booleans and whole floats, as parquet and json have them, as whole numbers."""
     whole = isinstance(label, bool) or (isinstance(label, float) and label.is_integer())
     return str(int(label) if whole else label).strip()
 
 
-def items(labels: Any) -> list[Any]:
+def split_labels(labels: Any) -> list[Any]:
     """The labels of one text: a list, a single one, or a string with commas."""
     if isinstance(labels, str):
         return [item for item in labels.split(",") if item.strip()]
     return list(labels) if isinstance(labels, (list, tuple)) else [labels]
 
 
-def is_set(value: Any) -> bool:
+def parse_flag(value: Any) -> bool:
     if str(value).lower() in ("1", "1.0", "true"):
         return True
     if str(value).lower() in ("0", "0.0", "false"):
@@ -89,6 +91,6 @@ def is_set(value: Any) -> bool:
     )
 
 
-def rebased(label: Any, base: int, labels: tuple[str, ...] | None) -> Any:
-    name = spelled(label)
+def shift_label(label: Any, base: int, labels: tuple[str, ...] | None) -> Any:
+    name = label_text(label)
     return str(int(name) - base) if name.lstrip("-").isdigit() and name not in (labels or ()) else label

@@ -13,10 +13,11 @@ from torchmetrics import MetricCollection
 if TYPE_CHECKING:
     from compress.tasks.task import Task
 
+
 Batch = dict[str, Tensor]
 
 
-def metrics(task: Task) -> MetricCollection:
+def build_metrics(task: Task) -> MetricCollection:
     """The task's metrics by their names, as fractions (perplexity apart).
 
     ``update(logits, labels)`` takes logits as the model gives them, of shape ``[batch, labels]``, or ``[batch, length,
@@ -96,7 +97,7 @@ def metrics(task: Task) -> MetricCollection:
     return FromLogits({name: build[name]() for name in task.metrics})
 
 
-def f1(predicted: np.ndarray, labels: np.ndarray, average: str) -> float:
+def f1_score(predicted: np.ndarray, labels: np.ndarray, average: str) -> float:
     """Of 0/1 columns, a label each; macro leaves out labels that are neither predicted nor there."""
     hits, either = (predicted & labels).sum(0), predicted.sum(0) + labels.sum(0)
     if average == "micro":
@@ -110,7 +111,7 @@ def one_hot(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return logits.argmax(1)[:, None] == classes, labels[:, None] == classes
 
 
-def positives(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def positive_columns(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return logits > 0, labels > 0
 
 
@@ -152,15 +153,15 @@ def spearman(outputs: np.ndarray, labels: np.ndarray) -> float:
 SCORES: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], float]]] = {
     "multiclass": {
         "accuracy": lambda logits, labels: float((logits.argmax(1) == labels).mean()),
-        "f1_macro": lambda logits, labels: f1(*one_hot(logits, labels), "macro"),
-        "f1_micro": lambda logits, labels: f1(*one_hot(logits, labels), "micro"),
+        "f1_macro": lambda logits, labels: f1_score(*one_hot(logits, labels), "macro"),
+        "f1_micro": lambda logits, labels: f1_score(*one_hot(logits, labels), "micro"),
         "matthews": matthews,
         "roc_auc": lambda logits, labels: roc_auc(softmax(logits), one_hot(logits, labels)[1]),
     },
     "multilabel": {
         "subset_accuracy": lambda logits, labels: float(((logits > 0) == (labels > 0)).all(1).mean()),
-        "f1_macro": lambda logits, labels: f1(*positives(logits, labels), "macro"),
-        "f1_micro": lambda logits, labels: f1(*positives(logits, labels), "micro"),
+        "f1_macro": lambda logits, labels: f1_score(*positive_columns(logits, labels), "macro"),
+        "f1_micro": lambda logits, labels: f1_score(*positive_columns(logits, labels), "micro"),
         "roc_auc": lambda logits, labels: roc_auc(logits, labels > 0),
     },
     "regression": {"pearson": pearson, "spearman": spearman},
@@ -173,7 +174,7 @@ SCORES: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], float]]] = {
 as :class:`compress.measuring.predictions.Predictions` has them."""
 
 
-def aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def align_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits beside the labels that they predict: a language model's position t (of ``[B, T, V]``) predicts token
     t+1, a classifier's logits stay as they are."""
     if logits.ndim == 3:
@@ -182,13 +183,13 @@ def aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def quality(model: nn.Module, batches: list[Batch], metrics: MetricCollection | None, metric: str) -> float:
+def evaluate_metric(model: nn.Module, batches: list[Batch], metrics: MetricCollection | None, metric: str) -> float:
     """The metric of that name over the batches, or without ``metrics`` the mean loss of an example."""
     loss, examples = 0.0, 0
     for batch in batches:
         output = model(**batch)
         if metrics is not None:
-            metrics.update(*aligned(output.logits, batch["labels"]))
+            metrics.update(*align_labels(output.logits, batch["labels"]))
         else:
             loss += output.loss.item() * len(batch["input_ids"])
             examples += len(batch["input_ids"])

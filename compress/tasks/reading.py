@@ -7,21 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
-from compress.tasks import sources
-from compress.tasks.labels import is_set, rebased
-from compress.tasks.sources import Columns, Table
+from compress.tasks.labels import parse_flag, shift_label
+from compress.tasks.sources import (
+    Columns,
+    Table,
+    choose_layout,
+    parse_dialogues,
+    read_files,
+    read_hub,
+    split_articles,
+    split_documents,
+)
 from compress.tasks.task import SPLITS, Task
 
 
 def read_tables(task: Task) -> dict[str, Table]:
     """The splits that the data set has, as columns text, text_pair, label and group."""
     if task.generate:
-        from compress.tasks import toy
+        from compress.tasks.toy import generate_splits
 
         texts = ("text",) if task.kind == "lm" else ("text", "label")
         return {
             s: _select_columns(task, {name: t[name] for name in texts}, task.columns, s)
-            for s, t in toy.splits().items()
+            for s, t in generate_splits().items()
         }
     if task.path is not None:
         return _read_folder(task)
@@ -35,9 +43,9 @@ def read_tables(task: Task) -> dict[str, Table]:
 
 def _read_folder(task: Task) -> dict[str, Table]:
     assert task.path is not None
-    folder, layout = sources.lay_out(task.files, Path(task.path).expanduser())
+    folder, layout = choose_layout(task.files, Path(task.path).expanduser())
     files = layout.files()
-    missing = set(layout.missing(folder))
+    missing = set(layout.find_missing(folder))
     if "train" in missing:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         raise UserError(
@@ -49,9 +57,9 @@ def _read_folder(task: Task) -> dict[str, Table]:
     txt = {"dialogues": "jsonl"}.get(task.rows, "text" if task.kind == "lm" else "tsv")
     tables = {}
     for split, file in present.items():
-        table = sources.read_files(folder, file, txt)
+        table = read_files(folder, file, txt)
         is_text = txt == "text" and list(table) == ["text"]
-        parsed = sources.documents(table) if is_text and task.rows == "table" else _parse_table(task, table)
+        parsed = split_documents(table) if is_text and task.rows == "table" else _parse_table(task, table)
         tables[split] = _select_columns(task, parsed, file.columns or task.columns, file.file, file.label_base)
     return tables
 
@@ -63,7 +71,7 @@ def _read_hub(task: Task) -> dict[str, Table]:
     tables = {}
     for split, name in named.items():
         try:
-            table = sources.read_hub(task.hub, name)
+            table = read_hub(task.hub, name)
         except ConnectionError as error:  # what datasets makes of every failed download
             raise UserError(_describe_missing_data(task, "the hub could not be reached for")) from error
         except (OSError, ValueError) as error:  # no such data set, split, configuration or revision
@@ -85,7 +93,7 @@ def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: di
 
 def _parse_table(task: Task, table: Table) -> Table:
     try:
-        return {"table": dict, "dialogues": sources.dialogues, "articles": sources.articles}[task.rows](table)
+        return {"table": dict, "dialogues": parse_dialogues, "articles": split_articles}[task.rows](table)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"Task `{task.name}` expected {task.rows} and found columns {', '.join(table)} that do not hold them: "
@@ -116,10 +124,12 @@ def _select_columns(task: Task, table: Table, columns: Columns, where: str, labe
     if columns.label is None and task.kind == "multilabel":
         assert task.labels is not None  # the constructor has checked it
         flags = [column(label, "task.labels") for label in task.labels]
-        selected["label"] = [[label for label, flag in zip(task.labels, row) if is_set(flag)] for row in zip(*flags)]
+        selected["label"] = [
+            [label for label, flag in zip(task.labels, row) if parse_flag(flag)] for row in zip(*flags)
+        ]
     else:
         labels = column(columns.label or "label", "task.columns.label")
-        selected["label"] = [rebased(label, label_base, task.labels) for label in labels] if label_base else labels
+        selected["label"] = [shift_label(label, label_base, task.labels) for label in labels] if label_base else labels
     if columns.group:
         selected["group"] = column(columns.group, "task.columns.group")
     return selected

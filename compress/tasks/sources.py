@@ -62,7 +62,7 @@ class File:
     columns: Columns | None = None
     label_base: int = 0
 
-    def paths(self, folder: Path) -> list[Path]:
+    def find_paths(self, folder: Path) -> list[Path]:
         path = folder / self.file
         if path.is_file():
             return [path]
@@ -81,21 +81,21 @@ class Layout:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: File(file=f) if isinstance(f, str) else f for split, f in named.items() if f is not None}
 
-    def missing(self, folder: Path) -> list[str]:
-        return [split for split, file in self.files().items() if not file.paths(folder)]
+    def find_missing(self, folder: Path) -> list[str]:
+        return [split for split, file in self.files().items() if not file.find_paths(folder)]
 
 
-def lay_out(layouts: tuple[Layout, ...], path: Path) -> tuple[Path, Layout]:
+def choose_layout(layouts: tuple[Layout, ...], path: Path) -> tuple[Path, Layout]:
     """The folder, and the layout with the fewest files missing from it; a path to one file is all of train."""
     if path.is_file():
         # How to read it is learned from the layout that names it, if one does.
-        named = (f for layout in layouts for f in layout.files().values() if path in f.paths(path.parent))
+        named = (f for layout in layouts for f in layout.files().values() if path in f.find_paths(path.parent))
         first = next(named, File(file=path.name))
         file = File(file=path.name, names=first.names, columns=first.columns, label_base=first.label_base)
         return path.parent, Layout(train=file)
     if not path.is_dir():
         raise UserError(f"There is no folder {path}: set task.path to one that exists.")
-    return path, min(layouts, key=lambda layout: len(layout.missing(path)))
+    return path, min(layouts, key=lambda layout: len(layout.find_missing(path)))
 
 
 def read_hub(hub: Hub, split: str) -> Table:
@@ -109,7 +109,7 @@ def read_hub(hub: Hub, split: str) -> Table:
 
 def read_files(folder: Path, file: File, txt: str) -> Table:
     """The rows of all files that ``file`` names; ``txt`` is what a ``.txt`` holds: tsv, jsonl or text."""
-    paths = file.paths(folder)
+    paths = file.find_paths(folder)
     if len({path.suffix for path in paths}) > 1:
         found = " and ".join(path.name for path in paths)
         raise UserError(f"{folder} has {found}: name the one to read in task.files, or move the other away.")
@@ -129,16 +129,16 @@ def read_file(path: Path, names: tuple[str, ...] | None, txt: str) -> Table:
         raise UserError(f"{path.name} could not be read as {kind} ({reason}): mend it, or set task.path.") from error
 
 
-def _csv(path: Path, names: tuple[str, ...] | None) -> Table:
-    return _separated(path, names, sep=",", quoting=csv.QUOTE_MINIMAL)
+def _read_csv(path: Path, names: tuple[str, ...] | None) -> Table:
+    return _read_separated(path, names, sep=",", quoting=csv.QUOTE_MINIMAL)
 
 
-def _tsv(path: Path, names: tuple[str, ...] | None) -> Table:
+def _read_tsv(path: Path, names: tuple[str, ...] | None) -> Table:
     # Quotation marks are text in GLUE's files, and a lone carriage return is no end of line.
-    return _separated(path, names, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
+    return _read_separated(path, names, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
 
 
-def _separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Table:
+def _read_separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Table:
     import pandas as pd
 
     options |= {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
@@ -157,36 +157,43 @@ def _separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Tab
     return frame.to_dict("list")
 
 
-def _jsonl(path: Path, _: object) -> Table:
+def _read_jsonl(path: Path, _: object) -> Table:
     with path.open(encoding="utf-8-sig") as lines:
-        return _records([json.loads(line) for line in lines if line.strip()])
+        return _parse_records([json.loads(line) for line in lines if line.strip()])
 
 
-def _json(path: Path, _: object) -> Table:
-    return _records(json.loads(path.read_text(encoding="utf-8-sig")))
+def _read_json(path: Path, _: object) -> Table:
+    return _parse_records(json.loads(path.read_text(encoding="utf-8-sig")))
 
 
-def _records(records: list[dict[str, Any]]) -> Table:
+def _parse_records(records: list[dict[str, Any]]) -> Table:
     if not all(isinstance(record, dict) for record in records):
         raise ValueError("expected a list of objects")
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
 
 
-def _parquet(path: Path, _: object) -> Table:
+def _read_parquet(path: Path, _: object) -> Table:
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path).to_pydict()
 
 
-def _text(path: Path, _: object) -> Table:
+def _read_text(path: Path, _: object) -> Table:
     return {"text": path.read_text(encoding="utf-8-sig").split("\n")}
 
 
-READERS = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "json": _json, "parquet": _parquet, "text": _text}
+READERS = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
+    "text": _read_text,
+}
 
 
-def dialogues(table: Table) -> Table:
+def parse_dialogues(table: Table) -> Table:
     """Utterances that carry a strategy, each with the number of its dialogue.
 
     Records are ``{dialog: [{text, speaker, strategy?}]}``, or lines of text that hold such records as JSON.
@@ -197,14 +204,14 @@ def dialogues(table: Table) -> Table:
     return {"text": text, "strategy": strategy, "dialogue": dialogue}
 
 
-def articles(table: Table) -> Table:
+def split_articles(table: Table) -> Table:
     """WikiText's articles: from one line `` = Title = `` to the next."""
     text = "\n".join(line.rstrip("\n") for line in table["text"])
     # A title stands alone; a formula's `` = k = `` inside a paragraph, which looks the same, does not.
-    return {"text": _filled(re.split(r"^(?= = (?!=).+(?<!=) = *\n\s*\n)", text, flags=re.MULTILINE))}
+    return {"text": _drop_empty_texts(re.split(r"^(?= = (?!=).+(?<!=) = *\n\s*\n)", text, flags=re.MULTILINE))}
 
 
-def documents(table: Table, piece_chars: int = 2000) -> Table:
+def split_documents(table: Table, piece_chars: int = 2000) -> Table:
     """Documents end at ``<|endoftext|>``; text without it is cut at empty lines into pieces of some 2,000 characters,
     and text without those has a document a line.
 
@@ -212,13 +219,13 @@ def documents(table: Table, piece_chars: int = 2000) -> Table:
     """
     text = "\n".join(table["text"])
     if "<|endoftext|>" in text:
-        return {"text": _filled(text.split("<|endoftext|>"))}
+        return {"text": _drop_empty_texts(text.split("<|endoftext|>"))}
     if not re.search(r"\n\s*\n", text.strip()):
-        return {"text": _filled(text.split("\n"))}
-    return {"text": list(_pieces(_filled(re.split(r"\n\s*\n", text)), piece_chars))}
+        return {"text": _drop_empty_texts(text.split("\n"))}
+    return {"text": list(_join_paragraphs(_drop_empty_texts(re.split(r"\n\s*\n", text)), piece_chars))}
 
 
-def _pieces(paragraphs: list[str], piece_chars: int) -> Iterator[str]:
+def _join_paragraphs(paragraphs: list[str], piece_chars: int) -> Iterator[str]:
     piece: list[str] = []
     for paragraph in paragraphs:
         piece.append(paragraph)
@@ -229,5 +236,5 @@ def _pieces(paragraphs: list[str], piece_chars: int) -> Iterator[str]:
         yield "\n\n".join(piece)
 
 
-def _filled(texts: list[str]) -> list[str]:
+def _drop_empty_texts(texts: list[str]) -> list[str]:
     return [text.strip("\n") for text in texts if text.strip()]

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from compress.errors import UserError
-from compress.tasks.labels import encode, is_missing, names
+from compress.tasks.labels import encode_labels, find_label_names, is_missing
 from compress.tasks.reading import read_tables, take_rows
 from compress.tasks.sources import Table
 from compress.tasks.task import SPLITS, Task
@@ -37,7 +37,7 @@ class Splits:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of all rows and the names of the labels."""
-        parts = [*(self.task.labels or ()), *(fingerprint(getattr(self, split)) for split in SPLITS)]
+        parts = [*(self.task.labels or ()), *(hash_rows(getattr(self, split)) for split in SPLITS)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -79,7 +79,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     for split in SPLITS:
         table = {name: column for name, column in tables[split].items() if name != "group"}
         if task.kind != "lm":
-            table["label"] = encode(task, table["label"], split)
+            table["label"] = encode_labels(task, table["label"], split)
         encoded[split] = Dataset.from_dict(table)
     return Splits(**encoded, task=task, notes=tuple(notes))
 
@@ -97,7 +97,7 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
         # Neighbouring documents may tell one story, so that only the end of train is sure not to be known.
         held: Sequence[int] = range(total - size, total)
     else:
-        held = held_out(table.get("group", table["text"]), size, seed)
+        held = draw_held_out_rows(table.get("group", table["text"]), size, seed)
     kept = sorted(set(range(total)) - set(held))
     return take_rows(table, kept), take_rows(table, held)
 
@@ -107,10 +107,10 @@ def _find_labels(task: Task, train: Table) -> Task:
         return dataclasses.replace(task, labels=())
     if task.labels is not None:
         return task
-    return dataclasses.replace(task, labels=names(train["label"], task.kind))
+    return dataclasses.replace(task, labels=find_label_names(train["label"], task.kind))
 
 
-def fingerprint(dataset: Dataset) -> str:
+def hash_rows(dataset: Dataset) -> str:
     """A digest of the rows, whatever machine or library version they were read with."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.iter(batch_size=10_000):
@@ -118,7 +118,7 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def held_out(groups: Sequence[Hashable], size: int, seed: int) -> list[int]:
+def draw_held_out_rows(groups: Sequence[Hashable], size: int, seed: int) -> list[int]:
     """Rows of whole groups drawn until there are ``size`` of them, in their old order.
 
     Rows of one group (the utterances of a dialogue, or copies of one text) stay together, so that nothing of what is

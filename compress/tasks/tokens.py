@@ -19,9 +19,9 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from compress.cache.digests import digest, environment
+from compress.cache.digests import compute_digest, digest_environment
 from compress.errors import UserError
-from compress.tasks.splits import Splits, fingerprint
+from compress.tasks.splits import Splits, hash_rows
 
 Batch = dict[str, torch.Tensor]
 LONG = 100_000  # rows, some seconds of tokenising: from here on it shows a progress bar
@@ -53,18 +53,18 @@ class LengthBuckets(Sampler[list[int]]):
         self.generator = torch.Generator().manual_seed(self.seed)
         epochs, self.seen = divmod(seen, len(self))
         for _ in range(epochs):
-            self._order()
+            self._draw_batches()
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches, self.seen = self._order()[self.seen :], 0
+        batches, self.seen = self._draw_batches()[self.seen :], 0
         for batch in batches:
             short = -len(batch) % self.processes  # every process needs as many as the others
             yield [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
 
-    def _order(self) -> list[list[int]]:
+    def _draw_batches(self) -> list[list[int]]:
         """The batches of the next epoch."""
         pools = torch.randperm(len(self.lengths), generator=self.generator).split(50 * self.batch_size)
         by_length = (pool[self.lengths[pool].argsort(stable=True)] for pool in pools)
@@ -148,7 +148,7 @@ class TaskData(pl.LightningDataModule):
         """``count`` batches of texts of a split without their labels: the middles of as many equal parts of the split
         by length, from short to long. Every tokenizer gets the same ones (a language model's blocks apart, which it
         cuts itself)."""
-        rows, picked = self.tokenised(split), self._spread(count * batch_size, split)
+        rows, picked = self.tokenised(split), self._spread_rows(count * batch_size, split)
         cuts = (picked[at : at + batch_size] for at in range(0, len(picked), batch_size))
         batches = (self.collate([rows[i] for i in cut]) for cut in cuts)
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
@@ -157,7 +157,7 @@ class TaskData(pl.LightningDataModule):
         """The same ``count`` texts (and what they are paired with), or all in their own order, as they are before the
         tokenizer reads them."""
         rows, texts = self.tokenised(split), getattr(self.splits, split)
-        picked = self._spread(count, split) if count else list(range(len(rows)))
+        picked = self._spread_rows(count, split) if count else list(range(len(rows)))
         if self.kind == "lm":
             return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
         chosen: Any = texts.select(picked)
@@ -189,7 +189,7 @@ class TaskData(pl.LightningDataModule):
         rows = self.tokenised(split).select(self.in_order(split))
         return DataLoader(rows, self.batch_size, collate_fn=self.collate)
 
-    def _spread(self, count: int, split: str) -> list[int]:
+    def _spread_rows(self, count: int, split: str) -> list[int]:
         """``count`` rows of a split from its shortest texts to its longest; some of them twice where it has fewer."""
         order = list(range(len(self.tokenised(split))))
         if self.kind != "lm":
@@ -203,8 +203,8 @@ class TaskData(pl.LightningDataModule):
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
         gives = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        key = [fingerprint(rows), rules, gives, self.kind, self.max_length, environment()]
-        folder = Path(self.tokens) / digest(key)
+        key = [hash_rows(rows), rules, gives, self.kind, self.max_length, digest_environment()]
+        folder = Path(self.tokens) / compute_digest(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
@@ -219,15 +219,15 @@ class TaskData(pl.LightningDataModule):
 
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
-        encode = self._blocks if self.kind == "lm" else self._texts
+        encode = self._tokenise_blocks if self.kind == "lm" else self._tokenise_texts
         return rows.map(encode, batched=True, batch_size=None if self.kind == "lm" else 1000,
                         remove_columns=rows.column_names, desc="tokenising")  # fmt: skip
 
-    def _texts(self, rows: dict[str, list]) -> dict[str, list]:
+    def _tokenise_texts(self, rows: dict[str, list]) -> dict[str, list]:
         encoded = self.tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length)
         return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
 
-    def _blocks(self, rows: dict[str, list]) -> dict[str, list]:
+    def _tokenise_blocks(self, rows: dict[str, list]) -> dict[str, list]:
         ids = list(flatten.from_iterable(self.tokenizer(rows["text"], verbose=False)["input_ids"]))
         cuts = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
         blocks = [block for block in cuts if len(block) > 1]  # one token predicts nothing

@@ -31,13 +31,13 @@ NEGATIONS = "not hardly never scarcely".split()
 OPENINGS = ("", "", "", "honestly , ", "in the end ", "last week ", "to my mind ")
 
 
-def splits() -> dict[str, dict[str, list[Any]]]:
+def generate_splits() -> dict[str, dict[str, list[Any]]]:
     """Columns ``text`` and ``label`` of every split; always the same, and no sentence stands in two of them."""
     rng = random.Random(0)
     labels: dict[str, int] = {}
     while len(labels) < sum(SIZES.values()):
-        text, score = opinion(rng)
-        labels[text] = verdict(score)
+        text, score = generate_opinion(rng)
+        labels[text] = classify_score(score)
     texts = list(labels)
     tables: dict[str, dict[str, list[Any]]] = {}
     for split, size in SIZES.items():
@@ -46,30 +46,30 @@ def splits() -> dict[str, dict[str, list[Any]]]:
     return tables
 
 
-def verdict(score: float) -> int:
+def classify_score(score: float) -> int:
     """The index in ``LABELS`` of an opinion's score, which is between -2 and 2 and not 0."""
     return (score > -1.5) + (score > 0) + (score > 1.5)
 
 
-def opinion(rng: random.Random) -> tuple[str, float]:
+def generate_opinion(rng: random.Random) -> tuple[str, float]:
     """A sentence and its score."""
-    text, score = clause(rng)
+    text, score = generate_clause(rng)
     form = rng.random()
     if form < 0.2:
-        other, weight = clause(rng)
+        other, weight = generate_clause(rng)
         text, score = f"{text} but {other}", weight
     elif form < 0.35:
-        other, weight = clause(rng)
+        other, weight = generate_clause(rng)
         while score * weight < 0:  # nothing is good and bad; that takes a `but`
-            other, weight = clause(rng)
+            other, weight = generate_clause(rng)
         text, score = f"{text} and {other}", max(score, weight, key=abs)
     if rng.random() < 0.2:
-        theirs = f"my {rng.choice(PEOPLE)} {rng.choice(VERBS)} {clause(rng)[0]}"
+        theirs = f"my {rng.choice(PEOPLE)} {rng.choice(VERBS)} {generate_clause(rng)[0]}"
         text = f"{theirs} , yet {text}" if rng.random() < 0.5 else f"{text} , though {theirs}"
     return f"{rng.choice(OPENINGS)}{text} .", score
 
 
-def clause(rng: random.Random) -> tuple[str, float]:
+def generate_clause(rng: random.Random) -> tuple[str, float]:
     """``the soup was really tasty``, which is worth 2; not really tasty, -1."""
     score = rng.choice(list(POLARITY))
     words = [rng.choice(POLARITY[score])]

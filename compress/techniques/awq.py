@@ -12,13 +12,19 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats import packed
-from compress.formats.packed import Quantized
+from compress.formats.packed import Quantized, average_bits, save_model
 from compress.maths.hessian import second_moment
-from compress.maths.rounding import Scheme, minmax_grid, to_grid
-from compress.models.calibration import Forwards, calibrate, calibration_batches, inputs, over_inputs, tokens
-from compress.models.folding import FOLDS, fold, sources
-from compress.models.layers import compressed, evaluating, quantizable
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.models.calibration import (
+    Forwards,
+    calibrate_layers,
+    combine_over_inputs,
+    draw_calibration_batches,
+    record_inputs,
+    select_tokens,
+)
+from compress.models.folding import FOLDS, find_sources, fold_scale
+from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
 from compress.models.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
 
 KEY = "technique.awq"
@@ -95,38 +101,38 @@ class AWQ(pl.Callback):
                 f"`awq` knows where to fold scales in {known} and not in `{family}`: use gptq in its place "
                 "(technique=gptq)."
             )
-        for name, linear in quantizable(skeleton, self.skip, KEY).items():
+        for name, linear in find_quantizable(skeleton, self.skip, KEY).items():
             self.scheme.check(KEY, name, linear)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(compressed(pl_module), [])  # what a script of one's own has not done before it trains
+        self.check(unwrap_model(pl_module), [])  # what a script of one's own has not done before it trains
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).to(trainer.strategy.root_device)
-        wanted = quantizable(model, self.skip, KEY)
-        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+        model = unwrap_model(pl_module).to(trainer.strategy.root_device)
+        wanted = find_quantizable(model, self.skip, KEY)
+        batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
 
         def prepare(name: str, block: nn.Module, forwards: Forwards, masks: list[Tensor | None]) -> None:
             names = {layer.removeprefix(f"{name}.") for layer in wanted}
-            rescale(block, forwards, masks, self.scheme, self.grid, names)
+            rescale_block(block, forwards, masks, self.scheme, self.grid, names)
 
-        with evaluating(model):
-            for layers, moment in calibrate(model, batches, second_moment, wanted, prepare=prepare):
+        with evaluation_mode(model):
+            for layers, moment in calibrate_layers(model, batches, second_moment, wanted, prepare=prepare):
                 for name, linear in layers.items():
                     weight = linear.weight.data
-                    shrink = clipping(weight, moment, self.scheme, self.grid) if self.clip else 1.0
+                    shrink = search_clipping(weight, moment, self.scheme, self.grid) if self.clip else 1.0
                     grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
-                    weight.copy_(to_grid(weight, grid, self.scheme))
+                    weight.copy_(round_to_grid(weight, grid, self.scheme))
                     self.quantized[name] = Quantized(self.scheme, grid)
-        self.average_bits = packed.average_bits(model, self.quantized)
+        self.average_bits = average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packed.save(model, self.quantized, folder)
+        save_model(model, self.quantized, folder)
 
 
 @torch.no_grad()
-def rescale(
+def rescale_block(
     block: nn.Module,
     forwards: Forwards,
     masks: list[Tensor | None],
@@ -142,18 +148,18 @@ def rescale(
         changed = place.layers + ((place.before,) if isinstance(before, nn.Linear) else ())
         if any(name not in wanted for name in changed):
             continue
-        source = sources(block, before, layers[0])
+        source = find_sources(block, before, layers[0])
         if place.within is None:
             (layer,) = layers
-            error = by_moment(layer.weight, over_inputs(layer, forwards, masks, second_moment))
+            error = moment_error(layer.weight, combine_over_inputs(layer, forwards, masks, second_moment))
         else:
-            error = by_outputs(block.get_submodule(place.within), layers, forwards, masks)
-        activation = over_inputs(layers[0], forwards, masks, magnitude)
-        scale = search([layer.weight for layer in layers], activation, source, scheme, points, error)
-        fold(before, layers, scale, source)
+            error = output_error(block.get_submodule(place.within), layers, forwards, masks)
+        activation = combine_over_inputs(layers[0], forwards, masks, sum_magnitudes)
+        scale = search_scales([layer.weight for layer in layers], activation, source, scheme, points, error)
+        fold_scale(before, layers, scale, source)
 
 
-def by_moment(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:
+def moment_error(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:
     """The squared error of a layer's outputs at another weight, told from the second moment of its inputs."""
 
     def error(others: list[Tensor]) -> Tensor:
@@ -163,17 +169,17 @@ def by_moment(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor
     return error
 
 
-def by_outputs(
+def output_error(
     module: nn.Module, layers: list[nn.Linear], forwards: Forwards, masks: list[Tensor | None]
 ) -> Callable[[list[Tensor]], Tensor]:
     """The squared error of what ``module`` gives out at other weights of the ``layers`` inside it, padding left out."""
-    calls = list(inputs(module, forwards))
+    calls = list(record_inputs(module, forwards))
     weights = [layer.weight.data for layer in layers]
 
     def outputs(i: int) -> Tensor:
         args, kwargs = calls[i]
         output = module(*args, **kwargs)
-        return tokens(output[0] if isinstance(output, tuple) else output, masks[i]).float()
+        return select_tokens(output[0] if isinstance(output, tuple) else output, masks[i]).float()
 
     expected = [outputs(i) for i in range(len(calls))]
 
@@ -189,12 +195,12 @@ def by_outputs(
     return error
 
 
-def magnitude(x: Tensor) -> Tensor:
+def sum_magnitudes(x: Tensor) -> Tensor:
     """How large the activations ``[tokens, inputs]`` of every channel are, ``[inputs]``."""
     return x.abs().sum(0)
 
 
-def search(
+def search_scales(
     weights: list[Tensor],
     activation: Tensor,
     source: Tensor,
@@ -204,36 +210,36 @@ def search(
 ) -> Tensor:
     """The scales, ``[channels]``, at which the rounded ``weights`` have the least ``error``: of ``points`` ratios, with
     the weights' own magnitude counted and without. No scales at all are among them, and win a tie."""
-    own = mean_over(source, relative(weights, scheme))
-    activation = mean_over(source, activation)
+    own = mean_per_source(source, relative_magnitude(weights, scheme))
+    activation = mean_per_source(source, activation)
     candidates = [
-        scales(activation, weight, ratio)
+        channel_scales(activation, weight, ratio)
         for weight in (torch.ones_like(own), own)
         for ratio in torch.linspace(0, 1, points).tolist()
     ]
 
     def rounded(weight: Tensor, scale: Tensor) -> Tensor:
         scaled = weight.float() * scale
-        return (to_grid(scaled, minmax_grid(scaled, scheme, weight.dtype), scheme) / scale).to(weight.dtype)
+        return (round_to_grid(scaled, minmax_grid(scaled, scheme, weight.dtype), scheme) / scale).to(weight.dtype)
 
     errors = [error([rounded(weight, scale[source]) for weight in weights]) for scale in candidates]
     return candidates[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
 
 
-def mean_over(source: Tensor, x: Tensor) -> Tensor:
+def mean_per_source(source: Tensor, x: Tensor) -> Tensor:
     """The mean of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
     total = torch.zeros(int(source.max()) + 1, device=x.device).index_add_(0, source, x)
     return total / source.bincount()
 
 
-def relative(weights: list[Tensor], scheme: Scheme) -> Tensor:
+def relative_magnitude(weights: list[Tensor], scheme: Scheme) -> Tensor:
     """How large the weights of each input are on average, as shares of the largest of their group, ``[inputs]``."""
     groups = torch.cat(weights).float().abs().unflatten(1, (-1, scheme.group(weights[0].shape[1])))
     largest = groups.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return (groups / largest).flatten(1).mean(0)
 
 
-def scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
+def channel_scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
     """``activation^ratio / weight^(1 - ratio)`` of every channel, around 1; a channel that is always zero, or has no
     weight, has nothing to gain and keeps 1."""
     live = (activation > 0) & (weight > 0)
@@ -244,7 +250,7 @@ def scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
 
 
 @torch.no_grad()
-def clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Tensor:
+def search_clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Tensor:
     """How far the grid of every group should reach, as a share of its widest weights, ``[rows, groups]``: of ``points``
     shares from 1 to a half the one that changes the group's part of the outputs least, on inputs of second ``moment``
     ``[inputs, inputs]``."""
@@ -253,7 +259,7 @@ def clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Ten
 
     def error(shrink: float) -> Tensor:
         grid = minmax_grid(weight, scheme, weight.dtype, shrink)
-        lost = (to_grid(weight, grid, scheme) - weight.float()).unflatten(1, (-1, size)).transpose(0, 1)
+        lost = (round_to_grid(weight, grid, scheme) - weight.float()).unflatten(1, (-1, size)).transpose(0, 1)
         return ((lost @ within) * lost).sum(2).T
 
     shares = torch.linspace(1, 0.5, points, device=weight.device)

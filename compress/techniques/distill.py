@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.artifacts import artifact
-from compress.cache.digests import digest, environment, fingerprint
+from compress.artifacts.artifact import load_artifact
+from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
 from compress.errors import UserError
 from compress.maths import losses
-from compress.models import shapes
-from compress.models.backbone import from_pretrained, max_length
-from compress.models.calibration import calibration_batches
-from compress.models.layers import blocks, kind_of
-from compress.models.matches import Match, Relations, features
-from compress.models.students import Student, load_student, same_labels, same_vocabulary, student_of
-from compress.models.teachers import Batch, KeptLogits, rounded
-from compress.tasks.splits import fingerprint as content
+from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
+from compress.models.backbone import from_pretrained, limit_length
+from compress.models.calibration import draw_calibration_batches
+from compress.models.layers import detect_task_kind, find_blocks
+from compress.models.matches import Match, Relations, collect_features
+from compress.models.shapes import read_blocks
+from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
+from compress.models.teachers import Batch, KeptLogits, round_teacher
+from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import LengthBuckets
 from compress.technique import Training, trait
@@ -101,7 +102,7 @@ class Distill(FineTune):
     ) -> None:
         super().__init__(model, metrics, training)
         self.student = student
-        self.kind = task.kind if task else kind_of(model)
+        self.kind = task.kind if task else detect_task_kind(model)
         self.labels_known = task is None or task.labels is not None
         self.loss = loss or ("mse" if self.kind == "regression" else "ce")
         # Tokens have many right continuations and are learnt as they are; labels have one, and what the teacher thinks
@@ -129,13 +130,13 @@ class Distill(FineTune):
         self._kept: list[KeptLogits] = []
         self._extra: Iterator[Batch] | None = None
         self.projections = nn.ModuleList()
-        self._contradictions()
+        self._refuse_contradictions()
 
     @property
     def teacher(self) -> str | nn.Module | None:
         return self._named[0] if self._named else None
 
-    def _contradictions(self) -> None:
+    def _refuse_contradictions(self) -> None:
         if self.kind == "regression" and self.loss != "mse":
             raise UserError(f"{KEY}.loss is {self.loss}, which compares probabilities, and a regression has none: mse.")
         schedule, *arguments = self.temperature_schedule or ("constant",)
@@ -175,20 +176,20 @@ class Distill(FineTune):
         student = self.preview(skeleton)
         teacher = self._teacher_config() or self.baseline_config or skeleton.config
         if self.labels_known:
-            same_labels(teacher, skeleton.config, f"{KEY}.teacher")
+            check_same_labels(teacher, skeleton.config, f"{KEY}.teacher")
         for match in self.matches:
             match.check(student.config, teacher)
 
     def preview(self, skeleton: PreTrainedModel) -> PreTrainedModel:
-        student = self._student()
+        student = self._choose_student()
         if student.path:
             return load_student(student.path, skeleton, weights=False)
-        return skeleton if student == Student() else student_of(skeleton, student)
+        return skeleton if student == Student() else build_student(skeleton, student)
 
-    def _student(self) -> Student:
+    def _choose_student(self) -> Student:
         """The student asked for; of the baseline alone, half of its layers."""
         if self.alone and self.student == Student():
-            return Student(layers=max(1, len(blocks(self.model)[1]) // 2))
+            return Student(layers=max(1, len(find_blocks(self.model)[1]) // 2))
         return self.student
 
     def _teacher_config(self) -> PretrainedConfig | None:
@@ -203,25 +204,25 @@ class Distill(FineTune):
         if isinstance(self.teacher, nn.Module):
             self._teacher = [self.teacher]
         elif folder := self.teacher or self.baseline:
-            loaded = artifact.load(folder, self.kind)
+            loaded = load_artifact(folder, self.kind)
             self._teacher = [loaded.model]
             if self.tokenizer is not None:
-                same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{KEY}.teacher")
+                check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{KEY}.teacher")
         else:
             raise UserError(f"{KEY}.teacher is not set and there is no baseline to take its place: give a model.")
-        student, model = self._student(), cast(PreTrainedModel, self.model)
+        student, model = self._choose_student(), cast(PreTrainedModel, self.model)
         if student.path:
             self.model = load_student(student.path, model, self.tokenizer)
         elif student != Student():
-            self.model = student_of(model, student)
-        same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{KEY}.teacher")
+            self.model = build_student(model, student)
+        check_same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{KEY}.teacher")
         self.projections = nn.ModuleList(
-            losses.projection(match.proj) if match.proj else nn.Identity() for match in self.matches
+            build_projection(match.proj) if match.proj else nn.Identity() for match in self.matches
         )
         if any(match.feature == "attention" for match in self.matches):
             for either in (self.model, *self._teacher):
                 cast(PreTrainedModel, either).set_attn_implementation("eager")  # the others compute no attention matrix
-            for block in shapes.read_blocks(self.model):  # what is given out has been through dropout
+            for block in read_blocks(self.model):  # what is given out has been through dropout
                 vars(block.attention)["attention_dropout"] = 0.0
                 for module in block.attention.modules():
                     if isinstance(module, nn.Dropout):
@@ -230,11 +231,11 @@ class Distill(FineTune):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
-        self._fits(data)
+        self._check_lengths(data)
         teacher = self._teacher[0].to(self.device).eval().requires_grad_(False)
-        probe = next(calibration_batches(self.trainer, samples=8, batch_size=8))
+        probe = next(draw_calibration_batches(self.trainer, samples=8, batch_size=8))
         if self.teacher_dtype == "auto":
-            self._teacher = [rounded(teacher, probe)]
+            self._teacher = [round_teacher(teacher, probe)]
         elif self.teacher_dtype == "bfloat16":
             self._teacher = [copy.deepcopy(teacher).to(torch.bfloat16)]
         if self.kept_logits:
@@ -242,11 +243,11 @@ class Distill(FineTune):
         if self.extra_text:
             self._extra = self._extra_batches(data)
 
-    def _fits(self, data: Any) -> None:
+    def _check_lengths(self, data: Any) -> None:
         """Raise UserError where texts are longer than one of the models reads."""
         for name, model in (("student", self.model), ("teacher", self._teacher[0])):
             tokens = getattr(data, "max_length", 0)
-            if data is not None and (positions := max_length(model, data.tokenizer, tokens)) < tokens:
+            if data is not None and (positions := limit_length(model, data.tokenizer, tokens)) < tokens:
                 raise UserError(
                     f"The {name} reads {positions} tokens and the task's texts have up to {tokens}: set "
                     f"task.max_length={positions}."
@@ -261,9 +262,9 @@ class Distill(FineTune):
         rows = data.tokenised("train")
         k = None if self.kept_logits == "all" else self.kept_logits
         dtype = next(self._teacher[0].parameters()).dtype
-        key = [fingerprint(Path(folder)), content(rows), k, str(dtype), environment()]
-        kept = KeptLogits(self.keep_in / digest(key), rows, k)
-        kept.fill(lambda batch: self._ask(on(batch, self.device)).logits, data.collate, data.batch_size)
+        key = [fingerprint_files(Path(folder)), content(rows), k, str(dtype), digest_environment()]
+        kept = KeptLogits(self.keep_in / compute_digest(key), rows, k)
+        kept.fill(lambda batch: self._ask(send_batch(batch, self.device)).logits, data.collate, data.batch_size)
         return kept
 
     def _extra_batches(self, data: Any) -> Iterator[Batch]:
@@ -289,20 +290,20 @@ class Distill(FineTune):
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         progress = self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
-        hard_weight = self.hard_weight * scheduled(self.hard_schedule, progress)
-        total = self._imitate(inputs, progress, labels if hard_weight else None, hard_weight)
+        hard_weight = self.hard_weight * schedule_weight(self.hard_schedule, progress)
+        total = self._imitation_loss(inputs, progress, labels if hard_weight else None, hard_weight)
         if self._extra is not None:
-            total = total + self._imitate(dict(next(self._extra)), progress, prefix="extra_")
+            total = total + self._imitation_loss(dict(next(self._extra)), progress, prefix="extra_")
         self.log("train/loss", total, prog_bar=True)
         self.log("train/epoch_loss", total, on_step=False, on_epoch=True, sync_dist=True)
         return total
 
-    def _imitate(
+    def _imitation_loss(
         self, inputs: Batch, progress: float, labels: Tensor | None = None, hard_weight: float = 0.0, prefix: str = ""
     ) -> Tensor:
         """The weighted sum of all losses on a batch, each of which is logged."""
         if self.masking:
-            inputs = self._masked(inputs)
+            inputs = self._mask_tokens(inputs)
         kept = self._kept[0](inputs) if self._kept and not prefix else None
         wanted = {
             "output_hidden_states": any(match.feature == "hidden" for match in self.matches),
@@ -315,28 +316,28 @@ class Distill(FineTune):
         mask = inputs["attention_mask"]
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.soft_weight:
-            weight = self.soft_weight * scheduled(self.soft_schedule, progress)
-            terms["soft"] = weight, self._soft(student.logits, logits, mask)
+            weight = self.soft_weight * schedule_weight(self.soft_schedule, progress)
+            terms["soft"] = weight, self._soft_loss(student.logits, logits, mask)
         if labels is not None:
             terms["hard"] = hard_weight, student.loss
         for i, match in enumerate(self.matches):
-            mine = match.features(features(student, ours), match.layer_S)
-            other = match.features(features(teacher, theirs), match.layer_T)
+            mine = match.select_features(collect_features(student, ours), match.layer_S)
+            other = match.select_features(collect_features(teacher, theirs), match.layer_T)
             project = self.projections[i]
             mine = [project(x) for x in mine] if isinstance(mine, list) else project(mine)
-            terms[f"{match.loss}_{i}"] = match.weight, losses.match_loss(match.loss, mine, other, mask, match.heads)
+            terms[f"{match.loss}_{i}"] = match.weight, match_loss(match.loss, mine, other, mask, match.heads)
         for name, (_, value) in terms.items():
             self.log(f"train/{prefix}{name}", value.detach())
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
 
-    def _soft(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """The loss between the logits, of tokens or of texts."""
         tokens = mask if teacher.ndim == 3 else None
         schedule, *arguments = self.temperature_schedule or ("constant",)
-        tau = losses.temperature(schedule, self.temperature, arguments, student, teacher, tokens)
-        return losses.soft_loss(self.loss, student, teacher, tau, tokens, self.kind, self.beta)
+        tau = logit_temperature(schedule, self.temperature, arguments, student, teacher, tokens)
+        return soft_loss(self.loss, student, teacher, tau, tokens, self.kind, self.beta)
 
-    def _masked(self, inputs: Batch) -> Batch:
+    def _mask_tokens(self, inputs: Batch) -> Batch:
         """Some tokens replaced by the mask token; never special ones."""
         ids = inputs["input_ids"]
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
@@ -344,9 +345,9 @@ class Distill(FineTune):
         return {**inputs, "input_ids": ids.masked_fill(chosen, self.tokenizer.mask_token_id)}
 
 
-def scheduled(name: str | None, progress: float) -> float:
-    return losses.weight(name, progress) if name else 1.0
+def schedule_weight(name: str | None, progress: float) -> float:
+    return loss_weight(name, progress) if name else 1.0
 
 
-def on(batch: Batch, device: torch.device) -> Batch:
+def send_batch(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}

@@ -11,9 +11,9 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.models.calibration import Batch, calibration_batches
-from compress.models.layers import blocks, compressed, evaluating
-from compress.models.shapes import configs, drop_blocks
+from compress.models.calibration import Batch, draw_calibration_batches
+from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
+from compress.models.shapes import collect_configs, drop_blocks
 
 
 class DropLayers(pl.Callback):
@@ -63,37 +63,37 @@ class DropLayers(pl.Callback):
         self.batch_size = batch_size
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        total = len(blocks(skeleton)[1])
-        for config in configs(skeleton):
+        total = len(find_blocks(skeleton)[1])
+        for config in collect_configs(skeleton):
             if config.is_encoder_decoder or config.num_hidden_layers != total:
                 raise UserError(
                     f"`drop_layers` works on models that are one stack of blocks, each with its own weights, and "
                     f"`{config.model_type}` is none: choose another model."
                 )
-        self.positions(total)
+        self.choose_positions(total)
 
     def preview(self, skeleton: nn.Module) -> nn.Module:
-        drop_blocks(skeleton, self.positions(len(blocks(skeleton)[1])))
+        drop_blocks(skeleton, self.choose_positions(len(find_blocks(skeleton)[1])))
         return skeleton
 
-    def positions(self, total: int) -> list[int]:
+    def choose_positions(self, total: int) -> list[int]:
         """The blocks that go, of ``total``; where their influence decides, as many others."""
         if isinstance(self.drop, int):
-            return positions(total, self.drop, "spread" if self.by == "spread" else "last")
-        return listed(total, self.drop)
+            return pick_positions(total, self.drop, "spread" if self.by == "spread" else "last")
+        return resolve_indices(total, self.drop)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
+        model = unwrap_model(pl_module)
         self.check(model, [])
-        dropped = self.positions(len(blocks(model)[1]))
+        dropped = self.choose_positions(len(find_blocks(model)[1]))
         if isinstance(self.drop, int) and self.by == "influence":
-            influence = influences(model, calibration_batches(trainer, self.samples, self.batch_size))
+            influence = measure_influences(model, draw_calibration_batches(trainer, self.samples, self.batch_size))
             dropped = influence.argsort(stable=True)[: self.drop].tolist()
         drop_blocks(model, dropped)
         trainer.strategy.setup_optimizers(trainer)  # which held the weights of all blocks
 
 
-def positions(total: int, count: int, by: Literal["spread", "last"]) -> list[int]:
+def pick_positions(total: int, count: int, by: Literal["spread", "last"]) -> list[int]:
     """``count`` of ``total`` blocks: the last ones, or the last of every ``total / count`` blocks.
 
     Raises:
@@ -109,7 +109,7 @@ def positions(total: int, count: int, by: Literal["spread", "last"]) -> list[int
     return [(i + 1) * total // count - 1 for i in range(count)]
 
 
-def listed(total: int, indices: list[int]) -> list[int]:
+def resolve_indices(total: int, indices: list[int]) -> list[int]:
     """``indices`` counted from the start.
 
     Raises:
@@ -129,9 +129,9 @@ def listed(total: int, indices: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+def measure_influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """The Block Influence of every block over all tokens of ``batches`` that are no padding; ``[blocks]``."""
-    _, stack = blocks(model)
+    _, stack = find_blocks(model)
     totals = torch.zeros(len(stack), dtype=torch.float64)
     mask: Tensor | None = None
 
@@ -146,7 +146,7 @@ def influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     ]
     tokens = 0
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             for batch in batches:
                 mask = batch.get("attention_mask")
                 tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
-from compress.tasks.metrics import aligned
+from compress.tasks.metrics import align_labels
 from compress.technique import Training
 
 
@@ -49,7 +49,7 @@ class FineTune(pl.LightningModule):
         output = self.model(**batch)
         self.log("validation/loss", output.loss, batch_size=len(batch["input_ids"]))
         if self.metrics is not None:
-            self.metrics.update(*aligned(output.logits, batch["labels"]))
+            self.metrics.update(*align_labels(output.logits, batch["labels"]))
 
     def on_validation_epoch_end(self) -> None:
         if self.metrics is not None:

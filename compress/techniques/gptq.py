@@ -12,12 +12,13 @@ from torch import nn
 
 from compress.formats import gptq as gptq_format
 from compress.formats import packed
+from compress.formats.gptq import check_format, save_model
 from compress.formats.packed import Quantized
 from compress.maths.gptq import gptq
 from compress.maths.hessian import second_moment
 from compress.maths.rounding import Scheme
-from compress.models.calibration import Batch, calibrate, calibration_batches
-from compress.models.layers import compressed, evaluating, quantizable
+from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
+from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
 
 KEY = "technique.gptq"
 
@@ -86,31 +87,31 @@ class GPTQ(pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = quantizable(skeleton, self.skip, KEY)
+        layers = find_quantizable(skeleton, self.skip, KEY)
         for name, linear in layers.items():
             self.scheme.check(KEY, name, linear)
         if self.format == "gptq":
-            gptq_format.check(KEY, skeleton, layers, self.scheme, self.skip)
+            check_format(KEY, skeleton, layers, self.scheme, self.skip)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).to(trainer.strategy.root_device)
+        model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # which a script of one's own has not done
-        schemes = dict.fromkeys(quantizable(model, self.skip, KEY), self.scheme)
-        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+        schemes = dict.fromkeys(find_quantizable(model, self.skip, KEY), self.scheme)
+        batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         own = self.format == "gptq"
         scale = gptq_format.SCALE if own else None
-        self.quantized = quantize(model, batches, schemes, self.damping, self.act_order, scale)
+        self.quantized = quantize_layers(model, batches, schemes, self.damping, self.act_order, scale)
         self.average_bits = (gptq_format if own else packed).average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         if self.format == "gptq":
-            gptq_format.save(model, self.quantized, folder, damp_percent=self.damping)
+            save_model(model, self.quantized, folder, damp_percent=self.damping)
         else:
-            packed.save(model, self.quantized, folder)
+            packed.save_model(model, self.quantized, folder)
 
 
-def quantize(
+def quantize_layers(
     model: nn.Module,
     batches: list[Batch],
     schemes: dict[str, Scheme],
@@ -121,8 +122,8 @@ def quantize(
     """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``; scales are stored in the dtype
     ``scale`` or else that of the weights."""
     quantized = {}
-    with evaluating(model):
-        for layers, hessian in calibrate(model, batches, second_moment, schemes):
+    with evaluation_mode(model):
+        for layers, hessian in calibrate_layers(model, batches, second_moment, schemes):
             for name, linear in layers.items():
                 weight, grid = gptq(linear.weight.data, hessian, schemes[name], damping, act_order, scale=scale)
                 linear.weight.data.copy_(weight)

@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress.formats import bnb
-from compress.models.layers import compressed, quantizable
+from compress.formats.bnb import replace_layers, save_model
+from compress.models.layers import find_quantizable, unwrap_model
 
 KEY = "technique.int8"
 
@@ -53,19 +53,19 @@ class Int8(pl.Callback):
         self.state: dict[str, Tensor] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        quantizable(skeleton, self.skip, KEY)
+        find_quantizable(skeleton, self.skip, KEY)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).cpu()
-        layers = quantizable(model, self.skip, KEY)
+        model = unwrap_model(pl_module).cpu()
+        layers = find_quantizable(model, self.skip, KEY)
         self.average_bits = {name: 8 + 32 / linear.in_features for name, linear in layers.items()}
-        self.state = bnb.replace(model, layers, lambda linear: eight_bit(linear, self.threshold))
+        self.state = replace_layers(model, layers, lambda linear: make_8bit_layer(linear, self.threshold))
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        bnb.save(model, self.state, self.average_bits, folder, load_in_8bit=True, llm_int8_threshold=self.threshold)
+        save_model(model, self.state, self.average_bits, folder, load_in_8bit=True, llm_int8_threshold=self.threshold)
 
 
-def eight_bit(linear: nn.Linear, threshold: float) -> nn.Linear:
+def make_8bit_layer(linear: nn.Linear, threshold: float) -> nn.Linear:
     """bitsandbytes' layer with the weight of ``linear`` in 8 bits, and no bias yet."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 

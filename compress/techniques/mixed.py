@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.formats import packed
-from compress.formats.packed import Quantized
+from compress.formats.packed import Quantized, save_model
 from compress.maths.losses import soft_loss
-from compress.maths.rounding import Scheme, fitted_grid, to_grid
-from compress.models.calibration import Batch, calibrate, calibration_batches
-from compress.models.layers import compressed, evaluating, kind_of, quantizable
-from compress.techniques.gptq import quantize
+from compress.maths.rounding import Scheme, fit_grid, round_to_grid
+from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
+from compress.models.layers import detect_task_kind, evaluation_mode, find_quantizable, unwrap_model
+from compress.techniques.gptq import quantize_layers
 
 KEY = "technique.mixed"
 
@@ -100,12 +100,12 @@ class Mixed(pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = quantizable(skeleton, self.skip, KEY)
+        layers = find_quantizable(skeleton, self.skip, KEY)
         for name, linear in layers.items():
             self.schemes[0].check(KEY, name, linear)
         weights = sum(linear.weight.numel() for linear in layers.values())
         least, most = (
-            sum(stored(scheme, linear) for linear in layers.values()) / weights
+            sum(count_stored_bits(scheme, linear) for linear in layers.values()) / weights
             for scheme in (self.schemes[0], self.schemes[-1])
         )
         if not least <= self.budget <= most:
@@ -116,26 +116,26 @@ class Mixed(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).to(trainer.strategy.root_device)
-        wanted = quantizable(model, self.skip, KEY)
-        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
+        model = unwrap_model(pl_module).to(trainer.strategy.root_device)
+        wanted = find_quantizable(model, self.skip, KEY)
+        batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]
-        with evaluating(model):
-            sets = list(calibrate(model, few, squares, wanted))
+        with evaluation_mode(model):
+            sets = list(calibrate_layers(model, few, sum_squares, wanted))
             answers = [model(**batch).logits for batch in few]
             self.options = [
-                [measure(model, layers, importance, scheme, few, answers) for scheme in self.schemes]
+                [measure_choice(model, layers, importance, scheme, few, answers) for scheme in self.schemes]
                 for layers, importance in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
             ]
-        self.chosen = within(self.options, self.budget * sum(one.weight.numel() for one in wanted.values()))
+        self.chosen = choose_bits(self.options, self.budget * sum(one.weight.numel() for one in wanted.values()))
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
-        self.quantized = quantize(model, batches, schemes, self.damping, self.act_order)
+        self.quantized = quantize_layers(model, batches, schemes, self.damping, self.act_order)
         self.average_bits = packed.average_bits(model, self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packed.save(model, self.quantized, folder)
+        save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
         """``bits.csv``: every layer's bits, and the divergence that each choice was measured to cost."""
@@ -147,18 +147,18 @@ class Mixed(pl.Callback):
                     writer.writerow([name, choice.bits, *(option.divergence for option in options)])
 
 
-def stored(scheme: Scheme, linear: nn.Linear) -> float:
+def count_stored_bits(scheme: Scheme, linear: nn.Linear) -> float:
     """Bits that the weights of the layer take."""
     return scheme.average_bits(linear.in_features, linear.weight.dtype) * linear.weight.numel()
 
 
-def squares(x: Tensor) -> Tensor:
+def sum_squares(x: Tensor) -> Tensor:
     """The sum of squares of every column of ``[tokens, inputs]``."""
     return x.square().sum(0)
 
 
 @torch.no_grad()
-def measure(
+def measure_choice(
     model: nn.Module,
     layers: dict[str, nn.Linear],
     importance: Tensor,
@@ -171,16 +171,19 @@ def measure(
     dense = {name: linear.weight.data for name, linear in layers.items()}
     for linear in layers.values():
         weight = linear.weight.data
-        rounded = to_grid(weight, fitted_grid(weight, scheme, weight.dtype, importance), scheme)
+        rounded = round_to_grid(weight, fit_grid(weight, scheme, weight.dtype, importance), scheme)
         linear.weight.data = rounded.to(weight.dtype) * (weight != 0)
-    moved = [distance(model(**batch).logits, before, batch, kind_of(model)) for batch, before in zip(batches, answers)]
+    moved = [
+        logit_distance(model(**batch).logits, before, batch, detect_task_kind(model))
+        for batch, before in zip(batches, answers)
+    ]
     for name, linear in layers.items():
         linear.weight.data = dense[name]
-    size = sum(stored(scheme, linear) for linear in layers.values())
+    size = sum(count_stored_bits(scheme, linear) for linear in layers.values())
     return Choice(tuple(layers), scheme.bits, size, torch.stack(moved).mean().item())
 
 
-def distance(found: Tensor, before: Tensor, batch: Batch, kind: str) -> Tensor:
+def logit_distance(found: Tensor, before: Tensor, batch: Batch, kind: str) -> Tensor:
     """How far logits moved: the KL divergence over tokens that are no padding, or of a regression the squared error."""
     found, before = found.double(), before.double()  # a layer of many may move them by less than floats tell
     if kind == "regression":
@@ -189,7 +192,7 @@ def distance(found: Tensor, before: Tensor, batch: Batch, kind: str) -> Tensor:
     return soft_loss("kl", found, before, 1.0, mask, kind)
 
 
-def within(options: list[list[Choice]], budget_bits: float) -> list[Choice]:
+def choose_bits(options: list[list[Choice]], budget_bits: float) -> list[Choice]:
     """One choice of every set, together of the least divergence that ``budget_bits`` allow."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 

@@ -13,8 +13,8 @@ from pydantic import validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats import bnb
-from compress.models.layers import compressed, quantizable
+from compress.formats.bnb import replace_layers, save_model
+from compress.models.layers import find_quantizable, unwrap_model
 
 KEY = "technique.nf4"
 ROWS = 32
@@ -72,7 +72,7 @@ class NF4(pl.Callback):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         misfits = {
             re.sub(r"\.\d+\.", ".*.", name): linear
-            for name, linear in quantizable(skeleton, self.skip, KEY).items()
+            for name, linear in find_quantizable(skeleton, self.skip, KEY).items()
             if linear.in_features % self.blocksize or linear.out_features % ROWS
         }
         if misfits:
@@ -84,8 +84,8 @@ class NF4(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).cpu()
-        layers = quantizable(model, self.skip, KEY)
+        model = unwrap_model(pl_module).cpu()
+        layers = find_quantizable(model, self.skip, KEY)
         self.check(model, [])
         own = next(iter(layers.values())).weight.dtype
         self.computed_in = own if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)
@@ -94,10 +94,10 @@ class NF4(pl.Callback):
             for name, linear in layers.items()
         }
         settings = (self.quant_type, self.double_quantization, self.blocksize, self.computed_in)
-        self.state = bnb.replace(model, layers, lambda linear: four_bit(linear, *settings))
+        self.state = replace_layers(model, layers, lambda linear: make_4bit_layer(linear, *settings))
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        bnb.save(
+        save_model(
             model,
             self.state,
             self.average_bits,
@@ -109,7 +109,7 @@ class NF4(pl.Callback):
         )
 
 
-def four_bit(
+def make_4bit_layer(
     linear: nn.Linear, quant_type: str, double_quantization: bool, blocksize: int, compute_dtype: torch.dtype
 ) -> nn.Linear:
     """bitsandbytes' layer with the weight of ``linear`` in 4 bits, and no bias yet."""

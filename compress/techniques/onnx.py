@@ -12,29 +12,29 @@ from pydantic import Field, validate_call
 from torch import nn
 
 from compress.errors import UserError
-from compress.exporting import qdq
-from compress.exporting.agreement import on_validation_text
+from compress.exporting.agreement import measure_on_validation
 from compress.exporting.onnx import (
-    begin_with,
-    fused,
-    lower,
+    fuse_graph,
+    lower_weights,
     quantize_dynamic,
     quantize_static,
-    store_once,
-    to_float16,
-    trace,
+    set_default_past,
+    share_transposed,
+    store_float16,
+    trace_graph,
 )
+from compress.exporting.qdq import describe_limits, find_quantized_layers, quantize_onnx_graph, suspend_quantization
 from compress.exporting.stage import Export
-from compress.exporting.tracing import inputs_of, is_float32, plain_config
-from compress.formats import bnb, nbits
-from compress.formats import packed as packing
+from compress.exporting.tracing import is_float32, select_inputs, strip_config
+from compress.formats import nbits
+from compress.formats.bnb import extract_weights
 from compress.formats.nbits import Weight
 from compress.formats.onnx import Graph
-from compress.formats.packed import Integers
+from compress.formats.packed import Integers, freeze_weights, list_packed_layers, read_integers
 from compress.maths.rounding import Scheme
-from compress.models.calibration import calibration_batches
-from compress.models.layers import compressed, evaluating
-from compress.quiet import muted
+from compress.models.calibration import draw_calibration_batches
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import Model
 from compress.technique import trait
 
@@ -116,9 +116,9 @@ class Onnx(Export):
             key = f"technique.{type(stage).__module__.rpartition('.')[2]}"
             if trait(stage, "leaves") == "packed":
                 for scheme in getattr(stage, "schemes", [getattr(stage, "scheme", Scheme())]):
-                    fits("group_size", scheme.group_size, key)
+                    check_block_size("group_size", scheme.group_size, key)
             elif trait(stage, "leaves") == "bitsandbytes":
-                fits("blocksize", getattr(stage, "blocksize", -1), key)
+                check_block_size("blocksize", getattr(stage, "blocksize", -1), key)
 
     @property
     def keeps(self) -> bool:
@@ -126,61 +126,67 @@ class Onnx(Export):
         return self.precision in (None, "int4")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
-        self.packed = stored(model, self.source)  # before any forward pass, which rearranges 4-bit floats
-        packing.freeze(model, self.packed)
+        model = unwrap_model(pl_module)
+        self.packed = collect_rounded_weights(
+            model, self.source
+        )  # before any forward pass, which rearranges 4-bit floats
+        freeze_weights(model, self.packed)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model: Any = compressed(pl_module)
-        integers = qdq.layers(model, KEY, self.precision)
-        self.shrinks = self.lowers and is_float32(model)
-        self.packed |= bnb.take_out(model)  # of a stage of the same fit
+        model: Any = unwrap_model(pl_module)
+        integers = find_quantized_layers(model, KEY, self.precision)
+        self.shrinks = self.lowers_precision and is_float32(model)
+        self.packed |= extract_weights(model)  # of a stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
-        self.limits = qdq.limits(integers) if integers else limits(self.precision, self.packed, kept)
+        self.limits = (
+            describe_limits(integers) if integers else describe_precision_limits(self.precision, self.packed, kept)
+        )
         nn.Module.float(model.cpu())  # transformers refuses on behalf of layers that bitsandbytes had
         # One at a time, so that no scale is that of padding.
-        batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
-        layers = self.chosen(model) if self.lowers and self.precision != "fp16" else {}
+        batches = [
+            select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
+        ]
+        layers = self.chosen(model) if self.lowers_precision and self.precision != "fp16" else {}
         tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
         few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
         self.folder = TemporaryDirectory()  # there for as long as the stage is
         traced, path = (Path(self.folder.name) / name for name in ("traced/model.onnx", "model.onnx"))
         traced.parent.mkdir()  # which has the weights of a large one beside it, a file each
-        with evaluating(model):
-            with muted():
-                with qdq.plain(model, integers):
-                    past = trace(model, batches[0], traced)
+        with evaluation_mode(model):
+            with silence_exporters():
+                with suspend_quantization(model, integers):
+                    past = trace_graph(model, batches[0], traced)
                 if integers:
                     graph = Graph(traced)
-                    qdq.into_onnx(graph.proto.graph, model, integers)
+                    quantize_onnx_graph(graph.proto.graph, model, integers)
                 elif self.precision == "int8_static":
                     quantize_static(traced, path, layers.values(), [{**batch, **past} for batch in batches])
                     graph = Graph(path)
                 else:
-                    graph = fused(traced, model.config, embeddings=not tables, whole=len(few) == len(tables))
+                    graph = fuse_graph(traced, model.config, embeddings=not tables, whole=len(few) == len(tables))
                 if self.precision == "int8_dynamic":
                     quantize_dynamic(graph, path, layers.values())
                     graph = Graph(path)
                 if few:
-                    lower(graph, few, kept, self.scheme, self.activations)
-                store_once(graph)
+                    lower_weights(graph, few, kept, self.scheme, self.activations)
+                share_transposed(graph)
                 if self.precision == "fp16":
-                    to_float16(graph)
+                    store_float16(graph)
                 if past:
-                    begin_with(graph, past)
+                    set_default_past(graph, past)
                 graph.write(path)
-            exported = Model(path, plain_config(model))
-            self.agreement = on_validation_text(trainer, model, exported)
-        if self.lowers or kept or integers:
+            exported = Model(path, strip_config(model))
+            self.agreement = measure_on_validation(trainer, model, exported)
+        if self.lowers_precision or kept or integers:
             self.exported = exported
 
     def save(self, model: nn.Module, folder: Path) -> None:
         for path in Path(self.folder.name).glob("model.onnx*"):
             shutil.copy(path, folder)
-        plain_config(model).save_pretrained(folder)
+        strip_config(model).save_pretrained(folder)
 
 
-def fits(setting: str, size: int, key: str) -> None:
+def check_block_size(setting: str, size: int, key: str) -> None:
     """Raise UserError where ``size`` weights that share a scale are none of ONNX Runtime's blocks, nor made up of
     them."""
     whole = size in (-1, *nbits.BLOCKS) if setting == "blocksize" else size % nbits.BLOCKS[0] == 0 or size == -1
@@ -192,16 +198,16 @@ def fits(setting: str, size: int, key: str) -> None:
         )
 
 
-def stored(model: nn.Module, source: Path | None) -> dict[str, Weight]:
+def collect_rounded_weights(model: nn.Module, source: Path | None) -> dict[str, Weight]:
     """How the stages before have rounded the weights of ``model``, by layer: as the artifact ``source`` holds them, or
     bitsandbytes' own layers, which plain ones replace."""
-    found: dict[str, Weight] = dict(bnb.take_out(model))
-    if source and packing.packed_layers(source) - set(found):
-        found |= packing.integers(source)
+    found: dict[str, Weight] = dict(extract_weights(model))
+    if source and list_packed_layers(source) - set(found):
+        found |= read_integers(source)
     return found
 
 
-def limits(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
+def describe_precision_limits(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
     """What the export cannot do for size or speed."""
     limits = {
         UNPACKED: packed and not kept,

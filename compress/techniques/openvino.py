@@ -16,28 +16,28 @@ from pydantic import Field, validate_call
 from torch import nn
 
 from compress.errors import UserError
-from compress.exporting import qdq
-from compress.exporting.agreement import on_validation_text
+from compress.exporting.agreement import measure_on_validation
 from compress.exporting.openvino import (
     ARITHMETIC,
-    arrays,
-    convert,
-    halve,
+    convert_to_graph,
+    find_other_readers,
     keep_integers,
-    quantize,
+    quantize_graph,
     quantize_weights,
-    readers_of_others,
+    store_float16,
+    to_arrays,
 )
+from compress.exporting.qdq import describe_limits, find_quantized_layers, quantize_openvino_graph, suspend_quantization
 from compress.exporting.stage import Export
-from compress.exporting.tracing import inputs_of, is_float32, plain_config
-from compress.formats import packed
+from compress.exporting.tracing import is_float32, select_inputs, strip_config
+from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
-from compress.models.calibration import Batch, calibration_batches, validation_batches
-from compress.models.layers import compressed, evaluating
-from compress.quiet import muted
-from compress.runtimes.openvino import GRAPH, SETTINGS, Model, on_one_core
+from compress.models.calibration import Batch, draw_calibration_batches, read_validation_batches
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.quiet import silence_exporters
+from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
 from compress.tasks.kinds import higher_is_better
-from compress.tasks.metrics import aligned
+from compress.tasks.metrics import align_labels
 
 KEY = "technique.openvino"
 LIMITS = {
@@ -132,39 +132,41 @@ class OpenVINO(Export):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         import openvino
 
-        model: Any = compressed(pl_module)
-        accuracy = self.accuracy(trainer)
-        integers = qdq.layers(model, KEY, self.precision)
-        self.shrinks = self.lowers and self.max_drop is None and is_float32(model)
-        kept = {} if integers or not self.source or self.precision == "fp32" else packed.integers(self.source)
+        model: Any = unwrap_model(pl_module)
+        accuracy = self.accuracy_control(trainer)
+        integers = find_quantized_layers(model, KEY, self.precision)
+        self.shrinks = self.lowers_precision and self.max_drop is None and is_float32(model)
+        kept = {} if integers or not self.source or self.precision == "fp32" else read_integers(self.source)
         if any(one.scheme.bits == 3 for one in kept.values()):
             self.limits = f"{self.limits}; {THREE}".removeprefix("; ")
-        self.limits = qdq.limits(integers) or self.limits
+        self.limits = describe_limits(integers) or self.limits
         model.cpu().float()
         # One at a time, so that no scale is that of padding.
-        batches = [inputs_of(batch) for batch in calibration_batches(trainer, self.train_samples, batch_size=1)]
+        batches = [
+            select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
+        ]
         self.folder = TemporaryDirectory()  # there for as long as the stage is
         path = Path(self.folder.name) / GRAPH
-        with evaluating(model):
-            with muted(), on_one_core():
-                with qdq.plain(model, integers):
-                    graph = convert(model, batches[0])
-                qdq.into_openvino(graph, model, integers)
-                left = readers_of_others(graph, self.chosen(model).keys() - kept.keys())
+        with evaluation_mode(model):
+            with silence_exporters(), use_shared_core():
+                with suspend_quantization(model, integers):
+                    graph = convert_to_graph(model, batches[0])
+                quantize_openvino_graph(graph, model, integers)
+                left = find_other_readers(graph, self.chosen(model).keys() - kept.keys())
                 if self.precision == "int8":
-                    graph = quantize(graph, batches, left, accuracy)
+                    graph = quantize_graph(graph, batches, left, accuracy)
                 elif self.precision in ("int8_weights", "int4_weights"):
                     graph = quantize_weights(graph, self.precision, self.scheme.group_size, left)
-                elif self.lowers:
-                    halve(graph, kept)
+                elif self.lowers_precision:
+                    store_float16(graph, kept)
                 keep_integers(graph, kept)  # last, as NNCF knows none of three bits
                 openvino.save_model(graph, path, compress_to_fp16=False)
-            exported = Model(path, self.settings, plain_config(model))
-            self.agreement = on_validation_text(trainer, model, exported)
-        if self.lowers or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
+            exported = Model(path, self.settings, strip_config(model))
+            self.agreement = measure_on_validation(trainer, model, exported)
+        if self.lowers_precision or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
             self.exported = exported
 
-    def accuracy(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def accuracy_control(self, trainer: pl.Trainer) -> dict[str, Any]:
         """What NNCF needs to bound the drop: the validation split, and how to judge a graph on it."""
         if self.max_drop is None:
             return {}
@@ -178,14 +180,14 @@ class OpenVINO(Export):
         def judge(graph: Any, batches: Iterable[Batch]) -> tuple[float, None]:
             scores = self.metrics.clone()
             for batch in batches:
-                logits = torch.from_numpy(graph.create_infer_request().infer(arrays(batch))[0])
-                scores.update(*aligned(logits, batch["labels"].cpu()))
+                logits = torch.from_numpy(graph.create_infer_request().infer(to_arrays(batch))[0])
+                scores.update(*align_labels(logits, batch["labels"].cpu()))
             value = float(scores.compute()[primary])
             return (value if higher_is_better(primary) else -value), None
 
         primary = self.task.primary
         return {
-            "validation_dataset": nncf.Dataset(validation_batches(trainer), arrays),
+            "validation_dataset": nncf.Dataset(read_validation_batches(trainer), to_arrays),
             "validation_fn": judge,
             "max_drop": self.max_drop if primary == "perplexity" else self.max_drop / 100,
         }
@@ -194,4 +196,4 @@ class OpenVINO(Export):
         for path in Path(self.folder.name).iterdir():
             shutil.copy(path, folder)
         (folder / SETTINGS).write_text(json.dumps(self.settings))
-        plain_config(model).save_pretrained(folder)
+        strip_config(model).save_pretrained(folder)

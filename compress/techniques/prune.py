@@ -18,8 +18,29 @@ from torch import Tensor, nn
 from compress.errors import PostconditionError, UserError
 from compress.maths import sparsity as maths
 from compress.maths.hessian import second_moment
-from compress.models.calibration import calibrate, calibration_batches
-from compress.models.layers import Layer, compressed, evaluating, hold, linears, measured_sparsity, select, unmatched
+from compress.maths.sparsity import (
+    gradual_schedule,
+    iterative_schedule,
+    magnitude_score,
+    mask_groups,
+    mask_model,
+    mask_rows,
+    mask_tensor,
+    random_score,
+    squared_norms,
+    wanda_score,
+)
+from compress.models.calibration import calibrate_layers, draw_calibration_batches
+from compress.models.layers import (
+    Layer,
+    apply_masks,
+    describe_unmatched,
+    evaluation_mode,
+    find_linears,
+    measure_sparsity,
+    select_layers,
+    unwrap_model,
+)
 from compress.technique import Training
 
 SCOPES = {
@@ -92,7 +113,7 @@ class Prune(pl.Callback):
         training: Training | None = None,
         source: Path | None = None,
     ) -> None:
-        self.pattern = n_of_m(pattern)
+        self.pattern = parse_pattern(pattern)
         self.sparsity = self.pattern[0] / self.pattern[1] if self.pattern else sparsity
         self.criterion = criterion
         self.scope = scope or ("layer" if ratios != "uniform" else SCOPES[criterion][0])
@@ -112,9 +133,9 @@ class Prune(pl.Callback):
         self.masks: dict[str, Tensor] = {}
         self.movement: dict[str, Tensor] = {}
         self.dense: dict[str, Tensor] = {}
-        self._contradictions(scope, pattern, training)
+        self._refuse_contradictions(scope, pattern, training)
 
-    def _contradictions(self, scope: str | None, pattern: str | int | None, training: Training | None) -> None:
+    def _refuse_contradictions(self, scope: str | None, pattern: str | int | None, training: Training | None) -> None:
         key, criterion, schedule = "technique.prune", self.criterion, self.schedule
         if self.scope not in SCOPES[criterion]:
             raise UserError(
@@ -159,7 +180,7 @@ class Prune(pl.Callback):
         return not self.due
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = self._layers(skeleton)
+        layers = self._select_layers(skeleton)
         for name, layer in layers.items():
             if self.pattern and layer.weight.shape[1] % self.pattern[1]:
                 raise UserError(
@@ -184,7 +205,7 @@ class Prune(pl.Callback):
 
     def _check_ratios(self, layers: dict[str, Layer], previous: Any) -> None:
         if isinstance(self.ratios, dict):
-            by_pattern(self.ratios, layers, self.sparsity)
+            match_ratios(self.ratios, layers, self.sparsity)
         elif self.ratios == "sensitivity":
             measured = getattr(previous, "sparsities", None)
             if measured is None:
@@ -208,15 +229,15 @@ class Prune(pl.Callback):
                     f"technique.prune.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
                     "sensitivity.csv, or sparsities by pattern ({*attention*:0.3})."
                 )
-            self._allocated(Path(self.ratios), layers)
+            self._allocate_sparsity(Path(self.ratios), layers)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
-        self.layers = self._layers(model)
-        self.start = {name: measured_sparsity([layer.weight]) for name, layer in self.layers.items()}
-        self.targets = self._targets()
-        before = measured_sparsity(layer.weight for layer in self.layers.values())
-        asked = self._asked()
+        model = unwrap_model(pl_module)
+        self.layers = self._select_layers(model)
+        self.start = {name: measure_sparsity([layer.weight]) for name, layer in self.layers.items()}
+        self.targets = self._choose_targets()
+        before = measure_sparsity(layer.weight for layer in self.layers.values())
+        asked = self._total_target()
         if before >= asked and not self.pattern:
             raise UserError(
                 f"`prune` was asked for a sparsity of {asked:g} and the model's is {before:.4g} already: "
@@ -235,7 +256,7 @@ class Prune(pl.Callback):
                 for name, layer in self.layers.items()
             }
         if self.schedule == "one_shot":
-            self._prune(trainer, model, 1.0)
+            self._prune_layers(trainer, model, 1.0)
             return
         steps = int(trainer.estimated_stepping_batches) if trainer.max_epochs else 0
         if steps < 2:
@@ -243,37 +264,37 @@ class Prune(pl.Callback):
                 f"`prune` with schedule={self.schedule} prunes during training and the Trainer has {steps} steps."
             )
         self.due = (
-            maths.gradual(steps, self.begin, self.end, self.every)
+            gradual_schedule(steps, self.begin, self.end, self.every)
             if self.schedule == "gradual"
-            else maths.iterative(steps, self.rounds)
+            else iterative_schedule(steps, self.rounds)
         )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if (way := self.due.pop(trainer.global_step, None)) is not None:
-            self._prune(trainer, compressed(pl_module), way)
+            self._prune_layers(trainer, unwrap_model(pl_module), way)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Movement: a weight whose gradient pushes it away from zero gains, pruned ones among them, which may so come
         back with the value that they had."""
         for name, score in self.movement.items():
             if (gradient := self.layers[name].weight.grad) is not None:
-                score.sub_(gradient.float() * self._dense(name).float())
+                score.sub_(gradient.float() * self._update_dense(name).float())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        hold(compressed(pl_module), self.masks)
+        apply_masks(unwrap_model(pl_module), self.masks)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         weights = [layer.weight for layer in self.layers.values()]
-        found, count = measured_sparsity(weights), sum(weight.numel() for weight in weights)
-        if self.due or found < self._asked() - len(weights) / count:  # each layer may round by one weight
+        found, count = measure_sparsity(weights), sum(weight.numel() for weight in weights)
+        if self.due or found < self._total_target() - len(weights) / count:  # each layer may round by one weight
             raise PostconditionError(
-                f"`prune` was asked for a sparsity of {self._asked():.4g} and the model's is {found:.4g}"
+                f"`prune` was asked for a sparsity of {self._total_target():.4g} and the model's is {found:.4g}"
                 + (": training ended before the schedule did." if self.due else ".")
             )
 
-    def _layers(self, model: nn.Module) -> dict[str, Layer]:
-        kept = select(model, self.skip, "technique.prune.skip")
-        inside = {name for name, _ in linears(model)}
+    def _select_layers(self, model: nn.Module) -> dict[str, Layer]:
+        kept = select_layers(model, self.skip, "technique.prune.skip")
+        inside = {name for name, _ in find_linears(model)}
         if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
             raise UserError(
                 f"`{self.criterion}` sees the inputs of the transformer blocks and `{outside[0]}` lies outside of "
@@ -281,30 +302,30 @@ class Prune(pl.Callback):
             )
         return kept
 
-    def _targets(self) -> dict[str, float]:
+    def _choose_targets(self) -> dict[str, float]:
         """The sparsity of every layer, in scopes other than global."""
         if isinstance(self.ratios, dict):
-            return by_pattern(self.ratios, self.layers, self.sparsity)
+            return match_ratios(self.ratios, self.layers, self.sparsity)
         if self.ratios == "uniform":
             return dict.fromkeys(self.layers, self.sparsity)
         if self.ratios == "sensitivity":
-            return self._allocated((self.source or Path()) / "report" / "sensitivity.csv", self.layers)
-        return self._allocated(Path(self.ratios), self.layers)
+            return self._allocate_sparsity((self.source or Path()) / "report" / "sensitivity.csv", self.layers)
+        return self._allocate_sparsity(Path(self.ratios), self.layers)
 
-    def _allocated(self, path: Path, layers: dict[str, Layer]) -> dict[str, float]:
-        from compress.maths.allocation import allocate, read
+    def _allocate_sparsity(self, path: Path, layers: dict[str, Layer]) -> dict[str, float]:
+        from compress.maths.allocation import allocate_sparsity, read_points
 
-        points = [point for point in read(path) if point.layer in layers]
+        points = [point for point in read_points(path) if point.layer in layers]
         if missing := sorted(set(layers) - {point.layer for point in points}):
             raise UserError(f"{path} says nothing of `{missing[0]}`: measure the sensitivity of this model.")
-        return allocate(points, self.sparsity)
+        return allocate_sparsity(points, self.sparsity)
 
-    def _asked(self) -> float:
+    def _total_target(self) -> float:
         """The sparsity of all layers together."""
         sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
         return sum(self.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
-    def _prune(self, trainer: pl.Trainer, model: nn.Module, way: float) -> None:
+    def _prune_layers(self, trainer: pl.Trainer, model: nn.Module, way: float) -> None:
         """Prune to the part ``way`` of the way from where the model started to the sparsity asked for."""
         now = {name: self.start[name] + way * (target - self.start[name]) for name, target in self.targets.items()}
         if self.criterion in CALIBRATED:
@@ -312,52 +333,52 @@ class Prune(pl.Callback):
         elif self.scope == "global" and not self.pattern:
             sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
             total = sum(now[name] * size for name, size in sizes.items()) / sum(sizes.values())
-            for name, mask in maths.smallest({name: partial(self._score, name) for name in self.layers}, total):
-                self._apply(name, mask)
+            for name, mask in mask_model({name: partial(self._score_layer, name) for name in self.layers}, total):
+                self._apply_mask(name, mask)
         else:
             for name in self.layers:
-                self._apply(name, self._mask(self._score(name), now[name]))
+                self._apply_mask(name, self._choose_mask(self._score_layer(name), now[name]))
         if trainer.max_epochs:
             self.masks = {name: layer.weight.detach() != 0 for name, layer in self.layers.items()}
 
     def _prune_calibrated(self, trainer: pl.Trainer, model: nn.Module, now: dict[str, float]) -> None:
-        batches = list(calibration_batches(trainer, self.samples, self.batch_size))
-        statistic = second_moment if self.criterion == "sparsegpt" else maths.squared_norms
-        with evaluating(model):
-            for layers, total in calibrate(model, batches, statistic):
+        batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
+        statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
+        with evaluation_mode(model):
+            for layers, total in calibrate_layers(model, batches, statistic):
                 for name in (name for name in layers if name in self.layers):
                     weight = layers[name].weight.data
                     if self.criterion == "sparsegpt":
-                        pattern = self._pattern(now[name])
+                        pattern = self._partial_pattern(now[name])
                         weight.copy_(maths.sparsegpt(weight, total, now[name], pattern, self.damping))
                     else:
-                        self._apply(name, self._mask(maths.wanda(weight, total), now[name]))
+                        self._apply_mask(name, self._choose_mask(wanda_score(weight, total), now[name]))
 
-    def _score(self, name: str) -> Tensor:
+    def _score_layer(self, name: str) -> Tensor:
         if self.criterion == "movement":
             return self.movement[name]
         weight = self.layers[name].weight
         if self.criterion == "magnitude":
-            return maths.magnitude(weight)
-        return maths.random(weight, torch.initial_seed() ^ zlib.crc32(name.encode()))
+            return magnitude_score(weight)
+        return random_score(weight, torch.initial_seed() ^ zlib.crc32(name.encode()))
 
-    def _mask(self, score: Tensor, target: float) -> Tensor:
-        if pattern := self._pattern(target):
-            return maths.smallest_of_groups(score, *pattern)
-        return maths.smallest_of_rows(score, target) if self.scope == "row" else maths.smallest_of(score, target)
+    def _choose_mask(self, score: Tensor, target: float) -> Tensor:
+        if pattern := self._partial_pattern(target):
+            return mask_groups(score, *pattern)
+        return mask_rows(score, target) if self.scope == "row" else mask_tensor(score, target)
 
-    def _pattern(self, target: float) -> tuple[int, int] | None:
+    def _partial_pattern(self, target: float) -> tuple[int, int] | None:
         """How many of a group to prune on the way to the pattern, and the group."""
         return (round(target * self.pattern[1]), self.pattern[1]) if self.pattern else None
 
     @torch.no_grad()
-    def _apply(self, name: str, mask: Tensor) -> None:
+    def _apply_mask(self, name: str, mask: Tensor) -> None:
         weight = self.layers[name].weight
         if self.criterion == "movement":
-            weight.copy_(self._dense(name))
+            weight.copy_(self._update_dense(name))
         weight.masked_fill_(mask, 0)
 
-    def _dense(self, name: str) -> Tensor:
+    def _update_dense(self, name: str) -> Tensor:
         """Movement: the layer's weights as they are, and those that are pruned as they last were."""
         weight = self.layers[name].weight.detach()
         kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
@@ -365,7 +386,7 @@ class Prune(pl.Callback):
         return self.dense[name]
 
 
-def n_of_m(pattern: str | int | None) -> tuple[int, int] | None:
+def parse_pattern(pattern: str | int | None) -> tuple[int, int] | None:
     """``"2:4"`` as (pruned, group).
 
     Raises:
@@ -387,7 +408,7 @@ def n_of_m(pattern: str | int | None) -> tuple[int, int] | None:
     return group - left, group
 
 
-def by_pattern(ratios: dict[str, float], layers: Iterable[str], otherwise: float) -> dict[str, float]:
+def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float) -> dict[str, float]:
     """The sparsity of every layer: that of the first pattern that fits its name, or ``otherwise``.
 
     Raises:
@@ -395,7 +416,7 @@ def by_pattern(ratios: dict[str, float], layers: Iterable[str], otherwise: float
     """
     for pattern in ratios:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise UserError(unmatched("technique.prune.ratios", pattern, layers))
+            raise UserError(describe_unmatched("technique.prune.ratios", pattern, layers))
     return {
         name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
         for name in layers

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.layers import compressed
+from compress.models.layers import unwrap_model
 from compress.technique import Training
 
 
@@ -68,7 +68,7 @@ class PruneVocab(pl.Callback):
                 "tokenizer before the cut: leave it out and try technique=prune_vocab+finetune."
             )
         if tokenizer is not None:
-            supported(tokenizer)
+            check_tokenizer(tokenizer)
         self.min_count = min_count
         self.keep = [*(keep or []), *(keep_file.read_text().splitlines() if keep_file else [])]
         self.tokenizer = tokenizer
@@ -78,14 +78,14 @@ class PruneVocab(pl.Callback):
             raise UserError("`prune_vocab` has no tokenizer to cut: give it the model's, PruneVocab(tokenizer=...).")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model: Any = compressed(pl_module)
+        model: Any = unwrap_model(pl_module)
         tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
-        seen = Counter(flatten.from_iterable(training_ids(trainer)))
+        seen = Counter(flatten.from_iterable(read_training_ids(trainer)))
         wanted = {index for index, count in seen.items() if count >= self.min_count}
         wanted.update(*(self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.keep))
         wanted.update(*(ids for _, _, ids in named_tokens(model)))
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        kept = surviving(
+        kept = find_kept_tokens(
             content, {tokens[index] for index in wanted & tokens.keys()}, self.tokenizer.all_special_tokens
         )
         ids = [index for index, token in sorted(tokens.items()) if token in kept]
@@ -102,7 +102,7 @@ class PruneVocab(pl.Callback):
         self.tokenizer = cut
 
 
-def supported(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError for a tokenizer that cannot be cut so that texts keep their tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -118,7 +118,7 @@ def supported(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def training_ids(trainer: pl.Trainer) -> Iterator[Iterable[int]]:
+def read_training_ids(trainer: pl.Trainer) -> Iterator[Iterable[int]]:
     """The token ids of the training text: the datamodule's rows, or else the batches of the training loader."""
     if tokenised := getattr(getattr(trainer, "datamodule", None), "tokenised", None):
         for rows in tokenised("train").select_columns("input_ids").iter(1000):
@@ -129,7 +129,7 @@ def training_ids(trainer: pl.Trainer) -> Iterator[Iterable[int]]:
         yield batch["input_ids"].flatten().tolist()
 
 
-def surviving(content: dict[str, Any], wanted: set[str], special: Iterable[str] = ()) -> set[str]:
+def find_kept_tokens(content: dict[str, Any], wanted: set[str], special: Iterable[str] = ()) -> set[str]:
     """Those of a tokenizer's tokens that must stay so that every text of ``wanted`` ones is tokenised as before and no
     other becomes unknown; ``content`` is its tokenizer.json.
 
@@ -153,11 +153,11 @@ def surviving(content: dict[str, Any], wanted: set[str], special: Iterable[str] 
         kept.add(model["unk_token"])
     if model["type"] == "BPE":
         ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
-        kept.update(*(merged(token, ranks) for token in wanted - whole))
+        kept.update(*(find_merged_tokens(token, ranks) for token in wanted - whole))
     return kept
 
 
-def merged(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
+def find_merged_tokens(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
     """Every token that BPE makes on its way from the characters of ``token`` to itself."""
     parts, made = list(token), set()
     while found := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:

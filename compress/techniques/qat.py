@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compress.errors import UserError
-from compress.formats import packed
-from compress.formats.packed import Quantized
+from compress.formats.packed import Quantized, average_bits, save_model
 from compress.maths.rounding import (
     Grid,
     Inputs,
     Scheme,
-    ends,
+    count_values,
     fake_quantize,
     grid_between,
-    histogram,
     minmax_grid,
+    percentile_range,
+    round_to_grid,
     straight_through_round,
-    to_grid,
 )
-from compress.models.calibration import calibrate, calibration_batches, validation_batches
-from compress.models.layers import compressed, evaluating, quantizable
-from compress.tasks.metrics import quality
+from compress.models.calibration import calibrate_layers, draw_calibration_batches, read_validation_batches
+from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
+from compress.tasks.metrics import evaluate_metric
 from compress.technique import Training
 
 KEY = "technique.qat"
@@ -101,9 +100,9 @@ class QAT(pl.Callback):
         self.skip = skip
         self.quantized: dict[str, Quantized] = {}
         self.average_bits: dict[str, float] = {}
-        self._trains(training.epochs if training else None)
+        self._check_training(training.epochs if training else None)
 
-    def _trains(self, epochs: int | None) -> None:
+    def _check_training(self, epochs: int | None) -> None:
         if epochs == 0:
             raise UserError(
                 f"`qat` quantizes by training and {KEY}.train.epochs is 0: set it to 1 or more, or take a stage that "
@@ -111,20 +110,20 @@ class QAT(pl.Callback):
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, linear in quantizable(skeleton, self.skip, KEY).items():
+        for name, linear in find_quantizable(skeleton, self.skip, KEY).items():
             self.scheme.check(KEY, name, linear)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module)
-        self._trains(trainer.max_epochs)
+        model = unwrap_model(pl_module)
+        self._check_training(trainer.max_epochs)
         self.check(model, [])
-        layers = quantizable(model, self.skip, KEY)
-        batches = list(calibration_batches(trainer, self.samples, self.batch_size, labels=True))
+        layers = find_quantizable(model, self.skip, KEY)
+        batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}
-        with evaluating(model):
-            for shared, counts in calibrate(model, batches, histogram, layers) if self.activations else ():
+        with evaluation_mode(model):
+            for shared, counts in calibrate_layers(model, batches, count_values, layers) if self.activations else ():
                 # One range for what is one tensor, as exports and vLLM's joint layers have it.
-                between |= dict.fromkeys(shared, nn.Parameter(ends(counts, 100), requires_grad=self.learnt))
+                between |= dict.fromkeys(shared, nn.Parameter(percentile_range(counts, 100), requires_grad=self.learnt))
         for name, linear in layers.items():
             FakeQuantization(linear.weight, self.scheme, between.get(name), self.learnt).insert(linear)
         if self.learnt:
@@ -132,24 +131,26 @@ class QAT(pl.Callback):
         self._log_losses(trainer, model)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).to(trainer.strategy.root_device)
-        for name, linear in quantizable(model, self.skip, KEY).items():
-            self.quantized[name] = settle(linear)
-        self.average_bits = packed.average_bits(model, self.quantized)
+        model = unwrap_model(pl_module).to(trainer.strategy.root_device)
+        for name, linear in find_quantizable(model, self.skip, KEY).items():
+            self.quantized[name] = freeze_rounding(linear)
+        self.average_bits = average_bits(model, self.quantized)
         self._log_losses(trainer, model)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packed.save(model, self.quantized, folder)
+        save_model(model, self.quantized, folder)
 
     def _log_losses(self, trainer: pl.Trainer, model: nn.Module) -> None:
-        batches = {"train": list(calibration_batches(trainer, self.samples, self.batch_size, labels=True))}
+        batches = {"train": list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))}
         if trainer.enable_validation:
             device = trainer.strategy.root_device
-            every = validation_batches(trainer)
+            every = read_validation_batches(trainer)
             batches["validation"] = [{key: value.to(device) for key, value in batch.items()} for batch in every]
-        with evaluating(model):
-            losses = {f"qat/{split}_loss": quality(model, some, None, "loss") for split, some in batches.items()}
+        with evaluation_mode(model):
+            losses = {
+                f"qat/{split}_loss": evaluate_metric(model, some, None, "loss") for split, some in batches.items()
+            }
         for logger in trainer.loggers:
             logger.log_metrics(losses, trainer.global_step)
 
@@ -175,7 +176,7 @@ class FakeQuantization(nn.Module):
     def insert(self, layer: nn.Linear) -> None:
         """From now on the layer computes with rounded weights and inputs; its ``weight`` is still the one to train."""
         layer.fake_quantization = self
-        layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(quantized_forward, layer)  # type: ignore[method-assign]
 
     def weights(self, weight: Tensor) -> Tensor:
         scale = self.scale(weight)[:, :, None]
@@ -189,7 +190,7 @@ class FakeQuantization(nn.Module):
         tiny = torch.finfo(torch.float32).tiny
         return 2 * self.reach.abs().clamp(min=tiny).view(-1, self.groups) / self.levels
 
-    def observe(self, x: Tensor) -> None:
+    def observe_range(self, x: Tensor) -> None:
         """Have a moving average of the ends of what enters, where ranges are not learnt."""
         if self.between is not None and not self.between.requires_grad and torch.is_grad_enabled():
             self.between.lerp_(torch.stack(x.detach().float().aminmax()), 0.01)
@@ -203,25 +204,25 @@ class FakeQuantization(nn.Module):
         return fake_quantize(x, scale, zero, INPUTS.lowest, INPUTS.highest)
 
 
-def forward(layer: Any, x: Tensor) -> Tensor:
+def quantized_forward(layer: Any, x: Tensor) -> Tensor:
     """The layer's answer; what is rounded on the way is rounded again for the gradients, for it would take several
     times the memory of what entered to keep it."""
-    layer.fake_quantization.observe(x)
-    return checkpoint(rounded, layer, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    layer.fake_quantization.observe_range(x)
+    return checkpoint(rounded_linear, layer, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-def rounded(layer: Any, x: Tensor) -> Tensor:
+def rounded_linear(layer: Any, x: Tensor) -> Tensor:
     fake = layer.fake_quantization
     return nn.functional.linear(fake.inputs(x), fake.weights(layer.weight), layer.bias)
 
 
 @torch.no_grad()
-def settle(layer: Any) -> Quantized:
+def freeze_rounding(layer: Any) -> Quantized:
     """Round the layer's weights for good and have it quantize its inputs, as they were while it trained."""
     fake, weight = layer.fake_quantization, layer.weight
     scale = fake.scale(weight).to(weight.dtype)
     grid = Grid(scale.clone(), torch.zeros_like(scale, dtype=torch.int8))
-    weight.copy_(to_grid(weight, grid, fake.scheme))
+    weight.copy_(round_to_grid(weight, grid, fake.scheme))
     del layer.fake_quantization, layer.forward
     if fake.between is None:
         return Quantized(fake.scheme, grid)

@@ -15,12 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from compress.errors import UserError
-from compress.maths.allocation import Point, write
-from compress.maths.sparsity import magnitude, smallest_of
-from compress.models.calibration import evenly_spread, validation_batches
-from compress.models.layers import compressed, evaluating, linears
+from compress.maths.allocation import Point, write_points
+from compress.maths.sparsity import magnitude_score, mask_tensor
+from compress.models.calibration import read_validation_batches, spread_evenly
+from compress.models.layers import evaluation_mode, find_linears, unwrap_model
 from compress.tasks.kinds import higher_is_better
-from compress.tasks.metrics import quality
+from compress.tasks.metrics import evaluate_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,33 +72,33 @@ class Sensitivity(pl.Callback):
         self.points: list[Point] = []
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        linears(skeleton)
+        find_linears(skeleton)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model, device = compressed(pl_module), trainer.strategy.root_device
+        model, device = unwrap_model(pl_module), trainer.strategy.root_device
         batches = [
             {key: value.to(device) for key, value in batch.items()}
-            for batch in evenly_spread(validation_batches(trainer), self.samples)
+            for batch in spread_evenly(read_validation_batches(trainer), self.samples)
         ]
         model.to(device)
         if self.metrics is not None:
             self.metrics.to(device)
-        with evaluating(model):
+        with evaluation_mode(model):
             self.points = list(
                 prune_each(
-                    dict(linears(model)),
+                    dict(find_linears(model)),
                     self.sparsities,
-                    lambda: quality(model, batches, self.metrics, self.metric),
+                    lambda: evaluate_metric(model, batches, self.metrics, self.metric),
                     higher_is_better(self.metric),
                 )
             )
         model.cpu()
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_figure("sensitivity", heat_map(self.points, self.metric))
+            trainer.logger.experiment.add_figure("sensitivity", draw_layer_drops(self.points, self.metric))
 
     def report(self, folder: Path) -> None:
-        write(folder / "sensitivity.csv", self.points, self.metric)
-        heat_map(self.points, self.metric).savefig(folder / "sensitivity.png")
+        write_points(folder / "sensitivity.csv", self.points, self.metric)
+        draw_layer_drops(self.points, self.metric).savefig(folder / "sensitivity.png")
 
 
 def prune_each(
@@ -118,25 +118,25 @@ def prune_each(
         )
     for name, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", leave=False, disable=None):
         for sparsity in sparsities:
-            with pruned(layer, sparsity):
+            with pruned_layer(layer, sparsity):
                 found = value()
             drop = unpruned - found if higher else found - unpruned
             yield Point(name, layer.weight.numel(), sparsity, found, math.inf if math.isnan(drop) else drop)
 
 
 @contextmanager
-def pruned(layer: nn.Linear, sparsity: float) -> Iterator[None]:
+def pruned_layer(layer: nn.Linear, sparsity: float) -> Iterator[None]:
     """The layer with its smallest weights at zero, and afterwards as it was, bit for bit."""
     weight = layer.weight.data
     kept = weight.clone()
-    weight.masked_fill_(smallest_of(magnitude(weight), sparsity), 0)
+    weight.masked_fill_(mask_tensor(magnitude_score(weight), sparsity), 0)
     try:
         yield
     finally:
         weight.copy_(kept)
 
 
-def heat_map(points: list[Point], metric: str) -> Figure:
+def draw_layer_drops(points: list[Point], metric: str) -> Figure:
     """Layers by sparsities, red where the metric is worse than without pruning; many layers side by side."""
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
@@ -175,7 +175,7 @@ def heat_map(points: list[Point], metric: str) -> Figure:
         for y, row in enumerate(values):
             for x, drop in enumerate(row):
                 text = f"{round(drop, decimals) + 0.0:.{decimals}f}"  # never -0.0
-                axis.text(x, y, text, ha="center", va="center", fontsize=7, color=ink(drop / limit))
+                axis.text(x, y, text, ha="center", va="center", fontsize=7, color=text_colour(drop / limit))
     direction = "drop" if higher_is_better(metric) else "rise"
     bar = figure.colorbar(image, ax=list(axes), shrink=min(1, 4 / (0.2 * rows)))
     bar.ax.set_ylim(min([0.0, *finite]), limit)
@@ -185,6 +185,6 @@ def heat_map(points: list[Point], metric: str) -> Figure:
     return figure
 
 
-def ink(strength: float) -> str:
+def text_colour(strength: float) -> str:
     """What can be read on a cell that is so deeply coloured (-1 to 1)."""
     return "white" if abs(strength) > 0.6 else "black"

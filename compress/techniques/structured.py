@@ -13,12 +13,20 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.maths.sparsity import squared_norms
-from compress.maths.units import Masks, Scores, activation_score, after, most_important, standardised, taylor_score
-from compress.models import textpruner
-from compress.models.backbone import is_decoder, one_line
-from compress.models.calibration import Batch, calibrate, calibration_batches
-from compress.models.layers import compressed, evaluating
-from compress.models.shapes import Block, cut, read_blocks, record, shape
+from compress.maths.units import (
+    Masks,
+    Scores,
+    activation_score,
+    mask_important,
+    standardise_score,
+    taylor_score,
+    units_left,
+)
+from compress.models.backbone import is_decoder, join_lines
+from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
+from compress.models.textpruner import find_masks, require_textpruner
 from compress.techniques.prune import Prune
 
 Rows = list[list[Literal[0, 1]]]
@@ -108,15 +116,16 @@ class Structured(pl.Callback):
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
         if self.masked:
-            if all(mask.all() for masks in self.given(each).values() for mask in masks):
+            if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
                 raise UserError("The masks of technique.structured keep everything: set 0 where something is to go.")
             return
         heads, ffn, group = [block.heads for block in each], [block.ffn for block in each], each[0].group_size
-        reachable("target_heads", self.target_heads, heads, self.even_heads, group)
-        reachable("target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of)
-        if self.goals(each) == (sum(block.groups for block in each), sum(ffn)):
+        check_target("target_heads", self.target_heads, heads, self.even_heads, group)
+        check_target("target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of)
+        if self.count_goals(each) == (sum(block.groups for block in each), sum(ffn)):
             raise UserError(
-                f"technique.structured asks for the {mean(heads)} heads and {mean(ffn)} FFN channels that a block has "
+                f"technique.structured asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels that "
+                "a block has "
                 "already: ask for fewer, or leave the stage out."
             )
         if self.importance == "logits" and skeleton.config.num_labels == 1:
@@ -125,7 +134,7 @@ class Structured(pl.Callback):
                 "one number: set technique.structured.importance=loss or activation."
             )
         if self.by_textpruner(skeleton):
-            textpruner.required()
+            require_textpruner()
         if any(isinstance(stage, Prune) and stage.pattern for stage in before):
             raise UserError(
                 "`structured` removes columns, which breaks up the groups of the N:M pattern that `prune` before it "
@@ -135,57 +144,57 @@ class Structured(pl.Callback):
     def preview(self, skeleton: Any) -> Any:
         each = read_blocks(skeleton)
         if self.masked:
-            cut(skeleton, **self.given(each))
+            remove_units(skeleton, **self.read_masks(each))
         else:
             heads, ffn = [block.heads for block in each], [block.ffn for block in each]
-            shape(
+            shape_blocks(
                 skeleton,
-                possible(heads, self.target_heads, self.even_heads, each[0].group_size),
-                possible(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
+                preview_sizes(heads, self.target_heads, self.even_heads, each[0].group_size),
+                preview_sizes(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
             )
-        record(skeleton)
+        record_shapes(skeleton)
         return skeleton
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model: Any = compressed(pl_module)
+        model: Any = unwrap_model(pl_module)
         self.check(model, [])
-        goals = self.goals(read_blocks(model))
+        goals = self.count_goals(read_blocks(model))
         if self.masked:
-            cut(model, **self.given(read_blocks(model)))
+            remove_units(model, **self.read_masks(read_blocks(model)))
         else:
-            batches = list(calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
+            batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
             if self.importance == "loss" and "labels" not in batches[0]:
                 raise UserError(
                     "technique.structured.importance=loss needs labels and the training batches have none: set "
                     "technique.structured.importance=logits or activation."
                 )
-            with evaluating(model):
+            with evaluation_mode(model):
                 if self.importance == "logits":
-                    batches = [own_labels(model, batch) for batch in batches]
+                    batches = [label_with_predictions(model, batch) for batch in batches]
                 if self.by_textpruner(model):
-                    cut(model, **self.textpruner_masks(model, batches))
+                    remove_units(model, **self.textpruner_masks(model, batches))
                 else:
-                    self.shrink(model, batches)
-        record(model)
+                    self.cut_in_turns(model, batches)
+        record_shapes(model)
         left = sum(block.groups for block in read_blocks(model)), sum(block.ffn for block in read_blocks(model))
         if left != goals:
             raise RuntimeError(f"asked for {goals} head groups and FFN channels, left {left}")
 
-    def goals(self, each: list[Block]) -> tuple[int, int]:
+    def count_goals(self, each: list[Block]) -> tuple[int, int]:
         """How many head groups and FFN channels all blocks together are to have."""
         if self.masked:
-            given = self.given(each)
+            given = self.read_masks(each)
             groups, ffn = (sum(int(mask.sum()) for mask in given.get(part, ())) for part in ("groups", "ffn"))
         else:
             groups = len(each) * (self.target_heads or 0) // each[0].group_size
             ffn = len(each) * (self.target_ffn_size or 0)
         return groups or sum(block.groups for block in each), ffn or sum(block.ffn for block in each)
 
-    def given(self, each: list[Block]) -> dict[str, Masks]:
+    def read_masks(self, each: list[Block]) -> dict[str, Masks]:
         """The user's masks, as :func:`cut` takes them."""
         found = {}
         if self.head_mask is not None:
-            rows = masks(self.head_mask, "head_mask", [block.heads for block in each])
+            rows = parse_masks(self.head_mask, "head_mask", [block.heads for block in each])
             grouped = [row.view(block.groups, -1) for row, block in zip(rows, each)]
             if any((group != group[:, :1]).any() for group in grouped):
                 raise UserError(
@@ -194,7 +203,7 @@ class Structured(pl.Callback):
                 )
             found["groups"] = [group[:, 0] for group in grouped]
         if self.ffn_mask is not None:
-            found["ffn"] = masks(self.ffn_mask, "ffn_mask", [block.ffn for block in each])
+            found["ffn"] = parse_masks(self.ffn_mask, "ffn_mask", [block.ffn for block in each])
         return found
 
     def by_textpruner(self, model: Any) -> bool:
@@ -204,10 +213,10 @@ class Structured(pl.Callback):
 
     def textpruner_masks(self, model: Any, batches: list[Batch]) -> dict[str, Masks]:
         first = read_blocks(model)[0]
-        groups, ffn = textpruner.masks(
+        groups, ffn = find_masks(
             model,
             batches,
-            most_important,
+            mask_important,
             target_num_of_heads=self.target_heads or first.heads,
             target_ffn_size=self.target_ffn_size or first.ffn,
             head_even_masking=self.even_heads,
@@ -218,27 +227,33 @@ class Structured(pl.Callback):
         )
         return {"groups": groups, "ffn": ffn}
 
-    def shrink(self, model: Any, batches: list[Batch]) -> None:
+    def cut_in_turns(self, model: Any, batches: list[Batch]) -> None:
         """Score and cut, turn by turn."""
         rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
-        for turn in self.turns(read_blocks(model)):
-            scores = activation(model, batches) if self.importance == "activation" else taylor(model, batches)
-            cut(model, **{part: most_important(scores[part], left, *rules[part]) for part, left in turn.items()})
+        for turn in self.plan_turns(read_blocks(model)):
+            scores = (
+                score_by_activation(model, batches)
+                if self.importance == "activation"
+                else score_by_gradient(model, batches)
+            )
+            remove_units(
+                model, **{part: mask_important(scores[part], left, *rules[part]) for part, left in turn.items()}
+            )
 
-    def turns(self, each: list[Block]) -> list[dict[str, int]]:
+    def plan_turns(self, each: list[Block]) -> list[dict[str, int]]:
         """How many head groups and FFN channels are left after every cut, the removal spread evenly over the steps."""
-        groups, ffn = self.goals(each)
+        groups, ffn = self.count_goals(each)
         found: list[dict[str, int]] = []
         for step in range(1, self.iterations + 1):
-            heads = {"groups": after(step, self.iterations, sum(block.groups for block in each), groups)}
-            channels = {"ffn": after(step, self.iterations, sum(block.ffn for block in each), ffn)}
+            heads = {"groups": units_left(step, self.iterations, sum(block.groups for block in each), groups)}
+            channels = {"ffn": units_left(step, self.iterations, sum(block.ffn for block in each), ffn)}
             heads, channels = heads if self.target_heads else {}, channels if self.target_ffn_size else {}
             halves = {"head-first": [heads, channels], "ffn-first": [channels, heads]}
             found += filter(None, halves.get(self.order or "", [heads | channels]))
         return found
 
 
-def reachable(key: str, target: int | None, now: list[int], even: bool, unit: int) -> None:
+def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int) -> None:
     """Raise UserError where blocks of ``now`` heads or channels cannot be brought to the ``target``, in multiples of
     ``unit``."""
     if target is None:
@@ -248,17 +263,19 @@ def reachable(key: str, target: int | None, now: list[int], even: bool, unit: in
         multiple = "technique.structured.ffn_multiple_of"
     if total > sum(now) or (even and target > min(now)):
         raise UserError(
-            f"technique.structured.{key}={target} is more than the {min(now) if even else mean(now)} that a block has: "
+            f"technique.structured.{key}={target} is more than the {min(now) if even else format_mean(now)} that a "
+            "block has: "
             "ask for fewer."
         )
     if any(number % unit for number in ([target] if even else [total, *now])) or total < unit * len(now):
         raise UserError(
-            f"technique.structured.{key}={target} cannot be reached from {mean(now)} a block in multiples of {unit}, "
+            f"technique.structured.{key}={target} cannot be reached from {format_mean(now)} a block in "
+            f"multiples of {unit}, "
             f"the size of {multiple}: set a multiple of {unit}."
         )
 
 
-def possible(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
+def preview_sizes(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
     """What the blocks may be left with: where they may differ, two of them a ``unit`` more and less than the others, so
     that a width that only some sizes have is not relied upon."""
     if target is None:
@@ -272,16 +289,16 @@ def possible(now: list[int], target: int | None, even: bool, unit: int) -> list[
     return sizes
 
 
-def several(sizes: list[int]) -> str:
+def format_sizes(sizes: list[int]) -> str:
     """``12, 12, 10``, or ``3 times 12``."""
     return f"{len(sizes)} times {sizes[0]}" if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) or "no"
 
 
-def mean(sizes: list[int]) -> str:
+def format_mean(sizes: list[int]) -> str:
     return f"{sum(sizes) / len(sizes):g}"
 
 
-def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
+def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     """The rows of a user's mask, or of the json or pt file that it names, one of each of the ``sizes``."""
     if isinstance(given, str):
         path = Path(given).expanduser()
@@ -290,7 +307,9 @@ def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
         try:
             given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
         except Exception as error:  # whatever is wrong with the file
-            raise UserError(f"technique.structured.{key}: {path} cannot be read ({one_line(error)[:120]}).") from error
+            raise UserError(
+                f"technique.structured.{key}: {path} cannot be read ({join_lines(error)[:120]})."
+            ) from error
     try:
         rows = [torch.as_tensor(row, device="cpu") for row in given]
     except (TypeError, ValueError) as error:
@@ -298,7 +317,8 @@ def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     found = [row.numel() for row in rows]
     if found != sizes:
         raise UserError(
-            f"technique.structured.{key} has rows of {several(found)} values and the model blocks of {several(sizes)}: "
+            f"technique.structured.{key} has rows of {format_sizes(found)} values and the model "
+            f"blocks of {format_sizes(sizes)}: "
             "give a row for every block, and in it a 1 or 0 for each of its heads or channels."
         )
     if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
@@ -309,7 +329,7 @@ def masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     return [row.bool() for row in rows]
 
 
-def taylor(model: Any, batches: list[Batch]) -> dict[str, Scores]:
+def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Scores of all units from the gradients of the loss on ``batches``; one weight's gradient in memory at a time."""
     each = read_blocks(model)
     units = {block.attention_out.weight: block.groups for block in each}
@@ -336,14 +356,16 @@ def taylor(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     }
 
 
-def activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
+def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Scores of all units from their activations on ``batches``."""
     norms = {
-        layer: total.sqrt() for layers, total in calibrate(model, batches, squared_norms) for layer in layers.values()
+        layer: total.sqrt()
+        for layers, total in calibrate_layers(model, batches, squared_norms)
+        for layer in layers.values()
     }
 
     def score(layer: nn.Linear, units: int) -> Tensor:
-        return standardised(activation_score(layer.weight.detach(), norms[layer], units))
+        return standardise_score(activation_score(layer.weight.detach(), norms[layer], units))
 
     return {
         "groups": [score(block.attention_out, block.groups) for block in read_blocks(model)],
@@ -352,7 +374,7 @@ def activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 
 
 @torch.no_grad()
-def own_labels(model: Any, batch: Batch) -> Batch:
+def label_with_predictions(model: Any, batch: Batch) -> Batch:
     """The batch labelled with what the model predicts. (The cross-entropy to its whole distribution has no gradient
     where the model has not changed yet.)"""
     inputs = {key: value for key, value in batch.items() if key != "labels"}

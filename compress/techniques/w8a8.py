@@ -11,13 +11,20 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats import packed
-from compress.formats.packed import Quantized
-from compress.maths.rounding import Inputs, Scheme, ends, grid_between, histogram, minmax_grid, to_grid
+from compress.formats.packed import Quantized, average_bits, save_model
+from compress.maths.rounding import (
+    Inputs,
+    Scheme,
+    count_values,
+    grid_between,
+    minmax_grid,
+    percentile_range,
+    round_to_grid,
+)
 from compress.models.backbone import is_decoder
-from compress.models.calibration import calibrate, calibration_batches
-from compress.models.folding import FOLDS, fold, sources
-from compress.models.layers import blocks, compressed, evaluating, quantizable
+from compress.models.calibration import calibrate_layers, draw_calibration_batches
+from compress.models.folding import FOLDS, find_sources, fold_scale
+from compress.models.layers import evaluation_mode, find_blocks, find_quantizable, unwrap_model
 from compress.models.shapes import FAMILIES, LLAMA
 
 KEY = "technique.w8a8"
@@ -112,52 +119,52 @@ class W8A8(pl.Callback):
                 f"{KEY}.dynamic=true gives every token a scale and the head of `{family}` reads one vector a text, "
                 f"which loaders would scale by the batch: add `head` to {KEY}.skip, or set {KEY}.dynamic=false."
             )
-        quantizable(skeleton, self.skip, KEY)
+        find_quantizable(skeleton, self.skip, KEY)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(compressed(pl_module), [])  # which a script of one's own has not done
+        self.check(unwrap_model(pl_module), [])  # which a script of one's own has not done
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = compressed(pl_module).to(trainer.strategy.root_device)
-        wanted = quantizable(model, self.skip, KEY)
-        batches = list(calibration_batches(trainer, self.train_samples, self.batch_size))
-        with evaluating(model):
+        model = unwrap_model(pl_module).to(trainer.strategy.root_device)
+        wanted = find_quantizable(model, self.skip, KEY)
+        batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
+        with evaluation_mode(model):
             if self.smoothing is not None:
                 largest: dict[str, Tensor] = {}
-                for layers, found in calibrate(model, batches, magnitude, wanted, combine=torch.maximum):
+                for layers, found in calibrate_layers(model, batches, max_magnitudes, wanted, combine=torch.maximum):
                     largest |= dict.fromkeys(layers, found)
-                smooth(model, largest, self.smoothing)
+                smooth_blocks(model, largest, self.smoothing)
             if self.dynamic:
-                self._quantize(wanted, Inputs(self.inputs))
+                self._round_layers(wanted, Inputs(self.inputs))
             else:
-                for layers, counts in calibrate(model, batches, histogram, wanted):
+                for layers, counts in calibrate_layers(model, batches, count_values, wanted):
                     dtype = next(iter(layers.values())).weight.dtype
-                    grid = grid_between(ends(counts, self.percentile), self.inputs, dtype)
-                    self._quantize(layers, Inputs(self.inputs, grid))
-        self.average_bits = packed.average_bits(model, self.quantized)
+                    grid = grid_between(percentile_range(counts, self.percentile), self.inputs, dtype)
+                    self._round_layers(layers, Inputs(self.inputs, grid))
+        self.average_bits = average_bits(model, self.quantized)
         model.cpu()
 
-    def _quantize(self, layers: dict[str, nn.Linear], inputs: Inputs) -> None:
+    def _round_layers(self, layers: dict[str, nn.Linear], inputs: Inputs) -> None:
         for name, linear in layers.items():
             weight = linear.weight.data
             grid = minmax_grid(weight, WEIGHTS, weight.dtype)
-            weight.copy_(to_grid(weight, grid, WEIGHTS))
+            weight.copy_(round_to_grid(weight, grid, WEIGHTS))
             self.quantized[name] = Quantized(WEIGHTS, grid, inputs)
             self.quantized[name].attach(linear)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        packed.save(model, self.quantized, folder)
+        save_model(model, self.quantized, folder)
 
 
-def magnitude(x: Tensor) -> Tensor:
+def max_magnitudes(x: Tensor) -> Tensor:
     """The largest size of every input over the tokens of ``x`` ``[tokens, inputs]``."""
     return x.abs().amax(0)
 
 
-def smooth(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
+def smooth_blocks(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
     """Scale the inputs of those layers of a Llama's blocks for which the ``largest`` activations, ``[inputs]``, are
     given; the model computes what it did."""
-    prefix, stack = blocks(model)
+    prefix, stack = find_blocks(model)
     for index, block in enumerate(stack):
         for place in FOLDS:
             before: Any = block.get_submodule(place.before)
@@ -165,13 +172,13 @@ def smooth(model: nn.Module, largest: dict[str, Tensor], strength: float) -> Non
             if any(f"{prefix}.{index}.{name}" not in largest for name in changed):
                 continue  # one of them is to stay as it is
             layers: list[Any] = [block.get_submodule(name) for name in place.layers]
-            source = sources(block, before, layers[0])
-            activation = largest_of(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
-            weight = largest_of(source, torch.cat([layer.weight.data for layer in layers]).float().abs().amax(0))
-            fold(before, layers, smoothing_scale(activation, weight, strength), source)
+            source = find_sources(block, before, layers[0])
+            activation = max_per_source(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
+            weight = max_per_source(source, torch.cat([layer.weight.data for layer in layers]).float().abs().amax(0))
+            fold_scale(before, layers, smoothing_scale(activation, weight, strength), source)
 
 
-def largest_of(source: Tensor, x: Tensor) -> Tensor:
+def max_per_source(source: Tensor, x: Tensor) -> Tensor:
     """The largest of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
     return torch.zeros(int(source.max()) + 1, device=x.device).scatter_reduce(0, source, x, "amax")
 

@@ -7,8 +7,8 @@ import pytest
 
 from compress.cache import store
 from compress.cache.__main__ import main
-from compress.cache.digests import fingerprint
-from compress.cache.store import Cache, entries, prune
+from compress.cache.digests import fingerprint_files
+from compress.cache.store import Cache, list_entries, prune_cache
 from compress.errors import UserError
 
 
@@ -61,7 +61,7 @@ def test_what_would_fail_again_leaves_nothing(tmp_path):
 
     with pytest.raises(UserError):
         Cache(tmp_path).get("key", fails, "baseline")
-    assert not entries(tmp_path)
+    assert not list_entries(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_refresh_makes_anew_what_is_older(tmp_path, make, calls):
 
 def test_the_source_and_the_libraries_are_part_of_the_address(tmp_path, monkeypatch):
     first = Cache(tmp_path).get("key", made, "baseline")
-    monkeypatch.setattr("compress.cache.store.environment", lambda: {"torch": "another"})
+    monkeypatch.setattr("compress.cache.store.digest_environment", lambda: {"torch": "another"})
     assert Cache(tmp_path).get("key", made, "baseline") != first
 
 
@@ -147,8 +147,8 @@ def test_prune_removes_the_least_recently_used_first_and_leaves_what_is_in_use(t
     for age, key in enumerate(("new", "old", "older")):
         entry = Cache(tmp_path).get(key, lambda folder: made(folder, 1_000_000), key)
         os.utime(entry.with_suffix(".used"), (0, time.time() - age))
-    assert len(prune(tmp_path, max_gb=0.0015)) == 2
-    assert [entry.size_bytes // 1_000_000 for entry in entries(tmp_path)] == [1]
+    assert len(prune_cache(tmp_path, max_gb=0.0015)) == 2
+    assert [entry.size_bytes // 1_000_000 for entry in list_entries(tmp_path)] == [1]
 
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
@@ -158,14 +158,14 @@ def test_prune_removes_the_least_recently_used_first_and_leaves_what_is_in_use(t
     main(["prune", "--dir", str(tmp_path)])
     main(["report", "--dir", str(tmp_path)])
     assert "removed 1 entries, 0.001 GB" in (shown := capsys.readouterr().out)
-    assert "in use" in shown and len(entries(tmp_path)) == 1
+    assert "in use" in shown and len(list_entries(tmp_path)) == 1
     done.set()
     process.join()
-    assert len(prune(tmp_path, max_gb=0)) == 1 and not entries(tmp_path)
+    assert len(prune_cache(tmp_path, max_gb=0)) == 1 and not list_entries(tmp_path)
 
 
 def test_a_local_model_is_known_by_its_content(tmp_path):
     (tmp_path / "weights").write_bytes(b"1")
-    first = fingerprint(tmp_path)
+    first = fingerprint_files(tmp_path)
     (tmp_path / "weights").write_bytes(b"2")
-    assert fingerprint(tmp_path) != first
+    assert fingerprint_files(tmp_path) != first

@@ -13,8 +13,8 @@ from test_onnx import every_shape, told_apart
 from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
-from compress.exporting.agreement import agreement
-from compress.models.layers import linears
+from compress.exporting.agreement import measure_agreement
+from compress.models.layers import find_linears
 from compress.runtimes.torch import load
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
@@ -83,12 +83,14 @@ def test_an_export_multiplies_the_very_integers_in_the_ranges_that_were_found(ki
     exported = export(kind(), model, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for one in (model.eval(), trained.eval()):  # as it was loaded, and as it was trained
-        found = agreement(one, exported, every_shape())
+        found = measure_agreement(one, exported, every_shape())
         # Sums in another order, by which now and then an input is rounded to the number beside.
         assert found.max_logit_difference < 0.005 * found.largest_logit and found.label_agreement == 1
 
     layers = {name: one.quantized for name, one in model.named_modules() if getattr(one, "quantized", None)}
-    assert len(layers) >= integer_products(exported) >= len(dict(linears(model)))  # of texts ONNX Runtime makes floats
+    assert (
+        len(layers) >= integer_products(exported) >= len(dict(find_linears(model)))
+    )  # of texts ONNX Runtime makes floats
     scales = sorted({round(one.inputs.grid.scale.item(), 7) for one in layers.values()})
     assert input_scales(exported) == pytest.approx(scales, rel=1e-5)
     integers = [p.char() for p in exported.parameters() if not p.is_floating_point()]
@@ -111,7 +113,7 @@ def test_a_weight_is_a_byte_on_disk_and_a_stage_of_the_same_fit_is_kept_too(kind
         stage.save(model, tmp_path / name)
         weights = importlib.import_module(f"compress.runtimes.{stage.runtime}").WEIGHTS[0]
         sizes.append(sum(path.stat().st_size for path in (tmp_path / name).glob(weights)))
-    weights = sum(layer.weight.numel() for _, layer in linears(model))
+    weights = sum(layer.weight.numel() for _, layer in find_linears(model))
     assert sizes[0] - sizes[1] > 2.5 * weights
 
 

@@ -13,13 +13,12 @@ from test_onnx import told_apart
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
-from compress.formats import packed as packing
-from compress.formats.gptq import pack, packed, unpack, unpacked
-from compress.formats.packed import Quantized
-from compress.maths.rounding import Scheme, minmax_grid, to_grid
-from compress.models.layers import linears
-from compress.planning import plan
-from compress.running import promises
+from compress.formats.gptq import pack_layer, pack_words, unpack_layer, unpack_words
+from compress.formats.packed import Quantized, list_packed_layers
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.models.layers import find_linears
+from compress.planning.plan import make_plan
+from compress.running.promises import check_bits
 from compress.runtimes.torch import FORMATS, load
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import GPTQ
@@ -34,19 +33,19 @@ def quantized(folder, **settings):
     stage = GPTQ(**{"group_size": 32, "format": "gptq", "samples": 8, **settings})
     tiny.trainer(stage).fit(FineTune(model), tiny.loader(lm=True))
     stage.save(saved := copy.deepcopy(model), folder)
-    promises.check_bits("gptq", stage.average_bits, saved, folder)
+    check_bits("gptq", stage.average_bits, saved, folder)
     return model.eval(), stage
 
 
 def test_four_bits_of_eight_inputs_fill_a_word_from_the_lowest_on():
-    words = pack(torch.tensor([[1], [2], [3], [4], [5], [6], [7], [8]]), 4)
+    words = pack_words(torch.tensor([[1], [2], [3], [4], [5], [6], [7], [8]]), 4)
     assert words.dtype == torch.int32 and words.tolist() == [[0x87654321 - 2**32]]
 
 
 def test_three_bits_of_thirty_two_inputs_fill_three_words_across_their_ends():
     integers = torch.zeros(32, 1, dtype=torch.int32)
     integers[10], integers[21] = 0b101, 0b110  # the lowest two bits in one word, and the third in the next; one, two
-    assert pack(integers, 3).flatten().tolist() == [(0b01 << 30), 0b1, 0b11]
+    assert pack_words(integers, 3).flatten().tolist() == [(0b01 << 30), 0b1, 0b11]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -54,18 +53,18 @@ def test_three_bits_of_thirty_two_inputs_fill_three_words_across_their_ends():
 def test_what_is_packed_is_unpacked(bits, symmetric):
     generator = torch.Generator().manual_seed(bits)
     integers = torch.randint(0, 2**bits, (64, 5), generator=generator, dtype=torch.int32)
-    assert torch.equal(unpack(pack(integers, bits), bits), integers)
+    assert torch.equal(unpack_words(pack_words(integers, bits), bits), integers)
     weight, scheme = torch.randn(32, 64, generator=generator), Scheme(bits, 16, symmetric)
     grid = minmax_grid(weight, scheme, torch.float16)
-    weight = to_grid(weight, grid, scheme)
-    tensors = packed(weight, Quantized(scheme, grid))
+    weight = round_to_grid(weight, grid, scheme)
+    tensors = pack_layer(weight, Quantized(scheme, grid))
     assert {name: list(one.shape) for name, one in tensors.items()} == {
         "qweight": [64 * bits // 32, 32],
         "qzeros": [4, 32 * bits // 32],
         "scales": [4, 32],
         "g_idx": [64],
     }
-    assert torch.equal(unpacked(tensors, bits, first=symmetric), weight)
+    assert torch.equal(unpack_layer(tensors, bits, first=symmetric), weight)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
@@ -73,12 +72,14 @@ def test_a_checkpoint_reloads_to_the_same_logits_and_takes_the_bits_that_it_says
     model, _ = quantized(tmp_path, bits=bits, symmetric=symmetric)
     with torch.no_grad():
         assert torch.equal(load(tmp_path, "lm")(**PROBE).logits, model(**PROBE).logits)
-    assert packing.packed_layers(tmp_path) == {name for name, _ in linears(model)}
+    assert list_packed_layers(tmp_path) == {name for name, _ in find_linears(model)}
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (described["quant_method"], described["bits"], described["group_size"]) == ("gptq", bits, 32)
     assert described["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2") and not described["desc_act"]
     zeros = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.qzeros"]
-    assert not symmetric or (unpack(zeros.T, bits) == 2 ** (bits - 1) - 1).all()  # the first version's are one less
+    assert (
+        not symmetric or (unpack_words(zeros.T, bits) == 2 ** (bits - 1) - 1).all()
+    )  # the first version's are one less
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
@@ -107,7 +108,7 @@ def test_transformers_loads_it_by_gptqmodel(bits, symmetric, tmp_path):
 def test_what_the_format_has_no_place_for_is_told_before_anything_is_loaded(overrides, sentence):
     chosen = ["technique=gptq", "technique.gptq.format=gptq", "model=tiny_llama", "task=toy_lm", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=sentence):
-        plan.check(compose("train", chosen))
+        make_plan(compose("train", chosen))
 
 
 def test_a_folder_without_all_weights_is_told(tmp_path):

@@ -9,13 +9,13 @@ from compress.maths.rounding import (
     Grid,
     Inputs,
     Scheme,
-    ends,
+    count_values,
     fake_quantize,
-    fitted_grid,
+    fit_grid,
     grid_between,
-    histogram,
     minmax_grid,
-    to_grid,
+    percentile_range,
+    round_to_grid,
 )
 
 
@@ -23,14 +23,14 @@ def test_a_symmetric_grid_worked_by_hand():
     weight = torch.tensor([[0.0, 0.25, -0.7, 0.2]])
     grid = minmax_grid(weight, Scheme(3), torch.float32)  # seven steps from -0.7 to 0.7
     assert grid.scale.item() == pytest.approx(0.2)
-    assert to_grid(weight, grid, Scheme(3)).tolist() == [pytest.approx([0.0, 0.2, -0.8, 0.2], abs=1e-6)]
+    assert round_to_grid(weight, grid, Scheme(3)).tolist() == [pytest.approx([0.0, 0.2, -0.8, 0.2], abs=1e-6)]
 
 
 def test_an_asymmetric_grid_worked_by_hand():
     weight = torch.tensor([[0.0, 0.3, 1.5, 1.2]])
     grid = minmax_grid(weight, Scheme(2, symmetric=False), torch.float32)  # three steps from 0 to 1.5
     assert grid.scale.item() == pytest.approx(0.5) and grid.zero.item() == -2
-    assert to_grid(weight, grid, Scheme(2, symmetric=False)).tolist() == [pytest.approx([0.0, 0.5, 1.5, 1.0])]
+    assert round_to_grid(weight, grid, Scheme(2, symmetric=False)).tolist() == [pytest.approx([0.0, 0.5, 1.5, 1.0])]
 
 
 def test_every_group_has_its_own_scale():
@@ -49,9 +49,9 @@ def test_a_fitted_grid_loses_no_more_than_one_of_the_whole_range(bits, symmetric
     scheme = Scheme(bits, 16, symmetric)
 
     def lost(grid):
-        return ((weight - to_grid(weight, grid, scheme)).square() * importance).unflatten(1, (4, 16)).sum(2)
+        return ((weight - round_to_grid(weight, grid, scheme)).square() * importance).unflatten(1, (4, 16)).sum(2)
 
-    fitted = lost(fitted_grid(weight, scheme, torch.float32, importance))
+    fitted = lost(fit_grid(weight, scheme, torch.float32, importance))
     whole = lost(minmax_grid(weight, scheme, torch.float32))
     assert (fitted <= whole).all()
     assert bits == 8 or fitted.sum() < 0.95 * whole.sum()
@@ -63,7 +63,7 @@ def test_zero_is_on_every_grid(symmetric):
     weight = torch.rand(4, 32) + 1  # far from zero
     weight[:, ::3] = 0
     scheme = Scheme(3, 8, symmetric)
-    rounded = to_grid(weight, fitted_grid(weight, scheme, torch.float32, torch.ones(32)), scheme)
+    rounded = round_to_grid(weight, fit_grid(weight, scheme, torch.float32, torch.ones(32)), scheme)
     assert (rounded[weight == 0] == 0).all()
 
 
@@ -122,14 +122,14 @@ def test_attached_to_a_layer_it_quantizes_what_enters():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_histogram_tells_the_ends(sign):
     x = sign * torch.cat([torch.arange(1000.0), torch.tensor([-3.0, 5e4])])
-    counts = histogram(x[:500]) + histogram(x[500:])  # adds up over batches
+    counts = count_values(x[:500]) + count_values(x[500:])  # adds up over batches
     assert counts.sum() == 1002
     whole = torch.tensor([-3.0, 5e4]) if sign == 1 else torch.tensor([-5e4, 3.0])
-    assert torch.allclose(ends(counts, 100), whole, rtol=2**-8)
+    assert torch.allclose(percentile_range(counts, 100), whole, rtol=2**-8)
     most = torch.tensor([0.0, 990.0]) if sign == 1 else torch.tensor([-990.0, 0.0])
-    assert torch.allclose(ends(counts, 99), most, rtol=2**-7)
+    assert torch.allclose(percentile_range(counts, 99), most, rtol=2**-7)
 
 
 def test_zero_is_always_between_the_ends():
-    assert ends(histogram(torch.tensor([2.0, 3.0])), 100).tolist() == [0, 3]
-    assert ends(histogram(torch.tensor([-2.0, -3.0])), 100).tolist() == [-3, 0]
+    assert percentile_range(count_values(torch.tensor([2.0, 3.0])), 100).tolist() == [0, 3]
+    assert percentile_range(count_values(torch.tensor([-2.0, -3.0])), 100).tolist() == [-3, 0]

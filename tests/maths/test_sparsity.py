@@ -7,6 +7,18 @@ import torch
 
 from compress.maths import sparsity as maths
 from compress.maths.hessian import second_moment
+from compress.maths.sparsity import (
+    gradual_schedule,
+    iterative_schedule,
+    kth_smallest,
+    magnitude_score,
+    mask_groups,
+    mask_model,
+    mask_rows,
+    mask_tensor,
+    random_score,
+    wanda_score,
+)
 
 WEIGHT = torch.tensor(
     [[0.1, -0.9, 0.3, 0.7], [-0.2, 0.8, -0.4, 0.6], [0.5, 0.2, -0.1, 1.0], [0.3, -0.3, 0.9, 0.05]],
@@ -20,22 +32,22 @@ def rows_of(mask):
 
 
 def test_half_of_a_matrix_by_magnitude_worked_by_hand():
-    assert rows_of(maths.smallest_of(maths.magnitude(WEIGHT), 0.5)) == [[0, 2], [0], [1, 2], [0, 1, 3]]
+    assert rows_of(mask_tensor(magnitude_score(WEIGHT), 0.5)) == [[0, 2], [0], [1, 2], [0, 1, 3]]
 
 
 def test_half_of_every_row_by_magnitude_worked_by_hand():
-    assert rows_of(maths.smallest_of_rows(maths.magnitude(WEIGHT), 0.5)) == [[0, 2], [0, 2], [1, 2], [0, 3]]
+    assert rows_of(mask_rows(magnitude_score(WEIGHT), 0.5)) == [[0, 2], [0, 2], [1, 2], [0, 3]]
 
 
 def test_wanda_worked_by_hand():
-    scores = maths.wanda(WEIGHT, NORMS)
+    scores = wanda_score(WEIGHT, NORMS)
     assert torch.allclose(scores[0], torch.tensor([0.2, 0.9, 0.3, 0.35]))
-    assert rows_of(maths.smallest_of_rows(scores, 0.5)) == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert rows_of(mask_rows(scores, 0.5)) == [[0, 2], [0, 3], [1, 2], [1, 3]]
 
 
 def test_two_of_every_four():
     score = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.5, 0.6, 0.7, 0.8]])
-    assert rows_of(maths.smallest_of_groups(score, 2, 4)) == [[1, 3, 4, 5]]
+    assert rows_of(mask_groups(score, 2, 4)) == [[1, 3, 4, 5]]
 
 
 def test_sparsegpt_worked_by_hand():
@@ -48,7 +60,7 @@ def test_sparsegpt_worked_by_hand():
 
 def test_sparsegpt_with_inputs_that_do_not_correlate_is_pruning_by_magnitude():
     hessian = torch.eye(4)
-    expected = WEIGHT.masked_fill(maths.smallest_of(maths.magnitude(WEIGHT), 0.5), 0)
+    expected = WEIGHT.masked_fill(mask_tensor(magnitude_score(WEIGHT), 0.5), 0)
     assert torch.allclose(maths.sparsegpt(WEIGHT, hessian, 0.5), expected)
 
 
@@ -56,12 +68,12 @@ def test_sparsegpt_with_inputs_that_do_not_correlate_is_pruning_by_magnitude():
 def test_sparsegpt_loses_less_than_the_same_count_by_magnitude_and_keeps_zeros(pattern):
     x = torch.randn(512, 96, generator=GENERATOR) @ torch.randn(96, 96, generator=GENERATOR)
     weight = torch.randn(32, 96, generator=GENERATOR)
-    before = maths.smallest_of(torch.rand(32, 96, generator=GENERATOR), 0.1)
+    before = mask_tensor(torch.rand(32, 96, generator=GENERATOR), 0.1)
     weight[before] = 0
     fraction = pattern[0] / pattern[1] if pattern else 0.5
     found = maths.sparsegpt(weight, second_moment(x), fraction, pattern, block=32)
-    score = maths.magnitude(weight)
-    mask = maths.smallest_of_groups(score, *pattern) if pattern else maths.smallest_of(score, fraction)
+    score = magnitude_score(weight)
+    mask = mask_groups(score, *pattern) if pattern else mask_tensor(score, fraction)
 
     def loss(other):
         return ((weight - other) @ x.T).square().sum()
@@ -77,16 +89,16 @@ def test_sparsegpt_loses_less_than_the_same_count_by_magnitude_and_keeps_zeros(p
 
 def test_layers_are_ranked_together():
     scores = {"small": lambda: torch.tensor([1.0, 2.0]), "large": lambda: torch.tensor([10.0, 20.0])}
-    pruned = dict(maths.smallest(scores, 0.5))
+    pruned = dict(mask_model(scores, 0.5))
     assert pruned["small"].all() and not pruned["large"].any()
 
 
 def test_ties_are_pruned_to_the_count_asked_for():
-    assert maths.smallest_of(torch.ones(10), 0.3).sum() == 3
+    assert mask_tensor(torch.ones(10), 0.3).sum() == 3
 
 
 def test_rows_take_turns_in_rounding():
-    mask = maths.smallest_of_rows(torch.rand(8, 10, generator=GENERATOR), 0.25)
+    mask = mask_rows(torch.rand(8, 10, generator=GENERATOR), 0.25)
     assert mask.sum() == 20 and set(mask.sum(1).tolist()) <= {2, 3}
 
 
@@ -96,21 +108,23 @@ def test_the_threshold_is_that_of_a_sort(dtype):
     scores.append(torch.tensor([-torch.inf, -0.0], dtype=dtype))
     ordered = torch.cat([score.flatten().float() for score in scores]).sort().values
     for k in (1, 2, 3, 4, 100, len(ordered)):
-        assert maths.kth_smallest(lambda: scores, k)[0] == ordered[k - 1]
+        assert kth_smallest(lambda: scores, k)[0] == ordered[k - 1]
 
 
 def test_random_scores_are_those_of_their_seed():
-    assert torch.equal(maths.random(WEIGHT, 1), maths.random(WEIGHT, 1))
-    assert not torch.equal(maths.random(WEIGHT, 1), maths.random(WEIGHT, 2))
+    assert torch.equal(random_score(WEIGHT, 1), random_score(WEIGHT, 1))
+    assert not torch.equal(random_score(WEIGHT, 1), random_score(WEIGHT, 2))
 
 
 def test_the_cubic_schedule_worked_by_hand():
-    assert maths.gradual(101, end=1.0, every=50) == {0: 0.0, 50: pytest.approx(1 - 0.5**3), 100: 1.0}
-    assert max(maths.gradual(100, begin=0.2, end=0.7, every=10)) == 69 and min(maths.gradual(100, begin=0.2)) == 20
+    assert gradual_schedule(101, end=1.0, every=50) == {0: 0.0, 50: pytest.approx(1 - 0.5**3), 100: 1.0}
+    assert (
+        max(gradual_schedule(100, begin=0.2, end=0.7, every=10)) == 69 and min(gradual_schedule(100, begin=0.2)) == 20
+    )
 
 
 def test_iterative_rounds_are_of_equal_length():
-    assert maths.iterative(90, 3) == {0: pytest.approx(1 / 3), 30: pytest.approx(2 / 3), 60: 1.0}
+    assert iterative_schedule(90, 3) == {0: pytest.approx(1 / 3), 30: pytest.approx(2 / 3), 60: 1.0}
 
 
 class TestAgainstLlmCompressor:
@@ -133,8 +147,8 @@ class TestAgainstLlmCompressor:
         for batch in batches:
             norms, samples = theirs.accumulate_row_scalars(batch, layer, norms, samples)
         expected = theirs.sparsify_weight(layer, {layer: norms}, 0.5, *pattern)
-        score = maths.wanda(layer.weight, sum(batch.reshape(-1, 256).square().sum(0) for batch in batches))
-        mask = maths.smallest_of_groups(score, *pattern) if pattern[1] else maths.smallest_of_rows(score, 0.5)
+        score = wanda_score(layer.weight, sum(batch.reshape(-1, 256).square().sum(0) for batch in batches))
+        mask = mask_groups(score, *pattern) if pattern[1] else mask_rows(score, 0.5)
         assert torch.equal(layer.weight.detach().masked_fill(mask, 0), expected)
 
     @pytest.mark.parametrize("pattern", [None, (2, 4), (4, 8)])
@@ -161,18 +175,18 @@ class TestAgainstLlmCompressor:
         from llmcompressor.modifiers.pruning.utils.pytorch.mask_factory import PruningMaskCreatorArgs
 
         layer, _ = layer
-        score = maths.magnitude(layer.weight)
+        score = magnitude_score(layer.weight)
         arguments = PruningMaskCreatorArgs(parameter=layer.weight, sparsity=0.5, scores=score)
         expected = PruningMaskFactory.create_mask_creator("unstructured")(arguments)
-        assert torch.equal(maths.smallest_of(score, 0.5), ~expected)
+        assert torch.equal(mask_tensor(score, 0.5), ~expected)
 
 
 def test_against_pytorch_magnitude_over_all_layers():
     from torch.nn.utils import prune
 
     layers = {"a": torch.nn.Linear(30, 20), "b": torch.nn.Linear(20, 10)}
-    scores = {name: partial(maths.magnitude, one.weight) for name, one in layers.items()}
-    masks = dict(maths.smallest(scores, 0.4))
+    scores = {name: partial(magnitude_score, one.weight) for name, one in layers.items()}
+    masks = dict(mask_model(scores, 0.4))
     prune.global_unstructured([(one, "weight") for one in layers.values()], prune.L1Unstructured, amount=0.4)
     assert all(torch.equal(masks[name], one.weight_mask == 0) for name, one in layers.items())
 
@@ -181,7 +195,7 @@ def test_against_pytorch_two_of_every_four():
     from torch.ao.pruning import WeightNormSparsifier
 
     layer = torch.nn.Sequential(torch.nn.Linear(32, 16))
-    mask = maths.smallest_of_groups(maths.magnitude(layer[0].weight), 2, 4)
+    mask = mask_groups(magnitude_score(layer[0].weight), 2, 4)
     theirs = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
     theirs.prepare(layer, [{"tensor_fqn": "0.weight"}])
     theirs.step()

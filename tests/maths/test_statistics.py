@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_1samp
 
-from compress.maths.statistics import churn, difference, holm, mcnemar, mean_interval, swapped, terciles
+from compress.maths.statistics import (
+    assign_terciles,
+    holm,
+    label_churn,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    permutation_p_value,
+)
 from compress.tasks.metrics import SCORES
 
 accuracy = SCORES["multiclass"]["accuracy"]
@@ -29,23 +37,23 @@ def test_the_interval_of_a_difference_is_that_of_the_pairs():
     lost = right.copy()
     lost[1:21] = False  # of which 18 were right: -1.8 points
     baseline, labels = answers(right)
-    found = difference(accuracy, baseline, answers(lost)[0], labels)
+    found = paired_difference(accuracy, baseline, answers(lost)[0], labels)
     assert found.value == pytest.approx(-0.018)
     spread = 1.96 * np.sqrt(0.018 * 0.982 / 1000)  # of the pairs that differ
     assert found.low == pytest.approx(-0.018 - spread, abs=0.002)
     assert found.high == pytest.approx(-0.018 + spread, abs=0.002)
-    same = difference(accuracy, baseline, baseline, labels)
+    same = paired_difference(accuracy, baseline, baseline, labels)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_swapped_answers_give_the_p_value_of_any_metric():
     baseline, labels = answers([True] * 8)
-    assert swapped(accuracy, baseline, baseline, labels) == 1.0
+    assert permutation_p_value(accuracy, baseline, baseline, labels) == 1.0
     # All of 8 pairs differ in one direction: of the 256 ways to swap them two are as extreme.
-    assert swapped(accuracy, baseline, answers([False] * 8)[0], labels) == pytest.approx(2 / 256)
+    assert permutation_p_value(accuracy, baseline, answers([False] * 8)[0], labels) == pytest.approx(2 / 256)
     blocks, words = np.stack([np.full(12, 100.0), np.zeros(12)], 1), np.full(12, 50)
     worse = blocks + [[1.0, 0.0]]
-    assert swapped(SCORES["lm"]["perplexity"], blocks, worse, words) < 0.01
+    assert permutation_p_value(SCORES["lm"]["perplexity"], blocks, worse, words) < 0.01
 
 
 def test_holms_correction_by_hand():
@@ -54,8 +62,8 @@ def test_holms_correction_by_hand():
 
 
 def test_churn_counts_every_change_of_label():
-    assert churn(np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])) == 0.5
-    assert churn(np.array([[1, 0], [0, 1]]), np.array([[1, 1], [0, 1]])) == 0.5
+    assert label_churn(np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])) == 0.5
+    assert label_churn(np.array([[1, 0], [0, 1]]), np.array([[1, 1], [0, 1]])) == 0.5
 
 
 def test_seeds_make_a_t_interval():
@@ -66,5 +74,5 @@ def test_seeds_make_a_t_interval():
 
 
 def test_terciles_hold_a_third_each():
-    assert terciles(np.array([3, 1, 2, 6, 5, 4])).tolist() == [1, 0, 0, 2, 2, 1]
-    assert terciles(np.array([1, 1, 1])).tolist() == [0, 0, 0]
+    assert assign_terciles(np.array([3, 1, 2, 6, 5, 4])).tolist() == [1, 0, 0, 2, 2, 1]
+    assert assign_terciles(np.array([1, 1, 1])).tolist() == [0, 0, 0]

@@ -5,7 +5,7 @@ from test_report import measured
 
 from compress.artifacts.artifact import Description, Done
 from compress.maths.statistics import Interval
-from compress.measuring.effects import effects, zeros_alone
+from compress.measuring.effects import describe_effects, is_only_sparser
 from compress.measuring.meters import Memory
 
 PLAIN = replace(measured(0.9, 4_000_000), parameters=100, nonzeros=100, memory=Memory(600, 500))
@@ -54,21 +54,25 @@ def after(stage, shrinks=False, weights="float", runtime="torch"):
     ],
 )
 def test_what_a_technique_did_and_what_it_could(description, changes, said):
-    found = effects(description, replace(PLAIN, **{"speedup": NOTHING, **changes}), PLAIN)
+    found = describe_effects(description, replace(PLAIN, **{"speedup": NOTHING, **changes}), PLAIN)
     assert list(found.values()) == said
 
 
 def test_zeros_alone_save_nothing():
     zeros = replace(PLAIN, nonzeros=50)
-    assert zeros_alone(after("prune"), zeros, PLAIN) and not zeros_alone(after("gptq", weights="packed"), zeros, PLAIN)
-    assert not zeros_alone(after("finetune"), PLAIN, PLAIN)
-    assert not zeros_alone(after("prune"), replace(zeros, parameters=80, nonzeros=40), PLAIN)  # half of it distilled
+    assert is_only_sparser(after("prune"), zeros, PLAIN) and not is_only_sparser(
+        after("gptq", weights="packed"), zeros, PLAIN
+    )
+    assert not is_only_sparser(after("finetune"), PLAIN, PLAIN)
+    assert not is_only_sparser(
+        after("prune"), replace(zeros, parameters=80, nonzeros=40), PLAIN
+    )  # half of it distilled
 
 
 def test_a_library_more_is_no_memory_saved():
     tiny = replace(PLAIN, memory=Memory(505, 500)), replace(PLAIN, memory=Memory(512, 500))
-    assert effects(after("gptq", True, "packed"), *tiny)["memory"] == "no memory"
+    assert describe_effects(after("gptq", True, "packed"), *tiny)["memory"] == "no memory"
 
 
 def test_what_was_not_measured_is_not_told():
-    assert list(effects(after("prune"), replace(PLAIN, memory=None), PLAIN)) == ["size"]
+    assert list(describe_effects(after("prune"), replace(PLAIN, memory=None), PLAIN)) == ["size"]

@@ -9,9 +9,9 @@ import torch
 from test_nf4 import wide
 from test_prune import fit
 
-from compress.measuring.generation import decoder, writer
-from compress.measuring.measure import by_block, count
-from compress.measuring.timing import PATIENCE, Others, speedup, spread, take_turns
+from compress.measuring.generation import build_decoding_call, find_decoder
+from compress.measuring.measure import count_parameters, score_blocks
+from compress.measuring.timing import PATIENCE, Others, estimate_speedup, summarise_times, time_in_turns
 from compress.planning.settings import Latency
 from compress.techniques.int8 import Int8
 from compress.techniques.nf4 import NF4
@@ -19,7 +19,7 @@ from compress.techniques.prune import Prune
 
 
 def test_statistics_of_known_times():
-    found = spread([np.array([1.0, 2.0]), np.array([3.0, 4.0, 100.0])])
+    found = summarise_times([np.array([1.0, 2.0]), np.array([3.0, 4.0, 100.0])])
     assert (found.median_ms, found.mean_ms, found.repeats) == (3.0, 22.0, 5)
     assert found.p95_ms == pytest.approx(80.8) and found.p99_ms == pytest.approx(96.16)
     assert found.sd_ms == pytest.approx(np.std([1, 2, 3, 4, 100], ddof=1))
@@ -30,12 +30,12 @@ def test_a_speedup_is_the_ratio_of_neighbouring_blocks():
     # The machine gets slower all the time, the variant is always twice as fast.
     baseline = [np.array([10.0, 11.0]) * slow for slow in (1, 2, 3, 4)]
     variant = [block / 2 for block in baseline]
-    found = speedup(baseline, variant)
+    found = estimate_speedup(baseline, variant)
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_the_interval_of_a_speedup_is_students_of_the_logarithms():
-    found = speedup([np.array([1.0])] * 3, [np.array([1.0]), np.array([2.0]), np.array([4.0])])
+    found = estimate_speedup([np.array([1.0])] * 3, [np.array([1.0]), np.array([2.0]), np.array([4.0])])
     assert found.value == pytest.approx(0.5)  # 1, 1/2, 1/4
     half = 4.3027 * np.log(2) / np.sqrt(3)
     assert (found.low, found.high) == pytest.approx((0.5 * np.exp(-half), 0.5 * np.exp(half)), rel=1e-4)
@@ -45,7 +45,7 @@ def test_calls_take_turns_in_whole_cycles(monkeypatch):
     monkeypatch.setattr(Others, "__call__", lambda self: 0.0)
     order = []
     calls = {name: lambda i, name=name: order.append((name, i)) for name in ("baseline", "variant")}
-    blocks = take_turns(calls, Latency(seconds=0.004, block_s=0.001, warmup=1), cycle=3).blocks
+    blocks = time_in_turns(calls, Latency(seconds=0.004, block_s=0.001, warmup=1), cycle=3).blocks
     count = len(blocks["baseline"])
     assert count == len(blocks["variant"]) >= 4
     assert all(len(block) % 3 == 0 for block in blocks["variant"])
@@ -61,7 +61,7 @@ def test_rounds_that_others_disturb_are_made_up_for_while_there_is_time(monkeypa
     shares = iter([0.5, 0.0, 0.3, 0.0, 0.0, 0.05])
     monkeypatch.setattr(Others, "__call__", lambda self: next(shares))
     monkeypatch.setattr("compress.measuring.timing.PATIENCE", patience)
-    turns = take_turns({"one": lambda i: None}, Latency(seconds=1e-9, block_s=1e-3, warmup=1), cycle=1)
+    turns = time_in_turns({"one": lambda i: None}, Latency(seconds=1e-9, block_s=1e-3, warmup=1), cycle=1)
     assert len(turns.blocks["one"]) == rounds and turns.others == pytest.approx(others)
     assert len(list(shares)) == (0 if patience else 2)
 
@@ -73,7 +73,7 @@ def test_what_others_take_is_a_share_of_all_cpus():
 def test_slow_calls_are_timed_for_their_budget_and_no_longer():
     latency = Latency(seconds=0.001, block_s=0.001, warmup=50)
     calls = []
-    blocks = take_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1).blocks
+    blocks = time_in_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1).blocks
     assert len(calls) == 1 + 4 and len(blocks["slow"]) == 4  # warm-up stops with the budget, four blocks are the least
 
 
@@ -97,7 +97,7 @@ def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monke
     monkeypatch.setattr(Others, "__call__", lambda self: busy)
     latency = Latency(seconds=2.0, block_s=0.1, warmup=3)
     both = {name: lambda i, name=name: (calls.append(name), clock.sleep(0.01)) for name in ("baseline", "variant")}
-    blocks = take_turns(both, latency, cycle=5).blocks
+    blocks = time_in_turns(both, latency, cycle=5).blocks
     warm, in_a_block, budget = 5, 10, budgets * 2.0 / 0.01
     for name in both:  # the pauses of 40 ms count as well where rounds are made up for
         assert budget / 1.5 - in_a_block <= calls.count(name) - warm <= budget + in_a_block
@@ -108,7 +108,7 @@ def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monke
 def test_a_causal_model_writes_as_it_would_without_keeping_anything():
     model, text = tiny.llama_lm(), tiny.batch(rows=1, length=12, padded=False, lm=True)
     ids, mask = text["input_ids"], text["attention_mask"]
-    step = decoder(model, {"input_ids": ids, "attention_mask": mask})
+    step = find_decoder(model, {"input_ids": ids, "attention_mask": mask})
     seen = []
 
     def watched(new, mask, past):
@@ -116,7 +116,7 @@ def test_a_causal_model_writes_as_it_would_without_keeping_anything():
         seen.append(logits[:, -1])
         return logits, past
 
-    call = writer(watched, ids, mask, 9, torch.device("cpu"))
+    call = build_decoding_call(watched, ids, mask, 9, torch.device("cpu"))
     for i in (0, 1, 2, 0, 1, 2):
         call(i)
     with torch.inference_mode():
@@ -134,15 +134,15 @@ def test_other_runtimes_write_where_their_model_offers_the_past():
     text = {"input_ids": torch.arange(6)[None], "attention_mask": torch.ones(1, 6)}
     kept = Kept()
     kept.keeps = True
-    logits, past = decoder(kept, text)(text["input_ids"][:, :4], text["attention_mask"][:, :4], None)
+    logits, past = find_decoder(kept, text)(text["input_ids"][:, :4], text["attention_mask"][:, :4], None)
     assert past == [0, 1, 2, 3]
     kept.keeps = False
-    assert decoder(kept, text) is None and decoder(SimpleNamespace(), text) is None
+    assert find_decoder(kept, text) is None and find_decoder(SimpleNamespace(), text) is None
 
 
 def test_the_loss_of_a_block_is_the_sum_of_its_tokens():
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.5, 0.5]]]))
-    outputs, count = by_block(logits, torch.tensor([[0, 0], [1, -100]]))
+    outputs, count = score_blocks(logits, torch.tensor([[0, 0], [1, -100]]))
     assert outputs[:, 0].tolist() == pytest.approx([-np.log(0.5 * 0.9), -np.log(0.8)], rel=1e-6)
     assert outputs[1, 1] == 1 and count.tolist() == [2, 1]
 
@@ -150,10 +150,10 @@ def test_the_loss_of_a_block_is_the_sum_of_its_tokens():
 def test_packed_weights_count_as_what_they_stand_for():
     model = wide("bert")
     fit(model, Prune(sparsity=0.5))
-    parameters, nonzeros = count(model)
+    parameters, nonzeros = count_parameters(model)
     assert parameters == sum(weight.numel() for weight in model.parameters()) > nonzeros
     for stage in (NF4(), Int8()):
         quantized = copy.deepcopy(model)
         fit(quantized, stage)
-        found = count(quantized)
+        found = count_parameters(quantized)
         assert found[0] == parameters and 0.9 * nonzeros < found[1] <= nonzeros  # some are rounded to zero

@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress.measuring import meters
+from compress.measuring.meters import count_macs, find_energy_meter, measure_memory, measure_work
 
 CPU = torch.device("cpu")
 
@@ -20,8 +20,8 @@ def test_the_multiplications_of_bert_by_hand():
     attention = 2 * length * length * hidden
     feed_forward = 2 * length * hidden * inner
     head = hidden * hidden + hidden * labels  # of one token: the pooler and the classifier
-    assert meters.macs(model, text) == layers * (projections + attention + feed_forward) + head
-    assert meters.macs(lambda **batch: None, text) is None
+    assert count_macs(model, text) == layers * (projections + attention + feed_forward) + head
+    assert count_macs(lambda **batch: None, text) is None
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 def test_a_process_of_its_own_tells_the_peak_of_each_model(folders):
     text = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]
-    large, small = (meters.memory(folders[size], "multiclass", text, CPU) for size in (1_000_000, 1_000))
+    large, small = (measure_memory(folders[size], "multiclass", text, CPU) for size in (1_000_000, 1_000))
     table = 4 * 1_000_000 * tiny.SHAPE["hidden_size"]
     assert table < large.model_bytes - small.model_bytes < 3 * table
     assert small.libraries_bytes == pytest.approx(large.libraries_bytes, rel=0.05) and small.gpu_bytes is None
@@ -56,7 +56,7 @@ def test_what_loads_an_artifact_brings_nothing_that_trains_into_its_memory(runti
 
 def test_a_process_that_dies_leaves_no_figure_and_a_word(folders, caplog):
     (folders[1_000] / "model.safetensors").rename(folders[1_000] / "lost")
-    assert meters.memory(folders[1_000], "multiclass", [], CPU) is None
+    assert measure_memory(folders[1_000], "multiclass", [], CPU) is None
     assert "memory of" in caplog.text and "is not measured" in caplog.text
 
 
@@ -68,12 +68,12 @@ def test_the_energy_counter_goes_on_where_it_starts_again(tmp_path):
         (folder / "energy_uj").write_text(f"{joules * 1e6:.0f}\n")
     part = tmp_path / "intel-rapl:0:0"  # of the package, and counted with it
     part.mkdir()
-    read = meters.energy_meter(CPU, tmp_path)
+    read = find_energy_meter(CPU, tmp_path)
     assert read() == 0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500000\n")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("3000000\n")
     assert read() == pytest.approx(1.0 + 2.0)
-    assert meters.energy_meter(CPU, tmp_path / "none") is None
+    assert find_energy_meter(CPU, tmp_path / "none") is None
 
 
 def test_work_is_shared_out_over_the_texts_of_all_calls():
@@ -85,7 +85,7 @@ def test_work_is_shared_out_over_the_texts_of_all_calls():
             pass
 
     begin = time.process_time()
-    found = meters.work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
+    found = measure_work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
     assert calls[:4] == [0, 1, 2, 0] and len(calls) % 3 == 0
     assert found.energy_j == 5.0 / 4 and found.gpu_ms is None
     assert found.cpu_ms > 0.9 / 4  # of a millisecond, less what passed before the first call
@@ -111,5 +111,5 @@ def test_a_gpus_time_is_what_its_events_say(monkeypatch):
         Event.clock += 6.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    found = meters.work(call, 2, 3, 0.0, torch.device("cuda"), None)
+    found = measure_work(call, 2, 3, 0.0, torch.device("cuda"), None)
     assert (found.gpu_ms, found.energy_j) == (2.0, None)

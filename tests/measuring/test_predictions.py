@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from compress.measuring.predictions import NEGATION, Predictions, compare, regressions, slices, worst
+from compress.measuring.predictions import (
+    NEGATION,
+    Predictions,
+    compare_predictions,
+    find_worst_slice,
+    measure_regressions,
+    slice_examples,
+)
 
 
 def predictions(right, negated=None, lengths=None, seed=0):
@@ -28,7 +35,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 def test_a_regression_is_found_in_its_slice():
     negated = np.arange(100) < 30
     right = ~(np.arange(100) < 15)
-    found = {one.name: one for one in regressions(predictions(EVERY, negated), predictions(right, negated), "accuracy")}
+    found = {
+        one.name: one
+        for one in measure_regressions(predictions(EVERY, negated), predictions(right, negated), "accuracy")
+    }
     assert list(found) == ["label bad", "label good", "short texts", "middling texts", "long texts", "with negation",
                            "without negation"]  # fmt: skip
     assert found["with negation"].change == -0.5 and found["with negation"].p_value == pytest.approx(2 / 2**15)
@@ -41,28 +51,28 @@ def test_a_regression_is_found_in_its_slice():
 def test_the_worst_slice_is_named_and_its_p_value_allows_for_the_others():
     negated = np.arange(100) < 30
     lost = predictions(~(np.arange(100) < 15), negated)
-    found = worst(predictions(EVERY, negated), lost, "accuracy")
+    found = find_worst_slice(predictions(EVERY, negated), lost, "accuracy")
     assert (found.name, found.change) == ("with negation", -0.5)
     assert found.p_value == pytest.approx(7 * 2 / 2**15)  # of seven slices the most certain
-    assert worst(lost, predictions(EVERY, negated), "accuracy") is None
+    assert find_worst_slice(lost, predictions(EVERY, negated), "accuracy") is None
 
 
 def test_slices_of_few_examples_are_left_out():
-    assert "with negation" not in slices(predictions(EVERY, negated=np.arange(100) < 9))
+    assert "with negation" not in slice_examples(predictions(EVERY, negated=np.arange(100) < 9))
 
 
 def test_a_comparison_says_how_much_and_how_surely():
     right = ~(np.arange(100) < 6)
-    found = compare(predictions(EVERY), predictions(right), "accuracy")
+    found = compare_predictions(predictions(EVERY), predictions(right), "accuracy")
     assert found.change.value == pytest.approx(-0.06) and found.change.low < -0.06 < found.change.high < 0
     assert found.p_value == pytest.approx(2 / 64) and found.churn == 0.06
-    f1 = compare(predictions(EVERY), predictions(right), "f1_macro")
+    f1 = compare_predictions(predictions(EVERY), predictions(right), "f1_macro")
     assert f1.p_value < 0.06 and f1.change.high < 0
 
 
 def test_other_examples_are_not_compared():
-    assert compare(predictions(EVERY), predictions(EVERY[:50]), "accuracy") is None
-    assert regressions(predictions(EVERY), predictions(EVERY[:50]), "accuracy") == []
+    assert compare_predictions(predictions(EVERY), predictions(EVERY[:50]), "accuracy") is None
+    assert measure_regressions(predictions(EVERY), predictions(EVERY[:50]), "accuracy") == []
 
 
 @pytest.mark.parametrize(

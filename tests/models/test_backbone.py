@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from compress.errors import UserError
-from compress.models.backbone import Backbone, is_decoder, max_length, same_labels, set_pad_token, train_tokenizer
-from compress.models.layers import blocks, linears, zeros
+from compress.models.backbone import Backbone, has_task_labels, is_decoder, limit_length, set_pad_token, train_tokenizer
+from compress.models.layers import find_blocks, find_linears, find_zeros
 from compress.tasks.task import Task
 
 TEXTS = ["the soup was very good .", "the room was not bad at all", "a film, slow; but fine!"] * 20
@@ -91,10 +91,10 @@ def test_a_saved_head_is_known_by_its_labels(tmp_path):
     again, _, trained = saved.build(CLASSES, [])
     assert trained and torch.equal(again.classifier.weight, model.classifier.weight)
     turned = dataclasses.replace(CLASSES, labels=("yes", "maybe", "no"))
-    assert not saved.build(turned, [])[2] and not same_labels(model.config, turned)
+    assert not saved.build(turned, [])[2] and not has_task_labels(model.config, turned)
     other, _, trained = saved.build(EMOTIONS, [])  # of another size: a new head on the old body
     assert not trained and other.num_labels == 2
-    assert torch.equal(next(linears(other))[1].weight, next(linears(model))[1].weight)
+    assert torch.equal(next(find_linears(other))[1].weight, next(find_linears(model))[1].weight)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_an_architecture_that_cannot_be_is_told(wrong):
 def test_blocks_without_linear_layers_are_told():
     gpt2 = Backbone(name="gpt2", config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9})
     with pytest.raises(UserError, match="hold no torch.nn.Linear"):
-        linears(gpt2.skeleton(TEXT))
+        find_linears(gpt2.skeleton(TEXT))
 
 
 def test_a_missing_folder_or_hub_is_told_in_one_sentence(monkeypatch, tmp_path):
@@ -132,24 +132,24 @@ def test_a_missing_folder_or_hub_is_told_in_one_sentence(monkeypatch, tmp_path):
 
 def test_roberta_counts_its_positions_from_its_pad_token():
     tokenizer = train_tokenizer(TEXTS, BERT.configuration(CLASSES))
-    assert max_length(tiny.bert(), tokenizer, 512) == 40
-    assert max_length(tiny.roberta(), tokenizer, 512) == 40
-    assert max_length(tiny.bert(), tokenizer, 16) == 16
+    assert limit_length(tiny.bert(), tokenizer, 512) == 40
+    assert limit_length(tiny.roberta(), tokenizer, 512) == 40
+    assert limit_length(tiny.bert(), tokenizer, 16) == 16
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
 def test_the_layers_to_compress_are_those_inside_the_blocks(build):
     model = build()
-    prefix, stack = blocks(model)
-    names = dict(linears(model))
+    prefix, stack = find_blocks(model)
+    names = dict(find_linears(model))
     assert len(stack) == 2 and len(names) == 2 * (7 if "Llama" in type(model).__name__ else 6)
     assert all(model.get_submodule(name) is layer and name.startswith(prefix) for name, layer in names.items())
-    assert not zeros(model)
+    assert not find_zeros(model)
 
 
 def test_a_module_without_blocks_is_refused():
     with pytest.raises(UserError, match="`Linear` has no list of transformer blocks"):
-        blocks(torch.nn.Linear(2, 2))
+        find_blocks(torch.nn.Linear(2, 2))
 
 
 def test_real_weights_load_with_a_new_head(shared_models):

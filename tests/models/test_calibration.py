@@ -3,8 +3,8 @@ import tiny
 import torch
 
 from compress.maths.hessian import second_moment
-from compress.models.calibration import calibrate
-from compress.models.layers import blocks, linears
+from compress.models.calibration import calibrate_layers
+from compress.models.layers import find_blocks, find_linears
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
@@ -12,8 +12,8 @@ def test_calibration_sees_every_layer_once_and_no_padding(build):
     model = build()
     batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
     seen, inputs = {}, {}
-    stack = blocks(model)[0]
-    first = dict(linears(model))
+    stack = find_blocks(model)[0]
+    first = dict(find_linears(model))
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
         for name, layer in first.items()
@@ -23,7 +23,7 @@ def test_calibration_sees_every_layer_once_and_no_padding(build):
             model(**one)
     for hook in hooks:
         hook.remove()
-    for layers, hessian in calibrate(model, batches, second_moment):
+    for layers, hessian in calibrate_layers(model, batches, second_moment):
         assert not set(layers) & set(seen)
         seen.update(dict.fromkeys(layers, hessian))
     assert set(seen) == set(first) and all(name.startswith(stack) for name in seen)
@@ -36,8 +36,8 @@ def test_batches_can_be_combined_by_other_than_their_sum():
     model = tiny.llama()
     batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
     found = [
-        next(calibrate(model, some, lambda x: x.abs().amax(0), combine=torch.maximum))[1]
+        next(calibrate_layers(model, some, lambda x: x.abs().amax(0), combine=torch.maximum))[1]
         for some in ([one] for one in batches)
     ]
-    _, largest = next(calibrate(model, batches, lambda x: x.abs().amax(0), combine=torch.maximum))
+    _, largest = next(calibrate_layers(model, batches, lambda x: x.abs().amax(0), combine=torch.maximum))
     assert torch.equal(largest, torch.stack(found).amax(0))

@@ -2,7 +2,7 @@ import pytest
 import tiny
 import torch
 
-from compress.models.folding import FOLDS, fold, sources
+from compress.models.folding import FOLDS, find_sources, fold_scale
 
 
 @pytest.mark.parametrize("place", FOLDS)
@@ -16,7 +16,7 @@ def test_any_scales_leave_the_function_as_it_is(place):
         layers = [block.get_submodule(name) for name in place.layers]
         old = [layer.weight.clone() for layer in layers]
         scale = torch.rand(before.weight.shape[0]) + 0.5
-        fold(before, layers, scale, sources(block, before, layers[0]))
+        fold_scale(before, layers, scale, find_sources(block, before, layers[0]))
         assert not any(torch.allclose(layer.weight, weight) for layer, weight in zip(layers, old))
     with torch.no_grad():
         assert torch.allclose(model(**one).logits, expected, atol=1e-6)
@@ -24,5 +24,5 @@ def test_any_scales_leave_the_function_as_it_is(place):
 
 def test_query_heads_read_the_values_of_their_group():
     block = tiny.llama().model.layers[0]
-    source = sources(block, block.self_attn.v_proj, block.self_attn.o_proj)
+    source = find_sources(block, block.self_attn.v_proj, block.self_attn.o_proj)
     assert source.view(4, 8).tolist() == [[*range(8)], [*range(8)], [*range(8, 16)], [*range(8, 16)]]

@@ -9,8 +9,8 @@ from test_prune import fit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
 
 from compress.errors import UserError
-from compress.models.backbone import Backbone, auto_class
-from compress.models.shapes import FAMILIES, cut, read_blocks, record, shape
+from compress.models.backbone import Backbone, find_auto_class
+from compress.models.shapes import FAMILIES, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.runtimes import torch as runtime
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
@@ -35,8 +35,8 @@ def uneven(model):
     """3 or 2 of the 4 heads of the first block, 32 and 48 of 64 channels."""
     first, second = ([1, 0], [1, 1]) if read_blocks(model)[0].groups == 2 else ([1, 0, 1, 1], [1, 1, 1, 1])
     ffn = [torch.arange(64) % 2 == 0, torch.arange(64) % 4 > 0]
-    cut(model, [torch.tensor(first).bool(), torch.tensor(second).bool()], ffn)
-    record(model)
+    remove_units(model, [torch.tensor(first).bool(), torch.tensor(second).bool()], ffn)
+    record_shapes(model)
     return model
 
 
@@ -99,8 +99,8 @@ def test_an_uneven_model_is_exported(name):
 
 def test_a_language_model_is_cut_and_reloaded_and_generates(tmp_path):
     model = tiny.llama_lm()
-    shape(model, heads=[2, 4], ffn=[40, 64])
-    record(model)
+    shape_blocks(model, heads=[2, 4], ffn=[40, 64])
+    record_shapes(model)
     model.save_pretrained(tmp_path)
     loaded = runtime.load(tmp_path, "lm")
     assert torch.equal(logits(loaded), logits(model))
@@ -111,8 +111,8 @@ def test_a_language_model_is_cut_and_reloaded_and_generates(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_even_ffns_are_said_in_the_plain_config(name, tmp_path):
     model = family(name)
-    shape(model, ffn=[40, 40])
-    record(model)
+    shape_blocks(model, ffn=[40, 40])
+    record_shapes(model)
     model.save_pretrained(tmp_path)
     assert not hasattr(model.config, "compress")
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
@@ -121,8 +121,8 @@ def test_even_ffns_are_said_in_the_plain_config(name, tmp_path):
 @pytest.mark.parametrize("name", PLAIN)
 def test_even_heads_are_said_in_the_plain_config_where_it_knows_their_size(name, tmp_path):
     model = family(name)
-    shape(model, heads=[2, 2])
-    record(model)
+    shape_blocks(model, heads=[2, 2])
+    record_shapes(model)
     model.save_pretrained(tmp_path)
     assert not hasattr(model.config, "compress") and model.config.num_key_value_heads == 1
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
@@ -131,8 +131,8 @@ def test_even_heads_are_said_in_the_plain_config_where_it_knows_their_size(name,
 def test_heads_that_llamas_config_refuses_are_said_in_ours(tmp_path):
     config = AutoConfig.for_model("llama", **tiny.SHAPE, num_labels=3, pad_token_id=0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    shape(model, heads=[3, 3])
-    record(model)
+    shape_blocks(model, heads=[3, 3])
+    record_shapes(model)
     assert model.config.compress == {"heads": [3, 3]} and model.config.num_attention_heads == 4
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(runtime.load(tmp_path, "multiclass")), logits(model))
@@ -140,8 +140,8 @@ def test_heads_that_llamas_config_refuses_are_said_in_ours(tmp_path):
 
 def test_a_second_cut_that_levels_the_blocks_needs_no_entry_any_more():
     model = uneven(family("llama"))
-    shape(model, heads=[2, 2], ffn=[32, 32])
-    record(model)
+    shape_blocks(model, heads=[2, 2], ffn=[32, 32])
+    record_shapes(model)
     assert not hasattr(model.config, "compress") and model.config.intermediate_size == 32
 
 
@@ -151,7 +151,7 @@ def test_a_cut_model_is_a_model_to_start_from(tmp_path):
     backbone = Backbone(name="mine", path=str(tmp_path))
     assert [block.heads for block in read_blocks(backbone.skeleton(TASK))] == [3, 4]
     config = backbone.configuration(TASK)
-    again = auto_class("multiclass", config).from_pretrained(tmp_path, config=config)
+    again = find_auto_class("multiclass", config).from_pretrained(tmp_path, config=config)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -197,5 +197,5 @@ def test_roberta_large_has_textpruners_number_of_parameters(heads, ffn, even):
     )
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    cut(model, masks(heads, 16, even or heads == 16), masks(ffn, 4096, even or ffn == 4096))
+    remove_units(model, masks(heads, 16, even or heads == 16), masks(ffn, 4096, even or ffn == 4096))
     assert sum(parameter.numel() for parameter in model.parameters()) + 514 == COUNTS[heads, ffn]

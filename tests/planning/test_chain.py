@@ -16,7 +16,16 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from compress.errors import UserError
-from compress.planning.chain import LONGEST_SLUG, ChainSearchPath, ChainSource, jobs, leave_out, slug, stages, typed
+from compress.planning.chain import (
+    LONGEST_SLUG,
+    ChainSearchPath,
+    ChainSource,
+    drop_unused_settings,
+    expand_jobs,
+    make_slug,
+    prepare_overrides,
+    read_stages,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +50,7 @@ def tab(technique, monkeypatch, capsys):
 
 
 def keys(node):
-    return [stage.key for stage in stages(node)]
+    return [stage.key for stage in read_stages(node)]
 
 
 def test_a_chain_keeps_its_order(technique):
@@ -51,14 +60,14 @@ def test_a_chain_keeps_its_order(technique):
 
 
 def test_one_stage_is_a_chain_and_none_is_no_stage(technique):
-    (stage,) = stages(technique("technique=prune"))
+    (stage,) = read_stages(technique("technique=prune"))
     assert (stage.key, stage.name, stage.node.criterion) == ("prune", "prune", "magnitude")
-    assert stages(technique()) == stages(technique("technique=none")) == []
+    assert read_stages(technique()) == read_stages(technique("technique=none")) == []
 
 
 def test_a_stage_may_come_again(technique):
     node = technique("technique=prune+gptq+prune", "technique.prune_2.sparsity=0.5")
-    assert [(stage.key, stage.name) for stage in stages(node)] == [
+    assert [(stage.key, stage.name) for stage in read_stages(node)] == [
         ("prune", "prune"),
         ("gptq", "gptq"),
         ("prune_2", "prune"),
@@ -106,7 +115,7 @@ def test_a_value_of_a_stage_outside_the_chain_is_refused(technique):
 )
 def test_a_stage_set_outside_the_chain_is_refused(technique, overrides, ghost, example):
     with pytest.raises(UserError) as error:
-        stages(technique(*overrides))
+        read_stages(technique(*overrides))
     assert f"`technique.{ghost}` is set but the chain" in str(error.value)
     assert f"e.g. `technique={example}`" in str(error.value)
 
@@ -114,7 +123,7 @@ def test_a_stage_set_outside_the_chain_is_refused(technique, overrides, ghost, e
 @pytest.mark.parametrize("lost", ["~technique.prune", "~technique.prune._target_", "technique.prune=null"])
 def test_a_stage_without_its_target_is_refused(technique, lost):
     with pytest.raises(UserError, match="`technique.prune` has no `_target_`.* `conf/technique/stage/prune.yaml`"):
-        stages(technique("technique=gptq+prune", lost))
+        read_stages(technique("technique=gptq+prune", lost))
 
 
 def test_tab_completes_stages(tab):
@@ -166,16 +175,16 @@ def test_somebody_elses_config_folder_is_left_alone(tmp_path):
 
 
 def test_a_slug_is_the_number_and_the_overrides():
-    assert slug(0, "technique=prune+gptq") == "0_technique-prune+gptq"
-    assert slug(3, "") == "3"
+    assert make_slug(0, "technique=prune+gptq") == "0_technique-prune+gptq"
+    assert make_slug(3, "") == "3"
     assert OmegaConf.create({"s": "${slug:1,'seed=2'}"}).s == "1_seed-2"
 
 
 @pytest.mark.parametrize("odd", ["model.path=/a/b", "x='a b'", "model.path=../../etc", "task=ä", "x=" + "y" * 300])
 def test_a_slug_of_odd_overrides_is_one_short_folder_of_its_own(odd, tmp_path):
-    name = slug(0, odd)
+    name = make_slug(0, odd)
     assert "/" not in name and len(name) <= LONGEST_SLUG and name.isascii()
-    assert name != slug(0, odd + "z")
+    assert name != make_slug(0, odd + "z")
     assert name[-9] == "-" and int(name[-8:], 16) >= 0
     (tmp_path / name).mkdir()
 
@@ -184,7 +193,7 @@ def test_an_experiment_sets_stages_that_not_every_chain_of_its_sweep_has(techniq
     typed = ["experiment=distill_sst2", "technique.distill.temperature=2.0"]
     students = {chain: technique(*typed, f"technique={chain}") for chain in ("drop_layers", "distill")}
     for chain, node in students.items():
-        leave_out(node, typed)
+        drop_unused_settings(node, typed)
         assert keys(node) == [chain]
     assert students["drop_layers"].drop_layers.train.epochs == 20
     assert students["distill"].distill.temperature == 2.0
@@ -193,13 +202,13 @@ def test_an_experiment_sets_stages_that_not_every_chain_of_its_sweep_has(techniq
 @pytest.mark.parametrize("typed", ["+technique.prune.sparsity=0.5", "++technique.prunne.sparsity=0.5"])
 def test_what_is_added_by_hand_or_no_stage_is_not_left_out(technique, typed):
     node = technique("technique=gptq", typed)
-    leave_out(node, [typed])
+    drop_unused_settings(node, [typed])
     with pytest.raises(UserError, match="is set but the chain"):
-        stages(node)
+        read_stages(node)
 
 
 def split(words, chain="none"):
-    return jobs(OverridesParser.create().parse_overrides(words), chain)
+    return expand_jobs(OverridesParser.create().parse_overrides(words), chain)
 
 
 def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
@@ -225,16 +234,19 @@ def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
 def test_a_sweep_leaves_the_settings_of_stages_to_its_jobs():
     words = ["-m", "technique=none,prune", "seed=1", "technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2,0.5"]
     taken = ["technique.prune.layers=choice([a,b])", "technique.prune.sparsity=0.2,0.5"]
-    assert typed(words) == [*words[:3], *taken]
-    assert split(typed(words)[1:])[1][-2:] == ["technique.prune.layers=[a,b]", "technique.prune.sparsity=0.2"]
+    assert prepare_overrides(words) == [*words[:3], *taken]
+    assert split(prepare_overrides(words)[1:])[1][-2:] == [
+        "technique.prune.layers=[a,b]",
+        "technique.prune.sparsity=0.2",
+    ]
 
 
 @pytest.mark.parametrize("words", [["technique=gptq"], []])
 def test_a_setting_of_a_stage_that_a_single_run_lacks_is_refused(words):
     with pytest.raises(UserError, match=f"the chain `{'gptq' if words else 'none'}` has no stage `prune`"):
-        typed([*words, "technique.prune.sparsity=0.5"])
+        prepare_overrides([*words, "technique.prune.sparsity=0.5"])
 
 
 @pytest.mark.parametrize("word", ["experiment=x", "--config-name=x", "technique=none,prune", "technique=gptq+prune"])
 def test_a_setting_of_a_stage_that_a_single_run_may_have_is_left_to_hydra(word):
-    assert typed([word, "technique.prune.sparsity=0.5"]) == [word, "technique.prune.sparsity=0.5"]
+    assert prepare_overrides([word, "technique.prune.sparsity=0.5"]) == [word, "technique.prune.sparsity=0.5"]

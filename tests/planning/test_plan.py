@@ -21,7 +21,7 @@ def nothing_is_loaded(monkeypatch):
 
 def check(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plan.check(compose("train", list(overrides)))
+        return plan.make_plan(compose("train", list(overrides)))
 
 
 def test_a_chain_becomes_steps_in_its_order():

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from test_report import many
 
-from compress.reporting import page as html
+from compress.reporting.page import write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium to open the page with: apt install chromium")
@@ -40,7 +40,7 @@ VISIT = """<script>
 def visit(tmp_path_factory):
     """What a browser finds in the page of twenty rows, in a window of so many pixels."""
     folder = tmp_path_factory.mktemp("page")
-    page = html.write(folder, many(folder))
+    page = write_page(folder, many(folder))
     page.write_text(page.read_text() + VISIT)
 
     def visit(width):

@@ -6,11 +6,10 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import OUTCOME, begin
 
-from compress.reporting import report
-from compress.reporting import rows as results
-from compress.reporting.curves import curves, settings
-from compress.reporting.rows import Job
-from compress.sweeping import callbacks
+from compress.reporting.curves import draw_curves, numeric_settings
+from compress.reporting.report import report_success
+from compress.reporting.rows import Job, build_failed_row
+from compress.sweeping.callbacks import SweepReport
 
 
 def row(*overrides, method="structured", value=0.8, size=2.0, **other):
@@ -32,12 +31,12 @@ def drawn(axis):
 
 def test_settings_are_the_numbers_among_those_of_stages():
     words = "+technique.prune.sparsity=5e-1 technique.prune.scope=layer technique.gptq.bits=4 seed=1 task.epochs=3"
-    assert settings(row(*words.split())) == {"prune.sparsity": 0.5, "gptq.bits": 4.0}
-    assert settings(row("technique.a.x=nan", "technique.a.y=[1,2]", "technique.a.z=true")) == {}
+    assert numeric_settings(row(*words.split())) == {"prune.sparsity": 0.5, "gptq.bits": 4.0}
+    assert numeric_settings(row("technique.a.x=nan", "technique.a.y=[1,2]", "technique.a.z=true")) == {}
 
 
 def test_a_grid_leaves_a_figure_for_each_of_its_settings_with_a_line_for_each_value_of_the_other():
-    figures = curves([BASELINE, *GRID])
+    figures = draw_curves([BASELINE, *GRID])
     assert list(figures) == ["structured.heads", "structured.ffn"]
     heads = figures["structured.heads"]
     top, bottom = heads.axes
@@ -54,15 +53,15 @@ def test_a_grid_leaves_a_figure_for_each_of_its_settings_with_a_line_for_each_va
 
 
 def test_the_baseline_is_a_dashed_line_in_both_panels():
-    for axis, value in zip(curves([BASELINE, *GRID])["structured.heads"].axes, (0.9, 4.0)):
+    for axis, value in zip(draw_curves([BASELINE, *GRID])["structured.heads"].axes, (0.9, 4.0)):
         assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] == [value]
 
 
 def test_a_setting_of_one_value_words_and_failed_rows_leave_no_figure():
     one = row("technique.prune.sparsity=0.5", "technique.prune.scope=layer")
     other = row("technique.prune.sparsity=0.5", "technique.prune.scope=global")
-    lost = results.failed(Job("prune", "tiny", "toy", 0, ("technique.prune.sparsity=0.9",)), "no such thing")
-    assert curves([BASELINE, one, other, lost]) == {}
+    lost = build_failed_row(Job("prune", "tiny", "toy", 0, ("technique.prune.sparsity=0.9",)), "no such thing")
+    assert draw_curves([BASELINE, one, other, lost]) == {}
 
 
 def test_methods_seeds_and_words_have_lines_of_their_own():
@@ -73,14 +72,14 @@ def test_methods_seeds_and_words_have_lines_of_their_own():
         for method in ("prune", "prune+gptq")
         for seed in (0, 1)
     ]
-    figure = curves(rows)["prune.sparsity"]
+    figure = draw_curves(rows)["prune.sparsity"]
     assert len(drawn(figure.axes[0])) == 8
     assert figure.legends[0].get_texts()[0].get_text() == "prune, 0, global"
 
 
 def test_tasks_and_models_have_figures_of_their_own():
     rows = [row(f"technique.prune.sparsity={s}", task=task) for s in (0.2, 0.5) for task in ("toy", "sst2")]
-    assert list(curves(rows)) == ["tiny-toy-accuracy-prune.sparsity", "tiny-sst2-accuracy-prune.sparsity"]
+    assert list(draw_curves(rows)) == ["tiny-toy-accuracy-prune.sparsity", "tiny-sst2-accuracy-prune.sparsity"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_tasks_and_models_have_figures_of_their_own():
     ],
 )
 def test_ticks_are_the_values_where_there_is_room(values, scale, ticks):
-    axis = curves([row(f"technique.x.y={value}") for value in values])["x.y"].axes[1]
+    axis = draw_curves([row(f"technique.x.y={value}") for value in values])["x.y"].axes[1]
     assert axis.get_xscale() == scale
     shown = [tick.get_text() for tick in axis.get_xticklabels()]
     assert shown == ticks if ticks else "8.1" not in shown
@@ -104,9 +103,9 @@ def test_a_sweep_leaves_pictures_figures_for_tensorboard_and_a_line_that_says_wh
         folder = tmp_path / f"{number}_job"
         begin(folder)
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}",))
-        report.finish(folder, job, OUTCOME)
+        report_success(folder, job, OUTCOME)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    callbacks.SweepReport().on_multirun_end(config)
+    SweepReport().on_multirun_end(config)
     assert imread(tmp_path / "curves" / "prune.sparsity.png").shape == (720, 960, 4)
     tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()
     assert {"curves/prune.sparsity", "report/accuracy against latency"} <= set(tags["images"])

@@ -19,16 +19,36 @@ from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
 
 from compress.artifacts.artifact import Description, Done
-from compress.maths import statistics
+from compress.maths.statistics import pareto_indices
 from compress.measuring.measure import Interval, Measurement
-from compress.measuring.predictions import Predictions, compare
+from compress.measuring.predictions import Predictions, compare_predictions
 from compress.measuring.timing import Spread
-from compress.reporting import card, findings, plots, report, tables, tensorboard
-from compress.reporting import jobs as jobs_reporting
-from compress.reporting import page as html
-from compress.reporting import rows as results
-from compress.reporting.rows import Job, Outcome
-from compress.sweeping import callbacks
+from compress.reporting import report
+from compress.reporting.card import write_card
+from compress.reporting.findings import format_markdown, list_notes, recommend_rows
+from compress.reporting.jobs import gather_rows
+from compress.reporting.page import write_page
+from compress.reporting.plots import spread_positions
+from compress.reporting.rows import (
+    Job,
+    Outcome,
+    build_failed_row,
+    build_row,
+    correct_p_values,
+    drop_repeated_baselines,
+    is_significant,
+)
+from compress.reporting.tables import (
+    build_table,
+    differing_overrides,
+    figure_columns,
+    format_figures,
+    format_title,
+    label_rows,
+    summarise_seeds,
+)
+from compress.reporting.tensorboard import differing_settings, write_overlay
+from compress.sweeping.callbacks import SweepReport
 
 
 def measured(accuracy, size, speedup=None, same=None):
@@ -69,7 +89,7 @@ WORSE = replace(
         "none": OUTCOME.measurements["none"],
         "prune": replace(
             measured(0.8, 2_000_000, Interval(1.2, 1.1, 1.3)),
-            comparison=compare(answered(10), answered(20), "accuracy"),
+            comparison=compare_predictions(answered(10), answered(20), "accuracy"),
         ),
     },
     predictions={"none": answered(10), "prune": answered(20)},
@@ -83,7 +103,7 @@ def read(folder):
 
 
 def test_the_table_starts_with_the_columns_that_people_compare(tmp_path):
-    report.finish(tmp_path, JOB, OUTCOME)
+    report.report_success(tmp_path, JOB, OUTCOME)
     assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
     none, prune = read(tmp_path)
     assert (none["method"], none["size_mb"], none["accuracy"], none["speedup"]) == ("none", "4.0", "0.9", "")
@@ -92,7 +112,7 @@ def test_the_table_starts_with_the_columns_that_people_compare(tmp_path):
 
 
 def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
-    report.finish(tmp_path, JOB, OUTCOME)
+    report.report_success(tmp_path, JOB, OUTCOME)
     text = (tmp_path / "results.md").read_text()
     assert "| prune  |   0.8800 | -2.00 pt | 1.00 |   4.00x | 2.00 | 1.50x [1.40, 1.60] |" in text
     assert "100 test examples, cpu, 2 threads" in text and "- prune: no speed" in text
@@ -101,25 +121,25 @@ def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
 def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_path):
     there = measured(0.88, 1_000_000, Interval(4.5, 4.4, 4.6), Interval(1.5, 1.4, 1.6))
     outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
-    report.finish(tmp_path, JOB, outcome)
+    report.report_success(tmp_path, JOB, outcome)
     text = (tmp_path / "results.md").read_text()
     assert "4.50x [4.40, 4.60]" in text and "1.50x [1.40, 1.60] |" in text
     assert "- in its runtime: faster than the baseline exported to the same runtime" in text
     assert [row["speedup_same_runtime"] for row in read(tmp_path)] == ["", "1.5"]
-    report.finish(tmp_path, JOB, OUTCOME)
+    report.report_success(tmp_path, JOB, OUTCOME)
     assert "in its runtime" not in (tmp_path / "results.md").read_text()
 
 
 def test_perplexity_is_no_fraction():
-    row = {**results.row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
-    figures = tables.drawn_figures(row)
+    row = {**build_row(JOB, "prune", OUTCOME), "metric": "perplexity", "value": 5.5, "change": 0.25}
+    figures = format_figures(row)
     assert (figures["value"], figures["change"]) == ("5.500", "+0.250")
 
 
 def drawn(rows, width):
     """The headings of a terminal's table, in which nothing may be cut off."""
     console = Console(width=width, file=io.StringIO())
-    table = tables.table(rows, width)
+    table = build_table(rows, width)
     console.print(table)
     lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
     cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
@@ -135,7 +155,7 @@ def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
     outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
     settings = [("a=1", "technique.prune.sparsity=0.2"), ("a=1", "technique.prune.calibration=" + "x" * 90)]
     jobs = [Job("prune+distill+openvino", f"model_{i}", "toy", i, words) for i, words in enumerate(settings)]
-    rows = [results.row(job, name, outcome) for job in jobs for name in outcome.measurements]
+    rows = [build_row(job, name, outcome) for job in jobs for name in outcome.measurements]
     assert drawn(rows[:2], 150) == [
         "method", "accuracy", "change", "parameters", "MB", "smaller", "ms", "faster [95%]", "in its runtime [95%]",
         "texts/s", "train s", "compress s",
@@ -144,7 +164,7 @@ def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
     narrower = ["method", "accuracy", "change", "MB", "smaller", "faster [95%]", "in its runtime [95%]"]
     assert drawn(rows[:2], 100) == narrower
     assert drawn(rows[:2], 80) == narrower[:-1]
-    assert drawn([*rows, results.failed(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
+    assert drawn([*rows, build_failed_row(JOB, "no")], 100)[:4] == ["method", "model", "seed", "settings"]
     assert drawn(rows, 80) == ["method", "model", "seed", "settings", "accuracy", "change"]
 
 
@@ -155,15 +175,15 @@ def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(t
         descriptions={**OUTCOME.descriptions, "teacher": OUTCOME.descriptions["none"]},
         measurements={"none": none, "teacher": measured(0.93, 9_000_000, Interval(0.5, 0.4, 0.6)), "prune": prune},
     )
-    report.finish(tmp_path, JOB, outcome)
+    report.report_success(tmp_path, JOB, outcome)
     assert [row["against_teacher"][:5] for row in read(tmp_path)] == ["", "", "-0.05"]
-    table = findings.markdown([results.row(JOB, "prune", outcome)], [])
+    table = format_markdown([build_row(JOB, "prune", outcome)], [])
     assert "| to teacher |" in (tmp_path / "results.md").read_text() and "-5.00 pt" in table
-    assert "to teacher" not in tables.figures([results.row(JOB, "prune", OUTCOME)])
+    assert "to teacher" not in figure_columns([build_row(JOB, "prune", OUTCOME)])
 
 
 def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
-    report.fail(tmp_path, JOB, "no such thing")
+    report.report_failure(tmp_path, JOB, "no such thing")
     assert (tmp_path / "results.csv").read_text().startswith("method,size_mb,latency_ms,accuracy,training_time_s,")
     (row,) = read(tmp_path)
     assert (row["method"], row["status"], row["reason"]) == ("prune", "failed", "no such thing")
@@ -172,12 +192,12 @@ def test_a_failed_job_is_in_the_table_with_its_reason(tmp_path):
 
 def rows(baseline, *overrides, seed=0):
     job = Job("prune", "tiny", "toy", seed, overrides)
-    return [results.row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
+    return [build_row(job, name, replace(OUTCOME, baseline=baseline)) for name in OUTCOME.measurements]
 
 
 def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
     many = rows("a", "technique.prune.sparsity=0.2") + rows("a", "technique.prune.sparsity=0.5")
-    kept = results.without_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
+    kept = drop_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
     assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
         ("none", "", 0),
         ("prune", "technique.prune.sparsity=0.2", 0),
@@ -191,19 +211,19 @@ def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
 def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
     shared = ("model.path=somewhere", "technique.prune.scope=layer")
     many = rows("a", "technique.prune.sparsity=0.2", *shared) + rows("a", "technique.prune.sparsity=0.5", *shared)
-    kept = results.without_repeated_baselines(many)
-    assert tables.apart(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
-    assert [column.header for column in tables.table(kept).columns][:2] == ["method", "settings"]
-    assert tables.table(rows("a", *shared)).columns[1].header != "settings"
+    kept = drop_repeated_baselines(many)
+    assert differing_overrides(kept) == ["", "sparsity=0.2", "sparsity=0.5"]
+    assert [column.header for column in build_table(kept).columns][:2] == ["method", "settings"]
+    assert build_table(rows("a", *shared)).columns[1].header != "settings"
 
 
 def test_a_note_says_which_rows_read_the_timed_texts_as_more_tokens():
     none, prune = rows("a")
     more = {**prune, "method": "prune_vocab", "latency_tokens": none["latency_tokens"] + 3}
     same, longer = f"{none['latency_tokens']:.0f} tokens", f"{more['latency_tokens']:.0f} by prune_vocab"
-    (note,) = (one for one in findings.notes([none, prune, more]) if "ms:" in one)
+    (note,) = (one for one in list_notes([none, prune, more]) if "ms:" in one)
     assert note.startswith(f"ms: one text, on average of {same} ({longer}); texts/s")
-    several = [one for one in findings.notes([none, prune, {**more, "task": "other"}]) if "ms:" in one]
+    several = [one for one in list_notes([none, prune, {**more, "task": "other"}]) if "ms:" in one]
     assert [one.partition("ms:")[0] for one in several] == ["tiny on toy: ", "tiny on other: "]
 
 
@@ -212,7 +232,7 @@ def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
     config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
     (tmp_path / "0_job" / ".hydra" / "config.yaml").write_text(config)
     (tmp_path / "0_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n- task.epochs=1\n")
-    (lost,) = jobs_reporting.gather(tmp_path)
+    (lost,) = gather_rows(tmp_path)
     assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
         "prune", "bert", "sst2", 3, "task.epochs=1"
     ]  # fmt: skip
@@ -221,7 +241,7 @@ def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
 
 def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
     took = {name: replace(one, measuring_time_s=3.0) for name, one in WORSE.measurements.items()}
-    report.finish(tmp_path, JOB, replace(WORSE, measurements=took))
+    report.report_success(tmp_path, JOB, replace(WORSE, measurements=took))
     none, prune = read(tmp_path)
     assert (none["run_time_s"], prune["run_time_s"], prune["worst_slice"]) == ("13.0", "15.0", "with negation")
     assert float(prune["worst_slice_change"]) == pytest.approx(-1 / 3) and not none["worst_slice"]
@@ -231,8 +251,8 @@ def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
 
 
 def test_a_failed_baseline_is_no_repeated_one():
-    failure = results.failed(Job("none", "tiny", "toy", 0), "out of memory")
-    kept = results.without_repeated_baselines([*rows("a"), failure])
+    failure = build_failed_row(Job("none", "tiny", "toy", 0), "out of memory")
+    kept = drop_repeated_baselines([*rows("a"), failure])
     assert [(r["method"], r["status"]) for r in kept] == [
         ("none", "completed"),
         ("prune", "completed"),
@@ -245,9 +265,9 @@ def sweep(folder, *jobs):
     for number, job in enumerate(jobs):
         begin(folder / f"{number}_job")
         if job:
-            report.conclude(folder / f"{number}_job", job)
+            report.write_result(folder / f"{number}_job", job)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
-    callbacks.SweepReport().on_multirun_end(config)
+    SweepReport().on_multirun_end(config)
 
 
 def test_a_sweep_writes_one_table(tmp_path, capsys):
@@ -256,7 +276,7 @@ def test_a_sweep_writes_one_table(tmp_path, capsys):
     assert "100 test examples" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", [None, [results.failed(JOB, "no such thing")]])
+@pytest.mark.parametrize("lost", [None, [build_failed_row(JOB, "no such thing")]])
 def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
     with pytest.raises(SystemExit) as exit:
         sweep(tmp_path, rows("a"), lost)
@@ -265,19 +285,19 @@ def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
 
 
 def test_a_report_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "publish", lambda *args: 1 / 0)
+    monkeypatch.setattr(report, "publish_report", lambda *args: 1 / 0)
     with pytest.raises(SystemExit):
         sweep(tmp_path, rows("a"))
 
 
 def test_the_title_tells_only_what_all_rows_share():
     one, other = rows("a"), [{**row, "examples": 7} for row in rows("b")]
-    assert tables.title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
-    assert tables.title(one + other) == "tiny on toy"
+    assert format_title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
+    assert format_title(one + other) == "tiny on toy"
 
 
 def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
-    report.finish(tmp_path, JOB, OUTCOME)
+    report.report_success(tmp_path, JOB, OUTCOME)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("final/size_mb")] == [1.0]
     assert metadata.SESSION_END_INFO_TAG in events.PluginTagToContent("hparams")
@@ -286,7 +306,7 @@ def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
 
 
 def test_tensorboard_marks_a_failed_run(tmp_path):
-    report.fail(tmp_path, JOB, "no such thing")
+    report.report_failure(tmp_path, JOB, "no such thing")
     content = EventAccumulator(str(tmp_path / "tensorboard")).Reload().PluginTagToContent("hparams")
     assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
 
@@ -295,13 +315,13 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
     for number, sparsity in enumerate((0.2, 0.5)):
         begin(tmp_path / f"{number}_job")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={sparsity}", "task.epochs=1"))
-        report.finish(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
+        report.report_success(tmp_path / f"{number}_job", job, replace(OUTCOME, baseline="a"))
         for stage, tag in (("0_baseline", "train/loss"), ("1_prune", "train/loss"), ("2_gptq", "hp_metric")):
             with SummaryWriter(str(tmp_path / f"{number}_job" / "tensorboard" / stage)) as writer:
                 writer.add_scalar(tag, number)
     begin(tmp_path / "2_job")
-    rows = results.without_repeated_baselines(jobs_reporting.gather(tmp_path))
-    tensorboard.overlay(tmp_path, rows, tables.labels(rows))
+    rows = drop_repeated_baselines(gather_rows(tmp_path))
+    write_overlay(tmp_path, rows, label_rows(rows))
     folder = tmp_path / "tensorboard"
     # A run for each row, with its own training: the baseline's once, none where nothing was trained.
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
@@ -313,7 +333,7 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
     charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     assert [one.title for one in charts.category] == ["final", "training"]
     assert "report/accuracy against size" in whole.Tags()["images"]
-    assert tensorboard.differing(rows)[1:3] == [{"method": "prune", "prune.sparsity": x} for x in (0.2, 0.5)]
+    assert differing_settings(rows)[1:3] == [{"method": "prune", "prune.sparsity": x} for x in (0.2, 0.5)]
     content = EventAccumulator(str(folder / "2_job")).Reload().PluginTagToContent("hparams")
     assert metadata.parse_session_end_info_plugin_data(content[metadata.SESSION_END_INFO_TAG]).status == 2  # failure
 
@@ -325,10 +345,12 @@ def many(folder):
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
         pruned = replace(WORSE.measurements["prune"], size_bytes=(7 * number % 19 + 1) * 100_000)
         outcome = replace(WORSE, measurements={**WORSE.measurements, "prune": pruned})
-        report.finish(folder / f"{number}_job", job, replace(outcome, baseline="a", data="fingerprint-of-the-data"))
+        report.report_success(
+            folder / f"{number}_job", job, replace(outcome, baseline="a", data="fingerprint-of-the-data")
+        )
     begin(folder / "19_job")
-    report.fail(folder / "19_job", JOB, "<no such> thing")
-    return results.corrected(results.without_repeated_baselines(jobs_reporting.gather(folder)))
+    report.report_failure(folder / "19_job", JOB, "<no such> thing")
+    return correct_p_values(drop_repeated_baselines(gather_rows(folder)))
 
 
 class Page(HTMLParser):
@@ -345,7 +367,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_has_everything_and_needs_no_network(tmp_path):
-    text = html.write(tmp_path, many(tmp_path)).read_text()
+    text = write_page(tmp_path, many(tmp_path)).read_text()
     page = Page(text)
     assert not page.outside
     assert page.pictures == [
@@ -364,16 +386,16 @@ def test_the_page_has_everything_and_needs_no_network(tmp_path):
 
 
 def test_every_point_that_no_other_beats_is_on_the_front():
-    assert statistics.undominated([3, 1, 2, 2, 4], [0.9, 0.5, 0.7, 0.6, 0.8]) == [1, 2, 0]
+    assert pareto_indices([3, 1, 2, 2, 4], [0.9, 0.5, 0.7, 0.6, 0.8]) == [1, 2, 0]
 
 
 def test_names_beside_a_plot_do_not_overlap():
-    moved = plots.apart([0.5, 0.5, 0.51, 1.0, 0.99], 0.1)
+    moved = spread_positions([0.5, 0.5, 0.51, 1.0, 0.99], 0.1)
     assert sorted(moved) == pytest.approx([0.5, 0.6, 0.7, 0.9, 1.0]) and moved[4] < moved[3]
 
 
 def test_parquet_is_the_same_table(tmp_path):
-    report.finish(tmp_path, JOB, WORSE)
+    report.report_success(tmp_path, JOB, WORSE)
     table = pandas.read_parquet(tmp_path / "results.parquet")
     assert list(table.columns) == list(read(tmp_path)[0]) and table["size_mb"].tolist() == [4.0, 2.0]
     assert table["churn"][1] == 0.1 and table["change_high"][1] < 0
@@ -382,35 +404,35 @@ def test_parquet_is_the_same_table(tmp_path):
 
 def test_significance_allows_for_the_number_of_comparisons():
     rows = [{"p_value": p} for p in (0.03, 0.001, None)]
-    assert [row.get("p_holm") for row in results.corrected(rows)] == pytest.approx([0.03, 0.002, None])
-    assert results.significant({"p_holm": 0.03}) and not results.significant({"p_holm": None})
+    assert [row.get("p_holm") for row in correct_p_values(rows)] == pytest.approx([0.03, 0.002, None])
+    assert is_significant({"p_holm": 0.03}) and not is_significant({"p_holm": None})
 
 
 def test_recommendations_stay_within_a_point_and_say_how_sure_they_are():
-    near, far = (results.row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
-    none = results.row(JOB, "none", OUTCOME)
+    near, far = (build_row(JOB, "prune", outcome) for outcome in (OUTCOME, WORSE))
+    none = build_row(JOB, "none", OUTCOME)
     assert all(line.endswith("none is smaller") or line.endswith("none is faster")
-               for line in findings.recommendations([none, far, near]))  # fmt: skip
+               for line in recommend_rows([none, far, near]))  # fmt: skip
     near = {**near, "change": -0.01, "change_low": -0.02, "change_high": 0.0, "p_value": 0.5}
-    smallest, fastest = findings.recommendations([none, far, near])
+    smallest, fastest = recommend_rows([none, far, near])
     assert smallest.endswith("1.00 MB, 4.00x smaller, accuracy -1.00 pt [-2.00, +0.00], not significant (p = 0.5)")
     assert "1.50x [1.40, 1.60] faster" in fastest
 
 
 def test_seeds_become_a_mean_with_an_interval():
     rows = [{**row, "change": row["change"] - 0.01 * seed} for seed in (0, 1, 2) for row in rows_of_seed(seed)]
-    none, prune = tables.over_seeds(rows)
+    none, prune = summarise_seeds(rows)
     assert none.change is None and (prune.seeds, prune.label) == (3, "prune (tiny on toy)")
     assert prune.change.value == pytest.approx(-0.03) and prune.change.low < -0.05 < -0.01 < prune.change.high
 
 
 def rows_of_seed(seed):
-    return [results.row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
+    return [build_row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
 
 
 def test_the_card_tells_the_hub_what_was_measured(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    card.write(tmp_path, OUTCOME, "prune")
+    write_card(tmp_path, OUTCOME, "prune")
     found = ModelCard.load(tmp_path / "README.md")
     (index,) = metadata_load(tmp_path / "README.md")["model-index"]
     assert model_index_to_eval_results([index]) == ("tiny-toy-prune", found.data.eval_results)
@@ -428,7 +450,7 @@ def test_the_card_names_the_model_and_the_data_of_the_hub(tmp_path, path):
     (tmp_path / "config.yaml").write_text(
         f"model: {{path: sentence-transformers/all-MiniLM-L6-v2}}\ntask: {{hub: {hub}, path: {path}}}\n"
     )
-    card.write(tmp_path, OUTCOME, "prune")
+    write_card(tmp_path, OUTCOME, "prune")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     (result,) = data.eval_results

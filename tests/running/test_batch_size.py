@@ -11,9 +11,10 @@ from test_conf import CONF
 from test_experiment import SMALL
 
 from compress.errors import UserError
-from compress.planning import plan
-from compress.running import batch_size, experiment
-from compress.running.batch_size import largest, room
+from compress.planning.plan import make_plan
+from compress.running import batch_size
+from compress.running.batch_size import estimate_capacity, find_largest_batch
+from compress.running.experiment import run_experiment
 from compress.tasks.splits import load_splits
 from compress.technique import Training
 from compress.techniques.distill import Distill
@@ -43,12 +44,12 @@ def config(*words):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from compress.running.training import task_data
+    from compress.running.training import make_task_data
 
-    planned = plan.check(config(f"cache.dir={tmp_path_factory.mktemp('cache')}"))
+    planned = make_plan(config(f"cache.dir={tmp_path_factory.mktemp('cache')}"))
     splits = load_splits(planned.task, 0)
     model, tokenizer, _ = planned.backbone.build(planned.task, splits.train["text"])
-    return model, task_data(splits, model, tokenizer, 16, planned.settings), planned.settings.hardware
+    return model, make_task_data(splits, model, tokenizer, 16, planned.settings), planned.settings.hardware
 
 
 def test_the_largest_batch_that_fits_divides_what_is_asked_and_leaves_the_model_as_it_was(data, narrow):
@@ -56,10 +57,10 @@ def test_the_largest_batch_that_fits_divides_what_is_asked_and_leaves_the_model_
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     drawn = torch.get_rng_state()
-    assert largest(16, FineTune(model), [], texts, hardware) == 4
+    assert find_largest_batch(16, FineTune(model), [], texts, hardware) == 4
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), drawn) and texts.batch_size == 16
-    assert largest(3, FineTune(model), [], texts, hardware) == 3
+    assert find_largest_batch(3, FineTune(model), [], texts, hardware) == 3
 
 
 def test_on_a_cpu_free_memory_is_the_bound_before_anything_is_tried(data, monkeypatch):
@@ -67,14 +68,14 @@ def test_on_a_cpu_free_memory_is_the_bound_before_anything_is_tried(data, monkey
     longest = texts.collate([texts.tokenised("train")[texts.in_order("train")[0]]])
     longest.pop("token_type_ids", None)
     free = 3 * sum(p.nbytes for p in model.parameters())
-    assert room(model, longest, 0) == 1
-    few, many = room(model, longest, free + 10**8), room(model, longest, free + 10**9)
+    assert estimate_capacity(model, longest, 0) == 1
+    few, many = estimate_capacity(model, longest, free + 10**8), estimate_capacity(model, longest, free + 10**9)
     assert many == pytest.approx(10 * few, rel=0.1)
     per_text = 10**8 / few
     monkeypatch.setattr(
         batch_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free + 9.5 * per_text))
     )
-    assert largest(64, FineTune(model), [], texts, hardware) == 8
+    assert find_largest_batch(64, FineTune(model), [], texts, hardware) == 8
 
 
 def test_where_not_one_text_fits_it_is_told(data, monkeypatch):
@@ -86,13 +87,13 @@ def test_where_not_one_text_fits_it_is_told(data, monkeypatch):
 
     monkeypatch.setattr(FineTune, "training_step", step)
     with pytest.raises(UserError, match="Not even one of the longest texts fits"):
-        largest(2, FineTune(model), [], texts, hardware)
+        find_largest_batch(2, FineTune(model), [], texts, hardware)
 
 
 def test_a_chain_trains_with_what_fits_and_its_history_says_so(narrow, tmp_path):
     cfg = config("technique=prune+distill", "hardware.batch_size=auto", "baseline.batch_size=8",
                  "baseline.accumulate=2", f"cache.dir={tmp_path}/cache")  # fmt: skip
-    experiment.run(cfg, tmp_path)
+    run_experiment(cfg, tmp_path)
     history = json.loads((tmp_path / "artifact" / "compress.json").read_text())["history"]
     found = [one["settings"].get("train", one["settings"]) for one in history]
     assert [(one["batch_size"], one["accumulate"]) for one in found] == [(4, 4), (8, 1), (4, 2)]
@@ -103,10 +104,12 @@ def test_training_that_goes_on_keeps_its_batch(data, tmp_path):
     (tmp_path / "resume").mkdir()
     (tmp_path / "resume" / batch_size.KEPT).write_text("2")
     auto = SimpleNamespace(batch_size="auto", device=hardware.device)
-    training = batch_size.fitted(Training(epochs=1, batch_size=8), FineTune(tiny.bert()), [], texts, auto, tmp_path)
+    training = batch_size.fit_batch_size(
+        Training(epochs=1, batch_size=8), FineTune(tiny.bert()), [], texts, auto, tmp_path
+    )
     assert (training.batch_size, training.accumulate, texts.batch_size) == (2, 4, 2)
 
 
 def test_several_processes_are_refused():
     with pytest.raises(UserError, match=r"tries batches in one process and hardware asks for 2"):
-        plan.check(config("hardware.batch_size=auto", "hardware.devices=2"))
+        make_plan(config("hardware.batch_size=auto", "hardware.devices=2"))

@@ -11,13 +11,17 @@ from test_conf import CONF
 from test_experiment import SMALL, cache, carry_out  # noqa: F401
 from test_report import OUTCOME, WORSE
 
-from compress.artifacts import artifact, moving
+from compress.artifacts.artifact import Artifact, Description, Done, load_artifact
+from compress.artifacts.moving import move_artifact
 from compress.errors import UserError
-from compress.exporting.tracing import inputs_of
-from compress.reporting import jobs, report
-from compress.reporting.compare import changes
+from compress.exporting.tracing import select_inputs
+from compress.planning.settings import parse_values, to_plain
+from compress.reporting.compare import describe_changes
+from compress.reporting.jobs import gather_rows
+from compress.reporting.report import report_success
 from compress.reporting.rows import Job
-from compress.running import evaluate
+from compress.running.evaluate import check_labels, choose_rows, evaluate_artifact
+from compress.tasks.task import Task
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def measure_again(cache, tmp_path):  # noqa: F811
     def measure_again(*overrides):
         small = [o for o in SMALL if o.startswith("hardware")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return evaluate.evaluate(
+            return evaluate_artifact(
                 compose("evaluate", [f"cache.dir={cache}", *small, *overrides]), tmp_path / "again"
             )
 
@@ -49,18 +53,18 @@ def test_an_artifact_is_measured_on_the_runtime_that_is_asked_for(carry_out, mea
 
 
 def loaded(runtime="torch", weights="float"):
-    done = tuple(artifact.Done(name, {}, 0.0, False) for name in ("baseline", "stage"))
-    description = artifact.Description("multiclass", "tiny", "toy", runtime, weights, history=done)
-    return artifact.Artifact(tiny.bert(), None, description)
+    done = tuple(Done(name, {}, 0.0, False) for name in ("baseline", "stage"))
+    description = Description("multiclass", "tiny", "toy", runtime, weights, history=done)
+    return Artifact(tiny.bert(), None, description)
 
 
 @pytest.mark.parametrize("runtime", ["torch_compile", "onnxruntime", "openvino"])
 def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # for no C++ compiler to run
-    batch = inputs_of(tiny.batch())
+    batch = select_inputs(tiny.batch())
     ours = loaded()
     expected = ours.model(**batch).logits
-    moved = moving.move(ours, runtime, batch, tmp_path)
+    moved = move_artifact(ours, runtime, batch, tmp_path)
     with torch.inference_mode():
         assert torch.allclose(moved.model(**batch).logits, expected, atol=1e-5)
     assert moved.description.runtime == runtime and ours.description.runtime == "torch"
@@ -78,7 +82,7 @@ def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeyp
 )
 def test_what_cannot_run_there_is_refused(there, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        moving.move(loaded(**there), "openvino", tiny.batch(), tmp_path)
+        move_artifact(loaded(**there), "openvino", tiny.batch(), tmp_path)
 
 
 def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):  # noqa: F811
@@ -99,7 +103,7 @@ def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_
     (row,) = measure_again(f"artifact={folder}", "task=toy", "task.limit.test=100")
     assert row["method"] == "artifact" and row["examples"] == 100
     with pytest.raises(UserError, match="tells 4 labels apart and task `augesc` has 8"):
-        evaluate.fits(folder, evaluate.artifact.load(folder, "multiclass"), task_named("augesc"))
+        check_labels(folder, load_artifact(folder, "multiclass"), task_named("augesc"))
 
 
 def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure_again, tmp_path):  # noqa: F811
@@ -126,7 +130,7 @@ def test_a_head_without_weights_is_refused(measure_again, shared_models):
 
 def task_named(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return evaluate.plan.parse(evaluate.Task, evaluate.plan.plain(compose("train", [f"task={name}"]).task), "task")
+        return parse_values(Task, to_plain(compose("train", [f"task={name}"]).task), "task")
 
 
 def test_what_is_not_there_is_told(measure_again, tmp_path):
@@ -147,7 +151,7 @@ def test_real_weights_are_measured_by_their_folder(measure_again, shared_models,
 
 def gathered(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return evaluate.rebuilt(compose("evaluate", list(overrides)))
+        return choose_rows(compose("evaluate", list(overrides)))
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def sweeps(tmp_path):
         folder = tmp_path / name
         (folder / ".hydra").mkdir(parents=True)
         (folder / ".hydra/config.yaml").touch()
-        report.finish(folder, Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
+        report_success(folder, Job("prune", "tiny", "toy", 0, (job,)), replace(outcome, baseline="a"))
     return tmp_path / "first", tmp_path / "second"
 
 
@@ -177,12 +181,15 @@ def test_several_sweeps_become_one_report_and_a_part_of_it_another(sweeps):
 
 
 def test_what_changed_between_two_sweeps_is_tested_on_the_same_examples(sweeps):
-    first, second = (jobs.gather(folder) for folder in sweeps)
-    line, alone = changes(first, second)
+    first, second = (gather_rows(folder) for folder in sweeps)
+    line, alone = describe_changes(first, second)
     assert line.startswith("prune: accuracy 0.8800 -> 0.8000 (-8.00 pt [")
     assert "significant, p = 0.00" in line and "not significant" not in line
     assert "1.00 -> 2.00 MB; 1.50 -> 1.20x of the baseline's speed, beyond both intervals" in line
     assert alone.startswith("only in the first: tiny toy accuracy prune 0 technique.prune.sparsity=0.5")
-    assert "(+0.00 pt [+0.00 pt, +0.00 pt], not significant, p = 1); same size; same speed" in changes(first, first)[0]
+    assert (
+        "(+0.00 pt [+0.00 pt, +0.00 pt], not significant, p = 1); same size; same speed"
+        in describe_changes(first, first)[0]
+    )
     with pytest.raises(UserError, match="no experiment in common"):
-        changes(first, [{**row, "task": "sst2"} for row in [*second, {**second[1], "seed": 1}]])
+        describe_changes(first, [{**row, "task": "sst2"} for row in [*second, {**second[1], "seed": 1}]])

@@ -16,15 +16,16 @@ from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compress
-from compress.artifacts import artifact
+from compress.artifacts.artifact import measure_size_bytes
 from compress.errors import PostconditionError, UserError
-from compress.maths.allocation import allocate, read
+from compress.maths.allocation import allocate_sparsity, read_points
 from compress.measuring.predictions import Predictions
-from compress.models.layers import linears, measured_sparsity, values, zeros
+from compress.models.layers import dequantize_weight, find_linears, find_zeros, measure_sparsity
 from compress.models.teachers import KeptLogits
-from compress.planning import settings as settings_planning
-from compress.reporting.rows import Job, rows_of
-from compress.running import experiment, promises
+from compress.planning.settings import parse_values, to_plain
+from compress.reporting.rows import Job, collect_rows
+from compress.running import experiment
+from compress.running.promises import capture_state, check_model
 from compress.tasks.task import Task
 from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune
@@ -55,7 +56,7 @@ def carry_out(cache, tmp_path):
             chosen.append("technique.gptq.samples=16")
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", chosen)
-        return experiment.run(cfg, tmp_path)
+        return experiment.run_experiment(cfg, tmp_path)
 
     return carry_out
 
@@ -69,7 +70,7 @@ def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, mo
     assert both.nonzeros < none.nonzeros and both.speedup.low <= both.speedup.value <= both.speedup.high
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == "prune+gptq" and loaded.description.weights == "packed"
-    sparsity = measured_sparsity(linear.weight for _, linear in linears(loaded.model))
+    sparsity = measure_sparsity(linear.weight for _, linear in find_linears(loaded.model))
     assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # integers that round to zero come on top
 
 
@@ -86,7 +87,7 @@ def test_calibration_on_other_text_changes_what_is_rounded(carry_out, tmp_path):
 
 
 def test_blocks_to_calibrate_on_are_counted_before_anything_is_trained(carry_out, monkeypatch):
-    monkeypatch.setattr("compress.running.stages.fit", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr("compress.running.stages.fit_module", lambda *args: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"asks for 9999 blocks and the text of task `toy_lm` has \d+: .*\(samples="):
         carry_out("technique=awq", "technique.awq.samples=9999", "seed=9", model="tiny_llama", task="toy_lm")
 
@@ -97,7 +98,7 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     none, both = outcome.measurements.values()
     assert both.size_bytes < 0.7 * none.size_bytes and both.parameters == none.parameters
     loaded = compress.load(tmp_path / "artifact")
-    assert measured_sparsity(linear.weight for _, linear in linears(loaded.model)) >= 0.2
+    assert measure_sparsity(linear.weight for _, linear in find_linears(loaded.model)) >= 0.2
     assert loaded.description.weights == "integer"
 
 
@@ -120,8 +121,8 @@ def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, tas
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.weights == "bitsandbytes" and loaded.model.device.type == "cpu"
     assert "pip install bitsandbytes accelerate" in (tmp_path / "artifact" / "README.md").read_text()
-    weights = [values(linear.weight) for _, linear in linears(loaded.model)]
-    sparsity = measured_sparsity(weights)
+    weights = [dequantize_weight(linear.weight) for _, linear in find_linears(loaded.model)]
+    sparsity = measure_sparsity(weights)
     assert sparsity >= 0.2 if "prune" in technique else sparsity < 0.2
     assert packed.nonzeros == none.nonzeros - sum(int((weight == 0).sum()) for weight in weights)
 
@@ -142,7 +143,7 @@ def test_the_metrics_are_scikit_learns_of_the_predictions_that_lie_with_the_arti
     # In the order of the split, whatever the order of the batches.
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["task=toy", *SMALL])
-    test = settings_planning.parse(Task, settings_planning.plain(cfg.task), "task").load().test
+    test = parse_values(Task, to_plain(cfg.task), "task").load().test
     assert kept.labels.tolist() == test["label"] and kept.characters.tolist() == list(map(len, test["text"]))
     assert outcome.measurements["prune"].comparison.change.value == pytest.approx(
         outcome.measurements["prune"].quality["accuracy"] - outcome.measurements["none"].quality["accuracy"]
@@ -162,7 +163,7 @@ def test_a_causal_model_is_timed_as_it_writes_and_its_blocks_are_kept(carry_out,
 
 def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeypatch):
     first = carry_out("technique=prune")
-    monkeypatch.setattr(experiment, "start", lambda *args: pytest.fail("trained the baseline again"))
+    monkeypatch.setattr(experiment, "write_baseline", lambda *args: pytest.fail("trained the baseline again"))
     again = carry_out("technique=prune+prune", "technique.prune_2.sparsity=0.5")
     assert again.measurements["none"].quality == first.measurements["none"].quality
     assert again.descriptions["prune+prune"].history[:2] == first.descriptions["prune"].history
@@ -188,7 +189,7 @@ def test_the_seed_decides_every_weight(carry_out, tmp_path):
 def test_of_several_epochs_the_best_on_validation_is_kept_with_its_zeros(carry_out, tmp_path):
     carry_out("technique=prune", "technique.prune.sparsity=0.5", "technique.prune.train.epochs=3")
     model = compress.load(tmp_path / "artifact").model
-    assert measured_sparsity(linear.weight for _, linear in linears(model)) == pytest.approx(0.5, abs=1e-3)
+    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_baseline_that_nobody_trained_says_so(carry_out):
@@ -200,7 +201,7 @@ def test_a_baseline_that_nobody_trained_says_so(carry_out):
 def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
     carry_out(f"technique={chain}", "technique.prune.sparsity=0.5")
     model = compress.load(tmp_path / "artifact").model
-    assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
 def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, settings):
     carry_out("technique=prune+gptq", *(f"technique.prune.{setting}" for setting in ("sparsity=0.5", *settings)))
     model = compress.load(tmp_path / "artifact").model
-    assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
 
 
 DISTIL = "technique.distill."
@@ -246,7 +247,7 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
     carry_out(f"technique={chain}", *(one for name in chain.split("+") for one in settings.get(name, ())))
     model = compress.load(tmp_path / "artifact").model
     if "prune" in chain:
-        assert measured_sparsity(linear.weight for _, linear in linears(model)) >= 0.499
+        assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
 
 
 @pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
@@ -255,7 +256,7 @@ def test_what_was_distilled_is_compressed_further(carry_out, tmp_path, chain):
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == chain and loaded.description.weights == "bitsandbytes"
     assert student.parameters < none.parameters and student.size_bytes < 0.5 * none.size_bytes
-    sparsity = measured_sparsity(values(linear.weight) for _, linear in linears(loaded.model))
+    sparsity = measure_sparsity(dequantize_weight(linear.weight) for _, linear in find_linears(loaded.model))
     assert (sparsity >= 0.2) == ("prune" in chain)
 
 
@@ -351,7 +352,7 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert measurement["parameters"] == sum(weights.numel() for weights in state.values())
     assert measurement["nonzeros"] == sum(int((weights != 0).sum()) for weights in state.values())
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
-    assert artifact.size_bytes(folder) == (folder / "model.safetensors").stat().st_size
+    assert measure_size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
 
 
@@ -420,7 +421,7 @@ def test_whatever_a_classifier_has_become_an_export_answers_as_it_does(carry_out
     rounded = chain in ("qat", "gptq", "awq")  # inputs too: by qat to the number beside, by ONNX Runtime's kernels
     assert agreement.label_agreement >= (0.98 if rounded else 1)
     assert agreement.max_logit_difference < (0.05 if rounded else 1e-3) * agreement.largest_logit
-    row = rows_of(tmp_path, Job(method, model, "toy", 0), outcome)[-1]
+    row = collect_rows(tmp_path, Job(method, model, "toy", 0), outcome)[-1]
     assert row["label_agreement"] == agreement.label_agreement
     assert row["max_logit_difference"] == agreement.max_logit_difference
 
@@ -470,18 +471,19 @@ def test_prune_takes_what_sensitivity_found_and_the_report_lies_with_the_job(car
         "technique.prune.ratios=sensitivity",
     )
     (tmp_path / "report" / "1_sensitivity" / "sensitivity.png").stat()
-    points = read(tmp_path / "report" / "1_sensitivity" / "sensitivity.csv")
+    points = read_points(tmp_path / "report" / "1_sensitivity" / "sensitivity.csv")
     assert {point.sparsity for point in points} == {0.5, 0.9}
     assert all(point.value + point.drop == pytest.approx(points[0].value + points[0].drop) for point in points)
     assert not (tmp_path / "artifact" / "report").exists()
     found = {
-        name: measured_sparsity([linear.weight]) for name, linear in linears(compress.load(tmp_path / "artifact").model)
+        name: measure_sparsity([linear.weight])
+        for name, linear in find_linears(compress.load(tmp_path / "artifact").model)
     }
-    assert found == pytest.approx(allocate(points, 0.6), abs=1e-3) and len(set(found.values())) > 1
+    assert found == pytest.approx(allocate_sparsity(points, 0.6), abs=1e-3) and len(set(found.values())) > 1
 
 
 def test_more_validation_texts_than_there_are_is_told_before_anything_is_trained(carry_out, monkeypatch):
-    monkeypatch.setattr(experiment, "start", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(experiment, "write_baseline", lambda *args: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"samples is 65 and task `toy` has 64 validation texts: set .*samples=64"):
         carry_out("technique=sensitivity", "technique.sensitivity.samples=65")
 
@@ -496,7 +498,7 @@ class Idle(Prune):
 
 class FillsIn(Idle):
     def on_fit_start(self, trainer, pl_module):
-        for _, linear in linears(pl_module):
+        for _, linear in find_linears(pl_module):
             linear.weight.data += 0.01
 
 
@@ -506,7 +508,7 @@ class Boasts(Prune):
 
 class Loses(Prune):
     def save(self, model, folder):
-        next(linears(model))[1].weight.data.neg_()
+        next(find_linears(model))[1].weight.data.neg_()
         model.save_pretrained(folder)
 
 
@@ -532,8 +534,8 @@ def test_quantization_must_leave_the_head_alone(carry_out):
         keeps_head = True
 
     model = tiny.bert()
-    before = promises.state(model)
+    before = capture_state(model)
     model.classifier.weight.data += 1
     with pytest.raises(PostconditionError, match=r"blocks alone and changed classifier.weight"):
-        promises.check_model("gptq", Packs(), before, model)
-    assert not zeros(model)
+        check_model("gptq", Packs(), before, model)
+    assert not find_zeros(model)

@@ -15,8 +15,8 @@ import time
 from test_command_line import ROOT
 from test_experiment import SMALL
 
-from compress.cache.digests import checksum
-from compress.cache.store import entries, unused
+from compress.cache.digests import compute_checksum
+from compress.cache.store import list_entries, lock_if_unused
 
 KILLS = 20
 SWEEP = [
@@ -55,7 +55,7 @@ def found(folder):
     with (folder / "sweep" / "results.csv").open() as file:
         rows = [{key: row[key] for key in ("method", "status", "accuracy", "f1_macro", "size_mb", "nonzeros")}
                 for row in csv.DictReader(file)]  # fmt: skip
-    weights = [checksum(file) for file in sorted((folder / "sweep").glob("*/artifact/model.safetensors"))]
+    weights = [compute_checksum(file) for file in sorted((folder / "sweep").glob("*/artifact/model.safetensors"))]
     return rows, weights
 
 
@@ -84,8 +84,8 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_t
         assert process.exitcode == 0, (killed / "log").read_text()
         assert found(killed) == expected
         assert not list(killed.rglob("*.partial"))
-        for entry in entries(killed / "cache"):
-            with unused(entry.path) as free:
+        for entry in list_entries(killed / "cache"):
+            with lock_if_unused(entry.path) as free:
                 assert free
 
     before = (killed / "log").read_text().count("finished before")

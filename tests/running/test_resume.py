@@ -13,9 +13,8 @@ from test_tokens import splits, tokenizer  # noqa: F401  (a fixture)
 from compress.errors import UserError
 from compress.planning.settings import Hardware
 from compress.running import resume
-from compress.running import training as training_running
-from compress.running.training import HoldZeros
-from compress.tasks.metrics import metrics
+from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
+from compress.tasks.metrics import build_metrics
 from compress.tasks.tokens import TaskData
 from compress.technique import Training
 from compress.techniques.distill import Distill
@@ -42,7 +41,7 @@ def fit(tokenizer, tmp_path):  # noqa: F811
         pl.seed_everything(0, verbose=False)
         task = splits().task
         training = Training(epochs=EPOCHS, batch_size=8, learning_rate=learning_rate)
-        scores = metrics(task)
+        scores = build_metrics(task)
         if kind == "distill":
             module = Distill(tiny.bert(2), scores, training, teacher=tiny.bert(2), teacher_dtype="float32")
         else:
@@ -50,7 +49,7 @@ def fit(tokenizer, tmp_path):  # noqa: F811
         planned = SimpleNamespace(task=task, team=None, settings=SimpleNamespace(hardware=Hardware(accelerator="cpu")))
         data = TaskData(splits(), tokenizer, max_length=16, batch_size=8)
         callbacks = CALLBACKS.get(kind, list)()
-        training_running.fit(module, callbacks, data, planned, training, tmp_path / folder, "stage")
+        fit_module(module, callbacks, data, planned, training, tmp_path / folder, "stage")
         return module.model.state_dict()
 
     return fit
@@ -77,9 +76,7 @@ def test_it_ends_bit_equal_to_what_was_not_stopped(fit, monkeypatch, kind, minut
         with pytest.raises(Killed):
             fit(kind)
     steps = []
-    monkeypatch.setattr(
-        training_running.Finite, "on_train_batch_end", lambda self, trainer, *_: steps.append(trainer.global_step)
-    )
+    monkeypatch.setattr(Finite, "on_train_batch_end", lambda self, trainer, *_: steps.append(trainer.global_step))
     again = fit(kind)
     assert len(steps) == (BATCHES if minutes else 2 * BATCHES - 2)
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
@@ -99,7 +96,7 @@ def test_a_process_that_is_asked_to_stop_saves_first_and_then_does_as_it_would_h
 
     before = signal.signal(number, stop)
     with monkeypatch.context() as patch:
-        patch.setattr(training_running.Finite, "on_train_batch_end", ask)
+        patch.setattr(Finite, "on_train_batch_end", ask)
         with pytest.raises(Killed):
             fit("nothing")
     assert heard == [number] and signal.signal(number, before) == stop
@@ -116,7 +113,7 @@ def test_a_process_that_is_asked_to_stop_when_training_has_ended_does_so(fit, mo
 
     before = signal.signal(signal.SIGTERM, stop)
     with monkeypatch.context() as patch:
-        patch.setattr(training_running.Finite, hook, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Finite, hook, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Killed):
             fit("nothing")
     assert signal.signal(signal.SIGTERM, before) == stop
@@ -125,7 +122,7 @@ def test_a_process_that_is_asked_to_stop_when_training_has_ended_does_so(fit, mo
 def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypatch, tmp_path, caplog):
     whole = fit("nothing", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(training_running.KeepBest, "on_train_end", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(KeepBest, "on_train_end", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit("nothing")
     (last,) = (tmp_path / "stopped" / "resume").glob("*.ckpt")

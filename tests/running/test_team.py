@@ -15,11 +15,11 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from test_command_line import ROOT
 from test_experiment import SMALL
 
-from compress.cache.digests import checksum
+from compress.cache.digests import compute_checksum
 from compress.errors import UserError
 from compress.planning.settings import Hardware
-from compress.running import resume
-from compress.running.team import Team, named
+from compress.running.resume import Checkpoints, make_trainer_options
+from compress.running.team import Team, set_rank_variables
 
 WORDS = [*SMALL, "technique=none", "hardware.devices=2", "hardware.threads=1", "baseline.epochs=3"]
 
@@ -47,7 +47,7 @@ def test_two_processes_that_were_stopped_end_as_two_that_were_not(tmp_path):
         output, _ = process.communicate()
         assert process.returncode == 0, output
         assert ("goes on after step" in output) == stopped
-        weights.append(checksum(folder / "run" / "artifact" / "model.safetensors"))
+        weights.append(compute_checksum(folder / "run" / "artifact" / "model.safetensors"))
     assert weights[0] == weights[1]
 
 
@@ -65,15 +65,15 @@ class Asked(pl.Callback):
 
 
 def stopped_in_validation(rank, port, folder):
-    named(rank, 2)
+    set_rank_variables(rank, 2)
     hardware = Hardware(accelerator="cpu", devices=2)
-    callbacks = [Asked(), resume.Checkpoints(folder)]
+    callbacks = [Asked(), Checkpoints(folder)]
     trainer = pl.Trainer(
         max_epochs=2,
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=False,
-        **resume.where(hardware, together=True),
+        **make_trainer_options(hardware, together=True),
     )
     with Team(rank, 2, "127.0.0.1", port).training(hardware):
         trainer.fit(BoringModel())
@@ -91,7 +91,7 @@ def test_the_first_stops_in_validation_without_waiting_for_the_others(port, tmp_
 
 def test_the_first_is_told_what_failed_in_another(port):
     def other():
-        with Team(1, 2, "127.0.0.1", port).part():
+        with Team(1, 2, "127.0.0.1", port).take_part():
             raise UserError("The disk is full.")
 
     def ignored():
@@ -102,7 +102,7 @@ def test_the_first_is_told_what_failed_in_another(port):
     thread.start()
     with (
         pytest.raises(UserError, match="with this one has failed: The disk is full."),
-        Team(0, 2, "127.0.0.1", port).part() as team,
+        Team(0, 2, "127.0.0.1", port).take_part() as team,
         team.training(Hardware(accelerator="cpu")),
     ):
         pass

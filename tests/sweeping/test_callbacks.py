@@ -14,8 +14,8 @@ from test_command_line import python
 from test_experiment import SMALL
 from test_kills import FORK, found, sweep
 
-from compress.errors import told
-from compress.reporting import jobs as jobs_reporting
+from compress.errors import explain_error
+from compress.reporting.jobs import gather_rows
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def start(tmp_path):
 @pytest.fixture
 def jobs(tmp_path):
     """The rows of the sweep's table by method, as they lie in the jobs' folders."""
-    return lambda: {row["method"]: row for row in jobs_reporting.gather(tmp_path / "sweep")}
+    return lambda: {row["method"]: row for row in gather_rows(tmp_path / "sweep")}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_p
     process = start("model.config.hidden_size=128,268435456", "technique=none")
     process.join()
     assert process.exitcode == 1 and "Traceback" not in (tmp_path / "log").read_text()
-    first, second = jobs_reporting.gather(tmp_path / "sweep")
+    first, second = gather_rows(tmp_path / "sweep")
     assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory: choose")
 
 
@@ -154,7 +154,7 @@ def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(s
             one.kill()
     process.join()
     assert process.exitcode == 1
-    found = [(row["method"], row["status"]) for row in jobs_reporting.gather(tmp_path / "sweep")]
+    found = [(row["method"], row["status"]) for row in gather_rows(tmp_path / "sweep")]
     assert found == [("none", "failed"), ("none", "completed"), ("prune", "completed")]
     assert "it left no result" in (tmp_path / "sweep" / "results.md").read_text()
 
@@ -206,6 +206,8 @@ def test_a_rerun_leaves_what_is_finished_and_redoes_what_changed(start, jobs, tm
 
 
 def test_what_is_no_fault_of_the_disk_is_not_told_as_one():
-    assert not told(ValueError("no"))
-    assert told(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    assert json.dumps(told(PermissionError(13, "Permission denied", "/x"))).startswith('"/x cannot be written or read')
+    assert not explain_error(ValueError("no"))
+    assert explain_error(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert json.dumps(explain_error(PermissionError(13, "Permission denied", "/x"))).startswith(
+        '"/x cannot be written or read'
+    )

@@ -10,8 +10,8 @@ from rich.console import Console
 from test_conf import CONF
 
 import compress.sweeping.sweeper  # noqa: F401  whose jobs they are
-from compress.reporting import jobs
-from compress.sweeping import live
+from compress.reporting.jobs import mark_as_reused
+from compress.sweeping.live import draw_states, name_jobs, read_job_states, summarise_states
 
 SETTINGS = ("seed=1 technique.prune.sparsity=0.2", "seed=2 technique.prune.sparsity=0.2")
 
@@ -37,9 +37,9 @@ def test_the_jobs_are_told_apart_by_what_varies():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", ["model=tiny"], return_hydra_config=True)
         config.hydra.overrides.task = ["technique=none,prune", "seed=1,2", "task=toy", "technique.prune.sparsity=0.2"]
-        assert live.names(config) == ["none seed=1", "none seed=2", *(f"prune {each}" for each in SETTINGS)]
+        assert name_jobs(config) == ["none seed=1", "none seed=2", *(f"prune {each}" for each in SETTINGS)]
         config.hydra.overrides.task = ["search=glob(*)"]
-        assert live.names(config) == ["search=latency", "search=size"]
+        assert name_jobs(config) == ["search=latency", "search=size"]
 
 
 def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
@@ -50,8 +50,8 @@ def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
     job(3, begun=50, ended=60)  # of an earlier sweep
     job(4, begun=128, ended=70, reason="of an earlier run")
     job(5, begun=128, ended=70)
-    jobs.took_no_time(tmp_path / "5_x")
-    found = live.states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
+    mark_as_reused(tmp_path / "5_x")
+    found = read_job_states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
     assert [(one.state, one.what, one.seconds) for one in found] == [
         ("done", "", 10),
         ("failed", "no [space] left", 20),
@@ -60,7 +60,7 @@ def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
         ("running", "starting", 2),
         ("done", "", 0),
     ]
-    assert live.summary(found) == "3 of 6 jobs, about 11 s left"
+    assert summarise_states(found) == "3 of 6 jobs, about 11 s left"
     console = Console(width=80, file=io.StringIO())
-    console.print(live.drawn(found))
+    console.print(draw_states(found))
     assert "prune  failed   20 s  no [space] left" in console.file.getvalue()

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from compress.errors import UserError
-from compress.planning import settings as settings_planning
+from compress.planning.settings import parse_values
 from compress.sweeping.search import Result, Search, Settings
 
 SPACE = {
@@ -29,7 +29,7 @@ DROP = {"drop=1": 0.4, "drop=2": 2.0, "drop=3": 9.0, "heads=9": 0.3, "heads=6": 
 
 
 def settings(**changes):
-    return settings_planning.parse(Settings, {**SPACE, **changes}, "search")
+    return parse_values(Settings, {**SPACE, **changes}, "search")
 
 
 def worth(words):
@@ -70,7 +70,7 @@ def test_the_best_chain_that_loses_little_enough_is_found():
     begun = searched(search)
     assert len(begun) == len(set(begun)) == 50
     assert search.chosen().result.cost == pytest.approx(best_without_training(1.0))
-    assert search.front()[0] == search.chosen() and all(one.result.drop <= 1.0 for one in search.front())
+    assert search.find_front()[0] == search.chosen() and all(one.result.drop <= 1.0 for one in search.find_front())
 
 
 def test_what_training_wins_back_is_chosen_over_what_needs_none():
@@ -110,16 +110,16 @@ def test_failed_trials_end_nothing_and_are_not_tried_again():
     search = Search(settings(trials=20), SIZES, wrong)
     begun = searched(search, fails=lambda words: "drop_layers" in words[0])
     assert len(begun) == len(set(begun)) == 20
-    lost = [one for one in search.tried if one.result is None]
+    lost = [one for one in search.finished_trials if one.result is None]
     assert lost and all("drop_layers" in one.words[0] for one in lost) and search.chosen()
 
 
 def test_a_search_that_goes_on_tries_again_what_failed(tmp_path):
     first = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
     lost = searched(first, fails=lambda words: "drop_layers" in words[0])[:4]
-    failed = [one.words for one in first.tried if one.result is None]
+    failed = [one.words for one in first.finished_trials if one.result is None]
     again = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
-    assert failed and len(again.tried) == len(lost) - len(failed)
+    assert failed and len(again.finished_trials) == len(lost) - len(failed)
     technique, *_ = again.ask(0.0).user_attrs["words"]
     assert technique == failed[0][0]
 
@@ -131,9 +131,9 @@ def test_a_search_that_was_stopped_goes_on_with_what_it_had_begun(tmp_path):
     first.seconds = 90.0
     stopped = first.ask(0.0).user_attrs["words"]
     again = Search(settings(), SIZES, wrong, file=tmp_path / "study.log")
-    assert again.tried == first.tried and len(again.tried) == 3 and again.seconds == 90.0
+    assert again.finished_trials == first.finished_trials and len(again.finished_trials) == 3 and again.seconds == 90.0
     assert tuple(again.ask(0.0).user_attrs["words"]) == tuple(stopped)
-    assert not Search(settings(), SIZES, wrong, file=tmp_path / "study.log", name="another").tried
+    assert not Search(settings(), SIZES, wrong, file=tmp_path / "study.log", name="another").finished_trials
 
 
 def test_trials_at_once_differ():

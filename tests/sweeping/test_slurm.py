@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_command_line import ROOT
 from test_experiment import SMALL
 
-from compress.reporting import jobs
+from compress.reporting.jobs import gather_rows
 
 SCRIPTS = Path(os.environ.get("COMPRESS_SLURM", BESIDE / "slurm"))
 MISSING = [
@@ -75,7 +75,7 @@ def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_compl
     update = ["scontrol", "update", f"jobid={running}", "StartTime=now"]  # in place of the two minutes that it waits
     until(lambda: control(cluster, *update) or control(cluster, "squeue", "-h", "-t", "R", "-j", running), process)
     output, _ = process.communicate()
-    rows = jobs.gather(sweep)
+    rows = gather_rows(sweep)
     assert process.returncode == 1, output
     assert [row["status"] for row in rows] == ["completed"] * 5 + ["failed"], output
     assert "baseline.epochs is -1" in rows[-1]["reason"]
@@ -107,6 +107,6 @@ def test_two_nodes_train_as_one_process_does_with_the_same_batch(cluster, tmp_pa
         output, _ = start(
             cluster, *words, *there, f"hardware.nodes={nodes}", f"hydra.sweep.dir={tmp_path}/{nodes}"
         ).communicate()
-        assert "completed" in {row["status"] for row in jobs.gather(tmp_path / str(nodes))}, output
+        assert "completed" in {row["status"] for row in gather_rows(tmp_path / str(nodes))}, output
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 4 and two == pytest.approx(one, abs=1e-4)

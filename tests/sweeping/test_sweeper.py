@@ -15,11 +15,12 @@ from test_experiment import SMALL
 from test_kills import FORK
 from test_report import OUTCOME, measured
 
-from compress.cache import files
+from compress.cache.files import write_atomically
 from compress.maths.statistics import Interval
-from compress.reporting import findings, jobs, report
-from compress.reporting import rows as results
-from compress.reporting.rows import Job
+from compress.reporting import findings, jobs
+from compress.reporting.jobs import gather_rows
+from compress.reporting.report import report_failure
+from compress.reporting.rows import Job, collect_rows, drop_repeated_baselines
 from compress.running import job as run
 
 SPACE = [
@@ -37,7 +38,7 @@ def stand_in(cfg):
     folder, chain = Path(HydraConfig.get().runtime.output_dir), cfg.technique.name
     job = Job(chain, "tiny", "toy", 0, ())
     if chain == "prune+onnx":
-        report.fail(folder, job, "out of luck")
+        report_failure(folder, job, "out of luck")
         return 1
     stages = [] if chain == "none" else chain.split("+")
     accuracy, speed = 0.9 - 0.01 * (cfg.split == "test"), 1.0
@@ -48,8 +49,8 @@ def stand_in(cfg):
         found[chain] = measured(accuracy, 1_000_000, Interval(speed, speed - 0.1, speed + 0.1))
     found = {name: replace(one, split=cfg.split) for name, one in found.items()}
     told = {name: OUTCOME.descriptions["prune" if stages and name != "none" else "none"] for name in found}
-    rows = results.rows_of(folder, job, replace(OUTCOME, measurements=found, descriptions=told, predictions={}))
-    files.write_whole(folder / jobs.RESULT, json.dumps({"rows": rows, "environment": {}}))
+    rows = collect_rows(folder, job, replace(OUTCOME, measurements=found, descriptions=told, predictions={}))
+    write_atomically(folder / jobs.RESULT, json.dumps({"rows": rows, "environment": {}}))
     return 0
 
 
@@ -81,12 +82,12 @@ def search(tmp_path):
 def test_trials_are_judged_on_validation_text_and_the_choice_on_the_test_split(search, tmp_path):
     code, said = search("search=latency", "search.trials=9", "search.jobs=2", *SPACE)
     assert code == 0, said
-    trials = {row["method"]: row for row in jobs.gather(tmp_path / "sweep" / "trials")}
+    trials = {row["method"]: row for row in gather_rows(tmp_path / "sweep" / "trials")}
     chains = set(trials) - {"none"}
     assert chains <= {"prune", "gptq", "onnx", "prune+gptq", "gptq+onnx", "prune+onnx", "prune+gptq+onnx"}
     assert {"gptq+onnx", "prune+onnx"} <= chains and trials["prune+onnx"]["reason"] == "out of luck"
     assert {row["split"] for row in trials.values() if row["status"] == "completed"} == {"validation"}
-    (baseline, chosen) = results.without_repeated_baselines(jobs.gather(tmp_path / "sweep"))[:2]
+    (baseline, chosen) = drop_repeated_baselines(gather_rows(tmp_path / "sweep"))[:2]
     assert (baseline["split"], chosen["split"], chosen["method"]) == ("test", "test", "gptq+onnx")
     line = (tmp_path / "sweep" / findings.CONCLUSIONS).read_text().splitlines()[0]
     assert line.startswith("chosen: gptq+onnx") and "-0.90 pt there; on the test split: " in line and "-1.90 pt" in line
@@ -109,7 +110,7 @@ def test_where_no_chain_is_good_enough_the_baseline_is_chosen(search, tmp_path):
         "search=latency", "search.trials=2", "search.slots=[[gptq]]", "search.max_drop=0.5", *SPACE[1:3]
     )
     assert code == 0 and "chosen: none, the baseline: of 1 trials" in said
-    assert [row["method"] for row in jobs.gather(tmp_path / "sweep")] == ["none"]
+    assert [row["method"] for row in gather_rows(tmp_path / "sweep")] == ["none"]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,9 @@ def test_a_real_search(search, tmp_path):
     code, said = search(*words, *SMALL, stub=False)
     assert code == 0, said
     assert said.count("baseline: from the cache") >= 3 and "chosen: " in said
-    rows = jobs.gather(tmp_path / "sweep")
+    rows = gather_rows(tmp_path / "sweep")
     assert {row["split"] for row in rows} == {"test"} and rows[1]["examples"] == 128
-    trials = jobs.gather(tmp_path / "sweep" / "trials")
+    trials = gather_rows(tmp_path / "sweep" / "trials")
     assert {row["split"] for row in trials} == {"validation"} and trials[0]["examples"] == 64
     assert next((tmp_path / "sweep").glob("0_*/artifact/model.safetensors")).is_file()
     assert not list((tmp_path / "sweep").glob("trials/*/artifact"))

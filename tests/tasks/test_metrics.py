@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.tasks.kinds import METRICS, higher_is_better
-from compress.tasks.metrics import SCORES, metrics
+from compress.tasks.metrics import SCORES, build_metrics
 from compress.tasks.task import Task
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: pip install -e '.[dev]'")
@@ -18,7 +18,7 @@ def task(kind, names=None, labels=("a", "b", "c", "d")):
 
 
 def scores(one, logits, labels, batches=3):
-    collection = metrics(one)
+    collection = build_metrics(one)
     for part, answers in zip(logits.chunk(batches), labels.chunk(batches)):
         collection.update(part, answers)
     return {name: float(value) for name, value in collection.compute().items()}

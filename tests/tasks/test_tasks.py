@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compress import hub
 from compress.errors import UserError
-from compress.tasks.splits import fingerprint, held_out, load_splits
+from compress.tasks.splits import draw_held_out_rows, hash_rows, load_splits
 from compress.tasks.task import Task
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
@@ -47,7 +47,7 @@ def test_every_task_is_valid_under_its_own_name(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_task_is_at_hand_or_says_in_one_sentence_what_to_type(name, monkeypatch):
-    monkeypatch.setattr(hub, "reachable", lambda url: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
     one = shipped(name)
     if one.generate:
         assert len(load_splits(one).test)
@@ -58,7 +58,7 @@ def test_a_task_is_at_hand_or_says_in_one_sentence_what_to_type(name, monkeypatc
 
 
 def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(hub, "reachable", lambda url: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
     with pytest.raises(UserError) as error:
         load_splits(shipped("sst2"))
     assert str(error.value) == (
@@ -121,7 +121,7 @@ def test_esconv_holds_out_whole_dialogues(shared_data):
     assert (train + validation, test) == (1_772, 1_948)
     records = [json.loads(line)["dialog"] for line in (shared_data("esconv") / "esc-valid.jsonl").open()]
     counts = [sum("strategy" in utterance for utterance in dialog) for dialog in records]
-    held = set(held_out([i for i, count in enumerate(counts) for _ in range(count)], 177, seed=0))
+    held = set(draw_held_out_rows([i for i, count in enumerate(counts) for _ in range(count)], 177, seed=0))
     starts = [sum(counts[:i]) for i in range(len(counts))]
     assert all(len(held & set(range(s, s + n))) in (0, n) for s, n in zip(starts, counts))
     assert validation == len(held)
@@ -288,7 +288,7 @@ def test_the_hubs_splits_are_used_as_told(monkeypatch):
         )
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "reachable", lambda url: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: True)
     splits = load_splits(shipped("sst2"))
     assert sizes(splits) == (98, 2, 10)
     assert splits.test[1] == {"text": "validation 1", "label": 1}
@@ -300,7 +300,7 @@ def test_the_hubs_own_refusal_is_passed_on(monkeypatch):
         raise ValueError('Unknown split "train".\nMore.')
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "reachable", lambda url: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: True)
     with pytest.raises(UserError, match=r'the hub answered “Unknown split "train".” for nyu-mll/glue; set task.path'):
         load_splits(shipped("sst2"))
 
@@ -391,4 +391,4 @@ def test_the_fingerprint_is_of_rows_and_label_names(reviews):
     one = load_splits(files(reviews))
     assert one.fingerprint == load_splits(files(reviews)).fingerprint
     assert one.fingerprint != load_splits(files(reviews, labels=["yes", "no"])).fingerprint
-    assert fingerprint(one.train) != fingerprint(one.validation)
+    assert hash_rows(one.train) != hash_rows(one.validation)

@@ -25,11 +25,12 @@ from transformers import (
 import compress
 from compress.errors import UserError
 from compress.maths.hessian import second_moment
-from compress.maths.rounding import Scheme, minmax_grid, to_grid
-from compress.models.calibration import calibrate
-from compress.models.layers import blocks, linears, zeros
-from compress.running import experiment, promises
-from compress.techniques.awq import AWQ, clipping, relative, rescale, scales
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.models.calibration import calibrate_layers
+from compress.models.layers import find_blocks, find_linears, find_zeros
+from compress.running.experiment import run_experiment
+from compress.running.promises import capture_state, check_bits, check_model
+from compress.techniques.awq import AWQ, channel_scales, relative_magnitude, rescale_block, search_clipping
 from compress.techniques.prune import Prune
 
 GROUPED = {**tiny.SHAPE, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -69,7 +70,7 @@ def logits(model, **settings):
 def salient(build=tiny.llama_lm):
     """A model that computes what ``build``'s does, and of whose activations a few channels are 20 times as large."""
     model = build()
-    for block in blocks(model)[1]:
+    for block in find_blocks(model)[1]:
         for norm, layers in (
             (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
             (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
@@ -81,8 +82,10 @@ def salient(build=tiny.llama_lm):
 
 
 def nearest(model, scheme):
-    for _, layer in linears(model):
-        layer.weight.data = to_grid(layer.weight.data, minmax_grid(layer.weight.data, scheme, torch.float32), scheme)
+    for _, layer in find_linears(model):
+        layer.weight.data = round_to_grid(
+            layer.weight.data, minmax_grid(layer.weight.data, scheme, torch.float32), scheme
+        )
     return model
 
 
@@ -91,32 +94,32 @@ def nearest(model, scheme):
 
 def test_scales_worked_by_hand():
     activation, flat = torch.tensor([16.0, 1.0]), torch.ones(2)
-    assert scales(activation, flat, 0).tolist() == [1, 1]
-    assert scales(activation, flat, 0.5).tolist() == [2, 0.5]  # 4 and 1, around 1
-    assert scales(activation, flat, 1).tolist() == [4, 0.25]
+    assert channel_scales(activation, flat, 0).tolist() == [1, 1]
+    assert channel_scales(activation, flat, 0.5).tolist() == [2, 0.5]  # 4 and 1, around 1
+    assert channel_scales(activation, flat, 1).tolist() == [4, 0.25]
     weight = torch.tensor([1 / 16, 1.0])
-    assert scales(activation, weight, 0.5).tolist() == [4, 0.25]  # 4 / (1 / 4) and 1
-    assert scales(activation, weight, 0).tolist() == [4, 0.25]  # 16 and 1: the weights alone
+    assert channel_scales(activation, weight, 0.5).tolist() == [4, 0.25]  # 4 / (1 / 4) and 1
+    assert channel_scales(activation, weight, 0).tolist() == [4, 0.25]  # 16 and 1: the weights alone
     # The second channel is never active, the third has no weight.
-    assert scales(torch.tensor([16.0, 0, 2, 1]), torch.tensor([1.0, 1, 0, 1]), 0.5).tolist() == [2, 1, 1, 0.5]
-    assert scales(torch.zeros(2), flat, 0.5).tolist() == [1, 1]
+    assert channel_scales(torch.tensor([16.0, 0, 2, 1]), torch.tensor([1.0, 1, 0, 1]), 0.5).tolist() == [2, 1, 1, 0.5]
+    assert channel_scales(torch.zeros(2), flat, 0.5).tolist() == [1, 1]
 
 
 def test_weights_are_counted_as_shares_of_their_group():
     weight = torch.tensor([[1.0, -2.0, 0.0, 0.0], [4.0, 1.0, 3.0, 6.0]])
-    assert relative([weight], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
-    assert relative([weight[:1], weight[1:]], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
+    assert relative_magnitude([weight], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
+    assert relative_magnitude([weight[:1], weight[1:]], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
 
 
 def test_clipping_worked_by_hand():
     weight, scheme = torch.tensor([[1.0, 0.2]]), Scheme(2, -1, symmetric=False)  # four levels from 0 on
     # The wide weight has no input: 0.2 is a third of 0.6.
-    share = clipping(weight, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), scheme, points=6)
+    share = search_clipping(weight, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), scheme, points=6)
     assert share.item() == pytest.approx(0.6)
     grid = minmax_grid(weight, scheme, torch.float32, share)
-    assert to_grid(weight, grid, scheme)[0].tolist() == pytest.approx([0.6, 0.2])
+    assert round_to_grid(weight, grid, scheme)[0].tolist() == pytest.approx([0.6, 0.2])
     # It has one like the other: 0.133 lost of the 0.2 are less than what cutting the 1 loses.
-    assert clipping(weight, torch.eye(2), scheme, points=6).item() == 1
+    assert search_clipping(weight, torch.eye(2), scheme, points=6).item() == 1
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -125,11 +128,11 @@ def test_every_group_is_clipped_where_that_loses_less(bits, symmetric):
     torch.manual_seed(0)
     weight, inputs = torch.randn(24, 64), torch.randn(400, 64) @ torch.randn(64, 64)
     scheme = Scheme(bits, 16, symmetric)
-    share = clipping(weight, inputs.T @ inputs, scheme, points=20)
+    share = search_clipping(weight, inputs.T @ inputs, scheme, points=20)
     assert share.shape == (24, 4) and share.min() >= 0.5 and len(share.unique()) > 3
 
     def lost(shrink):
-        difference = to_grid(weight, minmax_grid(weight, scheme, torch.float32, shrink), scheme) - weight
+        difference = round_to_grid(weight, minmax_grid(weight, scheme, torch.float32, shrink), scheme) - weight
         return (
             torch.einsum("tgi,rgi->trg", inputs.unflatten(1, (4, 16)), difference.unflatten(1, (4, 16))).pow(2).sum(0)
         )
@@ -140,19 +143,19 @@ def test_every_group_is_clipped_where_that_loses_less(bits, symmetric):
 @pytest.mark.parametrize("build", DECODERS)
 def test_the_scales_that_are_found_change_nothing_before_weights_are_rounded(build):
     model, before = salient(build), salient(build)
-    names = {name for name, _ in linears(model)}
+    names = {name for name, _ in find_linears(model)}
 
     def prepare(name, block, forwards, masks):
         wanted = {layer.removeprefix(f"{name}.") for layer in names}
-        rescale(block, forwards, masks, Scheme(3, 16, False), 6, wanted)
+        rescale_block(block, forwards, masks, Scheme(3, 16, False), 6, wanted)
 
     batches = [one(seed=seed) for seed in range(2)]
-    for _ in calibrate(model, batches, second_moment, names, prepare=prepare):
+    for _ in calibrate_layers(model, batches, second_moment, names, prepare=prepare):
         pass
     assert torch.allclose(logits(model), logits(before), atol=1e-5)
-    for i, block in enumerate(blocks(model)[1]):
+    for i, block in enumerate(find_blocks(model)[1]):
         at = {
-            norm: getattr(block, norm).weight / getattr(blocks(before)[1][i], norm).weight
+            norm: getattr(block, norm).weight / getattr(find_blocks(before)[1][i], norm).weight
             for norm in ("input_layernorm", "post_attention_layernorm")
         }
         for ratio in at.values():
@@ -206,10 +209,10 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
     causal = hasattr(model, "lm_head")
     head = (model.lm_head if causal else model.score).weight.clone()
     fit(model, Prune(sparsity=0.4))
-    before, masks = promises.state(model), zeros(model)
+    before, masks = capture_state(model), find_zeros(model)
     stage = awq(group_size=group_size, symmetric=symmetric)
     fit(model, stage)
-    promises.check_model("awq", stage, before, model)
+    check_model("awq", stage, before, model)
     assert masks and all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
     expected = logits(model)
     stage.save(model, tmp_path)
@@ -219,7 +222,7 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
     assert torch.equal((reloaded.lm_head if causal else reloaded.score).weight, head)
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert described["config_groups"]["group_0"]["weights"]["num_bits"] == 4
-    promises.check_bits("awq", stage.average_bits, model, tmp_path)
+    check_bits("awq", stage.average_bits, model, tmp_path)
 
 
 def test_bfloat16_weights_reload_exactly(tmp_path):
@@ -236,7 +239,7 @@ def test_bfloat16_weights_reload_exactly(tmp_path):
 def test_what_a_pattern_names_stays_bit_for_bit(skipped):
     model, before = salient(tiny.llama), salient(tiny.llama)
     fit(model, awq(skip=("embeddings", "head", f"*.{skipped}")))
-    for name, layer in linears(model):
+    for name, layer in find_linears(model):
         assert torch.equal(layer.weight, before.get_submodule(name).weight) == name.endswith(skipped), name
 
 
@@ -254,7 +257,7 @@ def test_after_training_it_quantizes_what_was_trained():
     model, untrained = tiny.llama(), tiny.llama()
     fit(untrained, awq())
     fit(model, awq(), epochs=1)
-    name, layer = next(linears(model))
+    name, layer = next(find_linears(model))
     assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
     for row in layer.weight.view(32, 2, 16).flatten(0, 1):
         assert len(row.unique()) <= 16
@@ -280,7 +283,7 @@ def test_a_run_prunes_quantizes_and_keeps_its_promises(tmp_path):
     chosen = ["technique=prune+awq", "model=tiny_llama", f"cache.dir={tmp_path / 'cache'}", "technique.awq.samples=16"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*SMALL, *chosen])
-    none, both = experiment.run(cfg, tmp_path).measurements.values()
+    none, both = run_experiment(cfg, tmp_path).measurements.values()
     assert both.size_bytes < 0.6 * none.size_bytes and both.nonzeros < none.nonzeros
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
 

@@ -6,9 +6,9 @@ from test_prune import fit as one_shot
 from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
-from compress.models.layers import linears, zeros
-from compress.models.students import Student, narrower, same_vocabulary, spaced, student_of
-from compress.models.teachers import rounded
+from compress.models.layers import find_linears, find_zeros
+from compress.models.students import Student, build_student, check_same_vocabulary, narrow_config, space_layers
+from compress.models.teachers import round_teacher
 from compress.running.training import HoldZeros
 from compress.technique import Training
 from compress.techniques.distill import Distill
@@ -66,7 +66,7 @@ def test_the_teacher_is_not_trained_and_not_part_of_the_module():
 
 
 def test_a_language_model_is_distilled_by_token():
-    teacher, student = tiny.llama_lm(), student_of(tiny.llama_lm(), Student(layers=1))
+    teacher, student = tiny.llama_lm(), build_student(tiny.llama_lm(), Student(layers=1))
     seen = distil(Distill(student, teacher=teacher, loss="kl", temperature=1.0, training=FAST), epochs=8, lm=True)
     assert seen[-1]["train/soft"] < 0.5 * seen[0]["train/soft"]
 
@@ -102,7 +102,7 @@ def test_a_projection_is_learnt_where_widths_differ():
 
 def test_a_recovered_model_keeps_its_zeros():
     model = one_shot(tiny.bert(), Prune(sparsity=0.5))
-    mask = zeros(model)
+    mask = find_zeros(model)
     distil(Distill(model, teacher=tiny.bert(), hard_weight=0.5, training=FAST), HoldZeros())
     assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
 
@@ -120,26 +120,26 @@ def test_weights_follow_their_schedules():
 
 
 def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
-    assert spaced(3, 6) == [0, 2, 5] and spaced(1, 6) == [5] and spaced(6, 6) == list(range(6))
+    assert space_layers(3, 6) == [0, 2, 5] and space_layers(1, 6) == [5] and space_layers(6, 6) == list(range(6))
     model = tiny.llama()
-    student = student_of(model, Student(layers=(1,)))
+    student = build_student(model, Student(layers=(1,)))
     assert student.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
-    taken, origin = dict(linears(student)), dict(linears(model))
+    taken, origin = dict(find_linears(student)), dict(find_linears(model))
     assert all(
         torch.equal(one.weight, origin[name.replace("layers.0", "layers.1")].weight) for name, one in taken.items()
     )
 
 
 def test_a_narrower_student_keeps_the_width_of_a_head():
-    config = narrower(tiny.llama().config, 16, 1)
+    config = narrow_config(tiny.llama().config, 16, 1)
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (16, 2, 1)
     assert config.intermediate_size == 32
-    student = student_of(tiny.bert(), Student(hidden_size=16))
+    student = build_student(tiny.bert(), Student(hidden_size=16))
     assert student(**tiny.batch()).logits.shape == (4, 3)
     with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions: set a multiple of 8"):
-        narrower(tiny.bert().config, 20, 1)
+        narrow_config(tiny.bert().config, 20, 1)
     with pytest.raises(UserError, match="set a multiple of 16"):
-        narrower(tiny.llama().config, 24, 1)
+        narrow_config(tiny.llama().config, 24, 1)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_a_teacher_of_other_labels_is_refused():
 
 def test_another_vocabulary_is_explained():
     with pytest.raises(UserError, match=r"of its 3 tokens 1 have the id .*which has 2"):
-        same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, "technique.distill.student.path")
+        check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, "technique.distill.student.path")
 
 
 def test_the_teacher_runs_in_bfloat16_only_where_it_answers_the_same():
     batch = {key: value for key, value in tiny.batch().items() if key != "labels"}
     decided = tiny.bert()
     decided.classifier.bias.data = torch.tensor([0.0, 5.0, -5.0])
-    assert rounded(decided, batch).dtype == torch.bfloat16 and decided.dtype == torch.float32
+    assert round_teacher(decided, batch).dtype == torch.bfloat16 and decided.dtype == torch.float32
     torn = tiny.bert()
     torn.classifier.weight.data *= 1000
-    assert rounded(torn, batch) is torn
+    assert round_teacher(torn, batch) is torn

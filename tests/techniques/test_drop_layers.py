@@ -17,11 +17,17 @@ from transformers import (
 
 from compress.errors import UserError
 from compress.maths.hessian import second_moment
-from compress.models.calibration import calibrate
-from compress.models.layers import blocks, zeros
+from compress.models.calibration import calibrate_layers
+from compress.models.layers import find_blocks, find_zeros
 from compress.models.shapes import drop_blocks
 from compress.running.training import HoldZeros
-from compress.techniques.drop_layers import DropLayers, block_influence, influences, listed, positions
+from compress.techniques.drop_layers import (
+    DropLayers,
+    block_influence,
+    measure_influences,
+    pick_positions,
+    resolve_indices,
+)
 from compress.techniques.prune import Prune
 
 BLOCKS = 4
@@ -54,14 +60,14 @@ def logits(model):
 def without_effect(model, *indices):
     for index in indices:
         for name in ADDED:
-            torch.nn.init.zeros_(blocks(model)[1][index].get_submodule(name).weight)
+            torch.nn.init.zeros_(find_blocks(model)[1][index].get_submodule(name).weight)
     return model
 
 
 def order(model, original):
     """Which blocks of the original the model has."""
     names = [first.data_ptr() for first in (next(block.parameters()) for block in original)]
-    return [names.index(next(block.parameters()).data_ptr()) for block in blocks(model)[1]]
+    return [names.index(next(block.parameters()).data_ptr()) for block in find_blocks(model)[1]]
 
 
 def test_the_influence_of_a_block_worked_by_hand():
@@ -82,27 +88,32 @@ def test_the_influence_of_a_block_worked_by_hand():
     ],
 )
 def test_positions_worked_by_hand(total, count, by, expected):
-    assert positions(total, count, by) == expected
+    assert pick_positions(total, count, by) == expected
 
 
 def test_listed_blocks_are_counted_from_either_end():
-    assert listed(6, [-1, 0, 2]) == [5, 0, 2]
+    assert resolve_indices(6, [-1, 0, 2]) == [5, 0, 2]
 
 
 def test_influences_are_the_mean_over_tokens_that_are_no_padding():
     model = tiny.llama()
     batches = [inputs(1), {**inputs(2), "input_ids": inputs(2)["input_ids"].flip(1)}]
     padded = {key: torch.nn.functional.pad(value, (0, 5)) for key, value in batches[0].items()}
-    assert torch.allclose(influences(model, batches), influences(model, [padded, batches[1]]), atol=1e-6)
-    each, tokens = [influences(model, [one]) for one in batches], [int(one["attention_mask"].sum()) for one in batches]
+    assert torch.allclose(
+        measure_influences(model, batches), measure_influences(model, [padded, batches[1]]), atol=1e-6
+    )
+    each, tokens = (
+        [measure_influences(model, [one]) for one in batches],
+        [int(one["attention_mask"].sum()) for one in batches],
+    )
     expected = sum(value * count for value, count in zip(each, tokens)) / sum(tokens)
-    assert torch.allclose(influences(model, batches), expected)
+    assert torch.allclose(measure_influences(model, batches), expected)
 
 
 @pytest.mark.parametrize("indices", [[0], [2], [1, 3]])
 def test_blocks_that_do_nothing_go_first_and_are_not_missed(indices):
     model = without_effect(tiny.llama(), *indices)
-    expected, original = logits(model), list(blocks(model)[1])
+    expected, original = logits(model), list(find_blocks(model)[1])
     fit(model, DropLayers(drop=len(indices), samples=8))
     assert order(model, original) == [index for index in range(BLOCKS) if index not in indices]
     assert torch.allclose(logits(model), expected, atol=1e-6)
@@ -120,7 +131,7 @@ def test_blocks_that_do_nothing_go_first_and_are_not_missed(indices):
 )
 def test_what_is_left_keeps_its_order_and_reloads_to_the_same_logits_without_us(build, settings, left, tmp_path):
     model = build()
-    original = list(blocks(model)[1])
+    original = list(find_blocks(model)[1])
     fit(model, DropLayers(**settings, samples=8))
     count = settings["drop"] if isinstance(settings["drop"], int) else len(settings["drop"])
     found = order(model, original)
@@ -202,19 +213,19 @@ def test_zeros_of_the_blocks_that_stay_are_held_through_retraining():
     model = fit(tiny.bert(), Prune(sparsity=0.5))
     drop = DropLayers(drop=[0])
     fit(model, drop, HoldZeros(), epochs=1)
-    prefix = blocks(model)[0]
-    assert {name.removeprefix(prefix).split(".")[1] for name in zeros(model)} == {"0", "1", "2"}
+    prefix = find_blocks(model)[0]
+    assert {name.removeprefix(prefix).split(".")[1] for name in find_zeros(model)} == {"0", "1", "2"}
 
 
 def test_measuring_leaves_the_model_training_where_it_was():
     model = tiny.llama().train()
-    influences(model, [inputs()])
-    assert model.training and not any(block._forward_hooks for block in blocks(model)[1])
+    measure_influences(model, [inputs()])
+    assert model.training and not any(block._forward_hooks for block in find_blocks(model)[1])
 
 
 def test_later_stages_find_their_way_through_the_blocks_that_are_left():
     model = fit(tiny.llama(), DropLayers(drop=[1]))
-    names = [name for layers, _ in calibrate(model, [inputs()], second_moment) for name in layers]
+    names = [name for layers, _ in calibrate_layers(model, [inputs()], second_moment) for name in layers]
     assert {name.split(".")[2] for name in names} == {"0", "1", "2"}
 
 
@@ -264,4 +275,4 @@ def test_values_out_of_range_are_refused(wrong):
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
     theirs = tiny.Theirs(tiny.bert())
     tiny.trainer(DropLayers(drop=1, samples=8), epochs=1).fit(theirs, tiny.loader())
-    assert len(blocks(theirs.model)[1]) == BLOCKS - 1
+    assert len(find_blocks(theirs.model)[1]) == BLOCKS - 1

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from compress.errors import PostconditionError, UserError
 from compress.maths.gptq import gptq
-from compress.maths.rounding import Scheme, minmax_grid, to_grid
-from compress.models.layers import linears, zeros
-from compress.running import promises
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.models.layers import find_linears, find_zeros
+from compress.running.promises import check_bits
 from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
 
@@ -35,7 +35,7 @@ def test_two_columns_worked_by_hand():
     assert quantized[0, 0].item() == pytest.approx(3 * scale)  # 1 / scale = 3.5, and 3 is the last integer
     assert quantized[0, 1].item() == pytest.approx(-2 * scale)  # nearest to -0.6; loses 0.02857
     assert quantized[0, 2].item() == pytest.approx(scale)  # nearest to 0.3 - 0.02857
-    alone = to_grid(weight, minmax_grid(weight, Scheme(3), torch.float32), Scheme(3))
+    alone = round_to_grid(weight, minmax_grid(weight, Scheme(3), torch.float32), Scheme(3))
     assert error(weight, quantized, inputs) <= error(weight, alone, inputs)
 
 
@@ -56,7 +56,7 @@ def test_it_beats_rounding_to_nearest(bits, group_size, symmetric, act_order):
     weight, inputs = problem()
     scheme = Scheme(bits, group_size, symmetric)
     quantized, _ = gptq(weight, inputs.T @ inputs, scheme, act_order=act_order)
-    nearest = to_grid(weight, minmax_grid(weight, scheme, torch.float32), scheme)
+    nearest = round_to_grid(weight, minmax_grid(weight, scheme, torch.float32), scheme)
     assert error(weight, quantized, inputs) < 0.8 * error(weight, nearest, inputs)
 
 
@@ -110,7 +110,7 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
     causal = build is tiny.llama_lm
     head = next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.Linear)).weight.clone()
     fit(model, Prune(sparsity=0.4))
-    masks = zeros(model)
+    masks = find_zeros(model)
     stage = GPTQ(bits=4, group_size=group_size, symmetric=symmetric, samples=8)
     fit(model, stage)
     assert all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
@@ -133,18 +133,18 @@ def test_as_many_bits_are_stored_as_asked(bits, group_size, symmetric, tmp_path)
     stage = GPTQ(bits=bits, group_size=group_size, symmetric=symmetric, samples=8)
     fit(model, stage)
     stage.save(model, tmp_path)
-    promises.check_bits("gptq", stage.average_bits, model, tmp_path)
+    check_bits("gptq", stage.average_bits, model, tmp_path)
     asked = stage.average_bits["bert.encoder.layer.0.attention.self.query"]  # 32 inputs, scales of 32 bits
     beside = 32 + (0 if symmetric else bits)
     assert asked == bits + beside / (32 if group_size == -1 else group_size)
     with pytest.raises(PostconditionError, match=r"should store 2\.000 bits a weight and stored"):
-        promises.check_bits("gptq", dict.fromkeys(stage.average_bits, 2.0), model, tmp_path)
+        check_bits("gptq", dict.fromkeys(stage.average_bits, 2.0), model, tmp_path)
 
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
 def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tmp_path):
     model = build()
-    names = [name for name, _ in linears(model)]
+    names = [name for name, _ in find_linears(model)]
     before = {name: model.get_submodule(name).weight.clone() for name in names}
     stage = GPTQ(group_size=16, samples=8, skip=("embeddings", f"{names[0]}"))
     fit(model, stage)
@@ -200,7 +200,7 @@ def test_after_training_it_quantizes_what_was_trained():
     model, untrained = tiny.bert(), tiny.bert()
     fit(untrained, GPTQ(group_size=16, samples=8))
     fit(model, GPTQ(group_size=16, samples=8), epochs=1)
-    name, layer = next(linears(model))
+    name, layer = next(find_linears(model))
     assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
     for row in layer.weight.view(32, 2, 16).flatten(0, 1):
         assert len(row.unique()) <= 16

@@ -9,10 +9,10 @@ from test_prune import fit
 from test_shapes import INPUTS, family, logits, uneven
 
 from compress.errors import PostconditionError, UserError
-from compress.models.layers import linears, zeros
-from compress.running import promises
+from compress.models.layers import find_linears, find_zeros
+from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
-from compress.techniques.int8 import Int8, eight_bit
+from compress.techniques.int8 import Int8, make_8bit_layer
 from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
 
@@ -27,7 +27,7 @@ def quantized(model):
 def test_two_rows_worked_by_hand():
     linear = torch.nn.Linear(4, 2)
     linear.weight.data = torch.tensor([[1.27, -0.63, 0.006, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    layer = eight_bit(linear, threshold=6.0)
+    layer = make_8bit_layer(linear, threshold=6.0)
     assert layer.weight.tolist() == [[127, -63, 1, 0], [0, 0, 0, 0]]  # hundredths; the nearest to 0.6 is one
     layer.bias = linear.bias
     inputs = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
@@ -42,7 +42,7 @@ def test_an_outlier_is_multiplied_apart():
     inputs[:, 7] *= 100  # which leaves few steps for the other channels of a token
 
     def error(threshold):
-        layer = eight_bit(linear, threshold)
+        layer = make_8bit_layer(linear, threshold)
         layer.bias = linear.bias
         with torch.no_grad():
             return (layer.eval()(inputs) - linear(inputs)).norm()
@@ -56,19 +56,19 @@ def test_an_outlier_is_multiplied_apart():
 def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build, threshold, tmp_path):
     model = build()
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    layers = [layer for layer, _ in linears(model)]
+    layers = [layer for layer, _ in find_linears(model)]
     fit(model, Prune(sparsity=0.4))
-    masks = zeros(model)
-    before, untouched = promises.state(model), logits(model.eval())
+    masks = find_zeros(model)
+    before, untouched = capture_state(model), logits(model.eval())
     stage = Int8(threshold=threshold)
     fit(model, stage)
-    promises.check_model("int8", stage, before, model)
+    check_model("int8", stage, before, model)
     assert quantized(model) == layers
     expected = logits(model.eval())
     assert 0 < (expected - untouched).norm() < 0.05 * untouched.norm()
     stage.save(model, tmp_path)
     reloaded = plain(model).from_pretrained(tmp_path)
-    assert quantized(reloaded) == layers and {*masks} <= {*zeros(reloaded)}
+    assert quantized(reloaded) == layers and {*masks} <= {*find_zeros(reloaded)}
     assert all((reloaded.get_submodule(layer).weight[mask] == 0).all() for layer, mask in masks.items())
     outside = {key: tensor for key, tensor in reloaded.state_dict().items() if not key.startswith(tuple(layers))}
     assert any("score" in key or "classifier" in key or "lm_head" in key for key in outside)
@@ -83,26 +83,26 @@ def test_as_many_bits_are_stored_as_asked(tmp_path):
     model, stage = tiny.bert(), Int8()
     fit(model, stage)
     stage.save(model, tmp_path)
-    promises.check_bits("int8", stage.average_bits, model, tmp_path)
+    check_bits("int8", stage.average_bits, model, tmp_path)
     assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == 8 + 32 / 32  # a scale for 32 inputs
     with pytest.raises(PostconditionError, match=r"should store 8\.000 bits a weight and stored"):
-        promises.check_bits("int8", dict.fromkeys(stage.average_bits, 8.0), model, tmp_path)
+        check_bits("int8", dict.fromkeys(stage.average_bits, 8.0), model, tmp_path)
 
 
 def test_a_weight_that_was_pruned_and_filled_in_is_found_out():
     model = tiny.bert()
     fit(model, Prune(sparsity=0.5))
-    before = promises.state(model)
-    next(linears(model))[1].weight.data.fill_(0.1)
+    before = capture_state(model)
+    next(find_linears(model))[1].weight.data.fill_(0.1)
     fit(model, Int8())
     with pytest.raises(PostconditionError, match="`int8` filled in .* pruned weights of `bert.encoder.layer.0"):
-        promises.check_model("int8", Int8(), before, model)
+        check_model("int8", Int8(), before, model)
 
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
 def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tmp_path):
     model = build()
-    names = [name for name, _ in linears(model)]
+    names = [name for name, _ in find_linears(model)]
     stage = Int8(skip=("embeddings", names[0]))
     fit(model, stage)
     outside = ["bert.pooler.dense", "classifier"] if build is tiny.bert else ["score"]
@@ -149,7 +149,9 @@ def test_after_training_in_anybodys_module_it_quantizes_what_was_trained():
     tiny.trainer(Int8(), epochs=1).fit(tiny.Theirs(network), tiny.loader())
     fit(untrained, Int8())
     assert len(quantized(network)) == len(quantized(untrained)) == 12
-    assert any(not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in linears(network))
+    assert any(
+        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in find_linears(network)
+    )
 
 
 def test_a_format_without_its_library_is_told(tmp_path, monkeypatch):
@@ -167,11 +169,11 @@ def test_it_runs_on_a_gpu(technique, tmp_path):
     model, stage = wide("bert"), technique()
     tiny.trainer(stage, accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())
     stage.save(model, tmp_path)
-    from compress.formats.bnb import move
+    from compress.formats.bnb import move_model
 
     loaded = runtime.load(tmp_path, "multiclass")
     expected = logits(runtime.load(tmp_path, "multiclass"))
-    move(loaded, torch.device("cuda"))
+    move_model(loaded, torch.device("cuda"))
     with torch.no_grad():
         found = loaded(**{key: tensor.cuda() for key, tensor in INPUTS.items()}).logits.cpu()
     assert torch.allclose(found, expected, atol=0.02 * expected.abs().max().item())

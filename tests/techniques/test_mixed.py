@@ -9,9 +9,9 @@ from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress.errors import UserError
-from compress.models.layers import linears, zeros
-from compress.running import promises
-from compress.techniques.mixed import Choice, Mixed, within
+from compress.models.layers import find_linears, find_zeros
+from compress.running.promises import check_bits
+from compress.techniques.mixed import Choice, Mixed, choose_bits
 from compress.techniques.prune import Prune
 
 SMALL = {"group_size": 16, "samples": 8, "measured": 8}
@@ -26,15 +26,15 @@ def test_a_budget_worked_by_hand():
         [choice("a", 2, 20, 9.0), choice("a", 4, 40, 1.0)],
         [choice("b", 2, 20, 2.0), choice("b", 4, 40, 1.9)],
     ]
-    assert [one.bits for one in within(options, 60)] == [4, 2]  # 3.0 in all; the other way round 10.9
-    assert [one.bits for one in within(options, 80)] == [4, 4]
-    assert [one.bits for one in within(options, 40)] == [2, 2]
+    assert [one.bits for one in choose_bits(options, 60)] == [4, 2]  # 3.0 in all; the other way round 10.9
+    assert [one.bits for one in choose_bits(options, 80)] == [4, 4]
+    assert [one.bits for one in choose_bits(options, 40)] == [2, 2]
 
 
 def test_no_choice_within_the_budget_diverges_less():
     torch.manual_seed(0)
     options = [[choice(str(i), b, 10.0 * b, float(d)) for b, d in zip((2, 3, 4), torch.rand(3))] for i in range(5)]
-    found = within(options, 150)
+    found = choose_bits(options, 150)
     every = [some for some in product(*options) if sum(one.stored_bits for one in some) <= 150]
     assert sum(one.divergence for one in found) == min(sum(one.divergence for one in some) for some in every)
 
@@ -43,11 +43,11 @@ def test_no_choice_within_the_budget_diverges_less():
 def test_the_average_is_within_the_budget_and_zeros_stay(build, tmp_path):
     model = build()
     fit(model, Prune(sparsity=0.3))
-    masks = zeros(model)
+    masks = find_zeros(model)
     stage = Mixed(average_bits=5.5, **SMALL)  # scales of 32 bits for 16 weights are two of them
     fit(model, stage)
     assert all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
-    layers = dict(linears(model))
+    layers = dict(find_linears(model))
     weights = {name: layer.weight.numel() for name, layer in layers.items()}
     average = sum(stage.average_bits[name] * weights[name] for name in weights) / sum(weights.values())
     assert 5.2 < average <= 5.5
@@ -62,7 +62,7 @@ def test_the_average_is_within_the_budget_and_zeros_stay(build, tmp_path):
     with torch.no_grad():
         expected = model.eval()(**batch).logits
     stage.save(model, tmp_path)
-    promises.check_bits("mixed", stage.average_bits, model, tmp_path)
+    check_bits("mixed", stage.average_bits, model, tmp_path)
     auto = AutoModelForCausalLM if build is tiny.llama_lm else AutoModelForSequenceClassification
     with torch.no_grad():
         assert torch.allclose(auto.from_pretrained(tmp_path)(**batch).logits, expected, atol=1e-6)

@@ -10,11 +10,11 @@ from test_shapes import logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress.errors import PostconditionError, UserError
-from compress.models.layers import linears, values, zeros
-from compress.models.shapes import cut, record
-from compress.running import promises
+from compress.models.layers import dequantize_weight, find_linears, find_zeros
+from compress.models.shapes import record_shapes, remove_units
+from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
-from compress.techniques.nf4 import NF4, average_bits, four_bit
+from compress.techniques.nf4 import NF4, average_bits, make_4bit_layer
 from compress.techniques.prune import Prune
 
 MODELS = ["bert", "roberta", "distilbert", "llama", "llama_lm"]
@@ -51,8 +51,8 @@ def test_a_weight_that_is_one_of_the_sixteen_values_stays(quant_type):
     }
     linear = torch.nn.Linear(32, 32)
     linear.weight.data = 0.7 * torch.tensor(sixteen[quant_type] * 4).repeat(32, 1)
-    packed = four_bit(linear, quant_type, False, 32, torch.float32).weight
-    assert packed.numel() == 32 * 32 / 2 and torch.allclose(values(packed), linear.weight, atol=1e-7)
+    packed = make_4bit_layer(linear, quant_type, False, 32, torch.float32).weight
+    assert packed.numel() == 32 * 32 / 2 and torch.allclose(dequantize_weight(packed), linear.weight, atol=1e-7)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -60,7 +60,9 @@ def test_a_weight_that_is_one_of_the_sixteen_values_stays(quant_type):
 def test_a_block_of_a_row_shares_a_scale(blocksize, quant_type):
     linear = torch.nn.Linear(128, 32)
     linear.weight.data[:, :blocksize] *= 1000
-    error = (values(four_bit(linear, quant_type, False, blocksize, torch.float32).weight) - linear.weight).abs()
+    error = (
+        dequantize_weight(make_4bit_layer(linear, quant_type, False, blocksize, torch.float32).weight) - linear.weight
+    ).abs()
     largest = linear.weight.abs().unflatten(1, (-1, blocksize)).amax(2)
     assert (error.unflatten(1, (-1, blocksize)).amax(2) <= 0.17 * largest).all()  # the widest gap is a third
 
@@ -78,23 +80,26 @@ def test_a_block_of_a_row_shares_a_scale(blocksize, quant_type):
 def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(name, settings, tmp_path):
     model = wide(name)
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    layers = [layer for layer, _ in linears(model)]
+    layers = [layer for layer, _ in find_linears(model)]
     fit(model, Prune(sparsity=0.4))
-    masks = zeros(model)
-    before = promises.state(model)
+    masks = find_zeros(model)
+    before = capture_state(model)
     stage = NF4(**settings)
     fit(model, stage)
-    promises.check_model("nf4", stage, before, model)
+    check_model("nf4", stage, before, model)
     assert quantized(model) == layers == list(masks)
-    assert all((values(model.get_submodule(layer).weight)[mask] == 0).all() for layer, mask in masks.items())
+    assert all((dequantize_weight(model.get_submodule(layer).weight)[mask] == 0).all() for layer, mask in masks.items())
     expected = logits(model.eval())  # of which some CPUs' weights are not what they were
     stage.save(model, tmp_path)
     reloaded = plain(model).from_pretrained(tmp_path)
     assert quantized(reloaded) == layers
     assert all(
-        torch.equal(values(reloaded.get_submodule(layer).weight) == 0, zeros(reloaded)[layer]) for layer in layers
+        torch.equal(dequantize_weight(reloaded.get_submodule(layer).weight) == 0, find_zeros(reloaded)[layer])
+        for layer in layers
     )
-    assert all((values(reloaded.get_submodule(layer).weight)[mask] == 0).all() for layer, mask in masks.items())
+    assert all(
+        (dequantize_weight(reloaded.get_submodule(layer).weight)[mask] == 0).all() for layer, mask in masks.items()
+    )
     outside = {key: tensor for key, tensor in reloaded.state_dict().items() if not key.startswith(tuple(layers))}
     assert any("score" in key or "classifier" in key or "lm_head" in key for key in outside)
     assert all(torch.equal(tensor, kept[key]) for key, tensor in outside.items())
@@ -108,8 +113,8 @@ def test_its_logits_are_those_of_the_weights_that_it_stands_for(name, blocksize)
     model, stage = wide(name), NF4(blocksize=blocksize)
     reference, untouched = copy.deepcopy(model), logits(model)
     fit(model, stage)
-    for layer, linear in linears(reference):
-        linear.weight.data = values(model.get_submodule(layer).weight)
+    for layer, linear in find_linears(reference):
+        linear.weight.data = dequantize_weight(model.get_submodule(layer).weight)
     expected = logits(reference)
     error = (logits(model.eval()) - expected).norm()
     assert error < 0.02 * expected.norm()  # a CPU with bfloat16 instructions makes use of them
@@ -128,10 +133,10 @@ def test_as_many_bits_are_stored_as_asked(settings, bits, tmp_path):
     model, stage = wide("bert"), NF4(**settings)
     fit(model, stage)
     stage.save(model, tmp_path)
-    promises.check_bits("nf4", stage.average_bits, model, tmp_path)
+    check_bits("nf4", stage.average_bits, model, tmp_path)
     assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == bits
     with pytest.raises(PostconditionError, match=r"should store 4\.000 bits a weight and stored"):
-        promises.check_bits("nf4", dict.fromkeys(stage.average_bits, 4.0), model, tmp_path)
+        check_bits("nf4", dict.fromkeys(stage.average_bits, 4.0), model, tmp_path)
 
 
 def test_of_many_blocks_256_share_a_scale():
@@ -142,11 +147,11 @@ def test_of_many_blocks_256_share_a_scale():
 def test_a_weight_that_was_pruned_and_filled_in_is_found_out(stage):
     model = wide("bert")
     fit(model, Prune(sparsity=0.5))
-    before = promises.state(model)
-    next(linears(model))[1].weight.data.fill_(0.1)
+    before = capture_state(model)
+    next(find_linears(model))[1].weight.data.fill_(0.1)
     fit(model, stage)
     with pytest.raises(PostconditionError, match="`nf4` filled in .* pruned weights of `bert.encoder.layer.0"):
-        promises.check_model("nf4", stage, before, model)
+        check_model("nf4", stage, before, model)
 
 
 def test_shapes_that_the_kernels_do_not_take_are_told_from_the_shapes_alone():
@@ -166,7 +171,7 @@ def test_shapes_that_the_kernels_do_not_take_are_told_from_the_shapes_alone():
 
 def test_what_a_pattern_names_stays_though_its_name_ends_anothers(tmp_path):
     model = wide("distilbert")
-    layers = [name for name, _ in linears(model)]
+    layers = [name for name, _ in find_linears(model)]
     stage = NF4(skip=("embeddings", "classifier", layers[0]))
     fit(model, stage)
     assert quantized(model) == [*layers[1:], "pre_classifier"] and not stage.keeps_head
@@ -192,8 +197,10 @@ def test_bfloat16_weights_reload_exactly_and_are_computed_in_their_own_dtype(tmp
 def test_an_uneven_model_can_be_quantized_and_reloaded(name, tmp_path):
     model, stage = wide(name, width=128), NF4(blocksize=32)
     groups = [[1, 0], [1, 1]] if name == "llama" else [[1, 0, 1, 1], [1, 1, 1, 1]]
-    cut(model, [torch.tensor(one).bool() for one in groups], [torch.arange(128) < channels for channels in (64, 96)])
-    record(model)
+    remove_units(
+        model, [torch.tensor(one).bool() for one in groups], [torch.arange(128) < channels for channels in (64, 96)]
+    )
+    record_shapes(model)
     fit(model, stage)
     expected = logits(model.eval())
     stage.save(model, tmp_path)
@@ -205,7 +212,9 @@ def test_after_training_in_anybodys_module_it_quantizes_what_was_trained():
     tiny.trainer(NF4(), epochs=1).fit(tiny.Theirs(network), tiny.loader())
     fit(untrained, NF4())
     assert len(quantized(network)) == len(quantized(untrained)) == 12
-    assert any(not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in linears(network))
+    assert any(
+        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in find_linears(network)
+    )
 
 
 def test_weights_that_a_cpu_has_rearranged_are_not_misread():
@@ -217,7 +226,7 @@ def test_weights_that_a_cpu_has_rearranged_are_not_misread():
     fit(model, NF4())
     logits(model.eval())
     with pytest.raises(ValueError, match="before the first forward pass"):
-        zeros(model)
+        find_zeros(model)
 
 
 @pytest.mark.parametrize("wrong", [{"quant_type": "int4"}, {"blocksize": 48}, {"compute_dtype": "int8"}])

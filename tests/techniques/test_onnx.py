@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
-from compress.exporting.agreement import Agreement, agreement
+from compress.exporting.agreement import Agreement, measure_agreement
 from compress.formats import onnx as onnx_format
-from compress.formats import packed as packing
-from compress.formats.nbits import rounded
+from compress.formats.nbits import round_weight
+from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
-from compress.models import shapes
-from compress.models.layers import kind_of, linears, prunable
+from compress.models.layers import detect_task_kind, find_linears, find_prunable
+from compress.models.shapes import record_shapes, shape_blocks
 from compress.runtimes.onnxruntime import load
 from compress.runtimes.torch import load as load_torch
 from compress.techniques.awq import AWQ
@@ -46,8 +46,8 @@ def told_apart(model):
 
 def uneven(model):
     """With blocks cut to shapes of their own."""
-    shapes.shape(model, [2, 4] if model.config.model_type == "llama" else [3, 1], [40, 24])
-    shapes.record(model)
+    shape_blocks(model, [2, 4] if model.config.model_type == "llama" else [3, 1], [40, 24])
+    record_shapes(model)
     return model
 
 
@@ -81,7 +81,7 @@ def in_onnx(folder):
 def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path):
     model = told_apart(build())
     stage, exported = export(model, tmp_path)
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit and found.label_agreement == 1
     assert stage.exported is None  # so that the chain compares the artifact with the model itself
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
@@ -93,7 +93,7 @@ def test_token_types_are_an_input_where_the_texts_have_them(tmp_path):
     stage = Onnx()
     tiny.trainer(stage).fit(FineTune(model), [{**tiny.batch(), **types}])
     stage.save(model, tmp_path)
-    found = agreement(model.eval(), load(tmp_path, ""), [{**tiny.batch(seed=3), **types}])
+    found = measure_agreement(model.eval(), load(tmp_path, ""), [{**tiny.batch(seed=3), **types}])
     assert found.max_logit_difference < 1e-5 * found.largest_logit
     assert stage.agreement is None  # there was no validation text
 
@@ -103,7 +103,7 @@ def test_token_types_are_an_input_where_the_texts_have_them(tmp_path):
 def test_a_lower_precision_stays_near_and_reloads_exactly(build, precision, tmp_path):
     model = told_apart(build())
     stage, exported = export(model, tmp_path, precision=precision)
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert 0 < found.max_logit_difference < NEAR[precision] * found.largest_logit
     for batch in every_shape():
         batch.pop("labels")
@@ -116,7 +116,9 @@ def test_integers_are_the_blocks_and_the_embeddings_unless_they_are_skipped(prec
     model = told_apart(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision, skip=skip)
     integers = [p for p in exported.parameters() if not p.is_floating_point()]
-    assert sum(map(torch.numel, integers)) == sum(p.weight.numel() for p in prunable(model, embeddings, False).values())
+    assert sum(map(torch.numel, integers)) == sum(
+        p.weight.numel() for p in find_prunable(model, embeddings, False).values()
+    )
     floats = [p for p in exported.parameters() if p.dtype == torch.float32]
     for name in ("classifier", "bert.pooler.dense", *([] if embeddings else ["bert.embeddings.word_embeddings"])):
         weight = model.get_submodule(name).weight
@@ -129,8 +131,8 @@ def test_the_head_is_quantized_if_asked_and_a_tied_one_with_its_embeddings(build
     model = told_apart(build())
     _, exported = export(model, tmp_path, precision=precision, skip=())
     integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
-    assert integers == sum(layer.weight.numel() for layer in prunable(model, True, True).values())
-    found = agreement(model.eval(), exported, every_shape())
+    assert integers == sum(layer.weight.numel() for layer in find_prunable(model, True, True).values())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < NEAR[precision] * found.largest_logit
 
 
@@ -151,7 +153,7 @@ def test_what_a_pattern_names_stays_in_floats(pattern, left, tmp_path):
     skip = ("embeddings", "head", pattern)  # of attention, int8 fuses the three
     _, exported = export(model, tmp_path, precision="int8_dynamic", skip=skip)
     integers = sum(p.numel() for p in exported.parameters() if p.dtype == torch.int8)
-    assert integers == sum(layer.weight.numel() for _, layer in linears(model)) - 2 * left
+    assert integers == sum(layer.weight.numel() for _, layer in find_linears(model)) - 2 * left
 
 
 def test_a_static_scale_is_that_of_the_calibration_text(tmp_path):
@@ -172,7 +174,7 @@ def test_zeros_stay_zeros(precision, tmp_path):
     model = told_apart(tiny.bert())
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision=precision, symmetric=precision == "int4")
     zeros = sum(int((p == 0).sum()) for p in exported.parameters())
-    assert zeros >= sum(int((layer.weight == 0).sum()) for _, layer in linears(model)) > 0
+    assert zeros >= sum(int((layer.weight == 0).sum()) for _, layer in find_linears(model)) > 0
 
 
 def packed_by(before, model, folder):
@@ -180,7 +182,7 @@ def packed_by(before, model, folder):
     tiny.trainer(before).fit(FineTune(model), tiny.loader())
     folder.mkdir()
     before.save(model, folder)
-    return load_torch(folder, kind_of(model))
+    return load_torch(folder, detect_task_kind(model))
 
 
 ROUNDED = {
@@ -197,9 +199,9 @@ ROUNDED = {
 def test_the_integers_of_a_quantized_model_are_those_in_the_graph(by, tmp_path):
     packed = packed_by(ROUNDED[by](), told_apart(tiny.bert()), tmp_path / "packed")
     _, exported = export(packed, tmp_path, source=tmp_path / "packed", activations="float32")
-    found = agreement(packed.eval(), exported, every_shape())
+    found = measure_agreement(packed.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit
-    ours = packing.integers(tmp_path / "packed")
+    ours = read_integers(tmp_path / "packed")
     theirs = [p for p in exported.parameters() if not p.is_floating_point()]
     for _, integers, (scale, zero) in ours.values():
         expected = (integers.unflatten(1, (scale.shape[1], -1)) - zero[..., None]).flatten(1)
@@ -213,11 +215,11 @@ def test_int4_is_the_model_with_every_block_rounded(block_size, symmetric, tmp_p
     model = told_apart(tiny.bert())
     settings = {"block_size": block_size, "symmetric": symmetric, "activations": "float32"}
     _, exported = export(model, tmp_path, precision="int4", skip=("embeddings", "head"), **settings)
-    for _, linear in linears(model):
-        integers, (scale, zero) = rounded(linear.weight.detach(), Scheme(4, block_size, symmetric))[1:]
+    for _, linear in find_linears(model):
+        integers, (scale, zero) = round_weight(linear.weight.detach(), Scheme(4, block_size, symmetric))[1:]
         groups = torch.arange(linear.in_features) // block_size
         linear.weight.data = (integers - zero[:, groups]) * scale[:, groups]
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit
 
 
@@ -227,7 +229,7 @@ def test_int4_is_the_model_with_every_block_rounded(block_size, symmetric, tmp_p
 def test_activations_of_8_bits_are_near(build, by, tmp_path):
     packed = packed_by(by(group_size=-1, samples=8), told_apart(build()), tmp_path / "packed")
     stage, exported = export(packed, tmp_path, source=tmp_path / "packed")
-    found = agreement(packed.eval(), exported, every_shape())
+    found = measure_agreement(packed.eval(), exported, every_shape())
     assert 0 < found.max_logit_difference < 0.05 * found.largest_logit
     assert not stage.limits
 
@@ -239,9 +241,9 @@ def test_the_numbers_of_bitsandbytes_are_kept(before, tmp_path):
     model = told_apart(BertForSequenceClassification(config))
     packed = packed_by(before(), model, tmp_path / "packed")
     stage, exported = export(packed, tmp_path, activations="float32")
-    found = agreement(packed.eval(), exported, every_shape())  # plain layers of the same values now
+    found = measure_agreement(packed.eval(), exported, every_shape())  # plain layers of the same values now
     assert found.max_logit_difference < 1e-5 * found.largest_logit
-    blocks = sum(layer.weight.numel() for _, layer in linears(packed))
+    blocks = sum(layer.weight.numel() for _, layer in find_linears(packed))
     kept = [p for p in exported.parameters() if not p.is_floating_point()]
     assert sum(p.numel() for p in kept) == blocks
     assert ("slower than floats" in stage.limits) == (before is not Int8)
@@ -251,7 +253,7 @@ def test_decompressed_on_request_and_said_so(tmp_path):
     packed = packed_by(GPTQ(group_size=16, samples=8), told_apart(tiny.bert()), tmp_path / "packed")
     stage, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="fp32")
     assert all(p.is_floating_point() for p in exported.parameters()) and "precision=null keeps" in stage.limits
-    found = agreement(packed.eval(), exported, every_shape())
+    found = measure_agreement(packed.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit
 
 
@@ -261,7 +263,7 @@ def test_int4_after_gptq_rounds_what_gptq_has_not(tmp_path):
     _, kept = export(packed, tmp_path / "kept", source=tmp_path / "packed")
     _, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="int4", skip=())
     integers = [p for p in exported.parameters() if not p.is_floating_point()]
-    assert len(integers) == len(list(prunable(packed, True, True)))
+    assert len(integers) == len(list(find_prunable(packed, True, True)))
     for one in kept.parameters():
         assert one.is_floating_point() or any(torch.equal(one, p) for p in integers)
 
@@ -270,7 +272,7 @@ def test_a_bfloat16_model_is_exported_in_float32(tmp_path):
     model = told_apart(tiny.llama()).bfloat16()
     _, exported = export(model, tmp_path)
     assert {p.dtype for p in exported.parameters()} == {torch.float32}
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit
 
 
@@ -299,7 +301,7 @@ def test_the_tensors_of_a_large_model_lie_beside_it(precision, tmp_path, monkeyp
     sizes = [numpy_helper.to_array(one).nbytes for one in in_onnx(tmp_path).initializer]
     stored = sum(size for size in sizes if size >= 1024)  # onnx leaves smaller ones where they are
     assert 0.8 * stored < (tmp_path / "model.onnx.data").stat().st_size < 1.2 * stored + 4 * 4096  # pages that align it
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < NEAR[precision] * found.largest_logit
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
 
@@ -375,7 +377,7 @@ def test_disagreement_of_every_kind_of_head():
     def compare(ours, theirs, **config):
         model = answers(*theirs)
         model.config = type("Config", (), config)
-        return agreement(model, answers(*ours), [{"input_ids": torch.zeros(2, 3)}])
+        return measure_agreement(model, answers(*ours), [{"input_ids": torch.zeros(2, 3)}])
 
     ours, theirs = ([1.0, 2.0], [3.0, 1.0]), ([2.0, 1.0], [3.5, 1.0])
     assert compare(ours, theirs) == Agreement(2, 1.0, 3.5, 0.5)

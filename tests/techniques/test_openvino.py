@@ -11,17 +11,17 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
-from compress.exporting.agreement import Agreement, agreement
-from compress.exporting.tracing import inputs_of
-from compress.formats import packed as packing
+from compress.exporting.agreement import Agreement, measure_agreement
+from compress.exporting.tracing import select_inputs
+from compress.formats.packed import read_integers, save_model
 from compress.maths.rounding import Scheme
-from compress.models.layers import linears, prunable
-from compress.runtimes.openvino import SCALE, ZERO, load, values
+from compress.models.layers import find_linears, find_prunable
+from compress.runtimes.openvino import SCALE, ZERO, load, read_constant
 from compress.runtimes.torch import load as load_torch
-from compress.tasks.metrics import metrics
+from compress.tasks.metrics import build_metrics
 from compress.tasks.task import Task
 from compress.techniques.finetune import FineTune
-from compress.techniques.gptq import quantize
+from compress.techniques.gptq import quantize_layers
 from compress.techniques.openvino import OpenVINO
 from compress.techniques.prune import Prune
 
@@ -45,7 +45,7 @@ def integers_of(exported):
 def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path):
     model = told_apart(build())
     stage, exported = export(model, tmp_path, lm=build in (tiny.llama_lm, tied))
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit and found.label_agreement == 1
     assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert exported.compiled.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
@@ -70,12 +70,12 @@ def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_
 ):
     model = told_apart(build())
     stage, exported = export(model, tmp_path, precision=precision, lm=build in (tiny.llama_lm, tied))
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert 0 < found.max_logit_difference < share * found.largest_logit
     for batch in every_shape():
         batch.pop("labels")
         assert torch.equal(stage.exported(**batch).logits, exported(**batch).logits)
-    layers = prunable(model, embeddings=True, head=False).values() if precision.startswith("int") else ()
+    layers = find_prunable(model, embeddings=True, head=False).values() if precision.startswith("int") else ()
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
     table = model.get_input_embeddings().weight
@@ -88,7 +88,7 @@ def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_
 def test_what_is_quantized_can_be_chosen(skip, tmp_path):
     model = told_apart(tiny.bert())
     _, exported = export(model, tmp_path, precision="int8_weights", skip=skip)
-    layers = prunable(model, embeddings=not skip, head=not skip).values()
+    layers = find_prunable(model, embeddings=not skip, head=not skip).values()
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
 
 
@@ -97,16 +97,16 @@ def packed(tmp_path_factory):
     """A packed artifact with layers of every kind that there is, and its model as PyTorch loads it."""
     folder, model = tmp_path_factory.mktemp("packed"), told_apart(tiny.bert())
     kinds = [Scheme(4, 16), Scheme(4, -1, False), Scheme(8, 16), Scheme(8, -1, False), Scheme(2, 16), Scheme(3, 8)]
-    schemes = dict(zip(dict(linears(model)), kinds * 2))
+    schemes = dict(zip(dict(find_linears(model)), kinds * 2))
     batches = [{key: value for key, value in tiny.batch().items() if key != "labels"}]
-    packing.save(model, quantize(model, batches, schemes, damping=0.01, act_order=True), folder)
+    save_model(model, quantize_layers(model, batches, schemes, damping=0.01, act_order=True), folder)
     return folder, load_torch(folder, "multiclass"), schemes
 
 
 def test_packed_integers_stay_as_they_are(packed, tmp_path):
     folder, model, schemes = packed
     stage, exported = export(model, tmp_path, source=folder)
-    stored = packing.integers(folder)
+    stored = read_integers(folder)
     assert {name: layer.scheme for name, layer in stored.items()} == schemes
     constants = {n.get_friendly_name(): n for n in exported.graph.get_ops() if n.get_type_name() == "Constant"}
     kinds = {}
@@ -114,17 +114,17 @@ def test_packed_integers_stay_as_they_are(packed, tmp_path):
         weight = constants[f"self.model.{name}.weight"]
         kinds[name] = weight.get_element_type().to_string()
         lift = 0 if kinds[name][0] == "i" else -scheme.lowest
-        assert torch.equal(values(weight).view(integers.shape) - lift, integers.float())
-        assert torch.equal(values(constants[f"self.model.{name}.weight{SCALE}"]).flatten(), grid.scale.flatten())
+        assert torch.equal(read_constant(weight).view(integers.shape) - lift, integers.float())
+        assert torch.equal(read_constant(constants[f"self.model.{name}.weight{SCALE}"]).flatten(), grid.scale.flatten())
         if not scheme.symmetric:
-            zero = values(constants[f"self.model.{name}.weight{ZERO}"]).view(grid.zero.shape)
+            zero = read_constant(constants[f"self.model.{name}.weight{ZERO}"]).view(grid.zero.shape)
             assert torch.equal(zero - lift, grid.zero.float())
     assert [kinds[name] for name in schemes] == ["i4", "u4", "i8", "u8", "u2", "u3"] * 2 and "3 bits" in stage.limits
     assert (tmp_path / "openvino_model.bin").stat().st_size < (folder / "model.safetensors").stat().st_size
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
-    nonzeros = sum(int(layer.weight.count_nonzero()) for _, layer in linears(model))
+    nonzeros = sum(int(layer.weight.count_nonzero()) for _, layer in find_linears(model))
     assert sum(int(p.count_nonzero()) for p in integers_of(exported)) == nonzeros
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert found.max_logit_difference < 1e-5 * found.largest_logit and stage.exported is None
 
 
@@ -137,7 +137,7 @@ def test_what_packed_weights_left_in_floats_can_be_rounded_beside_them(precision
     assert kinds == [tables]
     of_three_bits = [one for one in constants if one.get_element_type().to_string() == "u3"]
     assert len(of_three_bits) == 2 * 2  # with their zero points
-    found = agreement(model.eval(), exported, every_shape())
+    found = measure_agreement(model.eval(), exported, every_shape())
     assert 0 < found.max_logit_difference < 0.1 * found.largest_logit
 
 
@@ -145,7 +145,7 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
     model = told_apart(tiny.bert())
     skip = ("embeddings", "head", "*output.dense")
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision="int8_weights", skip=skip)
-    left = sum(layer.weight.numel() for name, layer in linears(model) if not name.endswith("output.dense"))
+    left = sum(layer.weight.numel() for name, layer in find_linears(model) if not name.endswith("output.dense"))
     found = torch.cat([p.flatten() for p in integers_of(exported)])
     assert len(found) == left and sum(int((p == 0).sum()) for p in exported.parameters()) >= 0.5 * 2 * 8192
 
@@ -153,7 +153,7 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
 def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tmp_path):
     model = told_apart(uneven(tied()))
     _, exported = export(model, tmp_path, lm=True)
-    batch = inputs_of(tiny.batch(rows=3, length=9, padded=False))
+    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False))
     for row in range(3):
         batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
     expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -166,16 +166,16 @@ def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tm
 def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path):
     shape = {**tiny.SHAPE, "num_hidden_layers": 1}
     model = told_apart(BertForSequenceClassification(BertConfig(**shape, num_labels=1)).eval())
-    batches = [inputs_of(tiny.batch(rows=16, seed=seed)) for seed in range(2)]
+    batches = [select_inputs(tiny.batch(rows=16, seed=seed)) for seed in range(2)]
     with torch.no_grad():  # its own answers are right, so that any other is worse
         batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
     task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
-    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=metrics(task))
-    module = FineTune(model, metrics(task))
+    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=build_metrics(task))
+    module = FineTune(model, build_metrics(task))
     tiny.trainer(stage).fit(module, tiny.loader(batches=2), DataLoader(batches, batch_size=None))
     stage.save(model, tmp_path)
     exported = load(tmp_path, "")
-    every = sum(layer.weight.numel() for layer in prunable(model, embeddings=True, head=False).values())
+    every = sum(layer.weight.numel() for layer in find_prunable(model, embeddings=True, head=False).values())
     rounded = sum(p.numel() for p in integers_of(exported))
     assert rounded < every if max_drop == 0 else rounded == every
     assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"  # as it was judged

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
-from compress.maths import sparsity as maths
-from compress.models.layers import linears, measured_sparsity, zeros
+from compress.maths.sparsity import mask_rows, mask_tensor, wanda_score
+from compress.models.layers import find_linears, find_zeros, measure_sparsity
 from compress.running.training import HoldZeros, KeepBest
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
@@ -24,7 +24,7 @@ def fit(model, *callbacks, epochs=0):
 
 
 def sparsity(model):
-    return measured_sparsity(linear.weight for _, linear in linears(model))
+    return measure_sparsity(linear.weight for _, linear in find_linears(model))
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
@@ -33,7 +33,7 @@ def test_the_sparsity_asked_for_is_measured(build, scope):
     model = build()
     fit(model, Prune(sparsity=0.3, scope=scope))
     assert sparsity(model) == pytest.approx(0.3, abs=1e-3)
-    each = [measured_sparsity([linear.weight]) for _, linear in linears(model)]
+    each = [measure_sparsity([linear.weight]) for _, linear in find_linears(model)]
     assert (max(each) - min(each) < 0.01) == (scope == "layer")
 
 
@@ -53,7 +53,7 @@ def test_zeros_are_held_while_the_same_fit_trains():
 
 def test_zeros_are_held_through_a_later_fit():
     model = fit(tiny.bert(), Prune(sparsity=0.5))
-    mask = zeros(model)
+    mask = find_zeros(model)
     fit(model, HoldZeros(), epochs=2)
     assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
 
@@ -66,7 +66,7 @@ def test_without_holding_training_fills_the_zeros_in():
 
 def test_pruning_again_keeps_what_was_pruned():
     model = fit(tiny.bert(), Prune(sparsity=0.3))
-    mask = zeros(model)
+    mask = find_zeros(model)
     fit(model, Prune(sparsity=0.6))
     assert sparsity(model) == pytest.approx(0.6, abs=1e-3)
     assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
@@ -110,7 +110,7 @@ def test_of_a_student_and_a_deeper_teacher_the_student_is_pruned():
 
     module = Distil()
     tiny.trainer(Prune(sparsity=0.5)).fit(module, tiny.loader())
-    assert sparsity(module.model) == pytest.approx(0.5, abs=1e-3) and not zeros(module.teacher)
+    assert sparsity(module.model) == pytest.approx(0.5, abs=1e-3) and not find_zeros(module.teacher)
 
 
 @pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"sparsity": "half"}, {"scope": "block"}])
@@ -163,19 +163,19 @@ def test_every_criterion_meets_sparsity_and_pattern(build, criterion, pattern):
     fit(model, Prune(sparsity=0.5, pattern=pattern, criterion=criterion, samples=8, batch_size=4))
     left, group = map(int, (pattern or "1:2").split(":"))
     assert sparsity(model) == pytest.approx(1 - left / group, abs=1e-3)
-    for _, linear in linears(model) if pattern else ():
+    for _, linear in find_linears(model) if pattern else ():
         assert ((linear.weight != 0).reshape(len(linear.weight), -1, group).sum(-1) == left).all()
 
 
 def test_rows_are_pruned_alike_by_scope_row():
     model = fit(tiny.bert(), Prune(sparsity=0.5, scope="row"))
-    assert all(((linear.weight == 0).sum(1) == linear.in_features // 2).all() for _, linear in linears(model))
+    assert all(((linear.weight == 0).sum(1) == linear.in_features // 2).all() for _, linear in find_linears(model))
 
 
 def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_say():
     model, dense = tiny.llama(), tiny.llama()
     fit(model, Prune(sparsity=0.5, criterion="wanda", samples=16))
-    name, first = next(linears(dense))
+    name, first = next(find_linears(dense))
     inputs = []
     first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     norms = torch.zeros(first.in_features)
@@ -183,14 +183,14 @@ def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_sa
         for one in tiny.loader():
             dense(**one)
             norms += inputs[-1][one["attention_mask"].bool()].square().sum(0)
-    mask = maths.smallest_of_rows(maths.wanda(first.weight, norms), 0.5)
+    mask = mask_rows(wanda_score(first.weight, norms), 0.5)
     assert torch.equal(model.get_submodule(name).weight == 0, mask)
 
 
 def test_patterns_give_layers_their_own_sparsity_and_skip_others():
     ratios = {"*attention.self*": 0.75, "*intermediate*": 0.25}
     model = fit(tiny.bert(), Prune(sparsity=0.5, ratios=ratios, skip=("embeddings", "head", "bert.encoder.layer.1*")))
-    found = {name: measured_sparsity([linear.weight]) for name, linear in linears(model)}
+    found = {name: measure_sparsity([linear.weight]) for name, linear in find_linears(model)}
     assert found.pop("bert.encoder.layer.0.attention.self.query") == 0.75
     assert found.pop("bert.encoder.layer.0.intermediate.dense") == 0.25
     assert found.pop("bert.encoder.layer.0.output.dense") == 0.5
@@ -200,8 +200,8 @@ def test_patterns_give_layers_their_own_sparsity_and_skip_others():
 def test_embeddings_and_head_are_pruned_when_they_are_not_skipped():
     model = fit(tiny.bert(), Prune(sparsity=0.5, scope="layer", skip=()))
     for name in ("classifier", "bert.pooler.dense", "bert.embeddings.word_embeddings"):
-        assert measured_sparsity([model.get_submodule(name).weight]) == pytest.approx(0.5, abs=0.02)
-    mask = zeros(model)
+        assert measure_sparsity([model.get_submodule(name).weight]) == pytest.approx(0.5, abs=0.02)
+    mask = find_zeros(model)
     fit(model, HoldZeros(), epochs=1)
     assert {"classifier", "bert.embeddings.word_embeddings"} <= set(mask)
     assert all((model.get_submodule(name).weight[zero] == 0).all() for name, zero in mask.items())
@@ -284,7 +284,7 @@ def test_movement_lets_a_weight_come_back_with_the_value_that_it_had():
     stage.movement = {"it": torch.linspace(-1, 1, size)[torch.randperm(size)].view_as(layer.weight)}
     with torch.no_grad():
         for _ in range(2):
-            stage._apply("it", maths.smallest_of(stage.movement["it"], 0.5))
+            stage._apply_mask("it", mask_tensor(stage.movement["it"], 0.5))
             stage.masks = {"it": layer.weight != 0}
             stage.movement["it"].neg_()
     assert torch.equal(layer.weight != 0, stage.movement["it"] < 0)
@@ -295,7 +295,7 @@ def test_movement_keeps_what_training_made_of_the_weights_that_stay():
     def moved(criterion):
         model, before = tiny.bert(), tiny.bert()
         fit(model, Prune(sparsity=0.5, criterion=criterion, schedule="gradual", end=1.0, every=1), epochs=3)
-        pairs = [(one.weight, before.get_submodule(name).weight) for name, one in linears(model)]
+        pairs = [(one.weight, before.get_submodule(name).weight) for name, one in find_linears(model)]
         return sum(((new - old) * (new != 0)).square().sum().item() for new, old in pairs)
 
     assert moved("movement") > 0.5 * moved("magnitude")

@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from compress.errors import UserError
-from compress.models.backbone import max_length, set_pad_token, train_tokenizer
+from compress.models.backbone import limit_length, set_pad_token, train_tokenizer
 from compress.tasks.tokens import TaskData
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
-from compress.techniques.prune_vocab import PruneVocab, cut_tokenizer, merged, surviving
+from compress.techniques.prune_vocab import PruneVocab, cut_tokenizer, find_kept_tokens, find_merged_tokens
 
 ROOT = Path(__file__).parents[2]
 LINES = [line for file in ("README.md", "compress/run.py", "compress/toy.py") for line in (ROOT / file).open()]
@@ -151,7 +151,7 @@ def noise(count=300, seed=0):
 def cut(tokenizer, texts):
     wanted = {token for text in texts for token in tokenizer.tokenize(text)}
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = surviving(content, wanted, tokenizer.all_special_tokens)
+    kept = find_kept_tokens(content, wanted, tokenizer.all_special_tokens)
     return cut_tokenizer(tokenizer, content, [t for t in sorted(tokenizer.vocab, key=tokenizer.vocab.get) if t in kept])
 
 
@@ -169,10 +169,14 @@ def keeps_texts(tokenizer, smaller, texts):
 
 def test_the_way_to_a_token_worked_by_hand():
     ranks = {("l", "o"): 0, ("lo", "w"): 1, ("o", "w"): 2, ("low", "e"): 3, ("e", "r"): 4, ("low", "er"): 5}
-    assert merged("lower", ranks) == {"lo", "low", "lowe"}  # `lowe` comes before `er`, so that `lower` is never made
+    assert find_merged_tokens("lower", ranks) == {
+        "lo",
+        "low",
+        "lowe",
+    }  # `lowe` comes before `er`, so that `lower` is never made
     del ranks["low", "e"]
-    assert merged("lower", ranks) == {"lo", "low", "er", "lower"}
-    assert merged("l", ranks) == set()
+    assert find_merged_tokens("lower", ranks) == {"lo", "low", "er", "lower"}
+    assert find_merged_tokens("l", ranks) == set()
 
 
 def test_what_survives_worked_by_hand():
@@ -182,14 +186,14 @@ def test_what_survives_worked_by_hand():
         "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": [["a", "b"], ["b", "c"], ["ab", "c"]]},
     }
     always = {"<unk>", "</s>", "<0x0A>", "a", "b", "c"}
-    assert surviving(content, set()) == always
-    assert surviving(content, {"abc"}) == always | {"abc", "ab"}
+    assert find_kept_tokens(content, set()) == always
+    assert find_kept_tokens(content, {"abc"}) == always | {"abc", "ab"}
 
 
 def test_a_unigram_keeps_what_unknown_characters_are_priced_by():
     pieces = [["<unk>", 0.0], ["a", -1.0], ["ab", -2.0], ["dear", -30.0], ["cheap", -3.0]]
     content = {"added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
-    assert surviving(content, {"ab"}) == {"<unk>", "a", "ab", "dear"}
+    assert find_kept_tokens(content, {"ab"}) == {"<unk>", "a", "ab", "dear"}
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -328,7 +332,7 @@ def test_a_classifier_gives_the_same_logits_and_reloads_without_us(made, build, 
     for text, before in zip(texts, expected):
         assert torch.equal(logits(model, stage.tokenizer, text), before)
         assert torch.allclose(logits(reloaded, again, text), before, atol=1e-6)
-    assert max_length(reloaded, again, 100) == max_length(model, tokenizer, 100)
+    assert limit_length(reloaded, again, 100) == limit_length(model, tokenizer, 100)
 
 
 @pytest.mark.parametrize("bias", [True, False])

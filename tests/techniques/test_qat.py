@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from compress.errors import UserError
-from compress.maths.rounding import Scheme, minmax_grid, to_grid
-from compress.models.layers import linears, zeros
-from compress.running import promises
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.models.layers import find_linears, find_zeros
+from compress.running.promises import capture_state, check_bits, check_model
 from compress.running.training import HoldZeros, KeepBest
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune import Prune
-from compress.techniques.qat import QAT, FakeQuantization, settle
+from compress.techniques.qat import QAT, FakeQuantization, freeze_rounding
 
 
 def fit(model, *callbacks, epochs=1, lr=1e-2, batches=None, **settings):
@@ -44,7 +44,7 @@ def test_a_layer_computes_with_what_its_weights_will_be_rounded_to():
     assert torch.allclose(layer(torch.eye(2)).T, rounded)
     assert layer.weight[0, 1].item() == pytest.approx(-0.2)  # itself it is not rounded
     expected = layer(torch.eye(2)).detach()
-    assert settle(layer).inputs is None
+    assert freeze_rounding(layer).inputs is None
     assert torch.equal(layer(torch.eye(2)), expected) and torch.equal(layer.weight.T, expected)
     assert not dict(layer.named_children()) and len(list(layer.parameters())) == 1
 
@@ -98,18 +98,18 @@ def test_it_keeps_zeros_and_reloads_to_the_same_logits_with_and_without_us(build
     lm = build is tiny.llama_lm
     model = build()
     tiny.trainer(Prune(sparsity=0.4)).fit(FineTune(model), tiny.loader(lm=lm))
-    masks, before = zeros(model), promises.state(model)
+    masks, before = find_zeros(model), capture_state(model)
     stage, hold = QAT(samples=8, **how), HoldZeros()
     fit(model, stage, hold, batches=[tiny.loader(lm=lm)])
     assert all(torch.equal(~hold.masks[name], mask) for name, mask in masks.items())  # and not what is rounded to zero
-    promises.check_model("qat", stage, before, model)
-    for name, layer in linears(model):
+    check_model("qat", stage, before, model)
+    for name, layer in find_linears(model):
         assert (layer.weight[masks[name]] == 0).all()
         groups = layer.weight.unflatten(1, (-1, stage.scheme.group(layer.in_features))).flatten(0, 1)
         assert all(len(group.unique()) <= 2**stage.scheme.bits for group in groups)
     expected = logits(model)
     stage.save(model, tmp_path)
-    promises.check_bits("qat", stage.average_bits, model, tmp_path)
+    check_bits("qat", stage.average_bits, model, tmp_path)
     for again in reloaded(build, tmp_path):
         assert torch.equal(logits(again), expected)
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -134,7 +134,7 @@ class See(pl.Callback):
         self.found = []
 
     def on_train_start(self, trainer, pl_module):
-        ranges = next(linears(pl_module.model))[1].fake_quantization
+        ranges = next(find_linears(pl_module.model))[1].fake_quantization
         self.found.append([part.clone() for part in (ranges.reach, ranges.between) if part is not None])
 
     on_train_end = on_train_start
@@ -206,9 +206,9 @@ def accuracy(model):
 
 def rounded(model):
     model = copy.deepcopy(model)
-    for _, layer in linears(model):
+    for _, layer in find_linears(model):
         weight, scheme = layer.weight.data, Scheme(4)
-        weight.copy_(to_grid(weight, minmax_grid(weight, scheme, weight.dtype), scheme))
+        weight.copy_(round_to_grid(weight, minmax_grid(weight, scheme, weight.dtype), scheme))
     return model
 
 
@@ -271,5 +271,5 @@ def test_what_a_pattern_names_stays_in_full_precision(tmp_path):
 def test_it_works_alone_in_a_script_whose_module_is_not_ours(ranges):
     theirs = tiny.Theirs(tiny.bert())
     tiny.trainer(QAT(bits=4, samples=8, ranges=ranges), epochs=1).fit(theirs, tiny.loader())
-    assert all(len(row.unique()) <= 16 for _, layer in linears(theirs) for row in layer.weight)
+    assert all(len(row.unique()) <= 16 for _, layer in find_linears(theirs) for row in layer.weight)
     assert logits(theirs.model).isfinite().all()

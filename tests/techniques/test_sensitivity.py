@@ -11,12 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from compress.errors import UserError
-from compress.maths.allocation import Point, allocate, read, write
-from compress.models.calibration import evenly_spread
-from compress.models.layers import linears
-from compress.tasks.metrics import metrics
+from compress.maths.allocation import Point, allocate_sparsity, read_points, write_points
+from compress.models.calibration import spread_evenly
+from compress.models.layers import find_linears
+from compress.tasks.metrics import build_metrics
 from compress.techniques.finetune import FineTune
-from compress.techniques.sensitivity import Sensitivity, evaluating, heat_map, prune_each
+from compress.techniques.sensitivity import Sensitivity, draw_layer_drops, evaluating, prune_each
 
 ACCURACY = SimpleNamespace(kind="multiclass", num_labels=3, metrics=("accuracy",), primary="accuracy")
 PERPLEXITY = SimpleNamespace(kind="lm", num_labels=0, metrics=("perplexity",), primary="perplexity")
@@ -37,9 +37,9 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
     lm = build is tiny.llama_lm
     task = PERPLEXITY if lm else ACCURACY
     model, untouched = build(), build()
-    stage = Sensitivity(sparsities=[0.9, 0.5], samples=8, metrics=metrics(task), task=task)
+    stage = Sensitivity(sparsities=[0.9, 0.5], samples=8, metrics=build_metrics(task), task=task)
     fit(FineTune(model), stage, validation=tiny.loader(lm=lm))
-    asked = [(name, linear.weight.numel(), s) for name, linear in linears(model) for s in (0.5, 0.9)]
+    asked = [(name, linear.weight.numel(), s) for name, linear in find_linears(model) for s in (0.5, 0.9)]
     assert [(point.layer, point.weights, point.sparsity) for point in stage.points] == asked
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in untouched.state_dict().items())
 
@@ -47,14 +47,14 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
 def loud():
     """A model whose answers hang on its blocks, as a trained one's do."""
     model = tiny.bert()
-    for _, linear in linears(model):
+    for _, linear in find_linears(model):
         linear.weight.data *= 8
     return model
 
 
 def test_a_point_is_the_model_with_that_layer_alone_pruned():
     model, by_hand, batch = loud(), loud(), tiny.batch(rows=40)
-    name, layer = list(linears(by_hand))[2]
+    name, layer = list(find_linears(by_hand))[2]
     loss, accuracy = {}, {}
     for sparsity in (0.0, 0.9):
         weight = layer.weight.data
@@ -64,7 +64,12 @@ def test_a_point_is_the_model_with_that_layer_alone_pruned():
         accuracy[sparsity] = (output.logits.argmax(-1) == batch["labels"]).float().mean().item()
     for given, metric, value, drop in (
         ({}, "loss", loss[0.9], loss[0.9] - loss[0.0]),
-        ({"metrics": metrics(ACCURACY), "task": ACCURACY}, "accuracy", accuracy[0.9], accuracy[0.0] - accuracy[0.9]),
+        (
+            {"metrics": build_metrics(ACCURACY), "task": ACCURACY},
+            "accuracy",
+            accuracy[0.9],
+            accuracy[0.0] - accuracy[0.9],
+        ),
     ):
         stage = Sensitivity(sparsities=[0.9], samples=40, **given)
         fit(FineTune(model), stage, validation=DataLoader([batch], batch_size=None))
@@ -107,12 +112,12 @@ def test_every_module_gets_its_own_mode_back():
 
 def test_exactly_so_many_examples_spread_over_a_sorted_loader():
     batches = [{"input_ids": torch.full((size, 2), n)} for n, size in enumerate([4, 4, 4, 4, 4, 4, 4, 1])]
-    picked = evenly_spread(batches, 10)
+    picked = spread_evenly(batches, 10)
     assert [batch["input_ids"][0, 0].item() for batch in picked] == [1, 4, 6]
     assert [len(batch["input_ids"]) for batch in picked] == [4, 4, 2]
-    assert sum(len(batch["input_ids"]) for batch in evenly_spread(batches, 29)) == 29
+    assert sum(len(batch["input_ids"]) for batch in spread_evenly(batches, 29)) == 29
     with pytest.raises(UserError, match=r"asks for 30 validation examples and there are 29: set .*samples=29"):
-        evenly_spread(batches, 30)
+        spread_evenly(batches, 30)
 
 
 def test_without_validation_data_it_says_what_to_give():
@@ -148,15 +153,15 @@ def test_a_repeated_sparsity_is_refused():
 
 def test_the_csv_holds_the_points_exactly(tmp_path):
     some = [*points("a.0", 12, {0.3: 1 / 3, 0.5: -0.0}), Point("a.1", 7, 0.9, math.nan, math.inf)]
-    write(tmp_path / "s.csv", some, "accuracy")
+    write_points(tmp_path / "s.csv", some, "accuracy")
     assert (tmp_path / "s.csv").read_text().splitlines()[0] == "layer,weights,sparsity,metric,value,drop"
-    assert repr(read(tmp_path / "s.csv")) == repr(some)  # nan is no equal of itself
+    assert repr(read_points(tmp_path / "s.csv")) == repr(some)  # nan is no equal of itself
 
 
 @pytest.mark.parametrize(("layers", "strips"), [(1, 1), (36, 1), (154, 4)])
 def test_the_heat_map_has_a_cell_with_its_drop_for_every_point(layers, strips):
     some = [point for n in range(layers) for point in points(f"layer.{n}.dense", 1, {0.3: 0.0, 0.5: n / 1000})]
-    *maps, bar = heat_map(some, "accuracy").axes
+    *maps, bar = draw_layer_drops(some, "accuracy").axes
     assert len(maps) == strips and sum(len(axis.texts) for axis in maps) == 2 * layers
     named = [label.get_text() for axis in maps for label in axis.get_yticklabels()]
     assert named == (["dense"] if layers == 1 else [f"{n}.dense" for n in range(layers)])
@@ -164,7 +169,7 @@ def test_the_heat_map_has_a_cell_with_its_drop_for_every_point(layers, strips):
 
 
 def test_the_heat_map_shows_an_endless_rise():
-    *_, bar = heat_map(points("a", 1, {0.5: 0.1, 0.9: math.inf}), "perplexity").axes
+    *_, bar = draw_layer_drops(points("a", 1, {0.5: 0.1, 0.9: math.inf}), "perplexity").axes
     assert bar.get_ylabel() == "rise of perplexity"
 
 
@@ -173,7 +178,7 @@ def test_csv_and_picture_for_people_and_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
     fit(FineTune(tiny.bert()), stage, validation=tiny.loader(), logger=logger)
     stage.report(tmp_path)
-    assert read(tmp_path / "sensitivity.csv") == stage.points
+    assert read_points(tmp_path / "sensitivity.csv") == stage.points
     assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["images"] == ["sensitivity"]
 
@@ -191,7 +196,7 @@ TWO = points("a", 100, {0.5: 0.1, 0.9: 0.5}) + points("b", 300, {0.5: 0.2, 0.9: 
     ],
 )
 def test_two_layers_worked_by_hand(sparsity, a, b):
-    assert allocate(TWO, sparsity) == pytest.approx({"a": a, "b": b})
+    assert allocate_sparsity(TWO, sparsity) == pytest.approx({"a": a, "b": b})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_two_layers_worked_by_hand(sparsity, a, b):
 def test_what_costs_nothing_goes_first_and_a_drop_never_falls_again(sparsity, free, dear):
     level = points("free", 1, {0.3: -0.1, 0.5: 0.0, 0.9: 0.4})
     falling = points("dear", 1, {0.3: 0.2, 0.5: 0.1, 0.9: 0.4})
-    assert allocate(level + falling, sparsity) == pytest.approx({"free": free, "dear": dear})
+    assert allocate_sparsity(level + falling, sparsity) == pytest.approx({"free": free, "dear": dear})
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -217,25 +222,25 @@ def test_the_mean_over_all_weights_is_the_sparsity_asked_for(seed):
         p for name, n in weights.items() for p in points(name, n, {s: chance.choice(steps) for s in (0.3, 0.6, 0.9)})
     ]
     for sparsity in (0.001, 0.3, 0.5, chance.uniform(0, 0.9), 0.9):
-        found = allocate(some, sparsity)
+        found = allocate_sparsity(some, sparsity)
         mean = sum(weights[name] * share for name, share in found.items()) / sum(weights.values())
         assert mean == pytest.approx(sparsity, abs=1e-12) and all(0 <= share <= 0.9 + 1e-12 for share in found.values())
 
 
 def test_more_than_was_measured_is_refused():
     with pytest.raises(UserError, match=r"sparsity of 0.95 is asked for .* measured up to 0.9: ask for less"):
-        allocate(TWO, 0.95)
+        allocate_sparsity(TWO, 0.95)
 
 
 def test_no_layer_is_pruned_where_the_metric_broke():
     broken = [*points("a", 100, {0.5: 0.1, 0.7: math.inf, 0.9: 0.1}), *points("b", 100, {0.5: 0.2, 0.7: 0.3, 0.9: 0.4})]
-    assert allocate(broken, 0.7) == pytest.approx({"a": 0.5, "b": 0.9})
+    assert allocate_sparsity(broken, 0.7) == pytest.approx({"a": 0.5, "b": 0.9})
     with pytest.raises(UserError, match=r"measured up to 0.7"):
-        allocate(broken, 0.8)
+        allocate_sparsity(broken, 0.8)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_the_largest_sparsity_measured_can_be_asked_for_whatever_the_rounding(sparsity):
     sizes = {f"layer{i}": 1000 * i + 7 for i in range(1, 12)}
     points = [Point(name, size, sparsity, 0.5, 0.1) for name, size in sizes.items()]
-    assert allocate(points, sparsity) == pytest.approx(dict.fromkeys(sizes, sparsity))
+    assert allocate_sparsity(points, sparsity) == pytest.approx(dict.fromkeys(sizes, sparsity))

@@ -10,17 +10,16 @@ from test_shapes import FAMILIES, INPUTS, PLAIN, family, logits, uneven
 
 import compress
 from compress.errors import UserError
-from compress.maths.units import activation_score, after, most_important, standardised, taylor_score
-from compress.models import shapes
+from compress.maths.units import activation_score, mask_important, standardise_score, taylor_score, units_left
 from compress.models import textpruner as textpruning
-from compress.models.layers import linears, zeros
-from compress.models.shapes import read_blocks
+from compress.models.layers import find_linears, find_zeros
+from compress.models.shapes import read_blocks, remove_units
 from compress.running.training import HoldZeros
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
-from compress.techniques.structured import Structured, own_labels, taylor
+from compress.techniques.structured import Structured, label_with_predictions, score_by_gradient
 
 ENCODERS = [name for name in FAMILIES if name not in PLAIN]
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
@@ -65,8 +64,8 @@ def test_the_first_order_score_is_the_loss_without_the_unit_where_the_loss_is_li
 def test_the_score_of_activations_worked_by_hand():
     # Absolute weights of the four inputs: 1, 3, 4, 2.5.
     assert activation_score(WEIGHT, torch.tensor([2.0, 1.0, 0.0, 2.0]), units=2).tolist() == [5.0, 5.0]
-    assert standardised(torch.tensor([1.0, 3.0])).tolist() == [-1.0, 1.0]
-    assert standardised(torch.tensor([2.0])).tolist() == [0.0]
+    assert standardise_score(torch.tensor([1.0, 3.0])).tolist() == [-1.0, 1.0]
+    assert standardise_score(torch.tensor([2.0])).tolist() == [0.0]
 
 
 SCORES = [torch.tensor([0.9, 0.1, 0.5, 0.8]), torch.tensor([0.2, 0.3, 0.4, 0.05])]
@@ -77,17 +76,17 @@ def kept(masks):
 
 
 def test_the_most_important_of_every_block_or_of_all():
-    assert kept(most_important(SCORES, 4, even=True)) == [[0, 3], [1, 2]]
-    assert kept(most_important(SCORES, 5, even=False)) == [[0, 2, 3], [1, 2]]
+    assert kept(mask_important(SCORES, 4, even=True)) == [[0, 3], [1, 2]]
+    assert kept(mask_important(SCORES, 5, even=False)) == [[0, 2, 3], [1, 2]]
 
 
 def test_a_block_keeps_one_of_its_own():
-    assert kept(most_important(SCORES, 3, even=False)) == [[0, 3], [2]]
-    assert kept(most_important([SCORES[0], SCORES[1] / 100], 4, even=False)) == [[0, 2, 3], [2]]
+    assert kept(mask_important(SCORES, 3, even=False)) == [[0, 3], [2]]
+    assert kept(mask_important([SCORES[0], SCORES[1] / 100], 4, even=False)) == [[0, 2, 3], [2]]
 
 
 def test_blocks_keep_multiples():
-    assert kept(most_important(SCORES, 6, even=False, multiple_of=2)) == [[0, 1, 2, 3], [1, 2]]
+    assert kept(mask_important(SCORES, 6, even=False, multiple_of=2)) == [[0, 1, 2, 3], [1, 2]]
 
 
 @pytest.mark.parametrize(("even", "total", "multiple_of"), [(True, 36, 1), (False, 37, 1), (False, 40, 8)])
@@ -97,7 +96,7 @@ def test_the_ranking_is_textpruners(textpruner, even, total, multiple_of):
     torch.manual_seed(0)
     scores = torch.rand(4, 16)
     theirs = generate_mask(scores, total, even, multiple_of=multiple_of)
-    assert torch.equal(torch.stack(most_important(list(scores), total, even, multiple_of)), theirs.bool())
+    assert torch.equal(torch.stack(mask_important(list(scores), total, even, multiple_of)), theirs.bool())
 
 
 def test_of_a_block_that_would_lose_all_textpruner_keeps_one_too_many(textpruner):
@@ -105,11 +104,11 @@ def test_of_a_block_that_would_lose_all_textpruner_keeps_one_too_many(textpruner
 
     scores = [SCORES[0], SCORES[1] / 100]
     assert generate_mask(torch.stack(scores), 3).sum() == 4
-    assert sum(mask.sum() for mask in most_important(scores, 3, even=False)) == 3
+    assert sum(mask.sum() for mask in mask_important(scores, 3, even=False)) == 3
 
 
 def test_removal_is_spread_over_the_steps():
-    assert [after(step, 3, now=16, goal=5) for step in (1, 2, 3)] == [12, 8, 5]
+    assert [units_left(step, 3, now=16, goal=5) for step in (1, 2, 3)] == [12, 8, 5]
 
 
 # Scores of models
@@ -121,7 +120,7 @@ def test_our_first_order_scores_are_textpruners(textpruner, tmp_path):
 
     batches = [tiny.batch(seed=seed) for seed in range(3)]
     model = tiny.bert()
-    ours = taylor(model, batches)
+    ours = score_by_gradient(model, batches)
     settings = TransformerPruningConfig(ffn_even_masking=False)  # even, it adds the weights before the FFN's activation
     pruner = TransformerPruner(model, settings, GeneralConfig(use_device="cpu", output_dir=str(tmp_path)))
     for part, theirs in zip(("groups", "ffn"), pruner.get_importance_score(batches)):
@@ -132,20 +131,20 @@ def test_our_first_order_scores_are_textpruners(textpruner, tmp_path):
 def test_scoring_leaves_no_gradient_and_what_is_trained_as_it_was():
     model = tiny.llama()
     model.model.embed_tokens.weight.requires_grad_(False)
-    taylor(model, [tiny.batch()])
+    score_by_gradient(model, [tiny.batch()])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.embed_tokens.weight"]
 
 
 def test_the_models_own_labels():
     batch = tiny.batch()
-    predicted = own_labels(tiny.bert(), batch)
+    predicted = label_with_predictions(tiny.bert(), batch)
     assert torch.equal(predicted["labels"], logits(tiny.bert()).argmax(-1))
     several = tiny.bert()
     several.config.problem_type = "multi_label_classification"
-    assert torch.equal(own_labels(several, batch)["labels"], (logits(several) > 0).float())
+    assert torch.equal(label_with_predictions(several, batch)["labels"], (logits(several) > 0).float())
     model = tiny.llama_lm()
-    labels = own_labels(model, batch)["labels"]
+    labels = label_with_predictions(model, batch)["labels"]
     assert torch.equal(labels[0, 1:], logits(model)[0, :-1].argmax(-1))  # the first row has no padding
     assert (labels[batch["attention_mask"] == 0] == -100).all()
 
@@ -191,10 +190,10 @@ def test_every_step_removes_as_much(order, turns, monkeypatch):
     seen = []
 
     def cut(model, **kept):
-        shapes.cut(model, **kept)
+        remove_units(model, **kept)
         seen.append(sum(sizes(model)[1]))
 
-    monkeypatch.setattr("compress.techniques.structured.cut", cut)
+    monkeypatch.setattr("compress.techniques.structured.remove_units", cut)
     fit(tiny.llama(), Structured(2, 24, iterations=3, order=order))
     assert len(seen) == turns and sorted({128, *seen}) == [48, 74, 100, 128]  # 27, 27 and 26, in two even blocks
 
@@ -202,7 +201,7 @@ def test_every_step_removes_as_much(order, turns, monkeypatch):
 def test_steps_score_what_the_steps_before_left():
     def cut(**settings):
         model = tiny.llama()
-        for _, linear in linears(model):
+        for _, linear in find_linears(model):
             linear.weight.data *= 10  # so that what is removed changes how much the rest matters
         return logits(fit(model, Structured(target_ffn_size=8, **settings)))
 
@@ -228,7 +227,7 @@ def test_retraining_trains_what_is_left(textpruner, build):
     assert dict(model.named_parameters()).keys() == before.keys()
     for name, parameter in model.named_parameters():
         assert parameter is before[name]
-    for (name, ours), (_, untrained) in zip(linears(model), linears(cut)):
+    for (name, ours), (_, untrained) in zip(find_linears(model), find_linears(cut)):
         assert not torch.equal(ours.weight, untrained.weight), name
     with torch.no_grad():
         losses = [sum(one(**tiny.batch(seed=seed)).loss for seed in range(4)).item() for one in (cut, model)]
@@ -243,7 +242,7 @@ def test_pruned_weights_stay_zero_through_the_cut_and_the_training(textpruner, b
     for block in read_blocks(model):
         left = (block.ffn_out.weight == 0).sum().item()
         assert 0.2 * block.ffn_out.weight.numel() < left < full[id(block.ffn_out)]
-    assert set(zeros(model)) >= {name for name, _ in linears(model)}
+    assert set(find_zeros(model)) >= {name for name, _ in find_linears(model)}
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours(textpruner):
@@ -383,7 +382,7 @@ def test_a_run_leaves_an_artifact_that_says_how_to_load_it(textpruner, tmp_path,
     from hydra import compose, initialize_config_dir
     from test_conf import CONF
 
-    from compress.running import experiment
+    from compress.running.experiment import run_experiment
 
     chosen = [
         "technique=structured+gptq",
@@ -398,7 +397,7 @@ def test_a_run_leaves_an_artifact_that_says_how_to_load_it(textpruner, tmp_path,
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*SMALL, f"model={model}", f"cache.dir={tmp_path / 'cache'}", *chosen])
-    outcome = experiment.run(cfg, tmp_path)
+    outcome = run_experiment(cfg, tmp_path)
     none, both = outcome.measurements.values()
     assert both.parameters < none.parameters and both.size_bytes < 0.6 * none.size_bytes
     loaded = compress.load(tmp_path / "artifact").model

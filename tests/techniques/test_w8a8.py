@@ -8,11 +8,11 @@ from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from compress.errors import UserError
-from compress.models.layers import linears, zeros
-from compress.running import promises
+from compress.models.layers import find_linears, find_zeros
+from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes.torch import load
 from compress.techniques.prune import Prune
-from compress.techniques.w8a8 import W8A8, largest_of, magnitude, smooth, smoothing_scale
+from compress.techniques.w8a8 import W8A8, max_magnitudes, max_per_source, smooth_blocks, smoothing_scale
 
 DYNAMIC, STATIC, ASYMMETRIC = {}, {"dynamic": False}, {"dynamic": False, "symmetric": False}
 DECODERS = (tiny.llama, tiny.llama_lm)
@@ -41,13 +41,13 @@ def reloaded(build, folder):
 )
 def test_activations_are_quantized_in_memory_as_when_loaded_and_zeros_and_head_are_kept(build, how, tmp_path):
     model = fit(build(), Prune(sparsity=0.4))
-    masks, before = zeros(model), promises.state(model)
+    masks, before = find_zeros(model), capture_state(model)
     stage = W8A8(samples=8, **how)
     fit(model, stage)
-    promises.check_model("w8a8", stage, before, model)
+    check_model("w8a8", stage, before, model)
     assert masks and all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
     expected = logits(model)
-    hooks = [layer._forward_pre_hooks for _, layer in linears(model)]
+    hooks = [layer._forward_pre_hooks for _, layer in find_linears(model)]
     kept = [dict(one) for one in hooks]
     for one in hooks:
         one.clear()
@@ -86,7 +86,7 @@ def test_eight_bits_are_stored_and_scales(tmp_path):
     fit(model, stage)
     stage.save(model, tmp_path)
     assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == 8 + 32 / 32
-    promises.check_bits("w8a8", stage.average_bits, model, tmp_path)
+    check_bits("w8a8", stage.average_bits, model, tmp_path)
 
 
 @pytest.mark.parametrize("how", [DYNAMIC, ASYMMETRIC])
@@ -122,25 +122,25 @@ def test_smoothing_makes_activations_and_weights_equally_large():
     scale = smoothing_scale(torch.tensor([16.0, 1.0, 0.0, 5.0]), torch.tensor([1.0, 4.0, 1.0, 0.0]), 0.5)
     assert scale.tolist() == [4, 0.5, 1, 1]  # 16 / 4 = 1 * 4, 1 / 0.5 = 4 * 0.5; nothing to gain for the others
     assert smoothing_scale(torch.tensor([16.0]), torch.tensor([2.0]), 1.0).item() == 16
-    assert largest_of(torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [3, 2]
+    assert max_per_source(torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [3, 2]
 
 
 def test_smoothing_alone_changes_no_answer():
     model = tiny.llama_lm()
     before = logits(model)
-    largest = {name: torch.rand(layer.in_features) * 9 for name, layer in linears(model)}
+    largest = {name: torch.rand(layer.in_features) * 9 for name, layer in find_linears(model)}
     weight = model.model.layers[0].mlp.down_proj.weight.clone()
-    smooth(model, largest, 0.5)
+    smooth_blocks(model, largest, 0.5)
     assert not torch.allclose(model.model.layers[0].mlp.down_proj.weight, weight)
     assert torch.allclose(logits(model), before, atol=1e-5)
 
 
 def test_smoothing_goes_by_the_largest_activations_of_all_batches(monkeypatch):
     seen = {}
-    monkeypatch.setattr("compress.techniques.w8a8.smooth", lambda model, largest, strength: seen.update(largest))
+    monkeypatch.setattr("compress.techniques.w8a8.smooth_blocks", lambda model, largest, strength: seen.update(largest))
     fit(tiny.llama(), W8A8(samples=12, smoothing=0.5))
     model, tokens = tiny.llama(), []
-    first, layer = next(linears(model))
+    first, layer = next(find_linears(model))
     layer.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
     with torch.no_grad():
         for batch in list(tiny.loader())[:3]:
@@ -249,11 +249,11 @@ def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded(build, se
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
     theirs = tiny.Theirs(tiny.bert())
     tiny.trainer(W8A8(dynamic=False, samples=8), epochs=1).fit(theirs, tiny.loader())
-    for _, layer in linears(theirs):
+    for _, layer in find_linears(theirs):
         assert all(len(row.unique()) <= 256 for row in layer.weight) and layer._forward_pre_hooks
     with pytest.raises(UserError, match="feed the residual branch"):
         tiny.trainer(W8A8(smoothing=0.5)).fit(tiny.Theirs(tiny.bert()), tiny.loader())
 
 
 def test_magnitude_is_the_largest_of_every_input():
-    assert magnitude(torch.tensor([[1.0, -5.0], [-2.0, 3.0]])).tolist() == [2, 5]
+    assert max_magnitudes(torch.tensor([[1.0, -5.0], [-2.0, 3.0]])).tolist() == [2, 5]
