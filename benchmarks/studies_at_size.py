@@ -17,7 +17,6 @@ import psutil
 import torch
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
-from test_studies import CONF, STUDIES, generated, rows, shortened  # noqa: E402
 
 from compress.planning.chain import read_stages
 

@@ -124,8 +124,8 @@ class Structured(pl.Callback):
         check_target("target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of)
         if self.count_goals(each) == (sum(block.groups for block in each), sum(ffn)):
             raise UserError(
-                f"technique.structured asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels that "
-                "a block has "
+                f"technique.structured asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels "
+                "that a block has "
                 "already: ask for fewer, or leave the stage out."
             )
         if self.importance == "logits" and skeleton.config.num_labels == 1:
