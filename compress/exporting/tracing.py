@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from compress.models.calibration import Batch
 from compress.models.layers import detect_task_kind
+from compress.tasks.kinds import KINDS
 
 GROUPED = "grouped"  # an attention of transformers' by this name
 
@@ -61,7 +62,7 @@ def prepare_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Te
     """What is traced of the model, and with which inputs: those of the ``example``, or where it decodes those of the
     example's second half (the mask stays that of both) and the keys and values of the first."""
     example = vary_shape(example)
-    if not (detect_task_kind(model) == "lm" and model.can_generate()):
+    if not (KINDS[detect_task_kind(model)].generates and model.can_generate()):
         return Logits(model, example), example, []
     half = example["input_ids"].shape[1] // 2
     first = {name: value[:, :half] for name, value in example.items()}

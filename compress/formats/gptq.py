@@ -15,6 +15,7 @@ from compress.formats.packed import Quantized
 from compress.maths.rounding import Scheme
 from compress.models.layers import detect_task_kind
 from compress.quiet import hide_progress_bars
+from compress.tasks.kinds import KINDS
 
 SCALE = torch.float16
 WORD = 32
@@ -27,7 +28,7 @@ def check_format(
     """Raise UserError where the format, or what reads it, has no place for the layers or for what the stage ``key``
     asks for."""
     instead = f"set {key}.format=compressed-tensors."
-    if detect_task_kind(model) != "lm":
+    if not KINDS[detect_task_kind(model)].generates:
         raise UserError(f"{key}.format=gptq is read as a language model, without a classification head: {instead}")
     if hasattr(model.config, "compress"):
         raise UserError(f"{key}.format=gptq has no place for blocks that were cut to shapes of their own: {instead}")

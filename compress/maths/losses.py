@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def soft_loss(
     teacher: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None = None,
-    kind: str = "multiclass",
+    probabilities: Literal["softmax", "sigmoid"] | None = "softmax",
     beta: float = 0.5,
 ) -> Tensor:
     """The student's logits against the teacher's, both divided by the temperature T.
@@ -56,16 +56,16 @@ def soft_loss(
         teacher: logits of the same shape.
         temperature: a number, or one per example ``[batch]`` or per token ``[batch, tokens]``.
         mask: ``[batch, tokens]``, nonzero where a token counts; the loss is the mean over those, 0 if there is none.
-        kind: ``multiclass``: probabilities are a softmax; ``multilabel``: a sigmoid of every label, and the loss is the
-            mean over labels and examples; ``regression``: there are none, and only ``mse`` applies.
+        probabilities: the function that makes them of logits: ``softmax``, or ``sigmoid`` of every label, where the
+            loss is the mean over labels and examples; None for a regression, to which only ``mse`` applies.
         beta: of ``js``, between 0 (js / beta becomes ``kl``) and 1 (js / (1 - beta) becomes ``reverse_kl``).
 
     Raises:
-        UserError: the kind has no probabilities for this loss, or ``beta`` is not inside (0, 1).
+        UserError: there are no probabilities for this loss, or ``beta`` is not inside (0, 1).
 
         soft_loss("kl", student(**batch).logits, teacher(**batch).logits, temperature=4.0)
     """
-    if kind == "regression" and name != "mse":
+    if probabilities is None and name != "mse":
         raise UserError(f"`{name}` compares probabilities and a regression has none: use `mse`.")
     if name == "js" and not 0 < beta < 1:
         raise UserError(
@@ -73,7 +73,7 @@ def soft_loss(
         )
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.detach().to(wide)
-    if kind == "multilabel" and name != "mse":
+    if probabilities == "sigmoid" and name != "mse":
         # The softmax of a logit beside a zero is its sigmoid, so every label is a choice between two classes.
         student, teacher = (torch.stack((x, torch.zeros_like(x)), dim=-1) for x in (student, teacher))
     shape = student.shape[:-1]

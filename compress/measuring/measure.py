@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from tqdm.auto import tqdm
 
 from compress.artifacts.artifact import Artifact, measure_size_bytes
@@ -30,7 +29,7 @@ from compress.measuring.timing import (
 )
 from compress.models.layers import dequantize_weight
 from compress.planning.settings import Latency
-from compress.tasks.metrics import align_labels, build_metrics
+from compress.tasks.kinds import KINDS
 from compress.tasks.task import Task
 
 
@@ -122,7 +121,7 @@ def measure_artifacts(
         work[name] = measure_work(call, cycle, first, seconds, device, joules)
     reading = {name: build_tokenising_call(bench) for name, bench in benches.items()}
     read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
-    generations = measure_generation(benches, latency, device) if task.kind == "lm" else {}
+    generations = measure_generation(benches, latency, device) if KINDS[task.kind].generates else {}
     spreads = {name: {size: summarise_times(times[size][name]) for size in latency.batch_sizes} for name in benches}
     spent = time.perf_counter() - begin
     return {
@@ -177,17 +176,14 @@ def predict_split(
     bench: Bench, task: Task, device: torch.device, label: str = "testing"
 ) -> tuple[dict[str, float], Predictions]:
     """The task's metrics over the whole split, and what was answered to each of its examples."""
-    scores = build_metrics(task).to(device)
+    kind = KINDS[task.kind]
     outputs, labels, lengths = [], [], []
     for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
         batch = move_batch(batch, device)
         wanted = batch.pop("labels")
         lengths.append(batch["attention_mask"].sum(1).cpu())
-        logits, wanted = align_labels(bench.artifact.model(**batch).logits.float(), wanted)
-        scores.update(logits, wanted)
-        if task.kind == "lm":
-            logits, wanted = score_blocks(logits, wanted)
-        outputs.append(logits.cpu())
+        answers, wanted = kind.keep_answers(bench.artifact.model(**batch).logits, wanted)
+        outputs.append(answers.cpu())
         labels.append(wanted.cpu())
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
     found = {
@@ -195,17 +191,9 @@ def predict_split(
         for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
     }
     examples = len(order)
-    quality = {name: float(value) for name, value in scores.compute().items()}
-    texts = [] if task.kind == "lm" else [" ".join(row) for row in bench.data.words(bench.split)]
+    texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
     characters = np.array([len(text) for text in texts] or [0] * examples)
     negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
-    return quality, Predictions(task.kind, **found, characters=characters, negated=negated, names=task.labels or ())
-
-
-def score_blocks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every block the sum of its tokens' losses in nats and how many were predicted right, ``[blocks, 2]``; and how
-    many there were to predict."""
-    there = labels != -100
-    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").double().sum(1)
-    right = ((logits.argmax(-1) == labels) & there).sum(1)
-    return torch.stack([losses, right.double()], dim=1), there.sum(1)
+    names = task.labels or ()
+    predictions = Predictions(task.kind, **found, characters=characters, negated=negated, names=names)
+    return {name: predictions.score(name) for name in task.metrics}, predictions

@@ -18,7 +18,7 @@ from compress.maths.statistics import (
     paired_difference,
     permutation_p_value,
 )
-from compress.tasks.metrics import SCORES
+from compress.tasks.kinds import KINDS
 
 FILE = "predictions.npz"
 NEGATION = re.compile(r"\b(?:no|not|never|none|nobody|nothing|neither|nor|without|cannot)\b|n['’]t\b", re.IGNORECASE)
@@ -58,20 +58,15 @@ class Predictions:
     @property
     def predicted_labels(self) -> np.ndarray | None:
         """The labels that the model chose, where there are labels to choose from."""
-        if self.kind == "multiclass":
-            return self.outputs.argmax(-1)
-        return self.outputs > 0 if self.kind == "multilabel" else None
+        return KINDS[self.kind].predict_labels(self.outputs)
 
     @property
     def correct_examples(self) -> np.ndarray | None:
         """Whether the model chose all of an example's labels and no other."""
-        if self.predicted_labels is None:
-            return None
-        same = self.predicted_labels == self.labels
-        return same if same.ndim == 1 else same.all(1)
+        return KINDS[self.kind].find_correct(self.outputs, self.labels)
 
     def score(self, metric: str) -> float:
-        return SCORES[self.kind][metric](self.outputs, self.labels)
+        return KINDS[self.kind].metrics[metric].score(self.outputs, self.labels)
 
 
 @dataclass(frozen=True)
@@ -95,30 +90,23 @@ def compare_predictions(baseline: Predictions, variant: Predictions, metric: str
     of the change; None where the examples differ."""
     if not are_paired(baseline, variant):
         return None
-    score = SCORES[variant.kind][metric]
+    judge = KINDS[variant.kind].metrics[metric]
     outputs = (baseline.outputs, variant.outputs)
-    if (
-        metric in ("accuracy", "subset_accuracy")
-        and baseline.correct_examples is not None
-        and variant.correct_examples is not None
-    ):
+    if judge.counts_examples and baseline.correct_examples is not None and variant.correct_examples is not None:
         p_value = mcnemar(baseline.correct_examples, variant.correct_examples)
     else:
-        p_value = permutation_p_value(score, *outputs, variant.labels)
+        p_value = permutation_p_value(judge.score, *outputs, variant.labels)
     changed = None
     if baseline.predicted_labels is not None and variant.predicted_labels is not None:
         changed = label_churn(baseline.predicted_labels, variant.predicted_labels)
-    return Comparison(metric, paired_difference(score, *outputs, variant.labels), p_value, changed)
+    return Comparison(metric, paired_difference(judge.score, *outputs, variant.labels), p_value, changed)
 
 
 def slice_examples(one: Predictions) -> dict[str, np.ndarray]:
     """The parts of the test split that are looked at apart, as masks by name: each label, the thirds of the texts by
     length, and texts with and without a word of negation."""
-    found = {}
-    if one.kind == "multiclass":
-        found = {f"label {name}": one.labels == i for i, name in enumerate(one.names)}
-    elif one.kind == "multilabel":
-        found = {f"label {name}": one.labels[:, i] == 1 for i, name in enumerate(one.names)}
+    by_label = KINDS[one.kind].slice_labels(one.labels, one.names)
+    found = {f"label {name}": mask for name, mask in by_label.items()}
     if one.characters.any():
         third = assign_terciles(one.characters)
         found |= {name: third == i for i, name in enumerate(("short texts", "middling texts", "long texts"))}
@@ -148,7 +136,7 @@ def measure_regressions(baseline: Predictions, variant: Predictions, metric: str
             before, after = baseline.correct_examples[mask], variant.correct_examples[mask]
             change, p_value = float(after.mean() - before.mean()), mcnemar(before, after)
         else:
-            score = SCORES[variant.kind][metric]
+            score = KINDS[variant.kind].metrics[metric].score
             change = score(variant.outputs[mask], variant.labels[mask])
             change -= score(baseline.outputs[mask], variant.labels[mask])
         found.append(Regression(name, int(mask.sum()), change, p_value))

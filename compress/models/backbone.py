@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,7 +24,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from compress.cache.digests import fingerprint_files
@@ -33,16 +31,10 @@ from compress.errors import UserError
 from compress.hub import offline_if_unreachable
 from compress.models.layers import find_blocks
 from compress.models.shapes import build_cut_class
+from compress.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
-
-
-PROBLEM_TYPES = {
-    "multiclass": "single_label_classification",
-    "multilabel": "multi_label_classification",
-    "regression": "regression",
-}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -70,21 +62,21 @@ class Backbone:
     def configuration(self, task: Task) -> PretrainedConfig:
         """The architecture with the head that ``task`` needs; nothing but ``config.json`` is read."""
         config = self._pretrained(AutoConfig) if self.path else self._from_config()
-        decoder = is_decoder(config)
-        if task.kind == "lm":
-            if not decoder:
-                raise UserError(
-                    f"Task `{task.name}` is language modelling and `{config.model_type}` is an encoder: choose a "
-                    "decoder (model=tiny_llama) or a classification task (task=toy)."
-                )
-            return config
-        if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        kind = KINDS[task.kind]
+        if kind.generates and not is_decoder(config):
+            raise UserError(
+                f"Task `{task.name}` is language modelling and `{config.model_type}` is an encoder: choose a "
+                "decoder (model=tiny_llama) or a classification task (task=toy)."
+            )
+        if type(config) not in getattr(transformers, kind.auto_class)._model_mapping:
             raise UserError(
                 f"Task `{task.name}` needs a classification head and transformers has none for "
                 f"`{config.model_type}`: choose another model."
             )
+        if kind.num_labels == 0:
+            return config
         config.num_labels = task.num_labels
-        config.problem_type = PROBLEM_TYPES[task.kind]
+        config.problem_type = kind.problem_type
         if task.labels:
             config.id2label = dict(enumerate(task.labels))
             config.label2id = {label: i for i, label in enumerate(task.labels)}
@@ -93,7 +85,7 @@ class Backbone:
     def skeleton(self, task: Task) -> PreTrainedModel:
         """The model's shapes on the meta device: no weights are read, no memory is taken. Labels that only the data
         will tell are taken for two."""
-        if task.labels is None and task.kind in ("multiclass", "multilabel"):
+        if task.labels is None and KINDS[task.kind].num_labels is None:
             task = dataclasses.replace(task, labels=("0", "1"))
         config = self.configuration(task)
         try:
@@ -201,7 +193,7 @@ def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tu
 
 def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
     """Whether a classifier's labels are the task's, in its order; labels without names are taken on trust."""
-    if task.kind == "lm":
+    if task.num_labels == 0:
         return True
     names = [str(name).lower() for name in config.id2label.values()]
     unnamed = all(name == f"label_{i}" for i, name in enumerate(names))
@@ -211,7 +203,7 @@ def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
 def find_auto_class(kind: str, config: PretrainedConfig) -> Any:
     """The transformers class that puts the head of a task of this ``kind`` on any architecture, one that was cut to
     other shapes than its config can say included."""
-    auto: Any = AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
+    auto: Any = getattr(transformers, KINDS[kind].auto_class)
     return build_cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
 
 

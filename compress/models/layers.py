@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.tasks.kinds import KINDS
 
 
 def dequantize_weight(weight: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ def find_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def detect_task_kind(model: nn.Module) -> str:
-    """The kind of task that the model's head is for, as its config says."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        return "lm"
-    problem: Any = getattr(model.config, "problem_type", None)
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(problem, "multiclass")
+    """Return the kind of task that the model's head is for, as its config says: ``multiclass`` if it says nothing."""
+    generates = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    problem = None if generates else getattr(model.config, "problem_type", None)
+    fitting = (kind.name for kind in KINDS.values() if (kind.generates, kind.problem_type) == (generates, problem))
+    return next(fitting, "multiclass")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from compress.errors import UserError
 from compress.models.backbone import find_auto_class, from_pretrained, load_weights
-from compress.models.layers import find_blocks
+from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.shapes import drop_blocks
 
 KEY = "technique.distill.student"
@@ -106,7 +106,7 @@ def load_student(
     config = from_pretrained(AutoConfig, path, what, key)
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
-    auto = find_auto_class("lm" if model.get_output_embeddings() is not None else "", config)
+    auto = find_auto_class(detect_task_kind(model), config)
     if not weights:
         with torch.device("meta"):
             return auto.from_config(config)

@@ -15,6 +15,7 @@ from compress.measuring.measure import Measurement
 from compress.reporting.findings import format_markdown, recommend_rows
 from compress.reporting.rows import Job, Outcome, build_row
 from compress.runtimes.torch import FORMATS
+from compress.tasks.kinds import KINDS
 
 LOAD = """\
 from transformers import {auto}, AutoTokenizer
@@ -65,7 +66,7 @@ logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
 def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the hub's form."""
     description, measured = outcome.descriptions[method], outcome.measurements[method]
-    auto = "AutoModelForCausalLM" if description.kind == "lm" else "AutoModelForSequenceClassification"
+    kind = KINDS[description.kind]
     job = Job(method, description.model, description.task, seed=0)
     rows = [build_row(job, name, outcome) for name in outcome.measurements]
     config = json.loads((folder / "config.json").read_text())
@@ -73,7 +74,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
     form = config.get("quantization_config", {}).get("quant_method")
     packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
-    onnx = LOAD_ONNX_LM if description.kind == "lm" else LOAD_ONNX
+    onnx = LOAD_ONNX_LM if kind.generates else LOAD_ONNX
     loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
     lines = [
         "---",
@@ -100,7 +101,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         ours if uneven else "",
         packed if form in FORMATS else "",
         "```python",
-        loads.format(auto=auto, folder=".") + "```",
+        loads.format(auto=kind.auto_class, folder=".") + "```",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))
@@ -109,7 +110,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
 def format_front_matter(folder: Path, description: Description, measured: Measurement) -> str:
     """What the hub reads: the library, the task, the model and the data set where they are the hub's own, and the
     metrics as a model-index."""
-    pipeline = "text-generation" if description.kind == "lm" else "text-classification"
+    pipeline = KINDS[description.kind].pipeline
     library = "transformers" if description.runtime == "torch" else description.weights
     config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
     path = OmegaConf.select(config, "model.path")

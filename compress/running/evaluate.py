@@ -31,6 +31,7 @@ from compress.reporting.report import write_result
 from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, drop_repeated_baselines
 from compress.running.experiment import make_split_bench
 from compress.running.job import run_guarded
+from compress.tasks.kinds import KINDS
 from compress.tasks.splits import load_splits
 from compress.tasks.task import Task
 
@@ -118,7 +119,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path) -> list[Row]:
     for path, one in loaded.items():
         check_labels(path, one, splits.task)
     vocabularies = {json.dumps(one.tokenizer.get_vocab(), sort_keys=True) for one in loaded.values()}
-    if task.kind == "lm" and len(vocabularies) > 1:
+    if KINDS[task.kind].in_blocks and len(vocabularies) > 1:
         raise UserError("Perplexities over different vocabularies cannot be compared: leave baseline out.")
     names = {path: one.description.method if one.description.history else path.name for path, one in loaded.items()}
     if len(set(names.values())) < len(folders):
@@ -152,7 +153,7 @@ def read_task(cfg: DictConfig) -> dict:
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:
     """Raise UserError where the model's head is not one for the task."""
-    if task.kind == "lm":
+    if task.num_labels == 0:
         return
     config = loaded.model.config
     if config.num_labels != task.num_labels:

@@ -19,7 +19,7 @@ from compress.planning.plan import Plan, Step, check_blocks
 from compress.planning.settings import to_plain
 from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
 from compress.running.training import HoldZeros, fit_module, list_limits, make_task_data
-from compress.tasks.metrics import build_metrics
+from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import Splits
 from compress.technique import Training, trait
 from compress.techniques.finetune import FineTune
@@ -52,7 +52,7 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     check_blocks(planned, data)
     seconds, losses = 0.0, dict[str, float]()
     if training.epochs:
-        module = FineTune(model, build_metrics(planned.task), training)
+        module = FineTune(model, TaskMetrics(planned.task), training)
         training, seconds, losses = fit_module(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
@@ -78,7 +78,7 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     before = capture_state(model)
     text = step.calibration and step.calibration.rows
     data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
-    scores = build_metrics(planned.task)
+    scores = TaskMetrics(planned.task)
     with step.told():
         stage = step.build(
             model=model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.tasks.kinds import KINDS
 from compress.tasks.labels import parse_flag, shift_label
 from compress.tasks.sources import (
     Columns,
@@ -26,7 +27,7 @@ def read_tables(task: Task) -> dict[str, Table]:
     if task.generate:
         from compress.tasks.toy import generate_splits
 
-        texts = ("text",) if task.kind == "lm" else ("text", "label")
+        texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
         return {
             s: _select_columns(task, {name: t[name] for name in texts}, task.columns, s)
             for s, t in generate_splits().items()
@@ -54,7 +55,7 @@ def _read_folder(task: Task) -> dict[str, Table]:
         )
     present = {split: file for split, file in files.items() if split not in missing}
     _check_holdout(task, present, str(folder), files)
-    txt = {"dialogues": "jsonl"}.get(task.rows, "text" if task.kind == "lm" else "tsv")
+    txt = {"dialogues": "jsonl"}.get(task.rows, "text" if KINDS[task.kind].in_blocks else "tsv")
     tables = {}
     for split, file in present.items():
         table = read_files(folder, file, txt)
@@ -118,10 +119,11 @@ def _select_columns(task: Task, table: Table, columns: Columns, where: str, labe
     if columns.text_pair:
         pairs = column(columns.text_pair, "task.columns.text_pair")
         selected["text_pair"] = ["" if text is None else str(text) for text in pairs]
-    if task.kind == "lm":
+    kind = KINDS[task.kind]
+    if kind.in_blocks:
         filled = [i for i, text in enumerate(selected["text"]) if text.strip()]
         return take_rows(selected, filled)
-    if columns.label is None and task.kind == "multilabel":
+    if columns.label is None and kind.flag_columns:
         assert task.labels is not None  # the constructor has checked it
         flags = [column(label, "task.labels") for label in task.labels]
         selected["label"] = [

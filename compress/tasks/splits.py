@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from compress.errors import UserError
-from compress.tasks.labels import encode_labels, find_label_names, is_missing
+from compress.tasks.kinds import KINDS
 from compress.tasks.reading import read_tables, take_rows
 from compress.tasks.sources import Table
 from compress.tasks.task import SPLITS, Task
@@ -53,11 +53,11 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     """
     from datasets import Dataset
 
-    tables = read_tables(task)
+    tables, kind = read_tables(task), KINDS[task.kind]
     notes = []
-    if task.kind != "lm":
+    if not kind.in_blocks:
         for split, table in tables.items():
-            labelled = [i for i, label in enumerate(table["label"]) if not is_missing(label, task.kind)]
+            labelled = [i for i, label in enumerate(table["label"]) if not kind.is_missing(label)]
             if dropped := len(table["label"]) - len(labelled):
                 notes.append(f"{split}: {dropped:,} rows without a label left out")
                 tables[split] = take_rows(table, labelled)
@@ -78,8 +78,8 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     encoded = {}
     for split in SPLITS:
         table = {name: column for name, column in tables[split].items() if name != "group"}
-        if task.kind != "lm":
-            table["label"] = encode_labels(task, table["label"], split)
+        if not kind.in_blocks:
+            table["label"] = kind.encode(task, table["label"], split)
         encoded[split] = Dataset.from_dict(table)
     return Splits(**encoded, task=task, notes=tuple(notes))
 
@@ -93,7 +93,7 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
             f"Task `{task.name}` has {total:,} rows and {size:,} of them are to be held out for {split}: set "
             f"task.holdout.{split} to less."
         )
-    if task.kind == "lm" and "group" not in table:
+    if KINDS[task.kind].in_blocks and "group" not in table:
         # Neighbouring documents may tell one story, so that only the end of train is sure not to be known.
         held: Sequence[int] = range(total - size, total)
     else:
@@ -103,11 +103,12 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
 
 
 def _find_labels(task: Task, train: Table) -> Task:
-    if task.kind not in ("multiclass", "multilabel"):
+    kind = KINDS[task.kind]
+    if kind.num_labels is not None:
         return dataclasses.replace(task, labels=())
     if task.labels is not None:
         return task
-    return dataclasses.replace(task, labels=find_label_names(train["label"], task.kind))
+    return dataclasses.replace(task, labels=kind.find_label_names(train["label"]))
 
 
 def hash_rows(dataset: Dataset) -> str:

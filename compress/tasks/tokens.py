@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import chain as flatten
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from compress.cache.digests import compute_digest, digest_environment
 from compress.errors import UserError
+from compress.tasks.kinds import KINDS
 from compress.tasks.splits import Splits, hash_rows
 
 Batch = dict[str, torch.Tensor]
@@ -100,7 +101,7 @@ class TaskData(pl.LightningDataModule):
         self.seed = seed
         self.tokens = tokens
         self.calibration_text = calibration_text
-        self.kind = splits.task.kind
+        self.kind = KINDS[splits.task.kind]
         self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
 
@@ -134,11 +135,10 @@ class TaskData(pl.LightningDataModule):
         """
         rows = self.tokenised("train") if self.calibration_text is None else self._kept(self.calibration_text)
         if len(rows) < samples:
-            unit = "blocks" if self.kind == "lm" else "texts"
             whose = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
             raise UserError(
-                f"Calibration asks for {samples} {unit} and the text {whose} has {len(rows)}: ask for {len(rows)} or "
-                f"fewer (samples={len(rows)})."
+                f"Calibration asks for {samples} {self.kind.unit} and the text {whose} has {len(rows)}: ask for "
+                f"{len(rows)} or fewer (samples={len(rows)})."
             )
         return DataLoader(
             rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
@@ -158,7 +158,7 @@ class TaskData(pl.LightningDataModule):
         tokenizer reads them."""
         rows, texts = self.tokenised(split), getattr(self.splits, split)
         picked = self._spread_rows(count, split) if count else list(range(len(rows)))
-        if self.kind == "lm":
+        if self.kind.in_blocks:
             return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
         chosen: Any = texts.select(picked)
         columns: list[list[str]] = [chosen[name] for name in ("text", "text_pair") if name in texts.column_names]
@@ -178,11 +178,8 @@ class TaskData(pl.LightningDataModule):
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
         batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
-        if self.kind == "lm":
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        elif labels is not None:
-            batch["labels"] = torch.tensor(labels)
-        return batch
+        encoded = self.kind.collate_labels(labels, batch)
+        return batch if encoded is None else {**batch, "labels": encoded}
 
     def in_batches(self, split: str) -> DataLoader:
         """The split once, from long texts to short."""
@@ -192,7 +189,7 @@ class TaskData(pl.LightningDataModule):
     def _spread_rows(self, count: int, split: str) -> list[int]:
         """``count`` rows of a split from its shortest texts to its longest; some of them twice where it has fewer."""
         order = list(range(len(self.tokenised(split))))
-        if self.kind != "lm":
+        if not self.kind.in_blocks:
             lengths = [sum(map(len, texts)) for texts in self.words(split)]
             order.sort(key=lengths.__getitem__)
         return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
@@ -203,7 +200,7 @@ class TaskData(pl.LightningDataModule):
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
         gives = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        key = [hash_rows(rows), rules, gives, self.kind, self.max_length, digest_environment()]
+        key = [hash_rows(rows), rules, gives, self.kind.name, self.max_length, digest_environment()]
         folder = Path(self.tokens) / compute_digest(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -219,16 +216,6 @@ class TaskData(pl.LightningDataModule):
 
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
-        encode = self._tokenise_blocks if self.kind == "lm" else self._tokenise_texts
-        return rows.map(encode, batched=True, batch_size=None if self.kind == "lm" else 1000,
+        encode = partial(self.kind.tokenise, tokenizer=self.tokenizer, max_length=self.max_length)
+        return rows.map(encode, batched=True, batch_size=None if self.kind.in_blocks else 1000,
                         remove_columns=rows.column_names, desc="tokenising")  # fmt: skip
-
-    def _tokenise_texts(self, rows: dict[str, list]) -> dict[str, list]:
-        encoded = self.tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=self.max_length)
-        return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
-
-    def _tokenise_blocks(self, rows: dict[str, list]) -> dict[str, list]:
-        ids = list(flatten.from_iterable(self.tokenizer(rows["text"], verbose=False)["input_ids"]))
-        cuts = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
-        blocks = [block for block in cuts if len(block) > 1]  # one token predicts nothing
-        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifacts.artifact import load_artifact
@@ -25,6 +24,8 @@ from compress.models.matches import Match, Relations, collect_features
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
 from compress.models.teachers import Batch, KeptLogits, round_teacher
+from compress.tasks.kinds import KINDS
+from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import LengthBuckets
@@ -76,7 +77,7 @@ class Distill(FineTune):
     def __init__(
         self,
         model: nn.Module,
-        metrics: MetricCollection | None = None,
+        metrics: TaskMetrics | None = None,
         training: Training | None = None,
         student: Student = Student(),  # noqa: B008  (frozen)
         teacher: str | nn.Module | None = None,
@@ -102,12 +103,12 @@ class Distill(FineTune):
     ) -> None:
         super().__init__(model, metrics, training)
         self.student = student
-        self.kind = task.kind if task else detect_task_kind(model)
+        self.kind = KINDS[task.kind if task else detect_task_kind(model)]
         self.labels_known = task is None or task.labels is not None
-        self.loss = loss or ("mse" if self.kind == "regression" else "ce")
+        self.loss = loss or ("ce" if self.kind.probabilities else "mse")
         # Tokens have many right continuations and are learnt as they are; labels have one, and what the teacher thinks
         # of the others is in its softened answers (TextBrewer's default).
-        self.temperature = temperature or (1.0 if self.kind == "lm" else 4.0)
+        self.temperature = temperature or (1.0 if self.kind.generates else 4.0)
         self.temperature_schedule, self.beta = temperature_schedule, beta
         self.soft_weight, self.soft_schedule = soft_weight, soft_schedule
         self.hard_weight, self.hard_schedule = hard_weight, hard_schedule
@@ -137,7 +138,7 @@ class Distill(FineTune):
         return self._named[0] if self._named else None
 
     def _refuse_contradictions(self) -> None:
-        if self.kind == "regression" and self.loss != "mse":
+        if not self.kind.probabilities and self.loss != "mse":
             raise UserError(f"{KEY}.loss is {self.loss}, which compares probabilities, and a regression has none: mse.")
         schedule, *arguments = self.temperature_schedule or ("constant",)
         if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
@@ -204,7 +205,7 @@ class Distill(FineTune):
         if isinstance(self.teacher, nn.Module):
             self._teacher = [self.teacher]
         elif folder := self.teacher or self.baseline:
-            loaded = load_artifact(folder, self.kind)
+            loaded = load_artifact(folder, self.kind.name)
             self._teacher = [loaded.model]
             if self.tokenizer is not None:
                 check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{KEY}.teacher")
@@ -335,7 +336,7 @@ class Distill(FineTune):
         tokens = mask if teacher.ndim == 3 else None
         schedule, *arguments = self.temperature_schedule or ("constant",)
         tau = logit_temperature(schedule, self.temperature, arguments, student, teacher, tokens)
-        return soft_loss(self.loss, student, teacher, tau, tokens, self.kind, self.beta)
+        return soft_loss(self.loss, student, teacher, tau, tokens, self.kind.probabilities, self.beta)
 
     def _mask_tokens(self, inputs: Batch) -> Batch:
         """Some tokens replaced by the mask token; never special ones."""

@@ -7,10 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from transformers import get_linear_schedule_with_warmup
 
-from compress.tasks.metrics import align_labels
+from compress.tasks.metrics import TaskMetrics
 from compress.technique import Training
 
 
@@ -29,7 +28,7 @@ class FineTune(pl.LightningModule):
     together = True
 
     def __init__(
-        self, model: nn.Module, metrics: MetricCollection | None = None, training: Training | None = None
+        self, model: nn.Module, metrics: TaskMetrics | None = None, training: Training | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,7 +48,7 @@ class FineTune(pl.LightningModule):
         output = self.model(**batch)
         self.log("validation/loss", output.loss, batch_size=len(batch["input_ids"]))
         if self.metrics is not None:
-            self.metrics.update(*align_labels(output.logits, batch["labels"]))
+            self.metrics.update(output.logits, batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
         if self.metrics is not None:

@@ -21,6 +21,7 @@ from compress.maths.losses import soft_loss
 from compress.maths.rounding import Scheme, fit_grid, round_to_grid
 from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
 from compress.models.layers import detect_task_kind, evaluation_mode, find_quantizable, unwrap_model
+from compress.tasks.kinds import KINDS
 from compress.techniques.gptq import quantize_layers
 
 KEY = "technique.mixed"
@@ -174,7 +175,7 @@ def measure_choice(
         rounded = round_to_grid(weight, fit_grid(weight, scheme, weight.dtype, importance), scheme)
         linear.weight.data = rounded.to(weight.dtype) * (weight != 0)
     moved = [
-        logit_distance(model(**batch).logits, before, batch, detect_task_kind(model))
+        logit_distance(model(**batch).logits, before, batch, KINDS[detect_task_kind(model)].probabilities)
         for batch, before in zip(batches, answers)
     ]
     for name, linear in layers.items():
@@ -183,13 +184,15 @@ def measure_choice(
     return Choice(tuple(layers), scheme.bits, size, torch.stack(moved).mean().item())
 
 
-def logit_distance(found: Tensor, before: Tensor, batch: Batch, kind: str) -> Tensor:
+def logit_distance(
+    found: Tensor, before: Tensor, batch: Batch, probabilities: Literal["softmax", "sigmoid"] | None
+) -> Tensor:
     """How far logits moved: the KL divergence over tokens that are no padding, or of a regression the squared error."""
     found, before = found.double(), before.double()  # a layer of many may move them by less than floats tell
-    if kind == "regression":
+    if probabilities is None:
         return F.mse_loss(found, before)
     mask = batch.get("attention_mask") if before.ndim == 3 else None
-    return soft_loss("kl", found, before, 1.0, mask, kind)
+    return soft_loss("kl", found, before, 1.0, mask, probabilities)
 
 
 def choose_bits(options: list[list[Choice]], budget_bits: float) -> list[Choice]:

@@ -37,7 +37,6 @@ from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
 from compress.tasks.kinds import higher_is_better
-from compress.tasks.metrics import align_labels
 
 KEY = "technique.openvino"
 LIMITS = {
@@ -181,7 +180,7 @@ class OpenVINO(Export):
             scores = self.metrics.clone()
             for batch in batches:
                 logits = torch.from_numpy(graph.create_infer_request().infer(to_arrays(batch))[0])
-                scores.update(*align_labels(logits, batch["labels"].cpu()))
+                scores.update(logits, batch["labels"].cpu())
             value = float(scores.compute()[primary])
             return (value if higher_is_better(primary) else -value), None
 

@@ -101,7 +101,7 @@ class TestSoftLoss:
     def test_multilabel_worked_by_hand(self, name, expected):
         # The sigmoid of log 3 is 3/4 and that of 0 is 1/2. Of the two labels the second agrees: half of the mean.
         student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
-        found = soft_loss(name, student, teacher, 1.0, kind="multilabel")
+        found = soft_loss(name, student, teacher, 1.0, probabilities="sigmoid")
         assert found.item() == pytest.approx(expected / 2, abs=1e-6)
 
     def test_js_weighs_its_two_parts_with_beta(self):
@@ -153,12 +153,12 @@ class TestSoftLoss:
     def test_multilabel_ce_is_binary_cross_entropy_with_soft_targets(self, brewer):
         student, teacher = logits(6, 5)
         expected = F.binary_cross_entropy_with_logits(student / 2, (teacher / 2).sigmoid()) * 4
-        assert torch.isclose(soft_loss("ce", student, teacher, 2.0, kind="multilabel"), expected)
+        assert torch.isclose(soft_loss("ce", student, teacher, 2.0, probabilities="sigmoid"), expected)
 
-    @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
-    def test_mse_is_of_the_logits_whatever_their_kind(self, brewer, kind):
+    @pytest.mark.parametrize("probabilities", ["softmax", "sigmoid", None])
+    def test_mse_is_of_the_logits_whatever_their_kind(self, brewer, probabilities):
         student, teacher = logits(6, 5)
-        found = soft_loss("mse", student, teacher, 2.0, kind=kind)
+        found = soft_loss("mse", student, teacher, 2.0, probabilities=probabilities)
         assert torch.isclose(found, F.mse_loss(student, teacher) / 4)
 
     @pytest.mark.parametrize("name", maths.SOFT)
@@ -183,8 +183,8 @@ class TestSoftLoss:
 
     def test_a_temperature_for_each_example_of_many_labels(self):
         student, teacher = logits(2, 5)
-        found = soft_loss("kl", student, teacher, torch.tensor([1.0, 3.0]), kind="multilabel")
-        rows = [soft_loss("kl", student[[i]], teacher[[i]], t, kind="multilabel") for i, t in enumerate((1, 3))]
+        found = soft_loss("kl", student, teacher, torch.tensor([1.0, 3.0]), probabilities="sigmoid")
+        rows = [soft_loss("kl", student[[i]], teacher[[i]], t, probabilities="sigmoid") for i, t in enumerate((1, 3))]
         assert torch.isclose(found, torch.stack(rows).mean())
 
     @pytest.mark.parametrize("name", maths.SOFT)
@@ -205,17 +205,17 @@ class TestSoftLoss:
         assert found == 0 and (student.grad == 0).all()
 
     @pytest.mark.parametrize("name", maths.SOFT)
-    @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
-    def test_only_the_student_learns_and_towards_the_teacher(self, name, kind):
+    @pytest.mark.parametrize("probabilities", ["softmax", "sigmoid"])
+    def test_only_the_student_learns_and_towards_the_teacher(self, name, probabilities):
         needs_brewer(name, OURS)
         student, teacher = (x.requires_grad_() for x in logits(4, 5))
-        before = soft_loss(name, student, teacher, 2.0, kind=kind)
+        before = soft_loss(name, student, teacher, 2.0, probabilities=probabilities)
         before.backward()
         assert teacher.grad is None
-        after = soft_loss(name, student - 0.1 * student.grad, teacher, 2.0, kind=kind)
+        after = soft_loss(name, student - 0.1 * student.grad, teacher, 2.0, probabilities=probabilities)
         assert after < before
         same = teacher.detach().clone().requires_grad_()
-        soft_loss(name, same, teacher, 2.0, kind=kind).backward()
+        soft_loss(name, same, teacher, 2.0, probabilities=probabilities).backward()
         assert same.grad.abs().max() < 1e-5
 
     @pytest.mark.parametrize("name", [name for name in maths.SOFT if name != "mse"])
@@ -240,7 +240,7 @@ class TestSoftLoss:
     @pytest.mark.parametrize("name", [name for name in maths.SOFT if name != "mse"])
     def test_a_regression_has_no_probabilities(self, name):
         with pytest.raises(UserError, match=f"`{name}` compares probabilities .* use `mse`"):
-            soft_loss(name, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, kind="regression")
+            soft_loss(name, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, probabilities=None)
 
     @pytest.mark.parametrize("beta", [0, 1, 1.5])
     def test_js_needs_a_beta_inside_its_limits(self, beta):

@@ -10,9 +10,10 @@ from test_nf4 import wide
 from test_prune import fit
 
 from compress.measuring.generation import build_decoding_call, find_decoder
-from compress.measuring.measure import count_parameters, score_blocks
+from compress.measuring.measure import count_parameters
 from compress.measuring.timing import PATIENCE, Others, estimate_speedup, summarise_times, time_in_turns
 from compress.planning.settings import Latency
+from compress.tasks.kinds import KINDS
 from compress.techniques.int8 import Int8
 from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
@@ -141,8 +142,9 @@ def test_other_runtimes_write_where_their_model_offers_the_past():
 
 
 def test_the_loss_of_a_block_is_the_sum_of_its_tokens():
-    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.5, 0.5]]]))
-    outputs, count = score_blocks(logits, torch.tensor([[0, 0], [1, -100]]))
+    last = [0.5, 0.5]  # predicts what the block no longer has, as nothing predicts its first token
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1], last], [[0.2, 0.8], [0.5, 0.5], last]]))
+    outputs, count = KINDS["lm"].keep_answers(logits, torch.tensor([[1, 0, 0], [0, 1, -100]]))
     assert outputs[:, 0].tolist() == pytest.approx([-np.log(0.5 * 0.9), -np.log(0.8)], rel=1e-6)
     assert outputs[1, 1] == 1 and count.tolist() == [2, 1]
 

@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.planning.settings import Hardware
 from compress.running import resume
 from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
-from compress.tasks.metrics import build_metrics
+from compress.tasks.metrics import TaskMetrics
 from compress.tasks.tokens import TaskData
 from compress.technique import Training
 from compress.techniques.distill import Distill
@@ -41,7 +41,7 @@ def fit(tokenizer, tmp_path):  # noqa: F811
         pl.seed_everything(0, verbose=False)
         task = splits().task
         training = Training(epochs=EPOCHS, batch_size=8, learning_rate=learning_rate)
-        scores = build_metrics(task)
+        scores = TaskMetrics(task)
         if kind == "distill":
             module = Distill(tiny.bert(2), scores, training, teacher=tiny.bert(2), teacher_dtype="float32")
         else:

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 
-from compress.tasks.kinds import METRICS, higher_is_better
-from compress.tasks.metrics import SCORES, build_metrics
+from compress.tasks.kinds import KINDS, higher_is_better
+from compress.tasks.metrics import TaskMetrics
 from compress.tasks.task import Task
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: pip install -e '.[dev]'")
 
 
 def task(kind, names=None, labels=("a", "b", "c", "d")):
-    names = names or METRICS[kind]
+    names = names or tuple(KINDS[kind].metrics)
     return Task(name="t", kind=kind, metrics=names, primary=names[0], labels=labels)
 
 
 def scores(one, logits, labels, batches=3):
-    collection = build_metrics(one)
+    collection = TaskMetrics(one)
     for part, answers in zip(logits.chunk(batches), labels.chunk(batches)):
         collection.update(part, answers)
     return {name: float(value) for name, value in collection.compute().items()}
@@ -78,17 +78,17 @@ def test_regression():
 
 
 def test_lm_leaves_out_what_is_not_to_be_predicted():
-    logits = torch.zeros(2, 3, 5)
+    logits = torch.zeros(2, 4, 5)
     logits[0, 0, 1] = 100
-    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])  # one sure and right, two of five alike and wrong
+    labels = torch.tensor([[0, 1, 2, -100], [0, 3, -100, -100]])  # one sure and right, two of five alike and wrong
     result = scores(task("lm", labels=()), logits, labels, batches=1)
     assert result == pytest.approx({"perplexity": math.exp(2 * math.log(5) / 3), "accuracy": 1 / 3})
 
 
 def test_perplexity_of_an_impossible_token_is_finite_and_half_precision_is_as_good():
     one = task("lm", ("perplexity",), ())
-    logits = torch.tensor([[[60.0, -60.0]] * 10])
-    labels = torch.tensor([[1] + [0] * 9])
+    logits = torch.tensor([[[60.0, -60.0]] * 11])
+    labels = torch.tensor([[0, 1] + [0] * 9])
     assert scores(one, logits, labels, 1)["perplexity"] == pytest.approx(math.exp(12), rel=1e-3)
     assert scores(one, torch.zeros(2, 3, 7).bfloat16(), torch.ones(2, 3, dtype=int), 1)["perplexity"] == pytest.approx(
         7
@@ -96,7 +96,7 @@ def test_perplexity_of_an_impossible_token_is_finite_and_half_precision_is_as_go
 
 
 def test_only_perplexity_is_better_when_lower():
-    assert [name for names in METRICS.values() for name in names if not higher_is_better(name)] == ["perplexity"]
+    assert [name for kind in KINDS.values() for name in kind.metrics if not higher_is_better(name)] == ["perplexity"]
 
 
 def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
@@ -106,24 +106,46 @@ def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
     assert scores(one, logits, labels, batches=1)["roc_auc"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
-def test_the_metrics_of_arrays_are_the_same(kind):
+def expected_by_torchmetrics(kind, logits, labels):
+    from torchmetrics.functional import classification as c
+    from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+    from torchmetrics.functional.text import perplexity
+
+    if kind == "multiclass":
+        return {
+            "accuracy": c.multiclass_accuracy(logits, labels, 5, average="micro"),
+            "f1_macro": c.multiclass_f1_score(logits, labels, 5, average="macro"),
+            "f1_micro": c.multiclass_f1_score(logits, labels, 5, average="micro"),
+            "matthews": c.multiclass_matthews_corrcoef(logits, labels, 5),
+            "roc_auc": c.multiclass_auroc(logits, labels, 5, average=None)[:4].mean(),  # without the class nobody has
+        }
+    if kind == "multilabel":
+        return {
+            "subset_accuracy": c.multilabel_exact_match(logits, labels, 5),
+            "f1_macro": c.multilabel_f1_score(logits, labels, 5, average="macro"),
+            "f1_micro": c.multilabel_f1_score(logits, labels, 5, average="micro"),
+            "roc_auc": c.multilabel_auroc(logits, labels.long(), 5, average="macro"),
+        }
+    if kind == "regression":
+        return {"pearson": pearson_corrcoef(logits[:, 0], labels), "spearman": spearman_corrcoef(logits[:, 0], labels)}
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    return {
+        "perplexity": perplexity(logits, labels, ignore_index=-100),
+        "accuracy": (logits.argmax(-1) == labels)[labels != -100].float().mean(),
+    }
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_metric_is_torchmetrics(kind):
     torch.manual_seed(0)
-    logits = torch.randn(200, {"regression": 1}.get(kind, 5))
+    shape = {"regression": (200, 1), "lm": (20, 7, 5)}.get(kind, (200, 5))
+    logits = torch.randn(shape)
     labels = {
         "multiclass": torch.randint(0, 4, (200,)),  # the fifth is never there
         "multilabel": torch.randint(0, 2, (200, 5)).float(),
-        "regression": logits[:, 0] + torch.randn(200),
+        "regression": logits.flatten()[:200] + torch.randn(200),
+        "lm": torch.randint(0, 5, (20, 7)).masked_fill(torch.arange(7) > torch.randint(2, 7, (20, 1)), -100),
     }[kind]
-    names = [name for name in METRICS[kind] if (kind, name) != ("multiclass", "roc_auc")]
-    one = task(kind, names, labels=("a", "b", "c", "d", "e"))
-    found = {name: SCORES[kind][name](logits.numpy(), labels.numpy()) for name in names}
-    assert found == pytest.approx(scores(one, logits, labels), abs=1e-5)
-    assert SCORES[kind].keys() == set(METRICS[kind])
-
-
-def test_the_area_under_the_curve_of_arrays_is_scikit_learns():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(200, 4), torch.randint(0, 4, (200,))
-    expected = sklearn.roc_auc_score(labels, logits.softmax(-1), multi_class="ovr")
-    assert SCORES["multiclass"]["roc_auc"](logits.numpy(), labels.numpy()) == pytest.approx(expected, abs=1e-6)
+    found = scores(task(kind, labels=("a", "b", "c", "d", "e")), logits, labels)
+    expected = {name: float(value) for name, value in expected_by_torchmetrics(kind, logits, labels).items()}
+    assert found == pytest.approx(expected, abs=1e-5)

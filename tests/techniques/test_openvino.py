@@ -18,7 +18,7 @@ from compress.maths.rounding import Scheme
 from compress.models.layers import find_linears, find_prunable
 from compress.runtimes.openvino import SCALE, ZERO, load, read_constant
 from compress.runtimes.torch import load as load_torch
-from compress.tasks.metrics import build_metrics
+from compress.tasks.metrics import TaskMetrics
 from compress.tasks.task import Task
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import quantize_layers
@@ -170,8 +170,8 @@ def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path
     with torch.no_grad():  # its own answers are right, so that any other is worse
         batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
     task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
-    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=build_metrics(task))
-    module = FineTune(model, build_metrics(task))
+    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=TaskMetrics(task))
+    module = FineTune(model, TaskMetrics(task))
     tiny.trainer(stage).fit(module, tiny.loader(batches=2), DataLoader(batches, batch_size=None))
     stage.save(model, tmp_path)
     exported = load(tmp_path, "")

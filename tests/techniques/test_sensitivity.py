@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from compress.errors import UserError
 from compress.maths.allocation import Point, allocate_sparsity, read_points, write_points
 from compress.models.calibration import spread_evenly
-from compress.models.layers import find_linears
-from compress.tasks.metrics import build_metrics
+from compress.models.layers import evaluation_mode, find_linears
+from compress.tasks.metrics import TaskMetrics
 from compress.techniques.finetune import FineTune
-from compress.techniques.sensitivity import Sensitivity, draw_layer_drops, evaluating, prune_each
+from compress.techniques.sensitivity import Sensitivity, draw_layer_drops, prune_each
 
 ACCURACY = SimpleNamespace(kind="multiclass", num_labels=3, metrics=("accuracy",), primary="accuracy")
 PERPLEXITY = SimpleNamespace(kind="lm", num_labels=0, metrics=("perplexity",), primary="perplexity")
@@ -37,7 +37,7 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
     lm = build is tiny.llama_lm
     task = PERPLEXITY if lm else ACCURACY
     model, untouched = build(), build()
-    stage = Sensitivity(sparsities=[0.9, 0.5], samples=8, metrics=build_metrics(task), task=task)
+    stage = Sensitivity(sparsities=[0.9, 0.5], samples=8, metrics=TaskMetrics(task), task=task)
     fit(FineTune(model), stage, validation=tiny.loader(lm=lm))
     asked = [(name, linear.weight.numel(), s) for name, linear in find_linears(model) for s in (0.5, 0.9)]
     assert [(point.layer, point.weights, point.sparsity) for point in stage.points] == asked
@@ -65,7 +65,7 @@ def test_a_point_is_the_model_with_that_layer_alone_pruned():
     for given, metric, value, drop in (
         ({}, "loss", loss[0.9], loss[0.9] - loss[0.0]),
         (
-            {"metrics": build_metrics(ACCURACY), "task": ACCURACY},
+            {"metrics": TaskMetrics(ACCURACY), "task": ACCURACY},
             "accuracy",
             accuracy[0.9],
             accuracy[0.0] - accuracy[0.9],
@@ -105,7 +105,7 @@ def test_a_layer_is_put_back_even_where_measuring_fails():
 def test_every_module_gets_its_own_mode_back():
     model = tiny.bert().train()
     model.bert.embeddings.eval()
-    with evaluating(model):
+    with evaluation_mode(model):
         assert not any(module.training for module in model.modules())
     assert model.training and model.bert.encoder.training and not model.bert.embeddings.training
 
