@@ -14,10 +14,10 @@ HEAVY = {"torch", "transformers", "pytorch_lightning", "datasets", "pandas", "ri
 STAND_IN = """
 import runpy, sys, types
 from hydra.core.hydra_config import HydraConfig
-from compress.chain import stages
+from compress.planning.chain import read_stages
 
 def main(cfg):
-    keys = "+".join(stage.key for stage in stages(cfg.technique))
+    keys = "+".join(stage.key for stage in read_stages(cfg.technique))
     print("ran", keys or None, cfg.seed, HydraConfig.get().runtime.output_dir)
     return FAILED
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.artifacts.artifact import Artifact, import_runtime
 from compress.errors import UserError
+from compress.install import format_command
 from compress.runtimes import require_packages
 
 EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -38,7 +39,7 @@ def move_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], fo
     if weights != "float":
         raise UserError(
             f"hardware.runtime={runtime} is for weights that are floats and those of `{method}` are {weights}: let a "
-            f"chain end on `{stage}` (python train.py technique=...+{stage}), or set hardware.runtime=torch."
+            f"chain end on `{stage}` ({format_command('train')} technique=...+{stage}), or set hardware.runtime=torch."
         )
     require_packages(stage, f"hardware.runtime={runtime}", (stage, runtime))
     export_artifact(loaded, runtime, example, folder)

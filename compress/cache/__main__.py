@@ -9,14 +9,21 @@ from pathlib import Path
 from compress.cache.store import list_entries, lock_if_unused, prune_cache
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m compress.cache", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("report", "prune"))
-    parser.add_argument("--dir", type=Path, default=Path("multirun/.cache"), help="default: %(default)s")
-    parser.add_argument("--max-gb", type=float, default=0.0, help="what prune leaves, default: nothing")
+def main(words: list[str] | None = None, program: str = "python -m compress.cache") -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(program, description="Report on the cache of finished stages, or shrink it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,prune}")
+    for name, what in (
+        ("report", "list the entries and their sizes"),
+        ("prune", "remove what was used least recently"),
+    ):
+        command = commands.add_parser(name, help=what, description=what[:1].upper() + what[1:] + ".")
+        command.add_argument("--dir", type=Path, default=Path("multirun/.cache"), help="default: %(default)s")
+        if name == "prune":
+            command.add_argument("--max-gb", type=float, default=0.0, help="the size to leave, default: nothing")
     given = parser.parse_args(words)
     if not given.dir.is_dir():
-        parser.error(f"there is no folder {given.dir}: name that of a cache (--dir).")
+        parser.error(f"--dir is {given.dir}, which is no folder; the folder of a cache is expected.")
     if given.command == "prune":
         removed = prune_cache(given.dir, given.max_gb)
         print(f"removed {len(removed)} entries, {sum(entry.size_bytes for entry in removed) / 1e9:.3f} GB")

@@ -31,6 +31,10 @@ def report_user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(str(error))
+    except ValueError as error:  # Hydra's own of flags that exclude each other
+        if traced or not str(error).startswith("Only one of --"):
+            raise
+        sys.exit(f"{error}.")
     except CompactHydraException as error:
         if traced:
             raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cache.files import write_atomically
+from compress.install import format_command
 from compress.reporting import jobs
 from compress.reporting.curves import draw_curves
 from compress.reporting.findings import list_notes, read_conclusions
@@ -153,7 +154,7 @@ def list_commands(rows: list[Row]) -> list[dict[str, str]]:
         if one.get("folder") and one["folder"] not in found and (hydra / "config.yaml").is_file():
             words = [line.removeprefix("- ") for line in (hydra / "overrides.yaml").read_text().splitlines()]
             found[one["folder"]] = {
-                "command": " ".join(["python train.py", *(word for word in words if word != "[]")]),
+                "command": " ".join([format_command("train"), *(word for word in words if word != "[]")]),
                 "config": (hydra / "config.yaml").read_text(),
                 "data": one.get("data", ""),
             }

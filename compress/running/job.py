@@ -23,6 +23,7 @@ from compress.cache.digests import compute_digest, digest_environment
 from compress.cache.files import flush_folder, remove_path, write_atomically
 from compress.cache.store import BEGAN
 from compress.errors import PostconditionError, UserError, explain_error, iterate_causes
+from compress.install import format_command
 from compress.planning.chain import TARGET, drop_unused_settings
 from compress.planning.settings import read_settings, to_plain
 from compress.quiet import silence_libraries
@@ -56,7 +57,8 @@ def main(cfg: DictConfig) -> int:
     def work() -> None:
         nonlocal done, mine
         if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
-            raise UserError("A search tries many chains, a job each: python train.py -m search=latency ...")
+            command = f"{format_command('train')} -m search=latency ..."
+            raise UserError(f"A search tries many chains, a job each: {command}")
         if mine:
             try:
                 lock.acquire()

@@ -8,10 +8,11 @@ import importlib.util
 from pathlib import Path
 
 from compress.errors import UserError
+from compress.install import format_install
 
 
 def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
     """Raise UserError where a package that ``what`` runs with is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{what} runs with {', '.join(missing)}, which is not installed: pip install -e '.[{extra}]'")
+        raise UserError(f"{what} runs with {', '.join(missing)}, which is not installed: {format_install(extra)}")

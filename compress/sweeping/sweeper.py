@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from compress.cache.digests import compute_digest, digest_environment
 from compress.cache.files import remove_path, write_atomically
 from compress.errors import UserError
+from compress.install import format_install
 from compress.planning import chain
 from compress.planning.advice import explain_hydra_error
 from compress.planning.chain import PACKAGE, drop_unused_settings, expand_jobs, read_chain_name
@@ -107,7 +108,7 @@ class SearchSweeper(Sweeper):
 
         silence_libraries()
         if not find_spec("optuna"):
-            raise UserError("A search needs optuna, which is not installed: pip install -e '.[search]'")
+            raise UserError(f"A search needs optuna, which is not installed: {format_install('search')}")
         return parse_values(Settings, to_plain(self.cfg.get("search")), "search")
 
     def _read_shared_words(self, arguments: list[str]) -> list[str]:
@@ -246,13 +247,12 @@ class SearchSweeper(Sweeper):
 
 def read_sizes(skeleton: Any) -> dict[str, int]:
     """What shares of a model are of."""
-    from compress.models.shapes import FAMILIES
+    from compress.models.families import find_conventions
 
     config = skeleton.config
-    ffn = FAMILIES[config.model_type].ffn_size if config.model_type in FAMILIES else "intermediate_size"
     return {
         "heads": config.num_attention_heads,
-        "ffn": getattr(config, ffn, 0),
+        "ffn": getattr(config, find_conventions(config).ffn_size, 0),
         "layers": config.num_hidden_layers,
     }
 

@@ -1,0 +1,117 @@
+"""The command line: `compress train`, `evaluate`, `report`, `compare`, `cache`; train.py and evaluate.py call it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+import compress
+import compress.sweeping.sweeper  # registers the sweepers; the chain registers `technique=a+b`
+from compress.install import CONF
+from compress.planning import chain
+from compress.planning.advice import report_user_errors
+
+
+def run_train_job(cfg: DictConfig) -> None:
+    from compress.running import job  # not at the top: --help, --cfg job and Tab need no torch
+
+    exit_if_failed(job.main(cfg))
+
+
+def run_evaluate_job(cfg: DictConfig) -> None:
+    from compress.running import evaluate  # not at the top either
+
+    exit_if_failed(evaluate.main(cfg))
+
+
+def exit_if_failed(status: int) -> None:
+    """Exit with the status of a single run. In a sweep the other jobs go on, and its report exits with 1."""
+    if status and HydraConfig.get().mode == RunMode.RUN:
+        sys.exit(status)
+
+
+def train(words: list[str] | None = None) -> None:
+    """Run `train.py` with the words of its command line, or those in ``sys.argv``."""
+    with report_user_errors():
+        if words is not None:
+            sys.argv = ["train.py", *words]
+        sys.argv[1:] = chain.prepare_overrides(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_train_job)()
+
+
+def evaluate(words: list[str] | None = None) -> None:
+    """Run `evaluate.py` with the words of its command line, or those in ``sys.argv``."""
+    with report_user_errors():
+        if words is not None:
+            sys.argv = ["evaluate.py", *words]
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(run_evaluate_job)()
+
+
+def write_report_again(words: list[str]) -> None:
+    """Run `compress report`."""
+    parser = argparse.ArgumentParser("compress report", description="Write the report of runs or sweeps again.")
+    parser.add_argument("folder", nargs="+", help="a run or a sweep: multirun/DATE/TIME")
+    for key in ("model", "task", "method", "seed"):
+        parser.add_argument(f"--{key}", nargs="+", metavar="VALUE", help=f"keep the rows of these values of {key}")
+    given = parser.parse_args(words)
+    chosen = [
+        f"where.{key}={quote_list(values)}"
+        for key in ("model", "task", "method", "seed")
+        if (values := getattr(given, key))
+    ]
+    evaluate([f"report={quote_list(given.folder)}", *chosen])
+
+
+def compare_sweeps(words: list[str]) -> None:
+    """Run `compress compare`."""
+    parser = argparse.ArgumentParser(
+        "compress compare", description="Say what changed between two runs or sweeps, and which of it is not chance."
+    )
+    parser.add_argument("before", help="a run or a sweep: multirun/DATE/TIME")
+    parser.add_argument("after", help="another one")
+    given = parser.parse_args(words)
+    evaluate([f"compare={quote_list([given.before, given.after])}"])
+
+
+def manage_cache(words: list[str]) -> None:
+    """Run `compress cache`."""
+    from compress.cache.__main__ import main as manage
+
+    manage(words, "compress cache")
+
+
+def quote_list(values: list[str]) -> str:
+    """Return the values as Hydra reads a list of texts."""
+    escaped = (value.replace("\\", "\\\\").replace("'", "\\'") for value in values)
+    return "[" + ",".join(f"'{value}'" for value in escaped) + "]"
+
+
+COMMANDS = {
+    "train": (train, "fine-tune, compress by a chain of techniques, measure"),
+    "evaluate": (evaluate, "measure an artifact or a Hugging Face folder again"),
+    "report": (write_report_again, "write the report of runs or sweeps again"),
+    "compare": (compare_sweeps, "say what changed between two runs or sweeps"),
+    "cache": (manage_cache, "report on the cache of finished stages, or shrink it"),
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the subcommand that the first word names."""
+    words = sys.argv[1:] if words is None else words
+    commands = "\n".join(f"  {name:10}{what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "compress",
+        usage="compress COMMAND ...",
+        description=f"{compress.__doc__}\n\ncommands:\n{commands}",
+        epilog="Each command has its own --help: compress train --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"compress {compress.__version__}")
+    given = parser.parse_args(words[:1] or ["--help"])
+    COMMANDS[given.command][0](words[1:])
