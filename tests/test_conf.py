@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
+from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from compress.planning.chain import PACKAGE, drop_unused_settings, read_stages
@@ -59,12 +60,13 @@ def jobs(program, overrides):
 
 
 def uses(config, program, file):
-    group, name = str(Path(file).parent), Path(file).stem
-    if group == ".":
-        return name == program
-    if group == "technique/stage":
-        return name in config.technique.name.split("+")
-    return config.hydra.runtime.choices.get(group) == name
+    """Whether the file is in the defaults list of a config, its own or that of another file in it."""
+    loader, overrides = GlobalHydra.instance().config_loader(), config.hydra.overrides
+    found = loader.compute_defaults_list(program, [*overrides.hydra, *overrides.task], RunMode.RUN).defaults
+    used = {default.config_path for default in found}
+    if "technique/none" in used:
+        used.add("technique/stage/none")  # a choice without a stage: there is nothing to load
+    return file.removesuffix(".yaml") in used
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -201,13 +201,19 @@ class ChainSource(ConfigSource):
         return ConfigResult(self.provider, self.full_path(), config, header={"package": None})
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> Names:
-        if not self.has_stages or config_path.strip("/") != GROUP:
+        if not self.has_stages:
             return self.folder.list(config_path, results_filter)
+        if config_path.strip("/") != GROUP:
+            return self._list_choices(config_path, results_filter)
         # No subgroups: `--help` and Tab would offer each stage twice.
         return [] if results_filter == ObjectType.GROUP else [*self._list_stages(), *self._list_completions()]
 
     def _list_stages(self) -> Names:
-        return self.folder.list(STAGES, ObjectType.CONFIG)
+        return self._list_choices(STAGES, ObjectType.CONFIG)
+
+    def _list_choices(self, config_path: str, results_filter: ObjectType | None) -> Names:
+        """What a folder offers; a file whose name begins with an underscore is a fragment, for defaults lists alone."""
+        return [one for one in self.folder.list(config_path, results_filter) if not one.startswith("_")]
 
     def _parse_choice(self, config_path: str) -> str | None:
         """`prune+gptq` for `technique/prune+gptq`, and None for what is not a choice of `technique`."""

@@ -24,7 +24,6 @@ from compress.errors import UserError
 from compress.models.backbone import Backbone
 from compress.planning.chain import Stage, read_stages
 from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
-from compress.tasks.kinds import KINDS
 from compress.tasks.sources import read_file, split_documents
 from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
@@ -228,15 +227,22 @@ def parse_calibration(asked: Any, key: str) -> Calibration | None:
         return Calibration(asked, file)
     settings = dict(asked) if isinstance(asked, dict) else {"task": asked}
     name = str(settings.pop("task", None))
-    tasks = {path.stem: path for path in (CONF / "task").glob("*.yaml")}
+    tasks = sorted(path.stem for path in (CONF / "task").glob("[!_]*.yaml"))
     if name not in tasks:
         near = get_close_matches(name, tasks, 1)
         raise UserError(
             f"{key} is {asked}, which is neither a text file nor a task{f' (meant: {near[0]}?)' if near else ''}: name "
-            f"a file or one of {', '.join(sorted(tasks))}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
+            f"a file or one of {', '.join(tasks)}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
         )
-    task = parse_values(Task, {**to_plain(OmegaConf.load(tasks[name])), **settings}, key)
+    task = parse_values(Task, {**read_choice("task", name), **settings}, key)
     return Calibration(asked, task)
+
+
+def read_choice(group: str, name: str) -> dict[str, Any]:
+    """Return the values of ``conf/GROUP/NAME.yaml``, on top of those that its defaults list names beside it."""
+    own = to_plain(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return to_plain(OmegaConf.merge(*(read_choice(group, base) for base in bases), own))
 
 
 def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
@@ -259,7 +265,7 @@ def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
 
 def check_data(planned: Plan, splits: Splits) -> None:
     """Raise UserError where a stage wants more texts than there are."""
-    for one in () if KINDS[planned.task.kind].in_blocks else planned.steps:
+    for one in () if planned.task.kind == "lm" else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
             other = one.calibration.rows if one.calibration and split == "train" else None
             asked, texts = one.samples.get(split, 0), len(getattr(splits, split) if other is None else other)
@@ -273,7 +279,7 @@ def check_data(planned: Plan, splits: Splits) -> None:
 
 def check_blocks(planned: Plan, data: TaskData) -> None:
     """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
-    for one in planned.steps if KINDS[planned.task.kind].in_blocks else ():
+    for one in planned.steps if planned.task.kind == "lm" else ():
         text = one.calibration and one.calibration.rows
         with one.told():
             its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)

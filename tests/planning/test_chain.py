@@ -79,6 +79,13 @@ def test_a_stage_reads_the_rest_of_the_config(technique):
     assert technique("technique=prune", "model.learning_rate=0.25").prune.train.learning_rate == 0.25
 
 
+def test_a_stage_steps_on_as_many_texts_as_the_baseline(technique):
+    chain = "distill+drop_layers+finetune+prune+qat+structured"
+    node = technique(f"technique={chain}", "baseline.batch_size=4", "baseline.accumulate=8", "baseline.warmup=0.5")
+    assert all((node[key].train.batch_size, node[key].train.accumulate) == (4, 8) for key in keys(node))
+    assert all(node[key].train.warmup == 0.5 for key in keys(node))
+
+
 @pytest.mark.parametrize(
     "chain, advice",
     [
@@ -136,6 +143,14 @@ def test_tab_completes_chains_and_sweeps(tab):
     assert "technique=gptq+prune+gptq" in after_plus and "technique=gptq+prune+none" not in after_plus
     assert tab("technique=gptq+prun") == ["technique=gptq+prune", "technique=gptq+prune_vocab"]
     assert tab("-m technique=none,prune+gpt") == ["technique=none,prune+gptq"]
+
+
+def test_a_fragment_of_configs_is_no_choice(technique, tab):
+    for group in ("hardware", "model", "task", "technique"):
+        offered = tab(f"{group}=")
+        assert offered and not any(word.startswith(f"{group}=_") for word in offered)
+    with pytest.raises(ConfigCompositionException, match="unknown stage `_train`"):
+        technique("technique=_train")
 
 
 def test_tab_offers_no_stage_group(tab):

@@ -4,20 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from compress import hub
 from compress.errors import UserError
+from compress.planning.plan import read_choice
 from compress.tasks.splits import draw_held_out_rows, hash_rows, load_splits
 from compress.tasks.task import Task
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
-NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+NAMES = sorted(path.stem for path in CONF.glob("[!_]*.yaml"))
 
 
 def shipped(task, **changes):
-    return Task(**{**OmegaConf.to_container(OmegaConf.load(CONF / f"{task}.yaml"), resolve=True), **changes})
+    return Task(**{**read_choice("task", task), **changes})
 
 
 def files(folder, **changes):
