@@ -93,6 +93,10 @@ class Kind:
 
         return None if labels is None else torch.tensor(labels)
 
+    def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the labels of a batch by a model's own answers, as a loss takes them."""
+        return logits.argmax(-1)
+
     # From a model's answers to scores
 
     def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,6 +175,9 @@ class Multilabel(Kind):
         there = [{find_index(label) for label in split_labels(each)} for each in labels]
         return [[float(i in indices) for i in range(task.num_labels)] for indices in there]
 
+    def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return (logits > 0).float()
+
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:
         return outputs > 0
 
@@ -215,6 +222,11 @@ class LanguageModel(Kind):
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        labels = inputs["input_ids"].clone()
+        labels[:, 1:] = logits[:, :-1].argmax(-1)  # position t predicts token t + 1
+        return labels.masked_fill(inputs["attention_mask"] == 0, -100) if "attention_mask" in inputs else labels
 
     def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return, of every block, the sum of its tokens' losses in nats beside how many tokens are predicted right,

@@ -27,9 +27,7 @@ class FineTune(pl.LightningModule):
     resumes = True
     together = True
 
-    def __init__(
-        self, model: nn.Module, metrics: TaskMetrics | None = None, training: Training | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, metrics: TaskMetrics | None = None, training: Training | None = None) -> None:
         super().__init__()
         self.model = model
         self.metrics = metrics

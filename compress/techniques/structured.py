@@ -24,9 +24,10 @@ from compress.maths.units import (
 )
 from compress.models.backbone import is_decoder, join_lines
 from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
-from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
 from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.models.textpruner import find_masks, require_textpruner
+from compress.tasks.kinds import KINDS
 from compress.techniques.prune import Prune
 
 Rows = list[list[Literal[0, 1]]]
@@ -378,14 +379,5 @@ def label_with_predictions(model: Any, batch: Batch) -> Batch:
     """The batch labelled with what the model predicts. (The cross-entropy to its whole distribution has no gradient
     where the model has not changed yet.)"""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits
-    if logits.ndim == 3:
-        labels = inputs["input_ids"].clone()
-        labels[:, 1:] = logits[:, :-1].argmax(-1)  # the loss compares position t with label t + 1
-        if "attention_mask" in inputs:
-            labels[inputs["attention_mask"] == 0] = -100
-    elif model.config.problem_type == "multi_label_classification":
-        labels = (logits > 0).float()
-    else:
-        labels = logits.argmax(-1)
-    return {**inputs, "labels": labels}
+    kind = KINDS[detect_task_kind(model)]
+    return {**inputs, "labels": kind.choose_labels(model(**inputs).logits, inputs)}
