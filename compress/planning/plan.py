@@ -24,6 +24,7 @@ from compress.errors import UserError
 from compress.models.backbone import Backbone
 from compress.planning.chain import Stage, read_stages
 from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
+from compress.tasks.kinds import KINDS
 from compress.tasks.sources import read_file, split_documents
 from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
@@ -265,7 +266,7 @@ def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
 
 def check_data(planned: Plan, splits: Splits) -> None:
     """Raise UserError where a stage wants more texts than there are."""
-    for one in () if planned.task.kind == "lm" else planned.steps:
+    for one in () if KINDS[planned.task.kind].in_blocks else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
             other = one.calibration.rows if one.calibration and split == "train" else None
             asked, texts = one.samples.get(split, 0), len(getattr(splits, split) if other is None else other)
@@ -279,7 +280,7 @@ def check_data(planned: Plan, splits: Splits) -> None:
 
 def check_blocks(planned: Plan, data: TaskData) -> None:
     """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
-    for one in planned.steps if planned.task.kind == "lm" else ():
+    for one in planned.steps if KINDS[planned.task.kind].in_blocks else ():
         text = one.calibration and one.calibration.rows
         with one.told():
             its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from compress.errors import UserError
-from compress.tasks.kinds import METRICS
+from compress.tasks.kinds import KINDS
 from compress.tasks.sources import STRICT, Columns, Hub, Layout
 
 SPLITS = ("train", "validation", "test")
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
 Rows = Annotated[int, Field(ge=1)] | None
+
+
+def check_kind(name: str) -> str:
+    if name not in KINDS:
+        raise PydanticCustomError("kind", f"Input should be one of {', '.join(KINDS)}")  # type: ignore[misc]
+    return name
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,7 +53,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["multiclass", "multilabel", "regression", "lm"]
+    kind: Annotated[str, AfterValidator(check_kind)]
     metrics: tuple[str, ...]
     primary: str
     labels: tuple[str, ...] | None = None
@@ -63,25 +70,25 @@ class Task:
     batch_size: Annotated[int, Field(ge=1)] = 32
 
     def __post_init__(self) -> None:
-        legal = METRICS[self.kind]
-        wrong = [name for name in self.metrics if name not in legal]
+        kind = KINDS[self.kind]
+        wrong = [name for name in self.metrics if name not in kind.metrics]
         if wrong or not self.metrics:
             raise UserError(
                 f"Task `{self.name}` is {self.kind} and asks for the metrics {', '.join(wrong) or 'none'}: set "
-                f"task.metrics to some of {', '.join(legal)}."
+                f"task.metrics to some of {', '.join(kind.metrics)}."
             )
         if self.primary not in self.metrics:
             raise UserError(
                 f"Task `{self.name}` has the primary metric {self.primary}, which it does not measure: set "
                 f"task.primary to one of {', '.join(self.metrics)}."
             )
-        fewest = 2 if self.kind in ("multiclass", "multilabel") else 0
+        fewest = 2 if kind.num_labels is None else 0
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), fewest):
             raise UserError(
                 f"Task `{self.name}` has the labels {', '.join(self.labels) or 'none'}: set task.labels to the name of "
                 "each label, once."
             )
-        if self.kind == "multilabel" and self.labels is None and self.columns.label is None:
+        if kind.flag_columns and self.labels is None and self.columns.label is None:
             raise UserError(
                 f"Task `{self.name}` names neither its labels nor their column: set task.labels to the names of the "
                 "0/1 columns, or task.columns.label to a column of lists."
@@ -96,9 +103,10 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """How many numbers a model gives for a text; 1 for regression, 0 for ``lm``, where the vocabulary decides."""
-        if self.kind in ("regression", "lm"):
-            return int(self.kind == "regression")
+        """Return how many numbers a model gives for a text; 0 for ``lm``, where the vocabulary decides."""
+        fixed = KINDS[self.kind].num_labels
+        if fixed is not None:
+            return fixed
         if self.labels is None:
             raise UserError(
                 f"Task `{self.name}` finds its labels in its training data: read it first (`load_splits(task).task`), "
