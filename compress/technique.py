@@ -1,20 +1,22 @@
-"""The stages of a chain, one module each, of the same name as its YAML in ``conf/technique/stage``.
+"""The contract of a stage: what the chain asks of it, and what it assumes where the stage says nothing.
 
-A stage is a Lightning ``Callback`` (pruning, quantization, export) or a ``LightningModule`` (fine-tuning,
-distillation). Its constructor is the schema of its YAML. It tells the chain about itself in class attributes, each with
-the default of :class:`Technique`; a stage sets the ones in which it differs. Nothing is registered anywhere.
+A stage is a :class:`Technique` and a Lightning ``Callback`` (pruning, quantization, export) or ``LightningModule``
+(fine-tuning, distillation): ``class GPTQ(Technique, pl.Callback)``. It is one module, of the same name as its YAML in
+``conf/technique/stage``, and its constructor is the schema of that YAML. Nothing is registered anywhere.
+:func:`compress.testing.check_technique` tests the contract.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -30,9 +32,16 @@ class Training:
     """Batches whose gradients make one step."""
 
 
-class Technique(Protocol):
-    """What the chain asks of a stage, and what it assumes where the stage says nothing."""
+METHODS = ("check", "preview", "save", "report")
 
+
+class Technique:
+    """The base class of every stage. A stage sets the attributes that differ from the defaults: in its class, or in its
+    constructor where the settings decide."""
+
+    key: str = "technique"
+    """The setting that configures it, which its errors name: ``technique.prune_2`` of the second `prune` of a chain,
+    from before its constructor runs; outside a chain ``technique.`` and the name of its module."""
     needs: tuple[str, ...] = ("float",)
     """The kinds of weights that it works on: ``float``; ``packed`` integers that stand for floats; ``integer``, which
     meet quantized activations, and ``bitsandbytes``' own: nothing is trained beside these two."""
@@ -76,20 +85,38 @@ class Technique(Protocol):
     """Promised and checked, once the stage is done: the bits that a weight of each layer takes on disk, scales and zero
     points counted."""
 
-    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        """Raise UserError where the stage does not fit the model, told from its shapes alone, or the stages before."""
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.key = f"technique.{cls.__module__.rpartition('.')[2]}"
+        refuse_unknown_attributes(cls)
 
-    def preview(self, skeleton: nn.Module) -> nn.Module:
-        """The skeleton in the shapes that the stage will leave, as far as they are known beforehand: the stages after
-        it are checked against them."""
+    def check(self, skeleton: Any, before: list[Any]) -> None:
+        """Raise UserError where the stage does not fit the model, as its shapes alone say, or the stages before."""
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Write the weights in the stage's own format; without this method they are saved as floats."""
+    def preview(self, skeleton: Any) -> Any:
+        """Return the skeleton in the shapes that the stage will leave, as far as they are known beforehand: the stages
+        after it are checked against them."""
+        return skeleton
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the weights: as floats, or in the format of a stage that has its own."""
+        model.save_pretrained(folder)
 
     def report(self, folder: Path) -> None:
-        """Write what the stage found out beside the weights, for people."""
+        """Write what the stage found beside the weights, for people."""
 
 
-def trait(stage: object, name: str):
-    """The stage's own value of a :class:`Technique` attribute, or the default."""
-    return getattr(stage, name, getattr(Technique, name))
+def refuse_unknown_attributes(technique: type) -> None:
+    """Raise TypeError where a class sets an attribute that the contract lacks, or a method whose name is nearly one of
+    its own: misspelt, a promise would not be checked and a method never be called."""
+    known = {name for base in technique.__mro__[1:] for name in (*vars(base), *inspect.get_annotations(base))}
+    for name in {**vars(technique), **inspect.get_annotations(technique)}:
+        if name.startswith("_") or name in known:
+            continue
+        value = vars(technique).get(name)
+        method = callable(value) or hasattr(value, "__get__")
+        near = get_close_matches(name, METHODS if method else inspect.get_annotations(Technique), 1, 0.8)
+        if near or not method:
+            meant = f"did you mean {near[0]}?" if near else "set it in the constructor, or outside of the class."
+            kind = "method" if method else "attribute"
+            raise TypeError(f"{technique.__name__}.{name} is no {kind} of a technique; {meant}")

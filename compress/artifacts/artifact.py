@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
+from compress.technique import Technique
 
 DESCRIPTION = "compress.json"
 
@@ -76,17 +77,15 @@ def write_artifact(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     description: Description,
-    stage: Any = None,
+    stage: Technique | None = None,
     packed: Path | None = None,
 ) -> None:
     """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats; what it was trained
     beside stays as the artifact ``packed`` has it."""
     if packed:
         save_with_packed(model, packed, folder)
-    elif hasattr(stage, "save"):
-        stage.save(model, folder)
     else:
-        model.save_pretrained(folder)
+        (stage or Technique()).save(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str))
 

@@ -13,7 +13,6 @@ from torch import nn
 from compress.errors import UserError
 from compress.formats.packed import Quantized
 from compress.maths.rounding import Inputs, Scheme
-from compress.technique import trait
 
 WIDER = "integers of 4 bits take eight there"
 
@@ -21,10 +20,9 @@ WIDER = "integers of 4 bits take eight there"
 def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
     """Raise UserError where the export ``key`` cannot keep what a stage ``before`` computes in integers."""
     for stage in before:
-        if trait(stage, "leaves") == "integer":
-            name = type(stage).__module__.rpartition(".")[2]
+        if stage.leaves == "integer":
             scheme, dynamic = getattr(stage, "scheme", Scheme(8)), getattr(stage, "dynamic", False)
-            check_support(key, precision, f"technique.{name}.", scheme, dynamic)
+            check_support(key, precision, f"{stage.key}.", scheme, dynamic)
 
 
 def check_support(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic: bool) -> None:

@@ -14,23 +14,24 @@ from compress.errors import UserError
 from compress.exporting.agreement import AGREEMENT, Agreement
 from compress.exporting.qdq import check_stages
 from compress.models.layers import Layer, select_layers
-from compress.technique import trait
+from compress.technique import Technique
 
 
-class Export(pl.Callback):
-    """What the stages have in common that leave a graph for a runtime without PyTorch.
+class Export(Technique, pl.Callback):
+    """What the stages that leave a graph for a runtime without PyTorch have in common.
 
-    Of each: ``key``, its settings in the configuration; ``rounds``, the precisions for which weights are rounded that
-    no stage before may have rounded.
+    Args:
+        rounds: the precisions for which weights are rounded; no stage before may have rounded them.
     """
 
     needs: tuple[str, ...] = ("float", "packed", "integer")
     changes = False
-    key: str
-    rounds: tuple[str, ...]
 
-    def __init__(self, precision: str | None, skip: tuple[str, ...], source: Path | None) -> None:
+    def __init__(
+        self, precision: str | None, skip: tuple[str, ...], source: Path | None, rounds: tuple[str, ...]
+    ) -> None:
         self.precision = precision
+        self.rounds = rounds
         self.skip = skip
         self.source = source
         self.limits = ""
@@ -61,7 +62,7 @@ class Export(pl.Callback):
 
 def check_rounding(setting: str, precision: str, before: list[Any]) -> None:
     """Raise UserError where a stage ``before`` has rounded the weights, which the ``precision`` would round again."""
-    if any(trait(stage, "leaves") in ("packed", "bitsandbytes") for stage in before):
+    if any(stage.leaves in ("packed", "bitsandbytes") for stage in before):
         raise UserError(
             f"{setting}={precision} would round weights again that a stage before has rounded on its own grid: set "
             f"{setting}=null, or leave that stage out."
@@ -72,8 +73,7 @@ def check_readable(key: str, before: list[Any]) -> None:
     """Raise UserError where a stage ``before`` saves integers in a format that the export ``key`` does not read."""
     for stage in before:
         if getattr(stage, "format", "compressed-tensors") != "compressed-tensors":
-            setting = f"technique.{type(stage).__module__.rpartition('.')[2]}.format"
             raise UserError(
-                f"`{key.rpartition('.')[2]}` does not read the integers of {setting}={stage.format}: set "
-                f"{setting}=compressed-tensors, whose integers it keeps."
+                f"`{key.rpartition('.')[2]}` does not read the integers of {stage.key}.format={stage.format}: set "
+                f"{stage.key}.format=compressed-tensors, whose integers it keeps."
             )

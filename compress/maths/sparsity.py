@@ -5,12 +5,23 @@ Scores are tensors of the weight's shape; the lowest are pruned. Masks are True 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.maths.hessian import inverse_factor
+
+SCOPES = {
+    "magnitude": ("global", "layer", "row"),
+    "random": ("global", "layer", "row"),
+    "movement": ("layer", "row", "global"),
+    "wanda": ("row", "layer"),
+    "sparsegpt": ("layer",),
+}
+"""Over what a criterion can rank weights; the first is what its paper does."""
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -166,3 +177,25 @@ def gradual_schedule(steps: int, begin: float = 0.0, end: float = 1.0, every: in
 def iterative_schedule(steps: int, rounds: int) -> dict[int, float]:
     """When to prune, and how much of the way to go: in ``rounds`` equal steps, training in between and after."""
     return {i * steps // rounds: (i + 1) / rounds for i in range(rounds)}
+
+
+def parse_pattern(pattern: str | int | None, key: str) -> tuple[int, int] | None:
+    """Return ``"2:4"``, the setting ``key``, as (pruned, group).
+
+    Raises:
+        UserError: it is no pattern, or leaves all of a group, or nothing.
+    """
+    if pattern is None:
+        return None
+    if not re.fullmatch(r"\d+:\d+", str(pattern)):
+        raise UserError(
+            f"{key} is {pattern}, which should read like '2:4' (in YAML with its quotation marks, or "
+            "it is a number of base 60)."
+        )
+    left, group = map(int, str(pattern).split(":"))
+    if not 0 < left < group <= 128:
+        raise UserError(
+            f"{key} is {pattern}, which should leave some weights of every group (at most 128) and "
+            "prune some: set it to 2:4 or 4:8, say."
+        )
+    return group - left, group

@@ -207,17 +207,9 @@ def read_validation_batches(trainer: pl.Trainer) -> list[Batch]:
 
 
 def spread_evenly(batches: list[Batch], samples: int) -> list[Batch]:
-    """Batches of exactly ``samples`` examples, picked at even distances: a loader may be sorted, by length say.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """Return batches of exactly ``samples`` of the examples, picked at even distances: a loader may be sorted, by
+    length say."""
     sizes = [len(batch["input_ids"]) for batch in batches]
-    if sum(sizes) < samples:
-        raise UserError(
-            f"`sensitivity` asks for {samples} validation examples and there are {sum(sizes)}: set "
-            f"technique.sensitivity.samples={sum(sizes)} or less."
-        )
     count, parts = len(batches), math.ceil(samples / max(sizes))
     while sum(sizes[i] for i in middle_indices(count, parts)) < samples:
         parts += 1

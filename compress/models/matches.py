@@ -14,7 +14,6 @@ from compress.errors import UserError
 from compress.maths import losses
 from compress.models.shapes import read_blocks
 
-KEY = "technique.distill"
 LOSSES = {
     "hidden": ("hidden_mse", "cos", "pkd", *losses.PAIRS),
     "attention": ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"),
@@ -38,21 +37,21 @@ class Match:
     proj: tuple[Any, ...] | None = None
     heads: Annotated[int, Field(ge=1)] = 12
 
-    def __post_init__(self) -> None:
+    def check_settings(self, key: str) -> None:
+        """Raise UserError where the settings of the match, one of those at ``key``, contradict."""
         if self.loss not in LOSSES[self.feature]:
             raise UserError(
-                f"{KEY}.intermediate_matches: the feature `{self.feature}` has no loss `{self.loss}`: choose of "
+                f"{key}: the feature `{self.feature}` has no loss `{self.loss}`: choose of "
                 f"{', '.join(LOSSES[self.feature])}."
             )
         if self.proj and (len(self.proj) != 3 or self.proj[0] not in losses.PROJECTIONS):
             raise UserError(
-                f"{KEY}.intermediate_matches: proj is {list(self.proj)}, which should be one of "
+                f"{key}: proj is {list(self.proj)}, which should be one of "
                 f"{', '.join(losses.PROJECTIONS)}, the student's width and the teacher's: [linear,192,384]."
             )
 
-    def check(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    def check(self, student: PretrainedConfig, teacher: PretrainedConfig, key: str) -> None:
         """Raise UserError where a layer is not there, or widths differ and nothing projects them."""
-        key = f"{KEY}.intermediate_matches"
         for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
             last = config.num_hidden_layers - (self.feature != "hidden")
             if max(layer if isinstance(layer, tuple) else (layer,)) > last:

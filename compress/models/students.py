@@ -15,8 +15,6 @@ from compress.models.backbone import find_auto_class, from_pretrained, load_weig
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.shapes import drop_blocks
 
-KEY = "technique.distill.student"
-
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Student:
@@ -28,12 +26,13 @@ class Student:
     layers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     hidden_size: Annotated[int, Field(ge=1)] | None = None
 
-    def __post_init__(self) -> None:
+    def check_settings(self, key: str) -> None:
+        """Raise UserError where the settings, those at ``key``, contradict."""
         if self.path and (self.layers or self.hidden_size):
-            raise UserError(f"{KEY}.path names a whole model: leave {KEY}.layers and {KEY}.hidden_size out.")
+            raise UserError(f"{key}.path names a whole model: leave {key}.layers and {key}.hidden_size out.")
 
 
-def space_layers(layers: int, of: int) -> list[int]:
+def space_layers(layers: int, of: int, key: str) -> list[int]:
     """``layers`` of ``of`` blocks, evenly spaced from the first to the last, one alone being the last: 3 of 6 are 0, 2
     and 5. (What Sanh et al., arXiv:1910.01108, took for DistilBERT, with the last block always among them.)
 
@@ -41,30 +40,31 @@ def space_layers(layers: int, of: int) -> list[int]:
         UserError: there are not that many.
     """
     if layers > of:
-        raise UserError(f"{KEY}.layers is {layers} and the model has {of}: ask for {of - 1} or fewer.")
+        raise UserError(f"{key}.layers is {layers} and the model has {of}: ask for {of - 1} or fewer.")
     if layers == 1:
         return [of - 1]
     return [int(i * (of - 1) / (layers - 1)) for i in range(layers)]
 
 
-def build_student(model: PreTrainedModel, student: Student) -> PreTrainedModel:
+def build_student(model: PreTrainedModel, student: Student, key: str) -> PreTrainedModel:
     """The student that is cut from ``model``, which stays as it is, or made at random weights in its likeness.
 
     Raises:
         UserError: the layers are not there, or the heads do not divide the width.
     """
     count = len(find_blocks(model)[1])
-    keep = sorted(student.layers) if isinstance(student.layers, tuple) else space_layers(student.layers or count, count)
+    asked = student.layers or count
+    keep = sorted(asked) if isinstance(asked, tuple) else space_layers(asked, count, key)
     if wrong := [i for i in keep if i >= count]:
-        raise UserError(f"{KEY}.layers names the block {wrong[0]} and the model's are 0 to {count - 1}.")
+        raise UserError(f"{key}.layers names the block {wrong[0]} and the model's are 0 to {count - 1}.")
     if student.hidden_size is None:
         cut = copy.deepcopy(model)
         drop_blocks(cut, set(range(count)) - set(keep))
         return cut
-    return type(model)._from_config(narrow_config(model.config, student.hidden_size, len(keep)), dtype=model.dtype)
+    return type(model)._from_config(narrow_config(model.config, student.hidden_size, len(keep), key), dtype=model.dtype)
 
 
-def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int) -> PretrainedConfig:
+def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int, key: str) -> PretrainedConfig:
     """The same architecture of another width: as many dimensions a head, the FFN and the heads in proportion.
 
     Raises:
@@ -74,7 +74,7 @@ def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int) -> Pr
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if hidden_size % head:
         raise UserError(
-            f"{KEY}.hidden_size is {hidden_size} and a head has {head} dimensions: set a multiple of {head}."
+            f"{key}.hidden_size is {hidden_size} and a head has {head} dimensions: set a multiple of {head}."
         )
     heads = hidden_size // head
     groups = getattr(config, "num_key_value_heads", None)
@@ -83,7 +83,7 @@ def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int) -> Pr
         queries = config.num_attention_heads // groups
         if heads % queries:
             raise UserError(
-                f"{KEY}.hidden_size is {hidden_size} and {queries} heads of {head} dimensions share a key and value: "
+                f"{key}.hidden_size is {hidden_size} and {queries} heads of {head} dimensions share a key and value: "
                 f"set a multiple of {queries * head}."
             )
         narrow.num_key_value_heads = heads // queries
@@ -95,14 +95,14 @@ def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int) -> Pr
 
 
 def load_student(
-    path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, weights: bool = True
+    path: str, model: PreTrainedModel, key: str, tokenizer: PreTrainedTokenizerBase | None = None, weights: bool = True
 ) -> PreTrainedModel:
     """The model at ``path`` with the head of ``model``; without ``weights`` only its shapes, on the meta device.
 
     Raises:
         UserError: there is none, or it reads other tokens than ``tokenizer``, that of the chain's model.
     """
-    what, key = "Student", f"{KEY}.path"
+    what = "Student"
     config = from_pretrained(AutoConfig, path, what, key)
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))

@@ -7,8 +7,6 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -30,7 +28,7 @@ from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import TaskData
-from compress.technique import Training, trait
+from compress.technique import Technique, Training
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -57,7 +55,7 @@ class Step:
 
     key: str
     name: str
-    technique: type
+    technique: type[Technique]
     arguments: dict[str, Any]
     training: Training
     samples: dict[str, int] = field(default_factory=dict)
@@ -75,7 +73,7 @@ class Step:
         """What decides the result of the stage: its settings, what is in the files that they name, and its source,
         which may be the user's own."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
-        used = [*trait(self.technique, "packages"), *trait(self.technique, "versions")]
+        used = [*self.technique.packages, *self.technique.versions]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
         paths = [Path(value).expanduser() for value in find_strings(self.arguments)]
         return {
@@ -91,20 +89,15 @@ class Step:
         """This step with the text at hand that it calibrates on."""
         return replace(self, calibration=self.calibration.read(seed)) if self.calibration else self
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """A stage knows its settings by its own name: what it says of them is told of those of this step."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(str(error).replace(f"technique.{self.name}.", f"technique.{self.key}.")) from error
-
     def build(self, **offered: Any) -> Any:
-        """The callback or LightningModule, given what its constructor takes of what is ``offered`` and of ``training``:
-        a callback finds its model in the Trainer, a module is made with it."""
+        """Return the callback or LightningModule, given what its constructor takes of what is ``offered`` and of
+        ``training``: a callback finds its model in the Trainer, a module is made with it."""
         takes = inspect.signature(self.technique).parameters
         given = {name: value for name, value in {**offered, "training": self.training}.items() if name in takes}
-        return parse_values(self.technique, self.arguments, f"technique.{self.key}", **given)
+        stage: Any = self.technique.__new__(self.technique)
+        stage.key = f"technique.{self.key}"  # before the constructor, whose errors name it
+        parse_values(stage.__init__, self.arguments, stage.key, **given)
+        return stage
 
 
 @dataclass(frozen=True)
@@ -182,19 +175,16 @@ def make_plan(cfg: DictConfig) -> Plan:
     }
     built: list[Any] = []
     for one in steps:
-        with one.told():
-            stage = one.build(model=skeleton, **offered)
-            if hasattr(stage, "check"):
-                stage.check(skeleton, built)
-            if hasattr(stage, "preview"):
-                skeleton = stage.preview(skeleton)
-        if planned.settings.hardware.processes > 1 and one.training.epochs and not trait(stage, "together"):
+        stage = one.build(model=skeleton, **offered)
+        stage.check(skeleton, built)
+        skeleton = stage.preview(skeleton)
+        if planned.settings.hardware.processes > 1 and one.training.epochs and not stage.together:
             raise UserError(
                 f"`{one.key}` trains in one process and hardware asks for {planned.settings.hardware.processes}: set "
                 "hardware.devices=1 and hardware.nodes=1."
             )
         built.append(stage)
-    wanted = ({split: trait(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
+    wanted = ({split: getattr(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
     return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
 
 
@@ -210,7 +200,12 @@ def make_step(stage: Stage) -> Step:
             f"Stage `{stage.key}` names the class {target}, which cannot be imported ({error}): correct `_target_` in "
             f"conf/technique/stage/{stage.name}.yaml."
         ) from error
-    missing = [package for package in trait(technique, "packages") if importlib.util.find_spec(package) is None]
+    if not (isinstance(technique, type) and issubclass(technique, Technique)):
+        raise UserError(
+            f"Stage `{stage.key}` names the class {target}, which is no Technique: inherit "
+            "compress.technique.Technique."
+        )
+    missing = [package for package in technique.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
             f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed: pip install -e '.[{stage.name}]'"
@@ -250,18 +245,18 @@ def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
     """Raise UserError where a stage cannot work on the weights that the one before it leaves."""
     weights, before = "float", None
     for one in steps:
-        needs = trait(one.technique, "needs")
+        needs = one.technique.needs
         if weights not in needs:
-            last = [s.name for s in steps if trait(s.technique, "leaves") not in ("float", None)]
-            rest = [s.name for s in steps if trait(s.technique, "leaves") in ("float", None)]
+            last = [s.name for s in steps if s.technique.leaves not in ("float", None)]
+            rest = [s.name for s in steps if s.technique.leaves in ("float", None)]
             works = {name: "technique=" + "+".join([*rest, name]) for name in last}
-            if setting := trait(one.technique, "instead").get(before or ""):
+            if setting := one.technique.instead.get(before or ""):
                 works[one.name] += f" technique.{one.name}.{setting}"
             raise UserError(
                 f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
                 f"leaves {weights} ones: try {' or '.join(works.values())}."
             )
-        weights, before = trait(one.technique, "leaves") or weights, one.key
+        weights, before = one.technique.leaves or weights, one.key
 
 
 def check_data(planned: Plan, splits: Splits) -> None:
@@ -282,6 +277,5 @@ def check_blocks(planned: Plan, data: TaskData) -> None:
     """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
     for one in planned.steps if KINDS[planned.task.kind].in_blocks else ():
         text = one.calibration and one.calibration.rows
-        with one.told():
-            its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
-            its.calibration(one.samples.get("train", 0), batch_size=1)
+        its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
+        its.calibration(one.samples.get("train", 0), batch_size=1)

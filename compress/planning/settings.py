@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -113,7 +113,7 @@ def read_settings(cfg: DictConfig) -> Settings:
     return found
 
 
-def parse_values(schema: type[T], values: Any, key: str, **given: Any) -> T:
+def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) -> T:
     """``schema(**values, **given)``; what its constructor does not take is told by its config key."""
     if not isinstance(values, dict):
         raise UserError(f"{key} is {values!r} and should hold settings: leave it out to have the defaults.")

@@ -13,7 +13,7 @@ from compress.artifacts.artifact import measure_size_bytes
 from compress.errors import PostconditionError, UserError
 from compress.formats.packed import count_stored_bits
 from compress.models.layers import dequantize_weight, digest_tensor, find_blocks, find_zeros
-from compress.technique import trait
+from compress.technique import Technique
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def is_trainable(model: nn.Module, layer: str) -> bool:
     return weight.requires_grad
 
 
-def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
+def check_model(key: str, stage: Technique, before: State, model: nn.Module) -> None:
     """The stage changed something, filled in no pruned weight, and kept what is not its business.
 
     Raises:
@@ -44,15 +44,15 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
     """
     after = {name: digest_tensor(tensor) for name, tensor in model.state_dict().items()}
     changed = {name for name in {*before.digests, *after} if before.digests.get(name) != after.get(name)}
-    if trait(stage, "changes") and not changed:
+    if stage.changes and not changed:
         raise UserError(f"`{key}` changed nothing: leave it out, or give it settings under which it has work to do.")
-    if trait(stage, "keeps_head"):
+    if stage.keeps_head:
         inside = find_blocks(model)[0] + "."
         if outside := sorted(name for name in changed if not name.startswith(inside)):
             raise PostconditionError(
                 f"`{key}` should change the transformer blocks alone and changed {', '.join(outside)}."
             )
-    for name, mask in before.zeros.items() if trait(stage, "keeps_zeros") else ():
+    for name, mask in before.zeros.items() if stage.keeps_zeros else ():
         weight = dequantize_weight(model.get_submodule(name).weight)  # type: ignore[arg-type]
         if weight.shape != mask.shape:
             continue  # cut, and so another one
@@ -61,20 +61,20 @@ def check_model(key: str, stage: Any, before: State, model: nn.Module) -> None:
             raise PostconditionError(f"`{key}` filled in {filled} of the {int(mask.sum())} pruned weights of `{name}`.")
 
 
-def check_folder(key: str, stage: Any, source: Path, folder: Path, expected: Tensor, reloaded: Tensor) -> None:
+def check_folder(key: str, stage: Technique, source: Path, folder: Path, expected: Tensor, reloaded: Tensor) -> None:
     """The saved artifact is the model that was saved, and smaller where the stage promises so.
 
     Raises:
         PostconditionError: it is not.
     """
     distance = (expected - reloaded).abs().max().item()
-    allowed = trait(stage, "tolerance") * max(1.0, expected.abs().max().item())
+    allowed = stage.tolerance * max(1.0, expected.abs().max().item())
     if not distance <= allowed:  # so that NaN fails
         raise PostconditionError(
             f"the artifact of `{key}` reloads to other logits: they differ by up to {distance:.2g}."
         )
     size_before, size_after = measure_size_bytes(source), measure_size_bytes(folder)
-    if trait(stage, "shrinks") and size_after >= size_before:
+    if stage.shrinks and size_after >= size_before:
         raise PostconditionError(
             f"`{key}` should make the model smaller: {size_before} bytes before, {size_after} after."
         )

@@ -21,7 +21,7 @@ from compress.running.promises import capture_state, check_bits, check_folder, c
 from compress.running.training import HoldZeros, fit_module, list_limits, make_task_data
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import Splits
-from compress.technique import Training, trait
+from compress.technique import Technique, Training
 from compress.techniques.finetune import FineTune
 
 log = logging.getLogger(__name__)
@@ -79,22 +79,20 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     text = step.calibration and step.calibration.rows
     data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
     scores = TaskMetrics(planned.task)
-    with step.told():
-        stage = step.build(
-            model=model,
-            metrics=scores,
-            tokenizer=tokenizer,
-            task=planned.task,
-            baseline=baseline,
-            source=source,
-            keep_in=Path(planned.settings.cache.dir) / "teachers",
-        )
+    stage = step.build(
+        model=model,
+        metrics=scores,
+        tokenizer=tokenizer,
+        task=planned.task,
+        baseline=baseline,
+        source=source,
+        keep_in=Path(planned.settings.cache.dir) / "teachers",
+    )
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, scores, step.training)
     callbacks = [] if module is stage else [stage]
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
-    with step.told():
-        training, seconds, losses = fit_module(module, callbacks, data, planned, step.training, into, step.key)
+    training, seconds, losses = fit_module(module, callbacks, data, planned, step.training, into, step.key)
     model = unwrap_model(module)
     check_model(step.key, stage, before, model)
 
@@ -102,23 +100,29 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
         tokenizer = cut
         data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
-    expected = compute_logits(trait(stage, "exported") or model, probe)
+    expected = compute_logits(stage.exported or model, probe)
     settings = {**step.settings, "train": to_plain(training)}
-    done = Done(step.name, settings, seconds, step.training.epochs > 0, trait(stage, "shrinks"), losses)
+    done = Done(step.name, settings, seconds, step.training.epochs > 0, stage.shrinks, losses)
     description = replace(
         description,
-        runtime=trait(stage, "runtime"),
-        weights=trait(stage, "leaves") or description.weights,
+        runtime=stage.runtime,
+        weights=stage.leaves or description.weights,
         limits=list_limits(planned, step, stage, description),
         history=(*description.history, done),
     )
-    write_artifact(into, model, tokenizer, description, stage, packed if trait(stage, "leaves") is None else None)
-    if hasattr(stage, "report"):
-        (into / "report").mkdir()
-        stage.report(into / "report")
+    write_artifact(into, model, tokenizer, description, stage, packed if stage.leaves is None else None)
+    write_stage_report(stage, into / "report")
     check_folder(step.key, stage, source, into, expected, compute_logits(load_artifact(into).model, probe))
-    if asked := trait(stage, "average_bits"):
+    if asked := stage.average_bits:
         check_bits(step.key, asked, model, into)
+
+
+def write_stage_report(stage: Technique, folder: Path) -> None:
+    """Write what the stage found into ``folder``, which is not there where it found nothing."""
+    folder.mkdir()
+    stage.report(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def announce_training(planned: Plan, training: Training, **stage: str) -> None:

@@ -28,18 +28,18 @@ from compress.running.resume import Checkpoints, make_trainer_options
 from compress.tasks.kinds import higher_is_better
 from compress.tasks.splits import Splits
 from compress.tasks.tokens import TaskData
-from compress.technique import Training, trait
+from compress.technique import Technique, Training
 
 log = logging.getLogger(__name__)
 
 
-def list_limits(planned: Plan, step: Step, stage: Any, before: Description) -> tuple[str, ...]:
+def list_limits(planned: Plan, step: Step, stage: Technique, before: Description) -> tuple[str, ...]:
     """What the artifact cannot do for size or speed: in another runtime, nothing that earlier stages say of a format
     of theirs."""
-    formats = {one.name for one in planned.steps if trait(one.technique, "leaves") not in ("float", None)}
-    moved = trait(stage, "runtime") != before.runtime
+    formats = {one.name for one in planned.steps if one.technique.leaves not in ("float", None)}
+    moved = stage.runtime != before.runtime
     kept = [one for one in before.limits if not (moved and one.partition(":")[0] in formats)]
-    own = trait(stage, "limits")
+    own = stage.limits
     return (*kept, *([f"{step.name}: {own}"] if own else []))
 
 
@@ -127,7 +127,8 @@ def fit_module(
     data.tokenised("validation")
     training = fit_batch_size(training, module, callbacks, data, hardware, into)
     checkpoints = Checkpoints(into / "resume")
-    resumes = training.epochs > 0 and all(trait(one, "resumes") for one in (module, *callbacks))
+    stages: list[Any] = [module, *callbacks]
+    resumes = training.epochs > 0 and all(one.resumes for one in stages)
     team = planned.team if training.epochs else None
     last = checkpoints.last() if resumes else None
     if team and (shared := team.share(str(last) if last else "")):

@@ -26,11 +26,10 @@ from compress.models.calibration import (
 from compress.models.folding import FOLDS, find_sources, fold_scale
 from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
 from compress.models.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
+from compress.technique import Technique
 
-KEY = "technique.awq"
 
-
-class AWQ(pl.Callback):
+class AWQ(Technique, pl.Callback):
     """Round the weights of the transformer blocks to a few bits, the inputs of each layer scaled before so that the
     channels of large activations lose least, and the widest weights of a group clipped where that loses less.
 
@@ -57,7 +56,8 @@ class AWQ(pl.Callback):
     Raises:
         UserError: the model has no place to fold scales into, groups do not divide a layer, or a pattern fits none.
 
-        pl.Trainer(max_epochs=1, callbacks=[AWQ(bits=4)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[AWQ(bits=4, group_size=32)]).fit(module, loader)
     """
 
     leaves = "packed"
@@ -101,15 +101,15 @@ class AWQ(pl.Callback):
                 f"`awq` knows where to fold scales in {known} and not in `{family}`: use gptq in its place "
                 "(technique=gptq)."
             )
-        for name, linear in find_quantizable(skeleton, self.skip, KEY).items():
-            self.scheme.check(KEY, name, linear)
+        for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
+            self.scheme.check(self.key, name, linear)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # what a script of one's own has not done before it trains
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, KEY)
+        wanted = find_quantizable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
 
         def prepare(name: str, block: nn.Module, forwards: Forwards, masks: list[Tensor | None]) -> None:

@@ -29,11 +29,9 @@ from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import LengthBuckets
-from compress.technique import Training, trait
+from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
-
-KEY = "technique.distill"
 
 
 class Distill(FineTune):
@@ -68,7 +66,8 @@ class Distill(FineTune):
     Raises:
         UserError: teacher, student and task do not fit together.
 
-        pl.Trainer(max_epochs=1).fit(Distill(student, teacher=teacher), loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1).fit(Distill(student, teacher=teacher), loader)
     """
 
     packages = ("textbrewer",)
@@ -138,54 +137,64 @@ class Distill(FineTune):
         return self._named[0] if self._named else None
 
     def _refuse_contradictions(self) -> None:
+        self.student.check_settings(f"{self.key}.student")
+        for match in self.matches:
+            match.check_settings(f"{self.key}.intermediate_matches")
         if not self.kind.probabilities and self.loss != "mse":
-            raise UserError(f"{KEY}.loss is {self.loss}, which compares probabilities, and a regression has none: mse.")
+            raise UserError(
+                f"{self.key}.loss is {self.loss}, which compares probabilities, and a regression has none: set "
+                f"{self.key}.loss=mse."
+            )
         schedule, *arguments = self.temperature_schedule or ("constant",)
         if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
             raise UserError(
-                f"{KEY}.temperature_schedule is {list(self.temperature_schedule or ())}: set it to null, [flsw,1,2] "
-                "(beta, gamma) or [cwsm,1] (beta)."
+                f"{self.key}.temperature_schedule is {list(self.temperature_schedule or ())}: set it to null, "
+                "[flsw,1,2] (beta, gamma) or [cwsm,1] (beta)."
             )
         if not (self.soft_weight or self.matches):
-            raise UserError(f"{KEY}.soft_weight is 0 and nothing is matched, so that the teacher teaches nothing.")
+            raise UserError(f"{self.key}.soft_weight is 0 and nothing is matched, so that the teacher teaches nothing.")
         if self.kept_logits and (self.matches or self.masking):
             other = "intermediate_matches" if self.matches else "masking"
             raise UserError(
-                f"{KEY}.kept_logits keeps the teacher's logits on the training text as it is, and {KEY}.{other} needs "
-                "the teacher at every step: leave one of them out."
+                f"{self.key}.kept_logits keeps the teacher's logits on the training text as it is, and "
+                f"{self.key}.{other} needs the teacher at every step: leave one of them out."
             )
 
-    def check(self, skeleton: PreTrainedModel, before: list[Any]) -> None:
+    def check(self, skeleton: Any, before: list[Any]) -> None:
         if not self.training_settings.epochs:
-            raise UserError(f"{KEY}.train.epochs is 0, so that nothing is distilled: set it to 1 or more.")
+            raise UserError(f"{self.key}.train.epochs is 0, so that nothing is distilled: set it to 1 or more.")
         if self.extra_text and not self.extra_text.is_file():
-            raise UserError(f"{KEY}.extra_text: there is no file {self.extra_text}: give a text file, a line a text.")
+            raise UserError(
+                f"{self.key}.extra_text: there is no file {self.extra_text}: give a text file, a line a text."
+            )
         if isinstance(self.teacher, str) and not Path(self.teacher).is_dir():
-            raise UserError(f"{KEY}.teacher: there is no folder {self.teacher}: name that of an artifact or a model.")
+            raise UserError(
+                f"{self.key}.teacher: there is no folder {self.teacher}: name that of an artifact or a model."
+            )
         if any(isinstance(stage, PruneVocab) for stage in before) and not self.teacher:
             raise UserError(
                 "`distill` follows `prune_vocab`, after which the baseline, its teacher, reads other tokens than the "
                 "student: distil first (technique=distill+prune_vocab)."
             )
-        packed = next((stage for stage in before if trait(stage, "leaves") == "packed"), None)
+        packed = next((stage for stage in before if stage.leaves == "packed"), None)
         if packed and self.student != Student():
             raise UserError(
-                f"{KEY}.student asks for another model and the chain's is quantized already: distil first, and "
+                f"{self.key}.student asks for another model and the chain's is quantized already: distil first, and "
                 "quantize what was learnt."
             )
         self.alone = not before and not self.teacher
         student = self.preview(skeleton)
         teacher = self._teacher_config() or self.baseline_config or skeleton.config
         if self.labels_known:
-            check_same_labels(teacher, skeleton.config, f"{KEY}.teacher")
+            check_same_labels(teacher, skeleton.config, f"{self.key}.teacher")
         for match in self.matches:
-            match.check(student.config, teacher)
+            match.check(student.config, teacher, f"{self.key}.intermediate_matches")
 
-    def preview(self, skeleton: PreTrainedModel) -> PreTrainedModel:
+    def preview(self, skeleton: Any) -> Any:
         student = self._choose_student()
         if student.path:
-            return load_student(student.path, skeleton, weights=False)
-        return skeleton if student == Student() else build_student(skeleton, student)
+            return load_student(student.path, skeleton, f"{self.key}.student.path", weights=False)
+        return skeleton if student == Student() else build_student(skeleton, student, f"{self.key}.student")
 
     def _choose_student(self) -> Student:
         """The student asked for; of the baseline alone, half of its layers."""
@@ -195,7 +204,7 @@ class Distill(FineTune):
 
     def _teacher_config(self) -> PretrainedConfig | None:
         if isinstance(self.teacher, str):
-            return from_pretrained(AutoConfig, self.teacher, "Teacher", f"{KEY}.teacher")
+            return from_pretrained(AutoConfig, self.teacher, "Teacher", f"{self.key}.teacher")
         return getattr(self.teacher, "config", None)
 
     def configure_model(self) -> None:
@@ -208,15 +217,15 @@ class Distill(FineTune):
             loaded = load_artifact(folder, self.kind.name)
             self._teacher = [loaded.model]
             if self.tokenizer is not None:
-                check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{KEY}.teacher")
+                check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{self.key}.teacher")
         else:
-            raise UserError(f"{KEY}.teacher is not set and there is no baseline to take its place: give a model.")
+            raise UserError(f"{self.key}.teacher is not set and there is no baseline to take its place: give a model.")
         student, model = self._choose_student(), cast(PreTrainedModel, self.model)
         if student.path:
-            self.model = load_student(student.path, model, self.tokenizer)
+            self.model = load_student(student.path, model, f"{self.key}.student.path", self.tokenizer)
         elif student != Student():
-            self.model = build_student(model, student)
-        check_same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{KEY}.teacher")
+            self.model = build_student(model, student, f"{self.key}.student")
+        check_same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{self.key}.teacher")
         self.projections = nn.ModuleList(
             build_projection(match.proj) if match.proj else nn.Identity() for match in self.matches
         )
@@ -258,7 +267,7 @@ class Distill(FineTune):
         folder = self.teacher or self.baseline
         if data is None or self.keep_in is None or not isinstance(folder, str | Path):
             raise UserError(
-                f"{KEY}.kept_logits needs a datamodule, keep_in and the folder of a teacher: set it to null."
+                f"{self.key}.kept_logits needs a datamodule, keep_in and the folder of a teacher: set it to null."
             )
         rows = data.tokenised("train")
         k = None if self.kept_logits == "all" else self.kept_logits
@@ -274,7 +283,7 @@ class Distill(FineTune):
         texts = [line.strip() for line in lines if line.strip()]
         if data is None or not texts:
             raise UserError(
-                f"{KEY}.extra_text: {self.extra_text} holds no text, or the fit has no datamodule to read it."
+                f"{self.key}.extra_text: {self.extra_text} holds no text, or the fit has no datamodule to read it."
             )
         ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
         rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]

@@ -14,9 +14,10 @@ from compress.errors import UserError
 from compress.models.calibration import Batch, draw_calibration_batches
 from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
 from compress.models.shapes import collect_configs, drop_blocks
+from compress.technique import Technique
 
 
-class DropLayers(pl.Callback):
+class DropLayers(Technique, pl.Callback):
     """Leave out whole transformer blocks, by how little they do to their input or by where they stand.
 
     Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv:2403.03853
@@ -36,7 +37,8 @@ class DropLayers(pl.Callback):
     Raises:
         UserError: no block would be left, or the list names one that is not there, or one twice.
 
-        pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=2)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=1)]).fit(module, loader)
     """
 
     resumes = True
@@ -53,7 +55,7 @@ class DropLayers(pl.Callback):
     ) -> None:
         if not drop or (isinstance(drop, int) and drop < 0):
             raise UserError(
-                f"technique.drop_layers.drop is {drop}: give how many blocks go (2), or the list of them ([1,3], or "
+                f"{self.key}.drop is {drop}: give how many blocks go (2), or the list of them ([1,3], or "
                 "[-1] for the last)."
             )
         self.drop = drop
@@ -79,8 +81,8 @@ class DropLayers(pl.Callback):
     def choose_positions(self, total: int) -> list[int]:
         """The blocks that go, of ``total``; where their influence decides, as many others."""
         if isinstance(self.drop, int):
-            return pick_positions(total, self.drop, "spread" if self.by == "spread" else "last")
-        return resolve_indices(total, self.drop)
+            return pick_positions(total, self.drop, "spread" if self.by == "spread" else "last", self.key)
+        return resolve_indices(total, self.drop, self.key)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
@@ -93,7 +95,7 @@ class DropLayers(pl.Callback):
         trainer.strategy.setup_optimizers(trainer)  # which held the weights of all blocks
 
 
-def pick_positions(total: int, count: int, by: Literal["spread", "last"]) -> list[int]:
+def pick_positions(total: int, count: int, by: Literal["spread", "last"], key: str) -> list[int]:
     """``count`` of ``total`` blocks: the last ones, or the last of every ``total / count`` blocks.
 
     Raises:
@@ -101,7 +103,7 @@ def pick_positions(total: int, count: int, by: Literal["spread", "last"]) -> lis
     """
     if count >= total:
         raise UserError(
-            f"technique.drop_layers.drop is {count} and the model has {total} blocks, of which one must stay: drop "
+            f"{key}.drop is {count} and the model has {total} blocks, of which one must stay: drop "
             f"{total - 1} or fewer."
         )
     if by == "last":
@@ -109,7 +111,7 @@ def pick_positions(total: int, count: int, by: Literal["spread", "last"]) -> lis
     return [(i + 1) * total // count - 1 for i in range(count)]
 
 
-def resolve_indices(total: int, indices: list[int]) -> list[int]:
+def resolve_indices(total: int, indices: list[int], key: str) -> list[int]:
     """``indices`` counted from the start.
 
     Raises:
@@ -117,14 +119,14 @@ def resolve_indices(total: int, indices: list[int]) -> list[int]:
     """
     if outside := [index for index in indices if not -total <= index < total]:
         raise UserError(
-            f"technique.drop_layers.drop names block {outside[0]} and the model has {total}: they are 0 to "
+            f"{key}.drop names block {outside[0]} and the model has {total}: they are 0 to "
             f"{total - 1}, or -{total} to -1 from the end."
         )
     found = [index % total for index in indices]
     if twice := [index for index in found if found.count(index) > 1]:
-        raise UserError(f"technique.drop_layers.drop is {indices} and names block {twice[0]} twice: name it once.")
+        raise UserError(f"{key}.drop is {indices} and names block {twice[0]} twice: name it once.")
     if len(found) == total:
-        raise UserError(f"technique.drop_layers.drop names all {total} blocks of the model: leave one out.")
+        raise UserError(f"{key}.drop names all {total} blocks of the model: leave one out.")
     return found
 
 

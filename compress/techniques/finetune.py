@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from compress.tasks.metrics import TaskMetrics
-from compress.technique import Training
+from compress.technique import Technique, Training
 
 
-class FineTune(pl.LightningModule):
+class FineTune(Technique, pl.LightningModule):
     """AdamW with linear warm-up and decay, no weight decay on biases and norms (Devlin et al., 2019, arXiv:1810.04805).
 
     ``model`` is a Hugging Face model that returns its own loss when it is given labels; ``metrics`` takes
     ``(logits, labels)`` and is computed on every validation epoch.
 
-        pl.Trainer(max_epochs=3).fit(FineTune(model, training=Training(learning_rate=3e-5)), loader)
+    Example:
+        >>> pl.Trainer(max_epochs=3).fit(FineTune(model, training=Training(learning_rate=3e-5)), loader)
     """
 
     needs = ("float", "packed")  # of which all but the packed weights is trained

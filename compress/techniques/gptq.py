@@ -19,11 +19,10 @@ from compress.maths.hessian import second_moment
 from compress.maths.rounding import Scheme
 from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
 from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
+from compress.technique import Technique
 
-KEY = "technique.gptq"
 
-
-class GPTQ(pl.Callback):
+class GPTQ(Technique, pl.Callback):
     """Round the weights of the transformer blocks to a few bits, column by column, each column's error made up for by
     the columns still to come, as the inputs seen in calibration weigh it.
 
@@ -53,7 +52,8 @@ class GPTQ(pl.Callback):
     Raises:
         UserError: groups do not divide a layer, a pattern fits none, or the format has no place for what is asked.
 
-        pl.Trainer(max_epochs=1, callbacks=[GPTQ(bits=4)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[GPTQ(bits=4, group_size=32)]).fit(module, loader)
     """
 
     leaves = "packed"
@@ -87,16 +87,16 @@ class GPTQ(pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = find_quantizable(skeleton, self.skip, KEY)
+        layers = find_quantizable(skeleton, self.skip, self.key)
         for name, linear in layers.items():
-            self.scheme.check(KEY, name, linear)
+            self.scheme.check(self.key, name, linear)
         if self.format == "gptq":
-            check_format(KEY, skeleton, layers, self.scheme, self.skip)
+            check_format(self.key, skeleton, layers, self.scheme, self.skip)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # which a script of one's own has not done
-        schemes = dict.fromkeys(find_quantizable(model, self.skip, KEY), self.scheme)
+        schemes = dict.fromkeys(find_quantizable(model, self.skip, self.key), self.scheme)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         own = self.format == "gptq"
         scale = gptq_format.SCALE if own else None

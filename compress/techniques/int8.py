@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from compress.formats.bnb import replace_layers, save_model
 from compress.models.layers import find_quantizable, unwrap_model
+from compress.technique import Technique
 
-KEY = "technique.int8"
 
-
-class Int8(pl.Callback):
+class Int8(Technique, pl.Callback):
     """LLM.int8: weights as 8-bit integers with a scale a row, activations rounded to integers with a scale a token as
     they come, and multiplied as integers. No calibration needed.
 
@@ -34,7 +33,8 @@ class Int8(pl.Callback):
     Raises:
         UserError: a pattern fits no layer.
 
-        pl.Trainer(max_epochs=1, callbacks=[Int8()]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Int8()]).fit(module, loader)
     """
 
     leaves = "bitsandbytes"
@@ -53,11 +53,11 @@ class Int8(pl.Callback):
         self.state: dict[str, Tensor] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        find_quantizable(skeleton, self.skip, KEY)
+        find_quantizable(skeleton, self.skip, self.key)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
-        layers = find_quantizable(model, self.skip, KEY)
+        layers = find_quantizable(model, self.skip, self.key)
         self.average_bits = {name: 8 + 32 / linear.in_features for name, linear in layers.items()}
         self.state = replace_layers(model, layers, lambda linear: make_8bit_layer(linear, self.threshold))
 

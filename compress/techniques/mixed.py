@@ -22,9 +22,8 @@ from compress.maths.rounding import Scheme, fit_grid, round_to_grid
 from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
 from compress.models.layers import detect_task_kind, evaluation_mode, find_quantizable, unwrap_model
 from compress.tasks.kinds import KINDS
+from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
-
-KEY = "technique.mixed"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Choice:
     divergence: float
 
 
-class Mixed(pl.Callback):
+class Mixed(Technique, pl.Callback):
     """Measure how far the model's answers move when one set of layers at a time is rounded to few bits, choose the bits
     of every set that move them least in all within a budget, and quantize with GPTQ.
 
@@ -62,7 +61,8 @@ class Mixed(pl.Callback):
     Raises:
         UserError: the budget is below what the fewest bits take, or above what the most do.
 
-        pl.Trainer(max_epochs=1, callbacks=[Mixed(average_bits=4.5)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Mixed(average_bits=4.5, group_size=32)]).fit(module, loader)
     """
 
     leaves = "packed"
@@ -85,7 +85,9 @@ class Mixed(pl.Callback):
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
         if measured > samples:
-            raise UserError(f"{KEY}.measured is {measured} and {KEY}.samples {samples}: set it to {samples} or less.")
+            raise UserError(
+                f"{self.key}.measured is {measured} and {self.key}.samples {samples}: set it to {samples} or less."
+            )
         self.budget = average_bits
         self.schemes = [Scheme(bits, group_size, symmetric) for bits in sorted(set(choices))]
         self.act_order = act_order
@@ -101,9 +103,9 @@ class Mixed(pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = find_quantizable(skeleton, self.skip, KEY)
+        layers = find_quantizable(skeleton, self.skip, self.key)
         for name, linear in layers.items():
-            self.schemes[0].check(KEY, name, linear)
+            self.schemes[0].check(self.key, name, linear)
         weights = sum(linear.weight.numel() for linear in layers.values())
         least, most = (
             sum(count_stored_bits(scheme, linear) for linear in layers.values()) / weights
@@ -111,14 +113,14 @@ class Mixed(pl.Callback):
         )
         if not least <= self.budget <= most:
             raise UserError(
-                f"{KEY}.average_bits is {self.budget:g} and a weight takes {least:.3f} bits at {self.schemes[0].bits}, "
-                f"its scale counted, and {most:.3f} at {self.schemes[-1].bits}: set a number between, or other "
-                f"{KEY}.choices."
+                f"{self.key}.average_bits is {self.budget:g} and a weight takes {least:.3f} bits at "
+                f"{self.schemes[0].bits}, its scale counted, and {most:.3f} at {self.schemes[-1].bits}: set a number "
+                f"between, or other {self.key}.choices."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, KEY)
+        wanted = find_quantizable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]
         with evaluation_mode(model):
@@ -128,7 +130,8 @@ class Mixed(pl.Callback):
                 [measure_choice(model, layers, importance, scheme, few, answers) for scheme in self.schemes]
                 for layers, importance in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
             ]
-        self.chosen = choose_bits(self.options, self.budget * sum(one.weight.numel() for one in wanted.values()))
+        budget = self.budget * sum(one.weight.numel() for one in wanted.values())
+        self.chosen = choose_bits(self.options, budget, self.key)
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
         self.quantized = quantize_layers(model, batches, schemes, self.damping, self.act_order)
@@ -195,8 +198,12 @@ def logit_distance(
     return soft_loss("kl", found, before, 1.0, mask, probabilities)
 
 
-def choose_bits(options: list[list[Choice]], budget_bits: float) -> list[Choice]:
-    """One choice of every set, together of the least divergence that ``budget_bits`` allow."""
+def choose_bits(options: list[list[Choice]], budget_bits: float, key: str) -> list[Choice]:
+    """One choice of every set, together of the least divergence that ``budget_bits`` allow.
+
+    Raises:
+        UserError: they allow none.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     flat = [(i, choice) for i, choices in enumerate(options) for choice in choices]
@@ -210,5 +217,5 @@ def choose_bits(options: list[list[Choice]], budget_bits: float) -> list[Choice]
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([sizes], -float("inf"), 1)],
     )
     if found.x is None:
-        raise UserError(f"{KEY}.average_bits leaves no choice of bits: set more.")
+        raise UserError(f"{key}.average_bits leaves no choice of bits: set more.")
     return [choice for (_, choice), taken in zip(flat, found.x) if taken > 0.5]

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.formats.bnb import replace_layers, save_model
 from compress.models.layers import find_quantizable, unwrap_model
+from compress.technique import Technique
 
-KEY = "technique.nf4"
 ROWS = 32
 """Outputs that bitsandbytes' kernel for CPUs with bfloat16 instructions takes at a time."""
 
 
-class NF4(pl.Callback):
+class NF4(Technique, pl.Callback):
     """Round the weights of the transformer blocks to one of sixteen values a block of them, no calibration needed.
 
     Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, arXiv:2305.14314: the values of ``nf4`` are
@@ -43,7 +43,8 @@ class NF4(pl.Callback):
     Raises:
         UserError: a layer's shape does not suit bitsandbytes' kernels, or a pattern fits none.
 
-        pl.Trainer(max_epochs=1, callbacks=[NF4()]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[NF4(blocksize=32)]).fit(module, loader)
     """
 
     leaves = "bitsandbytes"  # whose layers for CPUs pass no gradient on once they have been in eval mode
@@ -72,20 +73,20 @@ class NF4(pl.Callback):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         misfits = {
             re.sub(r"\.\d+\.", ".*.", name): linear
-            for name, linear in find_quantizable(skeleton, self.skip, KEY).items()
+            for name, linear in find_quantizable(skeleton, self.skip, self.key).items()
             if linear.in_features % self.blocksize or linear.out_features % ROWS
         }
         if misfits:
             name, linear = next(iter(misfits.items()))
             raise UserError(
                 f"`{name}` has {linear.out_features} outputs and {linear.in_features} inputs, and bitsandbytes' 4-bit "
-                f"kernels take multiples of {ROWS} and of {KEY}.blocksize={self.blocksize}: set another blocksize (32 "
-                f"is the least), or {KEY}.skip=[{','.join([*self.skip, *misfits])}]."
+                f"kernels take multiples of {ROWS} and of {self.key}.blocksize={self.blocksize}: set another "
+                f"blocksize (32 is the least), or {self.key}.skip=[{','.join([*self.skip, *misfits])}]."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
-        layers = find_quantizable(model, self.skip, KEY)
+        layers = find_quantizable(model, self.skip, self.key)
         self.check(model, [])
         own = next(iter(layers.values())).weight.dtype
         self.computed_in = own if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)

@@ -36,9 +36,7 @@ from compress.models.calibration import draw_calibration_batches
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import Model
-from compress.technique import trait
 
-KEY = "technique.onnx"
 FP16 = "the weights are turned back into float32 when they are loaded: less to store, no speed there"
 FLOATS = "4-bit floats become floats again at every call: less to store, slower than floats"
 THREE = "an integer of 3 bits takes four there"
@@ -83,15 +81,14 @@ class Onnx(Export):
     Raises:
         UserError: a pattern fits no layer, no layer is left, or a stage before has groups that fit no block.
 
-        pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
     """
 
     needs = (*Export.needs, "bitsandbytes")
     leaves = "onnx"
     runtime = "onnxruntime"
     packages = ("onnx", "onnxruntime")
-    key = KEY
-    rounds = ("int8_dynamic", "int8_static")
 
     @validate_call
     def __init__(
@@ -104,7 +101,7 @@ class Onnx(Export):
         skip: tuple[str, ...] = ("head",),
         source: Path | None = None,
     ) -> None:
-        super().__init__(precision, skip, source)
+        super().__init__(precision, skip, source, rounds=("int8_dynamic", "int8_static"))
         self.scheme = Scheme(4, block_size, symmetric)
         self.activations = activations
         self.train_samples = samples if precision == "int8_static" else 1
@@ -113,12 +110,11 @@ class Onnx(Export):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         super().check(skeleton, before)
         for stage in before if self.keeps else ():
-            key = f"technique.{type(stage).__module__.rpartition('.')[2]}"
-            if trait(stage, "leaves") == "packed":
+            if stage.leaves == "packed":
                 for scheme in getattr(stage, "schemes", [getattr(stage, "scheme", Scheme())]):
-                    check_block_size("group_size", scheme.group_size, key)
-            elif trait(stage, "leaves") == "bitsandbytes":
-                check_block_size("blocksize", getattr(stage, "blocksize", -1), key)
+                    check_block_size(self.key, stage.key, "group_size", scheme.group_size)
+            elif stage.leaves == "bitsandbytes":
+                check_block_size(self.key, stage.key, "blocksize", getattr(stage, "blocksize", -1))
 
     @property
     def keeps(self) -> bool:
@@ -134,7 +130,7 @@ class Onnx(Export):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = unwrap_model(pl_module)
-        integers = find_quantized_layers(model, KEY, self.precision)
+        integers = find_quantized_layers(model, self.key, self.precision)
         self.shrinks = self.lowers_precision and is_float32(model)
         self.packed |= extract_weights(model)  # of a stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
@@ -186,15 +182,15 @@ class Onnx(Export):
         strip_config(model).save_pretrained(folder)
 
 
-def check_block_size(setting: str, size: int, key: str) -> None:
-    """Raise UserError where ``size`` weights that share a scale are none of ONNX Runtime's blocks, nor made up of
-    them."""
+def check_block_size(key: str, stage: str, setting: str, size: int) -> None:
+    """Raise UserError where ``size`` weights that share a scale, the ``setting`` of the ``stage`` before, are none of
+    ONNX Runtime's blocks, nor made up of them."""
     whole = size in (-1, *nbits.BLOCKS) if setting == "blocksize" else size % nbits.BLOCKS[0] == 0 or size == -1
     if not whole:
         sizes = ", ".join(map(str, nbits.BLOCKS))
         raise UserError(
-            f"{key}.{setting}={size} cannot be kept: ONNX Runtime gives {sizes} weights a scale. Set "
-            f"{key}.{setting}=32, or {KEY}.precision=fp32 to have them as floats again."
+            f"{stage}.{setting}={size} cannot be kept: ONNX Runtime gives {sizes} weights a scale. Set "
+            f"{stage}.{setting}=32, or {key}.precision=fp32 to have them as floats again."
         )
 
 

@@ -38,7 +38,6 @@ from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
 from compress.tasks.kinds import higher_is_better
 
-KEY = "technique.openvino"
 LIMITS = {
     "fp16": "the weights are turned back into float32 when they are loaded: less to store, no speed there",
     "bf16": "a CPU without bfloat16 arithmetic runs it in float32: less to store, no speed there",
@@ -85,14 +84,13 @@ class OpenVINO(Export):
     Raises:
         UserError: a pattern fits no layer, no layer is left, groups do not divide one, or settings contradict.
 
-        pl.Trainer(max_epochs=1, callbacks=[OpenVINO(precision="int8")]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[OpenVINO(precision="fp16")]).fit(module, loader)
     """
 
     leaves = "openvino"
     runtime = "openvino"
     packages = ("openvino", "nncf")
-    key = KEY
-    rounds = ("int8", "int4_weights")
     instead = MappingProxyType({"nf4": "precision=int4_weights", "int8": "precision=int8_weights"})
 
     @validate_call
@@ -109,10 +107,10 @@ class OpenVINO(Export):
     ) -> None:
         if max_drop is not None and precision != "int8":
             raise UserError(
-                f"{KEY}.max_drop bounds what precision=int8 may cost and precision is {precision or 'null'}: set "
-                f"{KEY}.precision=int8, or leave max_drop out."
+                f"{self.key}.max_drop bounds what precision=int8 may cost and precision is {precision or 'null'}: set "
+                f"{self.key}.precision=int8, or leave max_drop out."
             )
-        super().__init__(precision, skip, source)
+        super().__init__(precision, skip, source, rounds=("int8", "int4_weights"))
         self.scheme = Scheme(4, group_size)
         self.max_drop = max_drop
         self.metrics, self.task = metrics, task
@@ -126,14 +124,14 @@ class OpenVINO(Export):
         super().check(skeleton, before)
         for name, layer in self.chosen(skeleton).items() if self.precision == "int4_weights" else ():
             if isinstance(layer, nn.Linear):
-                self.scheme.check(KEY, name, layer)
+                self.scheme.check(self.key, name, layer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         import openvino
 
         model: Any = unwrap_model(pl_module)
         accuracy = self.accuracy_control(trainer)
-        integers = find_quantized_layers(model, KEY, self.precision)
+        integers = find_quantized_layers(model, self.key, self.precision)
         self.shrinks = self.lowers_precision and self.max_drop is None and is_float32(model)
         kept = {} if integers or not self.source or self.precision == "fp32" else read_integers(self.source)
         if any(one.scheme.bits == 3 for one in kept.values()):
@@ -171,7 +169,7 @@ class OpenVINO(Export):
             return {}
         if self.metrics is None or self.task is None or not trainer.enable_validation:
             raise UserError(
-                f"{KEY}.max_drop={self.max_drop:g} is told on validation text by the task's metric: give OpenVINO "
+                f"{self.key}.max_drop={self.max_drop:g} is told on validation text by the task's metric: give OpenVINO "
                 "metrics and task, as a chain does, and `fit` a validation loader."
             )
         import nncf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from compress.errors import PostconditionError, UserError
 from compress.maths import sparsity as maths
 from compress.maths.hessian import second_moment
 from compress.maths.sparsity import (
+    SCOPES,
     gradual_schedule,
     iterative_schedule,
     magnitude_score,
@@ -26,6 +26,7 @@ from compress.maths.sparsity import (
     mask_model,
     mask_rows,
     mask_tensor,
+    parse_pattern,
     random_score,
     squared_norms,
     wanda_score,
@@ -41,20 +42,12 @@ from compress.models.layers import (
     select_layers,
     unwrap_model,
 )
-from compress.technique import Training
+from compress.technique import Technique, Training
 
-SCOPES = {
-    "magnitude": ("global", "layer", "row"),
-    "random": ("global", "layer", "row"),
-    "movement": ("layer", "row", "global"),
-    "wanda": ("row", "layer"),
-    "sparsegpt": ("layer",),
-}
-"""Over what a criterion can rank weights; the first is what its paper does."""
 CALIBRATED = ("wanda", "sparsegpt")
 
 
-class Prune(pl.Callback):
+class Prune(Technique, pl.Callback):
     """Set the least important weights to zero, and keep them zero while training goes on.
 
     Criteria, each with its paper in :mod:`compress.maths.sparsity`: ``magnitude``; ``wanda`` (magnitude times the
@@ -86,7 +79,8 @@ class Prune(pl.Callback):
     Raises:
         UserError: the model is that sparse already, a pattern fits no layer or no width, or settings contradict.
 
-        pl.Trainer(max_epochs=1, callbacks=[Prune(sparsity=0.5)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Prune(sparsity=0.5)]).fit(module, loader)
     """
 
     resumes = True
@@ -113,7 +107,7 @@ class Prune(pl.Callback):
         training: Training | None = None,
         source: Path | None = None,
     ) -> None:
-        self.pattern = parse_pattern(pattern)
+        self.pattern = parse_pattern(pattern, f"{self.key}.pattern")
         self.sparsity = self.pattern[0] / self.pattern[1] if self.pattern else sparsity
         self.criterion = criterion
         self.scope = scope or ("layer" if ratios != "uniform" else SCOPES[criterion][0])
@@ -123,6 +117,7 @@ class Prune(pl.Callback):
         self.begin, self.end, self.every, self.rounds = begin, end, every, rounds
         self.damping = damping
         self.samples = samples
+        self.train_samples = samples if criterion in CALIBRATED else 0
         self.batch_size = batch_size
         self.source = source
         self.layers: dict[str, Layer] = {}
@@ -136,7 +131,7 @@ class Prune(pl.Callback):
         self._refuse_contradictions(scope, pattern, training)
 
     def _refuse_contradictions(self, scope: str | None, pattern: str | int | None, training: Training | None) -> None:
-        key, criterion, schedule = "technique.prune", self.criterion, self.schedule
+        key, criterion, schedule = self.key, self.criterion, self.schedule
         if self.scope not in SCOPES[criterion]:
             raise UserError(
                 f"{key}.scope is {self.scope} and `{criterion}` ranks weights by {' or '.join(SCOPES[criterion])}: set "
@@ -171,10 +166,6 @@ class Prune(pl.Callback):
             setattr(self, kind, {name: one.to(self.layers[name].weight.device) for name, one in state[kind].items()})
 
     @property
-    def train_samples(self) -> int:
-        return self.samples if self.criterion in CALIBRATED else 0
-
-    @property
     def settled(self) -> bool:
         """Whether all of the pruning is done."""
         return not self.due
@@ -184,49 +175,47 @@ class Prune(pl.Callback):
         for name, layer in layers.items():
             if self.pattern and layer.weight.shape[1] % self.pattern[1]:
                 raise UserError(
-                    f"technique.prune.pattern: the {layer.weight.shape[1]} inputs of `{name}` are no multiple of "
-                    f"{self.pattern[1]}: leave the layer out with technique.prune.skip, or choose another pattern."
+                    f"{self.key}.pattern: the {layer.weight.shape[1]} inputs of `{name}` are no multiple of "
+                    f"{self.pattern[1]}: leave the layer out with {self.key}.skip, or choose another pattern."
                 )
         self._check_ratios(layers, before[-1] if before else None)
         if self.ratios == "uniform" and not self.sparsity:
-            raise UserError(
-                "technique.prune.sparsity is 0, which prunes nothing: ask for more, or leave the stage out."
-            )
+            raise UserError(f"{self.key}.sparsity is 0, which prunes nothing: ask for more, or leave the stage out.")
         for stage in reversed(before):
-            if getattr(stage, "preview", None):
+            if type(stage).preview is not Technique.preview:
                 break  # what is left after a cut may be denser
             if not isinstance(stage, Prune) or stage.skip != self.skip or stage.pattern != self.pattern:
                 continue
             if stage.ratios == self.ratios == "uniform" and stage.sparsity >= self.sparsity:
                 raise UserError(
                     f"A `prune` to a sparsity of {self.sparsity:g} follows one to {stage.sparsity:g} and has nothing "
-                    "left to prune: ask the later one for more (technique.prune_2.sparsity=0.5)."
+                    f"left to prune: ask the later one for more ({self.key}.sparsity=0.5)."
                 )
 
     def _check_ratios(self, layers: dict[str, Layer], previous: Any) -> None:
         if isinstance(self.ratios, dict):
-            match_ratios(self.ratios, layers, self.sparsity)
+            match_ratios(self.ratios, layers, self.sparsity, f"{self.key}.ratios")
         elif self.ratios == "sensitivity":
             measured = getattr(previous, "sparsities", None)
             if measured is None:
                 raise UserError(
-                    "technique.prune.ratios=sensitivity takes what the stage before found and that is no "
-                    "`sensitivity`: set technique=sensitivity+prune, or technique.prune.ratios to a sensitivity.csv."
+                    f"{self.key}.ratios=sensitivity takes what the stage before found and that is no "
+                    f"`sensitivity`: set technique=sensitivity+prune, or {self.key}.ratios to a sensitivity.csv."
                 )
             if self.sparsity > max(measured):
                 raise UserError(
-                    f"technique.prune.sparsity is {self.sparsity:g} and `sensitivity` before it measures up to "
-                    f"{max(measured):g}: ask for less, or set technique.sensitivity.sparsities=[...,{self.sparsity:g}]."
+                    f"{self.key}.sparsity is {self.sparsity:g} and `sensitivity` before it measures up to "
+                    f"{max(measured):g}: ask for less, or set {previous.key}.sparsities=[...,{self.sparsity:g}]."
                 )
             if set(self.skip) & {"embeddings", "head"} != {"embeddings", "head"}:
                 raise UserError(
-                    "technique.prune.ratios=sensitivity has measured the layers of the blocks alone: leave embeddings "
-                    "and head in technique.prune.skip."
+                    f"{self.key}.ratios=sensitivity has measured the layers of the blocks alone: leave embeddings "
+                    f"and head in {self.key}.skip."
                 )
         elif self.ratios != "uniform":
             if not Path(self.ratios).is_file():
                 raise UserError(
-                    f"technique.prune.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
+                    f"{self.key}.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
                     "sensitivity.csv, or sparsities by pattern ({*attention*:0.3})."
                 )
             self._allocate_sparsity(Path(self.ratios), layers)
@@ -240,8 +229,8 @@ class Prune(pl.Callback):
         asked = self._total_target()
         if before >= asked and not self.pattern:
             raise UserError(
-                f"`prune` was asked for a sparsity of {asked:g} and the model's is {before:.4g} already: "
-                "ask for more with technique.prune.sparsity, or leave the stage out."
+                f"{self.key} was asked for a sparsity of {asked:g} and the model's is {before:.4g} already: "
+                f"ask for more with {self.key}.sparsity, or leave the stage out."
             )
         if self.criterion == "movement":
             if str(trainer.precision).startswith("16"):
@@ -261,7 +250,7 @@ class Prune(pl.Callback):
         steps = int(trainer.estimated_stepping_batches) if trainer.max_epochs else 0
         if steps < 2:
             raise UserError(
-                f"`prune` with schedule={self.schedule} prunes during training and the Trainer has {steps} steps."
+                f"{self.key}.schedule={self.schedule} prunes during training and the Trainer has {steps} steps."
             )
         self.due = (
             gradual_schedule(steps, self.begin, self.end, self.every)
@@ -288,24 +277,24 @@ class Prune(pl.Callback):
         found, count = measure_sparsity(weights), sum(weight.numel() for weight in weights)
         if self.due or found < self._total_target() - len(weights) / count:  # each layer may round by one weight
             raise PostconditionError(
-                f"`prune` was asked for a sparsity of {self._total_target():.4g} and the model's is {found:.4g}"
+                f"{self.key} was asked for a sparsity of {self._total_target():.4g} and the model's is {found:.4g}"
                 + (": training ended before the schedule did." if self.due else ".")
             )
 
     def _select_layers(self, model: nn.Module) -> dict[str, Layer]:
-        kept = select_layers(model, self.skip, "technique.prune.skip")
+        kept = select_layers(model, self.skip, f"{self.key}.skip")
         inside = {name for name, _ in find_linears(model)}
         if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
             raise UserError(
                 f"`{self.criterion}` sees the inputs of the transformer blocks and `{outside[0]}` lies outside of "
-                f"them: skip embeddings and head, or set technique.prune.criterion=magnitude."
+                f"them: skip embeddings and head, or set {self.key}.criterion=magnitude."
             )
         return kept
 
     def _choose_targets(self) -> dict[str, float]:
         """The sparsity of every layer, in scopes other than global."""
         if isinstance(self.ratios, dict):
-            return match_ratios(self.ratios, self.layers, self.sparsity)
+            return match_ratios(self.ratios, self.layers, self.sparsity, f"{self.key}.ratios")
         if self.ratios == "uniform":
             return dict.fromkeys(self.layers, self.sparsity)
         if self.ratios == "sensitivity":
@@ -386,29 +375,7 @@ class Prune(pl.Callback):
         return self.dense[name]
 
 
-def parse_pattern(pattern: str | int | None) -> tuple[int, int] | None:
-    """``"2:4"`` as (pruned, group).
-
-    Raises:
-        UserError: it is no pattern, or leaves all of a group, or nothing.
-    """
-    if pattern is None:
-        return None
-    if not re.fullmatch(r"\d+:\d+", str(pattern)):
-        raise UserError(
-            f"technique.prune.pattern is {pattern}, which should read like '2:4' (in YAML with its quotation marks, or "
-            "it is a number of base 60)."
-        )
-    left, group = map(int, str(pattern).split(":"))
-    if not 0 < left < group <= 128:
-        raise UserError(
-            f"technique.prune.pattern is {pattern}, which should leave some weights of every group (at most 128) and "
-            "prune some: set it to 2:4 or 4:8, say."
-        )
-    return group - left, group
-
-
-def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float) -> dict[str, float]:
+def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float, key: str) -> dict[str, float]:
     """The sparsity of every layer: that of the first pattern that fits its name, or ``otherwise``.
 
     Raises:
@@ -416,7 +383,7 @@ def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: flo
     """
     for pattern in ratios:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise UserError(describe_unmatched("technique.prune.ratios", pattern, layers))
+            raise UserError(describe_unmatched(key, pattern, layers))
     return {
         name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
         for name in layers

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from compress.errors import UserError
 from compress.models.layers import unwrap_model
-from compress.technique import Training
+from compress.technique import Technique, Training
 
 
-class PruneVocab(pl.Callback):
+class PruneVocab(Technique, pl.Callback):
     """Cut the tokenizer and the embeddings to the tokens that the training text uses.
 
     Yang et al., "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996. Our own
@@ -43,7 +43,8 @@ class PruneVocab(pl.Callback):
     Raises:
         UserError: there is no such tokenizer, or epochs are asked of this fit.
 
-        pl.Trainer(max_epochs=1, callbacks=[PruneVocab(tokenizer=tokenizer)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[PruneVocab(tokenizer=tokenizer)]).fit(module, loader)
     """
 
     resumes = True
@@ -57,20 +58,20 @@ class PruneVocab(pl.Callback):
     def __init__(
         self,
         min_count: Annotated[int, Field(ge=1)] = 1,
-        keep: list[str] | None = None,
+        keep: tuple[str, ...] = (),
         keep_file: FilePath | None = None,
         tokenizer: Any = None,
         training: Training | None = None,
     ) -> None:
         if training and training.epochs:
             raise UserError(
-                "technique.prune_vocab.train.epochs is set and the epochs of this stage would see the ids of the "
+                f"{self.key}.train.epochs is set and the epochs of this stage would see the ids of the "
                 "tokenizer before the cut: leave it out and try technique=prune_vocab+finetune."
             )
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         self.min_count = min_count
-        self.keep = [*(keep or []), *(keep_file.read_text().splitlines() if keep_file else [])]
+        self.keep = [*keep, *(keep_file.read_text().splitlines() if keep_file else [])]
         self.tokenizer = tokenizer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -29,13 +29,12 @@ from compress.maths.rounding import (
 from compress.models.calibration import calibrate_layers, draw_calibration_batches, read_validation_batches
 from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
 from compress.tasks.metrics import evaluate_metric
-from compress.technique import Training
+from compress.technique import Technique, Training
 
-KEY = "technique.qat"
 INPUTS = Scheme(bits=8, symmetric=False)
 
 
-class QAT(pl.Callback):
+class QAT(Technique, pl.Callback):
     """Train the weights of the transformer blocks under the rounding that they are to have, and leave them rounded.
 
     The forward pass computes with rounded weights, and inputs of eight bits, and gradients go straight through the
@@ -66,7 +65,8 @@ class QAT(pl.Callback):
     Raises:
         UserError: nothing is trained, groups do not divide a layer, or a pattern fits none.
 
-        pl.Trainer(max_epochs=1, callbacks=[QAT(bits=4, group_size=32)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[QAT(bits=4, group_size=32)]).fit(module, loader)
     """
 
     leaves = "integer"
@@ -105,19 +105,19 @@ class QAT(pl.Callback):
     def _check_training(self, epochs: int | None) -> None:
         if epochs == 0:
             raise UserError(
-                f"`qat` quantizes by training and {KEY}.train.epochs is 0: set it to 1 or more, or take a stage that "
-                "does not train (technique=w8a8, technique=gptq)."
+                f"`qat` quantizes by training and {self.key}.train.epochs is 0: set it to 1 or more, or take a stage "
+                "that does not train (technique=w8a8, technique=gptq)."
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, linear in find_quantizable(skeleton, self.skip, KEY).items():
-            self.scheme.check(KEY, name, linear)
+        for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
+            self.scheme.check(self.key, name, linear)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self._check_training(trainer.max_epochs)
         self.check(model, [])
-        layers = find_quantizable(model, self.skip, KEY)
+        layers = find_quantizable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}
         with evaluation_mode(model):
@@ -132,7 +132,7 @@ class QAT(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        for name, linear in find_quantizable(model, self.skip, KEY).items():
+        for name, linear in find_quantizable(model, self.skip, self.key).items():
             self.quantized[name] = freeze_rounding(linear)
         self.average_bits = average_bits(model, self.quantized)
         self._log_losses(trainer, model)

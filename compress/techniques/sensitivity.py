@@ -21,6 +21,7 @@ from compress.models.calibration import read_validation_batches, spread_evenly
 from compress.models.layers import evaluation_mode, find_linears, unwrap_model
 from compress.tasks.kinds import higher_is_better
 from compress.tasks.metrics import evaluate_metric
+from compress.technique import Technique
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 TALLEST = 48  # layers in one column of the heat map
 
 
-class Sensitivity(pl.Callback):
+class Sensitivity(Technique, pl.Callback):
     """Report how the task's metric falls as the smallest weights of one layer at a time are set to zero.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, arXiv:1506.02626,
@@ -47,7 +48,8 @@ class Sensitivity(pl.Callback):
     Raises:
         UserError: there are not so many validation examples, or on them the metric is no number.
 
-        pl.Trainer(max_epochs=1, callbacks=[Sensitivity(samples=64)]).fit(module, loader, validation_loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Sensitivity(samples=16)]).fit(module, loader, validation_loader)
     """
 
     changes = False
@@ -62,9 +64,7 @@ class Sensitivity(pl.Callback):
         task: Any = None,
     ) -> None:
         if len(set(sparsities)) < len(sparsities):
-            raise UserError(
-                f"technique.sensitivity.sparsities is {list(sparsities)} and names one twice: name each once."
-            )
+            raise UserError(f"{self.key}.sparsities is {list(sparsities)} and names one twice: name each once.")
         self.sparsities = sorted(sparsities)
         self.samples = self.validation_samples = samples
         self.metrics = metrics.clone() if metrics is not None and task is not None else None
@@ -76,9 +76,14 @@ class Sensitivity(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model, device = unwrap_model(pl_module), trainer.strategy.root_device
+        every = read_validation_batches(trainer)
+        if (found := sum(len(batch["input_ids"]) for batch in every)) < self.samples:
+            raise UserError(
+                f"{self.key}.samples is {self.samples} and there are {found} validation examples: set "
+                f"{self.key}.samples={found} or less."
+            )
         batches = [
-            {key: value.to(device) for key, value in batch.items()}
-            for batch in spread_evenly(read_validation_batches(trainer), self.samples)
+            {key: value.to(device) for key, value in batch.items()} for batch in spread_evenly(every, self.samples)
         ]
         model.to(device)
         if self.metrics is not None:
@@ -90,6 +95,7 @@ class Sensitivity(pl.Callback):
                     self.sparsities,
                     lambda: evaluate_metric(model, batches, self.metrics, self.metric),
                     higher_is_better(self.metric),
+                    self.key,
                 )
             )
         model.cpu()
@@ -102,7 +108,7 @@ class Sensitivity(pl.Callback):
 
 
 def prune_each(
-    layers: dict[str, nn.Linear], sparsities: Sequence[float], value: Callable[[], float], higher: bool
+    layers: dict[str, nn.Linear], sparsities: Sequence[float], value: Callable[[], float], higher: bool, key: str
 ) -> Iterator[Point]:
     """Measure ``value()`` with each layer alone at each sparsity; ``higher`` says that more of it is better. A value
     that is no number counts as endlessly worse.
@@ -113,8 +119,8 @@ def prune_each(
     unpruned = value()
     if not math.isfinite(unpruned):
         raise UserError(
-            f"`sensitivity` measured {unpruned} on the model before pruning, from which nothing can fall: measure on "
-            "more examples (technique.sensitivity.samples), or by another metric (task.primary)."
+            f"{key} measured {unpruned} on the model before pruning, from which nothing can fall: measure on more "
+            f"examples ({key}.samples), or by another metric (task.primary)."
         )
     for name, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", leave=False, disable=None):
         for sparsity in sparsities:

@@ -28,12 +28,13 @@ from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_mod
 from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.models.textpruner import find_masks, require_textpruner
 from compress.tasks.kinds import KINDS
+from compress.technique import Technique
 from compress.techniques.prune import Prune
 
 Rows = list[list[Literal[0, 1]]]
 
 
-class Structured(pl.Callback):
+class Structured(Technique, pl.Callback):
     """Remove whole attention heads and FFN channels, the least important ones, so that the model gets smaller and
     faster on any runtime; epochs of the same fit retrain what is left.
 
@@ -69,7 +70,8 @@ class Structured(pl.Callback):
     Raises:
         UserError: the targets or masks do not fit the model, or would remove nothing.
 
-        pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=8, target_ffn_size=2048)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=2, target_ffn_size=32)]).fit(module, loader)
     """
 
     resumes = True
@@ -110,29 +112,32 @@ class Structured(pl.Callback):
         targets = target_heads is not None or target_ffn_size is not None
         if self.masked == targets:
             raise UserError(
-                f"technique.structured has {'both targets and masks' if targets else 'nothing to remove'}: set "
-                "technique.structured.target_heads, target_ffn_size or both, or else head_mask, ffn_mask or both."
+                f"{self.key} has {'both targets and masks' if targets else 'nothing to remove'}: set "
+                f"{self.key}.target_heads, target_ffn_size or both, or else head_mask, ffn_mask or both."
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
-                raise UserError("The masks of technique.structured keep everything: set 0 where something is to go.")
+                raise UserError(f"The masks of {self.key} keep everything: set 0 where something is to go.")
             return
         heads, ffn, group = [block.heads for block in each], [block.ffn for block in each], each[0].group_size
-        check_target("target_heads", self.target_heads, heads, self.even_heads, group)
-        check_target("target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of)
+        shared, multiple = "a group of heads that share a key and value head", f"{self.key}.ffn_multiple_of"
+        check_target(f"{self.key}.target_heads", self.target_heads, heads, self.even_heads, group, shared)
+        check_target(
+            f"{self.key}.target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of, multiple
+        )
         if self.count_goals(each) == (sum(block.groups for block in each), sum(ffn)):
             raise UserError(
-                f"technique.structured asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels "
+                f"{self.key} asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels "
                 "that a block has "
                 "already: ask for fewer, or leave the stage out."
             )
         if self.importance == "logits" and skeleton.config.num_labels == 1:
             raise UserError(
-                "technique.structured.importance=logits compares the probabilities of labels and this model predicts "
-                "one number: set technique.structured.importance=loss or activation."
+                f"{self.key}.importance=logits compares the probabilities of labels and this model predicts "
+                f"one number: set {self.key}.importance=loss or activation."
             )
         if self.by_textpruner(skeleton):
             require_textpruner()
@@ -166,8 +171,8 @@ class Structured(pl.Callback):
             batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
             if self.importance == "loss" and "labels" not in batches[0]:
                 raise UserError(
-                    "technique.structured.importance=loss needs labels and the training batches have none: set "
-                    "technique.structured.importance=logits or activation."
+                    f"{self.key}.importance=loss needs labels and the training batches have none: set "
+                    f"{self.key}.importance=logits or activation."
                 )
             with evaluation_mode(model):
                 if self.importance == "logits":
@@ -195,16 +200,16 @@ class Structured(pl.Callback):
         """The user's masks, as :func:`cut` takes them."""
         found = {}
         if self.head_mask is not None:
-            rows = parse_masks(self.head_mask, "head_mask", [block.heads for block in each])
+            rows = parse_masks(self.head_mask, f"{self.key}.head_mask", [block.heads for block in each])
             grouped = [row.view(block.groups, -1) for row, block in zip(rows, each)]
             if any((group != group[:, :1]).any() for group in grouped):
                 raise UserError(
-                    f"technique.structured.head_mask splits a group of {each[0].group_size} heads that share a key and "
+                    f"{self.key}.head_mask splits a group of {each[0].group_size} heads that share a key and "
                     "value head: give all heads of a group the same value."
                 )
             found["groups"] = [group[:, 0] for group in grouped]
         if self.ffn_mask is not None:
-            found["ffn"] = parse_masks(self.ffn_mask, "ffn_mask", [block.ffn for block in each])
+            found["ffn"] = parse_masks(self.ffn_mask, f"{self.key}.ffn_mask", [block.ffn for block in each])
         return found
 
     def by_textpruner(self, model: Any) -> bool:
@@ -254,25 +259,20 @@ class Structured(pl.Callback):
         return found
 
 
-def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int) -> None:
-    """Raise UserError where blocks of ``now`` heads or channels cannot be brought to the ``target``, in multiples of
-    ``unit``."""
+def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int, multiple: str) -> None:
+    """Raise UserError where blocks of ``now`` heads or channels cannot be brought to the ``target``, the setting
+    ``key``, in multiples of ``unit``, the size of ``multiple``."""
     if target is None:
         return
-    total, multiple = target * len(now), "a group of heads that share a key and value head"
-    if key == "target_ffn_size":
-        multiple = "technique.structured.ffn_multiple_of"
+    total = target * len(now)
     if total > sum(now) or (even and target > min(now)):
         raise UserError(
-            f"technique.structured.{key}={target} is more than the {min(now) if even else format_mean(now)} that a "
-            "block has: "
-            "ask for fewer."
+            f"{key}={target} is more than the {min(now) if even else format_mean(now)} that a block has: ask for fewer."
         )
     if any(number % unit for number in ([target] if even else [total, *now])) or total < unit * len(now):
         raise UserError(
-            f"technique.structured.{key}={target} cannot be reached from {format_mean(now)} a block in "
-            f"multiples of {unit}, "
-            f"the size of {multiple}: set a multiple of {unit}."
+            f"{key}={target} cannot be reached from {format_mean(now)} a block in multiples of {unit}, the size of "
+            f"{multiple}: set a multiple of {unit}."
         )
 
 
@@ -304,29 +304,24 @@ def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     if isinstance(given, str):
         path = Path(given).expanduser()
         if not path.is_file() or path.suffix not in (".json", ".pt"):
-            raise UserError(f"technique.structured.{key}={given} is no json or pt file: name one with rows of 0 and 1.")
+            raise UserError(f"{key}={given} is no json or pt file: name one with rows of 0 and 1.")
         try:
             given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
         except Exception as error:  # whatever is wrong with the file
-            raise UserError(
-                f"technique.structured.{key}: {path} cannot be read ({join_lines(error)[:120]})."
-            ) from error
+            raise UserError(f"{key}: {path} cannot be read ({join_lines(error)[:120]}).") from error
     try:
         rows = [torch.as_tensor(row, device="cpu") for row in given]
     except (TypeError, ValueError) as error:
-        raise UserError(f"technique.structured.{key} should hold a row of 0 and 1 for every block.") from error
+        raise UserError(f"{key} should hold a row of 0 and 1 for every block.") from error
     found = [row.numel() for row in rows]
     if found != sizes:
         raise UserError(
-            f"technique.structured.{key} has rows of {format_sizes(found)} values and the model "
+            f"{key} has rows of {format_sizes(found)} values and the model "
             f"blocks of {format_sizes(sizes)}: "
             "give a row for every block, and in it a 1 or 0 for each of its heads or channels."
         )
     if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
-        raise UserError(
-            f"technique.structured.{key} has a row of zeros, or values that are not 0 or 1: keep something of every "
-            "block."
-        )
+        raise UserError(f"{key} has a row of zeros, or values that are not 0 or 1: keep something of every block.")
     return [row.bool() for row in rows]
 
 

@@ -26,12 +26,12 @@ from compress.models.calibration import calibrate_layers, draw_calibration_batch
 from compress.models.folding import FOLDS, find_sources, fold_scale
 from compress.models.layers import evaluation_mode, find_blocks, find_quantizable, unwrap_model
 from compress.models.shapes import FAMILIES, LLAMA
+from compress.technique import Technique
 
-KEY = "technique.w8a8"
 WEIGHTS = Scheme(bits=8)
 
 
-class W8A8(pl.Callback):
+class W8A8(Technique, pl.Callback):
     """Round the weights of the transformer blocks to eight bits, with a scale for every row, and what enters their
     layers too, with a scale for every token or a range for every layer, so that a runtime can multiply integers.
 
@@ -59,7 +59,8 @@ class W8A8(pl.Callback):
     Raises:
         UserError: the model has no place for smoothing, a pattern fits no layer, or settings contradict.
 
-        pl.Trainer(max_epochs=1, callbacks=[W8A8(dynamic=False)]).fit(module, loader)
+    Example:
+        >>> pl.Trainer(max_epochs=1, callbacks=[W8A8(dynamic=False)]).fit(module, loader)
     """
 
     leaves = "integer"
@@ -94,12 +95,14 @@ class W8A8(pl.Callback):
         self.average_bits: dict[str, float] = {}
         if dynamic and not symmetric:
             raise UserError(
-                f"{KEY}.symmetric=false gives a layer's range a zero point and {KEY}.dynamic=true gives every token a "
-                f"scale alone: set {KEY}.dynamic=false, or {KEY}.symmetric=true."
+                f"{self.key}.symmetric=false gives a layer's range a zero point and {self.key}.dynamic=true gives "
+                f"every token a scale alone: set {self.key}.dynamic=false, or {self.key}.symmetric=true."
             )
         if not samples and not (dynamic and smoothing is None):
             what = "smoothing" if dynamic else "dynamic=false"
-            raise UserError(f"{KEY}.samples is 0 and {KEY}.{what} calibrates: set {KEY}.samples=128, say.")
+            raise UserError(
+                f"{self.key}.samples is 0 and {self.key}.{what} calibrates: set {self.key}.samples=128, say."
+            )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         config: Any = getattr(skeleton, "config", None)
@@ -111,22 +114,23 @@ class W8A8(pl.Callback):
                 else f"where `{family}` has them is not known"
             )
             raise UserError(
-                f"{KEY}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}: set "
-                f"{KEY}.smoothing=null."
+                f"{self.key}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}: set "
+                f"{self.key}.smoothing=null."
             )
         if self.dynamic and "head" not in self.skip and not (config is not None and is_decoder(config)):
             raise UserError(
-                f"{KEY}.dynamic=true gives every token a scale and the head of `{family}` reads one vector a text, "
-                f"which loaders would scale by the batch: add `head` to {KEY}.skip, or set {KEY}.dynamic=false."
+                f"{self.key}.dynamic=true gives every token a scale and the head of `{family}` reads one vector a "
+                f"text, which loaders would scale by the batch: add `head` to {self.key}.skip, or set "
+                f"{self.key}.dynamic=false."
             )
-        find_quantizable(skeleton, self.skip, KEY)
+        find_quantizable(skeleton, self.skip, self.key)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # which a script of one's own has not done
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, KEY)
+        wanted = find_quantizable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
         with evaluation_mode(model):
             if self.smoothing is not None:

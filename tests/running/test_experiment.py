@@ -27,6 +27,7 @@ from compress.reporting.rows import Job, collect_rows
 from compress.running import experiment
 from compress.running.promises import capture_state, check_model
 from compress.tasks.task import Task
+from compress.techniques.gptq import GPTQ
 from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune
 
@@ -530,12 +531,9 @@ def test_a_stage_that_breaks_its_promise_fails(carry_out, technique, error, sent
 def test_quantization_must_leave_the_head_alone(carry_out):
     import tiny
 
-    class Packs:
-        keeps_head = True
-
     model = tiny.bert()
     before = capture_state(model)
     model.classifier.weight.data += 1
     with pytest.raises(PostconditionError, match=r"blocks alone and changed classifier.weight"):
-        check_model("gptq", Packs(), before, model)
+        check_model("gptq", GPTQ(), before, model)
     assert not find_zeros(model)

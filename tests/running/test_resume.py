@@ -16,7 +16,7 @@ from compress.running import resume
 from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.tokens import TaskData
-from compress.technique import Training
+from compress.technique import Technique, Training
 from compress.techniques.distill import Distill
 from compress.techniques.drop_layers import DropLayers
 from compress.techniques.finetune import FineTune
@@ -132,7 +132,7 @@ def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypat
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-class Counts(pl.Callback):
+class Counts(Technique, pl.Callback):
     """Knows nothing of being stopped."""
 
     def __init__(self):

@@ -18,6 +18,7 @@ from compress.techniques.prune_vocab import PruneVocab
 pytest.importorskip("textbrewer", reason="pip install -e '.[distill]'")
 
 FAST = Training(epochs=1, learning_rate=1e-2)
+KEY = "technique.distill.student"
 HIDDEN = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse"}
 
 
@@ -66,7 +67,7 @@ def test_the_teacher_is_not_trained_and_not_part_of_the_module():
 
 
 def test_a_language_model_is_distilled_by_token():
-    teacher, student = tiny.llama_lm(), build_student(tiny.llama_lm(), Student(layers=1))
+    teacher, student = tiny.llama_lm(), build_student(tiny.llama_lm(), Student(layers=1), KEY)
     seen = distil(Distill(student, teacher=teacher, loss="kl", temperature=1.0, training=FAST), epochs=8, lm=True)
     assert seen[-1]["train/soft"] < 0.5 * seen[0]["train/soft"]
 
@@ -120,9 +121,10 @@ def test_weights_follow_their_schedules():
 
 
 def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
-    assert space_layers(3, 6) == [0, 2, 5] and space_layers(1, 6) == [5] and space_layers(6, 6) == list(range(6))
+    assert space_layers(3, 6, KEY) == [0, 2, 5] and space_layers(1, 6, KEY) == [5]
+    assert space_layers(6, 6, KEY) == list(range(6))
     model = tiny.llama()
-    student = build_student(model, Student(layers=(1,)))
+    student = build_student(model, Student(layers=(1,)), KEY)
     assert student.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
     taken, origin = dict(find_linears(student)), dict(find_linears(model))
     assert all(
@@ -131,15 +133,15 @@ def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
 
 
 def test_a_narrower_student_keeps_the_width_of_a_head():
-    config = narrow_config(tiny.llama().config, 16, 1)
+    config = narrow_config(tiny.llama().config, 16, 1, KEY)
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (16, 2, 1)
     assert config.intermediate_size == 32
-    student = build_student(tiny.bert(), Student(hidden_size=16))
+    student = build_student(tiny.bert(), Student(hidden_size=16), KEY)
     assert student(**tiny.batch()).logits.shape == (4, 3)
     with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions: set a multiple of 8"):
-        narrow_config(tiny.bert().config, 20, 1)
+        narrow_config(tiny.bert().config, 20, 1, KEY)
     with pytest.raises(UserError, match="set a multiple of 16"):
-        narrow_config(tiny.llama().config, 24, 1)
+        narrow_config(tiny.llama().config, 24, 1, KEY)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_teacher_of_other_labels_is_refused():
 
 def test_another_vocabulary_is_explained():
     with pytest.raises(UserError, match=r"of its 3 tokens 1 have the id .*which has 2"):
-        check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, "technique.distill.student.path")
+        check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, f"{KEY}.path")
 
 
 def test_the_teacher_runs_in_bfloat16_only_where_it_answers_the_same():

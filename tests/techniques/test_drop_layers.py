@@ -88,11 +88,11 @@ def test_the_influence_of_a_block_worked_by_hand():
     ],
 )
 def test_positions_worked_by_hand(total, count, by, expected):
-    assert pick_positions(total, count, by) == expected
+    assert pick_positions(total, count, by, "technique.drop_layers") == expected
 
 
 def test_listed_blocks_are_counted_from_either_end():
-    assert resolve_indices(6, [-1, 0, 2]) == [5, 0, 2]
+    assert resolve_indices(6, [-1, 0, 2], "technique.drop_layers") == [5, 0, 2]
 
 
 def test_influences_are_the_mean_over_tokens_that_are_no_padding():

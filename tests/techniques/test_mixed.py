@@ -17,6 +17,9 @@ from compress.techniques.prune import Prune
 SMALL = {"group_size": 16, "samples": 8, "measured": 8}
 
 
+KEY = "technique.mixed"
+
+
 def choice(name, bits, size, divergence):
     return Choice((name,), bits, size, divergence)
 
@@ -26,15 +29,15 @@ def test_a_budget_worked_by_hand():
         [choice("a", 2, 20, 9.0), choice("a", 4, 40, 1.0)],
         [choice("b", 2, 20, 2.0), choice("b", 4, 40, 1.9)],
     ]
-    assert [one.bits for one in choose_bits(options, 60)] == [4, 2]  # 3.0 in all; the other way round 10.9
-    assert [one.bits for one in choose_bits(options, 80)] == [4, 4]
-    assert [one.bits for one in choose_bits(options, 40)] == [2, 2]
+    assert [one.bits for one in choose_bits(options, 60, KEY)] == [4, 2]  # 3.0 in all; the other way round 10.9
+    assert [one.bits for one in choose_bits(options, 80, KEY)] == [4, 4]
+    assert [one.bits for one in choose_bits(options, 40, KEY)] == [2, 2]
 
 
 def test_no_choice_within_the_budget_diverges_less():
     torch.manual_seed(0)
     options = [[choice(str(i), b, 10.0 * b, float(d)) for b, d in zip((2, 3, 4), torch.rand(3))] for i in range(5)]
-    found = choose_bits(options, 150)
+    found = choose_bits(options, 150, KEY)
     every = [some for some in product(*options) if sum(one.stored_bits for one in some) <= 150]
     assert sum(one.divergence for one in found) == min(sum(one.divergence for one in some) for some in every)
 

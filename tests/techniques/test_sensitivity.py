@@ -80,16 +80,16 @@ def test_a_point_is_the_model_with_that_layer_alone_pruned():
 @pytest.mark.parametrize(("higher", "drop"), [(True, 0.25), (False, -0.25)])
 def test_a_drop_is_positive_where_worse(higher, drop):
     values = iter([0.75, 0.5])
-    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), higher)
+    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), higher, "technique.sensitivity")
     assert (point.value, point.drop) == (0.5, drop)
 
 
 def test_a_value_that_is_no_number_is_endlessly_worse_and_nothing_to_start_from():
     values = iter([0.75, math.nan])
-    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), True)
+    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), True, "technique.sensitivity")
     assert point.drop == math.inf
     with pytest.raises(UserError, match="measured nan on the model before pruning"):
-        list(prune_each({}, [0.5], lambda: math.nan, True))
+        list(prune_each({}, [0.5], lambda: math.nan, True, "technique.sensitivity"))
 
 
 def test_a_layer_is_put_back_even_where_measuring_fails():
@@ -98,7 +98,7 @@ def test_a_layer_is_put_back_even_where_measuring_fails():
     before = layer.weight.data.clone()
     values = iter([1.0])  # and then StopIteration
     with pytest.raises(RuntimeError):
-        list(prune_each({"a": layer}, [0.5], lambda: next(values), True))
+        list(prune_each({"a": layer}, [0.5], lambda: next(values), True, "technique.sensitivity"))
     assert torch.equal(layer.weight.data.view(torch.int32), before.view(torch.int32))
 
 
@@ -116,8 +116,11 @@ def test_exactly_so_many_examples_spread_over_a_sorted_loader():
     assert [batch["input_ids"][0, 0].item() for batch in picked] == [1, 4, 6]
     assert [len(batch["input_ids"]) for batch in picked] == [4, 4, 2]
     assert sum(len(batch["input_ids"]) for batch in spread_evenly(batches, 29)) == 29
-    with pytest.raises(UserError, match=r"asks for 30 validation examples and there are 29: set .*samples=29"):
-        spread_evenly(batches, 30)
+
+
+def test_more_examples_than_there_are_is_told_with_how_many_there_are():
+    with pytest.raises(UserError, match=r"samples is 17 and there are 16 validation examples: set .*samples=16"):
+        fit(FineTune(tiny.bert()), Sensitivity(samples=17), validation=tiny.loader())
 
 
 def test_without_validation_data_it_says_what_to_give():

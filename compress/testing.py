@@ -1,0 +1,404 @@
+"""Test a stage of your own: one suite that every stage passes, on models of a few thousand random weights.
+
+>>> from compress.techniques.prune import Prune
+>>> check_technique(Prune, {"sparsity": 0.5})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib.util
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import SkipTest
+
+import pytorch_lightning as pl
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from compress.artifacts.artifact import Description, load_artifact, write_artifact
+from compress.errors import PostconditionError, UserError
+from compress.maths.sparsity import mask_tensor
+from compress.models.layers import detect_task_kind, find_linears, unwrap_model
+from compress.planning.plan import Step
+from compress.planning.settings import Hardware, to_plain
+from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
+from compress.running.resume import Checkpoints, make_trainer_options
+from compress.running.training import HoldZeros
+from compress.technique import Technique, Training
+from compress.techniques.finetune import FineTune
+
+Batch = dict[str, Tensor]
+SHAPE: Any = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+OFFERED = set("model metrics tokenizer task training baseline source keep_in baseline_config".split())
+"""What a constructor gets from the chain and not from its YAML."""
+
+
+def make_bert(num_labels: int = 3) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(**{**SHAPE, "max_position_embeddings": 40, "num_labels": num_labels})
+    ).eval()
+
+
+def make_roberta(num_labels: int = 3) -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    config = RobertaConfig(**{**SHAPE, "max_position_embeddings": 42, "num_labels": num_labels})
+    return RobertaForSequenceClassification(config).eval()
+
+
+def make_llama(num_labels: int = 3) -> LlamaForSequenceClassification:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 2, "num_labels": num_labels, "pad_token_id": 0})
+    return LlamaForSequenceClassification(config).eval()
+
+
+def make_llama_lm() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, pad_token_id=0)).eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a WordPiece tokenizer of the models' 60 tokens: special ones, letters and words."""
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(29))]
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in special.items()}
+    )
+
+
+def make_batch(rows: int = 4, length: int = 10, padded: bool = True, seed: int = 0, lm: bool = False) -> Batch:
+    """Return random tokens with an attention mask and labels: of a text its first token decides the label."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(rows):
+            mask[row, length - row % 3 :] = 0
+        ids = ids.masked_fill(mask == 0, 0)
+    labels = ids.masked_fill(mask == 0, -100) if lm else ids[:, 0] % 3
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def make_loader(batches: int = 4, lm: bool = False) -> DataLoader:
+    return DataLoader([make_batch(seed=seed, lm=lm) for seed in range(batches)], batch_size=None)  # type: ignore
+
+
+def make_trainer(*callbacks: pl.Callback, epochs: int = 0, **settings: Any) -> pl.Trainer:
+    """Return a Trainer on the CPU that prints and writes nothing."""
+    return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**QUIET, **settings})
+
+
+class Theirs(pl.LightningModule):
+    """A module that is not ours, with its network under any name."""
+
+    def __init__(self, network: nn.Module, name: str = "model") -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, network)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        return getattr(self, self.name)(**batch).loss  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+Models = tuple[Callable[[], Any], ...]
+MODELS: Models = (make_bert, make_llama_lm)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage to check, as a chain builds it.
+
+    Raises:
+        SkipTest: what it needs is not installed.
+    """
+
+    technique: type[Technique]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    config: Mapping[str, Any] | None = None
+    models: Models = MODELS
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in self.technique.packages if importlib.util.find_spec(name) is None]:
+            raise SkipTest(f"{self.technique.__name__} needs {', '.join(missing)}")
+
+    def build(self, model: nn.Module, folder: Path, training: Training | None = None) -> Any:
+        """Return the stage, given what a chain gives: ``folder`` is that of its baseline and of its source."""
+        name = self.technique.key.removeprefix("technique.")
+        step = Step(name, name, self.technique, dict(self.settings), training or self.training)
+        return step.build(model=model, tokenizer=make_tokenizer(), baseline=folder, source=folder, keep_in=folder)
+
+    def find_models(self) -> list[Callable[[], Any]]:
+        """Return the constructors of the models that the stage accepts.
+
+        Raises:
+            AssertionError: it accepts none.
+        """
+        reasons = {make: self._refuse(make()) for make in self.models}
+        assert not all(reasons.values()), (
+            f"{self.technique.__name__} accepts none of the suite's models: {' '.join(reasons.values())}"
+        )
+        return [make for make in self.models if not reasons[make]]
+
+    def _refuse(self, model: nn.Module) -> str:
+        try:
+            self.build(model, Path()).check(model, [])
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+def check_technique(
+    technique: type[Technique],
+    settings: Mapping[str, Any] | None = None,
+    training: Training | None = None,
+    config: Mapping[str, Any] | None = None,
+    models: Models = MODELS,
+) -> None:
+    """Check that a stage keeps its contract, at ``settings`` that suit models of 2 blocks, 4 heads and a width of 32.
+
+    Args:
+        technique: the class of the stage.
+        settings: arguments of its constructor.
+        training: how its fit trains; without it the stage works in one shot.
+        config: the content of its YAML, whose settings are compared with the constructor.
+        models: functions that make a model; the suite runs on those that the stage accepts.
+
+    Raises:
+        AssertionError: the stage breaks its contract; the message says where.
+        SkipTest: what it needs is not installed.
+    """
+    case = Case(technique, settings or {}, training or Training(), config, models)
+    for check in CHECKS:
+        check(case)
+
+
+def check_kind(case: Case) -> None:
+    """Check that the stage is one, and that a Trainer can run it."""
+    name = case.technique.__name__
+    assert issubclass(case.technique, Technique), f"{name} is no Technique: inherit compress.technique.Technique."
+    assert issubclass(case.technique, pl.Callback | pl.LightningModule), (
+        f"{name} is neither a Callback nor a LightningModule: inherit one of them beside Technique."
+    )
+
+
+def check_promises(case: Case) -> None:
+    """Check on a pruned model what the chain checks after every stage: the weights that change, zeros, the head, and an
+    artifact that reloads to the same logits in the size that was promised."""
+    for make in case.find_models():
+        with tempfile.TemporaryDirectory() as name:
+            source, into, report = (Path(name, one) for one in ("source", "into", "report"))
+            for folder in (source, into, report):
+                folder.mkdir()
+            model, tokenizer = make(), make_tokenizer()
+            for _, linear in find_linears(model):
+                linear.weight.data.masked_fill_(mask_tensor(linear.weight.detach().abs(), 0.5), 0)
+            description = Description(detect_task_kind(model), "tiny", "random")
+            write_artifact(source, model, tokenizer, description)
+            model = load_artifact(source).model
+            before = capture_state(model)
+            stage, module = _fit(case, model, source)
+            model = unwrap_model(module)
+            try:
+                check_model(stage.key, stage, before, model)
+                tokenizer = getattr(stage, "tokenizer", None) or tokenizer
+                probe: Any = [tokenizer(text, return_tensors="pt") for text in ("a b c d", "w1 w2 z y x")]
+                probe = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in probe]
+                expected = compute_logits(stage.exported or model, probe)
+                description = Description(
+                    description.kind, "tiny", "random", stage.runtime, stage.leaves or description.weights
+                )
+                write_artifact(into, model, tokenizer, description, stage)
+                reloaded = compute_logits(load_artifact(into).model, probe)
+                check_folder(stage.key, stage, source, into, expected, reloaded)
+                if stage.average_bits:
+                    check_bits(stage.key, stage.average_bits, model, into)
+                stage.report(report)
+            except (UserError, PostconditionError) as error:
+                raise AssertionError(f"{case.technique.__name__} on {make.__name__}: {error}") from error
+
+
+def check_resuming(case: Case) -> None:
+    """Check that a stage that says so ends a training that was stopped as if it had not been."""
+    training = Training(epochs=2, learning_rate=1e-2)
+    if not case.training.epochs:
+        return
+    make = case.find_models()[0]
+    with tempfile.TemporaryDirectory() as name:
+        write_artifact(Path(name), make(), make_tokenizer(), Description(detect_task_kind(make()), "tiny", "random"))
+        stage, whole = _fit(case, make(), Path(name), training)
+        if not stage.resumes:
+            return
+        checkpoints = Path(name, "resume")
+        with contextlib.suppress(_Stopped):
+            _fit(case, make(), Path(name), training, Checkpoints(checkpoints), _Stop(at=6))
+        _, again = _fit(case, make(), Path(name), training, Checkpoints(checkpoints))
+    wrong = [key for key, value in again.state_dict().items() if not torch.equal(value, whole.state_dict()[key])]
+    assert not wrong, (
+        f"{case.technique.__name__} says that it resumes, and {wrong[0]} differs after a training that was stopped: "
+        "keep what changes during the training in `state_dict`, or set resumes = False."
+    )
+
+
+def check_other_modules(case: Case) -> None:
+    """Check that a stage that is a callback works in a script whose LightningModule is not ours."""
+    if issubclass(case.technique, pl.LightningModule):
+        return
+    make = case.find_models()[0]
+    given = {"tokenizer": make_tokenizer()} if "tokenizer" in inspect.signature(case.technique).parameters else {}
+    stage: Any = case.technique(**case.settings, **given)
+    module: Any = Theirs(make())
+    before = capture_state(module.model)
+    loader = make_loader(lm=make is make_llama_lm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            make_trainer(stage, epochs=case.training.epochs).fit(module, loader, loader)
+            check_model(stage.key, stage, before, module.model)
+        except Exception as error:
+            raise AssertionError(f"{case.technique.__name__} fails in a module that is not ours: {error}") from error
+
+
+def check_config(case: Case) -> None:
+    """Check that the YAML and the constructor have the same settings with the same defaults."""
+    if case.config is None:
+        return
+    name, parameters = case.technique.__name__, inspect.signature(case.technique).parameters
+    ours = {key: value for key, value in case.config.items() if key not in ("_target_", "train", "calibration")}
+    missing, unknown = parameters.keys() - OFFERED - ours.keys(), ours.keys() - parameters.keys()
+    assert not missing, f"{name} takes {', '.join(sorted(missing))} and its YAML lacks them: add them to it."
+    assert not unknown, f"The YAML of {name} has {', '.join(sorted(unknown))}, which its constructor does not take."
+    for key, value in ours.items():
+        default = _to_lists(to_plain(parameters[key].default))
+        assert _is_open(value) or value == default, (
+            f"{key} is {value!r} in the YAML of {name} and {default!r} in its constructor: set one to the other."
+        )
+
+
+def check_example(case: Case) -> None:
+    """Check that the example in the docstring runs: with a ``model`` as its module's, a ``student`` and a ``teacher``,
+    the ``module``, its ``loader``, a ``validation_loader`` and a ``tokenizer``."""
+    make = case.find_models()[0]
+    model, loader = make(), make_loader(lm=make is make_llama_lm)
+    names = {
+        case.technique.__name__: case.technique,
+        "Training": Training,
+        "pl": SimpleNamespace(Trainer=partial(pl.Trainer, **QUIET)),
+        **{
+            "model": model,
+            "student": model,
+            "teacher": make(),
+            "module": FineTune(model),
+            "tokenizer": make_tokenizer(),
+        },
+        **{"loader": loader, "validation_loader": loader},
+    }
+    name = case.technique.__name__
+    text = inspect.cleandoc(case.technique.__dict__.get("__doc__") or "")
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    assert test.examples, f"{name} has no example in its docstring: add one line, `>>> ...`."
+    try:
+        doctest.DebugRunner(verbose=False).run(test, out=lambda text: None)
+    except doctest.UnexpectedException as error:
+        raise AssertionError(f"The example in the docstring of {name} fails: {error.exc_info[1]}") from error
+    except doctest.DocTestFailure as error:
+        raise AssertionError(f"The example in the docstring of {name} prints {error.got!r}") from error
+
+
+CHECKS = (check_kind, check_promises, check_resuming, check_other_modules, check_config, check_example)
+"""What :func:`check_technique` checks, for tests that run them one by one on a :class:`Case`."""
+
+
+def _fit(
+    case: Case, model: Any, folder: Path, training: Training | None = None, *callbacks: pl.Callback
+) -> tuple[Any, pl.LightningModule]:
+    """Return the stage and the module after one fit, with the callbacks that a chain has."""
+    training = training or case.training
+    pl.seed_everything(0, verbose=False)
+    stage = case.build(model, folder, training)
+    stage.check(model, [])
+    module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, training=training)
+    stages = [] if stage is module else [stage]
+    holding = [HoldZeros()] if training.epochs else []
+    last = next((one.last() for one in callbacks if isinstance(one, Checkpoints)), None)
+    options = make_trainer_options(Hardware(accelerator="cpu"), together=False)
+    loader = make_loader(lm=detect_task_kind(model) == "lm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of loaders in one process
+        trainer = make_trainer(
+            *stages, *holding, *callbacks, epochs=training.epochs, enable_checkpointing=bool(callbacks), **options
+        )
+        trainer.fit(module, loader, loader, ckpt_path=last)
+    return stage, module
+
+
+class _Stopped(BaseException):
+    pass
+
+
+class _Stop(pl.Callback):
+    """Stops the process, as it were, at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.at:
+            raise _Stopped
+
+
+def _to_lists(value: Any) -> Any:
+    """Return containers as YAML has them."""
+    if isinstance(value, Mapping):
+        return {key: _to_lists(one) for key, one in value.items()}
+    return [_to_lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _is_open(value: Any) -> bool:
+    """Say whether another setting decides the value."""
+    return isinstance(value, str) and "${" in value
