@@ -18,6 +18,7 @@ from compress.formats.nbits import Weight, build_lookup, build_product, round_ro
 from compress.formats.onnx import Graph
 from compress.maths.rounding import Scheme
 from compress.models.calibration import Batch
+from compress.models.families import find_conventions
 from compress.models.layers import Layer, digest_tensor, evaluation_mode
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import PAST, PRESENT
@@ -30,7 +31,8 @@ def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Grap
     from onnxruntime.transformers.optimizer import optimize_by_fusion
 
     graph = Graph(source)
-    options = FusionOptions("bert")
+    fusion = find_conventions(config).fusion
+    options = FusionOptions(fusion)
     options.enable_rotary_embeddings = False  # a table of 131,072 positions, and one row of them for all texts
     options.enable_embed_layer_norm = embeddings
     options.use_multi_head_attention = not whole
@@ -39,7 +41,7 @@ def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Grap
     options.enable_attention = even and not graph.large  # it would join weights, which must be there for that
     graph.proto = optimize_by_fusion(
         graph.proto,
-        model_type="bert",
+        model_type=fusion,
         num_heads=heads if even else 0,
         hidden_size=width if even else 0,
         optimization_options=options,

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from compress.cache.digests import fingerprint_files
 from compress.errors import UserError
 from compress.hub import offline_if_unreachable
+from compress.models.families import find_conventions
 from compress.models.layers import find_blocks
 from compress.models.shapes import build_cut_class
 from compress.tasks.kinds import KINDS
@@ -229,8 +230,8 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def limit_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
     """``wanted`` tokens, or as many as the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None) or wanted
-    if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= model.config.pad_token_id + 1  # their positions are counted from the pad id on
+    if find_conventions(model).positions_after_padding:
+        positions -= model.config.pad_token_id + 1
     return min(wanted, positions, tokenizer.model_max_length)
 
 

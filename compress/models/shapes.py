@@ -16,71 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compress.errors import UserError
+from compress.models.families import Family, find_family
 from compress.models.layers import find_blocks
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The names, inside a block, of the layers that lose heads or FFN channels together."""
-
-    query: str
-    key: str
-    value: str
-    attention_out: str
-    ffn_in: tuple[str, ...]
-    ffn_out: str
-    ffn_size: str = "intermediate_size"
-    """The FFN's width in the config."""
-    says_head_size: bool = False
-    """Whether the config can say how wide a head is, however many there are."""
-
-
-BERT = Anatomy(
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_out="attention.output.dense",
-    ffn_in=("intermediate.dense",),
-    ffn_out="output.dense",
-)
-DISTILBERT = Anatomy(
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_out="attention.out_lin",
-    ffn_in=("ffn.lin1",),
-    ffn_out="ffn.lin2",
-    ffn_size="hidden_dim",
-)
-LLAMA = Anatomy(
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_out="self_attn.o_proj",
-    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
-    ffn_out="mlp.down_proj",
-    says_head_size=True,
-)
-FAMILIES = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
-    "distilbert": DISTILBERT,
-    **dict.fromkeys(("llama", "mistral", "qwen2"), LLAMA),
-}
-
-
-def find_anatomy(model: nn.Module) -> Anatomy:
-    """The names of the model's layers.
-
-    Raises:
-        UserError: the model is of no family whose names are known.
-    """
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in FAMILIES:
-        raise UserError(
-            f"`structured` knows the layers of {', '.join(FAMILIES)} and not those of `{family}`: choose another model."
-        )
-    return FAMILIES[family]
 
 
 @dataclass(frozen=True)
@@ -95,10 +32,7 @@ class Block:
     attention_out: nn.Linear
     ffn_in: tuple[nn.Linear, ...]
     ffn_out: nn.Linear
-
-    @property
-    def head_size(self) -> int:
-        return int(getattr(self.attention, "head_dim", None) or self.attention.attention_head_size)  # type: ignore[arg-type]
+    head_size: int
 
     @property
     def heads(self) -> int:
@@ -118,24 +52,28 @@ class Block:
 
 
 def read_blocks(model: nn.Module) -> list[Block]:
-    """The model's blocks, the first first."""
-    names = find_anatomy(model)
+    """Return the model's blocks, the first first."""
+    family = find_family(model)
+    return [read_block(block, family) for block in find_blocks(model)[1]]
 
-    def layers(block: nn.Module) -> Block:
-        def get(name: str) -> Any:
-            return block.get_submodule(name)
 
-        return Block(
-            attention=get(names.query.rpartition(".")[0]),
-            query=get(names.query),
-            key=get(names.key),
-            value=get(names.value),
-            attention_out=get(names.attention_out),
-            ffn_in=tuple(map(get, names.ffn_in)),
-            ffn_out=get(names.ffn_out),
-        )
+def read_block(block: nn.Module, family: Family) -> Block:
+    """Return the layers of a block of a model of this family."""
 
-    return [layers(block) for block in find_blocks(model)[1]]
+    def get(name: str) -> Any:
+        return block.get_submodule(name)
+
+    attention = get(family.query.rpartition(".")[0])
+    return Block(
+        attention=attention,
+        query=get(family.query),
+        key=get(family.key),
+        value=get(family.value),
+        attention_out=get(family.attention_out),
+        ffn_in=tuple(map(get, family.ffn_in)),
+        ffn_out=get(family.ffn_out),
+        head_size=getattr(attention, family.head_size),
+    )
 
 
 def remove_units(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] | None = None) -> None:
@@ -194,15 +132,15 @@ def shape_blocks(model: nn.Module, heads: list[int] | None = None, ffn: list[int
 def record_shapes(model: PreTrainedModel) -> None:
     """Say the model's shapes in its config, where they can be said there in the config's own words, or else in its
     entry ``compress``."""
-    names, config, each = find_anatomy(model), model.config, read_blocks(model)
+    family, config, each = find_family(model), model.config, read_blocks(model)
     heads, ffn = [block.heads for block in each], [block.ffn for block in each]
     extra = {}
     if len(set(ffn)) == 1:
-        setattr(config, names.ffn_size, ffn[0])
+        setattr(config, family.ffn_size, ffn[0])
     else:
         extra["ffn"] = ffn
     plain = {"num_attention_heads": heads[0], "num_key_value_heads": each[0].groups, "head_dim": each[0].head_size}
-    if names.says_head_size and len(set(heads)) == 1 and is_valid_config(config, plain):
+    if family.head_size_in_config and len(set(heads)) == 1 and is_valid_config(config, plain):
         config.update(plain)
     elif set(heads) != {config.num_attention_heads}:
         extra["heads"] = heads

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from compress.errors import UserError
 from compress.models.backbone import find_auto_class, from_pretrained, load_weights
+from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.shapes import drop_blocks
 
@@ -87,7 +88,7 @@ def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int, key: 
                 f"set a multiple of {queries * head}."
             )
         narrow.num_key_value_heads = heads // queries
-    ffn = "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"  # DistilBERT's name for it
+    ffn = find_conventions(config).ffn_size
     setattr(narrow, ffn, round(getattr(config, ffn) * hidden_size / config.hidden_size))
     narrow.hidden_size = hidden_size
     narrow.num_hidden_layers = layers

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.families import find_family
 from compress.models.layers import find_blocks
-from compress.models.shapes import find_anatomy
 from compress.quiet import hide_progress_bars
 
 Ranking = Callable[[list[Tensor], int, bool, int], list[Tensor]]
@@ -52,9 +52,8 @@ def find_masks(
     def generate_mask(scores: Tensor, total: int, even: bool, multiple_of: int = 1) -> Tensor:
         return torch.stack(ranking(list(scores), total, even, multiple_of)).to(scores)
 
-    config, names = model.config, find_anatomy(model)
+    config, width = model.config, getattr(model.config, find_family(model).ffn_size)
     MODEL_MAP.setdefault(config.model_type, {"structure": describe_structure(model)})
-    width = getattr(config, names.ffn_size)
     with (
         tempfile.TemporaryDirectory() as folder,  # for the scores, which it writes to files
         patch.object(transformer_pruner, "generate_mask", generate_mask),
@@ -75,18 +74,18 @@ def describe_structure(model: nn.Module) -> type:
     """TextPruner's description of a family that it has none for."""
     from textpruner.model_utils.model_structure import ModelStructure
 
-    names = find_anatomy(model)
+    family = find_family(model)
     stack = find_blocks(model)[0].removeprefix(f"{model.base_model_prefix}.")
 
     class Structure(ModelStructure):
         ENCODER_PREFIX = stack.replace(".", r"\.") + r"\.[0-9]+\."
         LAYER_PATTERNS = {  # noqa: RUF012
-            "query": names.query,
-            "key": names.key,
-            "value": names.value,
-            "att_dense": names.attention_out,
-            "interm_dense": names.ffn_in[0],
-            "output_dense": names.ffn_out,
+            "query": family.query,
+            "key": family.key,
+            "value": family.value,
+            "att_dense": family.attention_out,
+            "interm_dense": family.ffn_in[0],
+            "output_dense": family.ffn_out,
         }
 
     return Structure

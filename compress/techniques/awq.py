@@ -23,9 +23,10 @@ from compress.models.calibration import (
     record_inputs,
     select_tokens,
 )
-from compress.models.folding import FOLDS, find_sources, fold_scale
+from compress.models.families import FAMILIES, Family, find_family, name_family
+from compress.models.folding import find_sources, fold_scale
 from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
-from compress.models.shapes import BERT, DISTILBERT, FAMILIES, LLAMA
+from compress.models.shapes import read_block
 from compress.technique import Technique
 
 
@@ -89,17 +90,17 @@ class AWQ(Technique, pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        family = getattr(getattr(skeleton, "config", None), "model_type", type(skeleton).__name__)
-        if FAMILIES.get(family) in (BERT, DISTILBERT):
+        name = name_family(skeleton)
+        if name not in FAMILIES:
+            known = ", ".join(other for other, family in FAMILIES.items() if family.folds)
             raise UserError(
-                f"`awq` folds the scales of a layer's inputs into the norm before it, and those of `{family}` feed the "
-                "residual branch as well, which would be scaled too: use gptq in its place (technique=gptq)."
-            )
-        if FAMILIES.get(family) is not LLAMA:
-            known = ", ".join(name for name, names in FAMILIES.items() if names is LLAMA)
-            raise UserError(
-                f"`awq` knows where to fold scales in {known} and not in `{family}`: use gptq in its place "
+                f"`awq` knows where to fold scales in {known} and not in `{name}`: use gptq in its place "
                 "(technique=gptq)."
+            )
+        if not FAMILIES[name].folds:
+            raise UserError(
+                f"`awq` folds the scales of a layer's inputs into the norm before it, and those of `{name}` feed the "
+                "residual branch as well, which would be scaled too: use gptq in its place (technique=gptq)."
             )
         for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
             self.scheme.check(self.key, name, linear)
@@ -114,7 +115,7 @@ class AWQ(Technique, pl.Callback):
 
         def prepare(name: str, block: nn.Module, forwards: Forwards, masks: list[Tensor | None]) -> None:
             names = {layer.removeprefix(f"{name}.") for layer in wanted}
-            rescale_block(block, forwards, masks, self.scheme, self.grid, names)
+            rescale_block(block, find_family(model), forwards, masks, self.scheme, self.grid, names)
 
         with evaluation_mode(model):
             for layers, moment in calibrate_layers(model, batches, second_moment, wanted, prepare=prepare):
@@ -134,6 +135,7 @@ class AWQ(Technique, pl.Callback):
 @torch.no_grad()
 def rescale_block(
     block: nn.Module,
+    family: Family,
     forwards: Forwards,
     masks: list[Tensor | None],
     scheme: Scheme,
@@ -142,13 +144,13 @@ def rescale_block(
 ) -> None:
     """Scale the inputs of the block's layers as its ``forwards`` show best for rounding them; as long as nothing is
     rounded, the block computes what it did. Layers that are not ``wanted`` stay as they are."""
-    for place in FOLDS:
+    for place in family.folds:
         before = block.get_submodule(place.before)
         layers: list[Any] = [block.get_submodule(name) for name in place.layers]
         changed = place.layers + ((place.before,) if isinstance(before, nn.Linear) else ())
         if any(name not in wanted for name in changed):
             continue
-        source = find_sources(block, before, layers[0])
+        source = find_sources(before, layers[0], read_block(block, family).head_size)
         if place.within is None:
             (layer,) = layers
             error = moment_error(layer.weight, combine_over_inputs(layer, forwards, masks, second_moment))

@@ -23,9 +23,10 @@ from compress.maths.rounding import (
 )
 from compress.models.backbone import is_decoder
 from compress.models.calibration import calibrate_layers, draw_calibration_batches
-from compress.models.folding import FOLDS, find_sources, fold_scale
+from compress.models.families import FAMILIES, find_family, name_family
+from compress.models.folding import find_sources, fold_scale
 from compress.models.layers import evaluation_mode, find_blocks, find_quantizable, unwrap_model
-from compress.models.shapes import FAMILIES, LLAMA
+from compress.models.shapes import read_block
 from compress.technique import Technique
 
 WEIGHTS = Scheme(bits=8)
@@ -106,11 +107,12 @@ class W8A8(Technique, pl.Callback):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         config: Any = getattr(skeleton, "config", None)
-        family = getattr(config, "model_type", type(skeleton).__name__)
-        if self.smoothing is not None and FAMILIES.get(family) is not LLAMA:
+        family = name_family(skeleton)
+        known = FAMILIES.get(family)
+        if self.smoothing is not None and not (known and known.folds):
             reason = (
                 f"those of `{family}` feed the residual branch as well, which would be scaled too"
-                if family in FAMILIES
+                if known
                 else f"where `{family}` has them is not known"
             )
             raise UserError(
@@ -166,17 +168,17 @@ def max_magnitudes(x: Tensor) -> Tensor:
 
 
 def smooth_blocks(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
-    """Scale the inputs of those layers of a Llama's blocks for which the ``largest`` activations, ``[inputs]``, are
-    given; the model computes what it did."""
-    prefix, stack = find_blocks(model)
+    """Scale the inputs of those layers of the blocks for which the ``largest`` activations, ``[inputs]``, are given;
+    the model computes what it did."""
+    family, (prefix, stack) = find_family(model), find_blocks(model)
     for index, block in enumerate(stack):
-        for place in FOLDS:
+        for place in family.folds:
             before: Any = block.get_submodule(place.before)
             changed = (*place.layers, *([place.before] if isinstance(before, nn.Linear) else []))
             if any(f"{prefix}.{index}.{name}" not in largest for name in changed):
                 continue  # one of them is to stay as it is
             layers: list[Any] = [block.get_submodule(name) for name in place.layers]
-            source = find_sources(block, before, layers[0])
+            source = find_sources(before, layers[0], read_block(block, family).head_size)
             activation = max_per_source(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
             weight = max_per_source(source, torch.cat([layer.weight.data for layer in layers]).float().abs().amax(0))
             fold_scale(before, layers, smoothing_scale(activation, weight, strength), source)

@@ -10,14 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, find_auto_class
-from compress.models.shapes import FAMILIES, read_blocks, record_shapes, remove_units, shape_blocks
+from compress.models.families import FAMILIES
+from compress.models.shapes import read_blocks, record_shapes, remove_units, shape_blocks
 from compress.runtimes import torch as runtime
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
 
 INPUTS = {key: value for key, value in tiny.batch().items() if key != "labels"}
 TASK = Task(name="t", kind="multiclass", metrics=("accuracy",), primary="accuracy", labels=("no", "maybe", "yes"))
-PLAIN = [name for name, anatomy in FAMILIES.items() if anatomy.says_head_size]
+PLAIN = [name for name, one in FAMILIES.items() if one.head_size_in_config]
 
 
 def family(name):

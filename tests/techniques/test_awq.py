@@ -27,6 +27,7 @@ from compress.errors import UserError
 from compress.maths.hessian import second_moment
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
 from compress.models.calibration import calibrate_layers
+from compress.models.families import LLAMA
 from compress.models.layers import find_blocks, find_linears, find_zeros
 from compress.running.experiment import run_experiment
 from compress.running.promises import capture_state, check_bits, check_model
@@ -147,7 +148,7 @@ def test_the_scales_that_are_found_change_nothing_before_weights_are_rounded(bui
 
     def prepare(name, block, forwards, masks):
         wanted = {layer.removeprefix(f"{name}.") for layer in names}
-        rescale_block(block, forwards, masks, Scheme(3, 16, False), 6, wanted)
+        rescale_block(block, LLAMA, forwards, masks, Scheme(3, 16, False), 6, wanted)
 
     batches = [one(seed=seed) for seed in range(2)]
     for _ in calibrate_layers(model, batches, second_moment, names, prepare=prepare):

@@ -1,0 +1,95 @@
+"""A family of models is one record, and nothing else in the tree knows it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_folding import check_fold, logits
+from test_prune import fit
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import compress
+from compress.errors import UserError
+from compress.models.backbone import limit_length
+from compress.models.families import FAMILIES, LLAMA, Family, Fold, find_family
+from compress.models.shapes import read_blocks
+from compress.models.students import narrow_config
+from compress.runtimes import torch as runtime
+from compress.sweeping.sweeper import read_sizes
+from compress.techniques.awq import AWQ
+from compress.techniques.structured import Structured
+from compress.techniques.w8a8 import W8A8
+
+NEW = {
+    "qwen3": replace(LLAMA),  # with norms of queries and keys, a head's width each
+    "starcoder2": Family(  # with biases in norms and layers, and an FFN without a gate
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        attention_out="self_attn.o_proj",
+        ffn_in=("mlp.c_fc",),
+        ffn_out="mlp.c_proj",
+        head_size="head_dim",
+        folds=(*LLAMA.folds[:2], Fold("post_attention_layernorm", ("mlp.c_fc",), within="mlp")),
+    ),
+}
+FOLDS = [(name, place) for name, record in NEW.items() for place in record.folds]
+
+
+def build(name, **shape):
+    torch.manual_seed(0)
+    shape = {**tiny.SHAPE, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 3, "pad_token_id": 0, **shape}
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **shape)).eval()
+
+
+@pytest.fixture(params=NEW)
+def name(request, monkeypatch):
+    """A family that is not known, made known by its record alone."""
+    assert request.param not in FAMILIES
+    with pytest.raises(UserError, match=f"not those of `{request.param}`: choose"):
+        find_family(build(request.param))
+    monkeypatch.setitem(FAMILIES, request.param, NEW[request.param])
+    return request.param
+
+
+def test_its_heads_and_channels_are_cut_as_if_they_were_zero(name, tmp_path):
+    model, whole = build(name), build(name)
+    fit(model, Structured(head_mask=[[1, 1, 0, 0], [1] * 4], ffn_mask=[[1] * 40 + [0] * 24, [1] * 64]))
+    block = read_blocks(whole)[0]
+    block.attention_out.weight.data[:, 16:] = 0
+    block.ffn_out.weight.data[:, 40:] = 0
+    assert torch.allclose(logits(model.eval()), logits(whole), atol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(runtime.load(tmp_path, "multiclass")), logits(model))
+
+
+@pytest.mark.parametrize(("name", "place"), FOLDS, indirect=["name"])
+def test_random_scales_in_its_blocks_change_no_output(name, place):
+    check_fold(build(name), FAMILIES[name], place)
+
+
+def test_stages_that_fold_scales_take_it(name):
+    fit(build(name), AWQ(bits=8, group_size=8, samples=4, grid=2), W8A8(smoothing=0.5, samples=4))
+
+
+def test_its_sizes_are_found_under_the_keys_of_its_config(name, monkeypatch):
+    model = build(name, width=48)
+    monkeypatch.setitem(FAMILIES, name, replace(NEW[name], ffn_size="width"))
+    assert read_sizes(model) == {"heads": 4, "ffn": 48, "layers": 2}
+    assert narrow_config(model.config, 16, 1, "technique.distill.student").width == 24
+
+
+def test_its_positions_are_counted_as_its_record_says(name, monkeypatch):
+    model, tokenizer = build(name, max_position_embeddings=20), SimpleNamespace(model_max_length=512)
+    assert limit_length(model, tokenizer, 64) == 20
+    monkeypatch.setitem(FAMILIES, name, replace(NEW[name], positions_after_padding=True))
+    assert limit_length(model, tokenizer, 64) == 19
+
+
+def test_no_module_asks_for_a_family_by_its_name():
+    asked = re.compile(r"model_type\b.*(==|!=|\bin [(\[{])")
+    assert not [path for path in Path(compress.__file__).parent.rglob("*.py") if asked.search(path.read_text())]
