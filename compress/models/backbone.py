@@ -52,8 +52,15 @@ class Backbone:
     config: dict[str, Any] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     learning_rate: float = 5e-5
+    from_scratch: bool = False
+    """Weights are always random: there is no ``path`` to set."""
 
     def __post_init__(self) -> None:
+        if self.from_scratch and self.path is not None:
+            raise UserError(
+                f"model.path is {self.path}; `{self.name}` has random weights and a tokenizer trained on the task's "
+                f"text. Set model=pretrained model.path={self.path}."
+            )
         if self.path is None and self.config is None:
             raise UserError(
                 f"Model `{self.name}` has neither weights nor an architecture: set model.path to a Hugging Face id or "

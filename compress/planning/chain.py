@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -167,6 +168,11 @@ def choose_by_scale(full: Any, small: Any, *, _root_: DictConfig) -> Any:
     return {"full": full, "small": small}[_root_.scale]
 
 
+def name_model(path: str | None) -> str:
+    """Return the name of a model by its path: `bert-tiny` of `prajjwal1/bert-tiny`."""
+    return Path(path).name if path else "pretrained"
+
+
 class ChainSource(ConfigSource):
     """The config folder, with every chain of its stages as a choice of `technique`."""
 
@@ -276,6 +282,7 @@ def _assign_keys(names: list[str]) -> dict[str, str]:
 Plugins.instance().register(ChainSource)
 Plugins.instance().register(ChainSearchPath)
 OmegaConf.register_new_resolver("slug", make_slug, replace=True)
+OmegaConf.register_new_resolver("model_name", name_model, replace=True)
 OmegaConf.register_new_resolver("scaled", choose_by_scale, replace=True)
 
 PACKAGE = "hydra_plugins.compress"

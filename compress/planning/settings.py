@@ -46,7 +46,8 @@ class Hardware:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: Annotated[int, Field(ge=1)] = 1
     nodes: Annotated[int, Field(ge=1)] = 1
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"
+    """Of training; ``auto`` becomes ``bf16-mixed`` on a GPU and ``32-true`` on a CPU."""
     batch_size: Literal["auto"] | None = None
     """``auto``: trainings take batches that fit into memory and accumulate gradients to the batch they ask for."""
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -56,6 +57,8 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", "bf16-mixed" if self.device.type == "cuda" else "32-true")
         if self.precision == "16-mixed" and self.device.type == "cpu":
             raise UserError(
                 "hardware.precision is 16-mixed, for which a CPU has no arithmetic: set hardware.precision=bf16-mixed "

@@ -1,10 +1,12 @@
 """What is wrong is told in one sentence, before anything is loaded or trained."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from test_conf import CONF
+from transformers import BertConfig
 
 from compress.errors import UserError
 from compress.planning import plan
@@ -125,6 +127,11 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["task.epochs=-3"], r"task.epochs is -3"),
         (["task.primary=matthews"], r"primary metric matthews, which it does not measure"),
         (["model=tiny", "task=toy_lm"], r"`bert` is an encoder: choose a decoder"),
+        (
+            ["model.path=/models/bert"],
+            r"model.path is /models/bert; `tiny` has random .* Set model=pretrained model.path=/models/bert\.$",
+        ),
+        (["model=pretrained"], r"`pretrained` has neither weights nor an architecture: set model.path"),
         (["model.dtype=int8"], r"model.dtype is 'int8'"),
         (["hardware.accelerator=tpu"], r"hardware.accelerator is 'tpu': .*'auto', 'cpu' or 'gpu'"),
         (["hardware.threads=two"], r"hardware.threads is 'two'"),
@@ -158,6 +165,23 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU here: set hardware=cpu"):
         check("hardware=gpu")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_trains_on_a_gpu_as_gpu_does_and_on_a_cpu_as_cpu_does(monkeypatch, there):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    same = "gpu" if there else "cpu"
+    auto, named = (check(f"hardware={choice}").settings.hardware for choice in ("auto", same))
+    assert replace(auto, accelerator=same) == named and auto.device == named.device
+    assert auto.precision == ("bf16-mixed" if there else "32-true")
+
+
+def test_a_pretrained_model_is_named_after_its_folder(tmp_path):
+    folder = tmp_path / "mine"
+    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8).save_pretrained(folder)
+    backbone = check("model=pretrained", f"model.path={folder}").backbone
+    assert (backbone.name, backbone.path) == ("mine", str(folder))
 
 
 def test_more_calibration_text_than_there_is_is_told_before_training():
