@@ -1,10 +1,10 @@
-"""Perplexity after weight-only quantization by this project, by llm-compressor, and by rounding to nearest: the same
-weights, calibration text and format.
+"""Compare weight-only quantization by this project, by llm-compressor and by rounding to nearest: the perplexity with
+the same weights, calibration text and format.
 
     python benchmarks/against_llmcompressor.py MODEL CALIBRATION.txt TEST.txt [--group-size 128] [--length 256]
 
-The calibration windows are the first of one text file and the test windows those of the other, up to ``--windows``.
-GPTQ's integers are symmetric and AWQ's are not, as in their papers.
+The first ``--samples`` windows of one text file calibrate, the first ``--windows`` of the other file test.
+As in their papers, GPTQ's integers are symmetric and AWQ's are not.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
-    parser.add_argument("--windows", type=int, default=400, help="most windows to test on")
-    asked = parser.parse_args()
+    parser.add_argument("--windows", type=int, default=400, help="windows to test on, at most")
+    options = parser.parse_args()
     silence_libraries()
     logger.remove()  # llm-compressor's own
-    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory for a GPU without asking
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    calibration = windows(tokenizer, asked.calibration, asked.length, asked.samples)
-    test = windows(tokenizer, asked.test, asked.length, asked.windows)
-    dense = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
+    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory even without a GPU
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    calibration = windows(tokenizer, options.calibration, options.length, options.samples)
+    test = windows(tokenizer, options.test, options.length, options.windows)
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     floats = perplexity(dense, test)
     table = Table("", "bits", "float", "rounding to nearest", "llm-compressor", "ours", "ours / llm-compressor")
     for technique, modifier, symmetric in (
@@ -61,15 +61,16 @@ def main() -> None:
         (AWQ, partial(AWQModifier, duo_scaling="both"), False),
     ):
         for bits in (4, 3):
-            scheme = Scheme(bits, asked.group_size, symmetric)
+            scheme = Scheme(bits, options.group_size, symmetric)
             methods = (modified(QuantizationModifier), modified(modifier), partial(ours, technique))
-            found = [perplexity(method(copy.deepcopy(dense), scheme, calibration), test) for method in methods]
-            figures = (f"{one:.3f}" for one in (floats, *found))
-            table.add_row(technique.__name__, str(bits), *figures, f"{found[2] / found[1]:.4f}")
+            perplexities = [perplexity(method(copy.deepcopy(dense), scheme, calibration), test) for method in methods]
+            figures = (f"{value:.3f}" for value in (floats, *perplexities))
+            table.add_row(technique.__name__, str(bits), *figures, f"{perplexities[2] / perplexities[1]:.4f}")
     Console(width=110).print(table)
 
 
 def windows(tokenizer, path: Path, length: int, most: int) -> Windows:
+    """Return the first ``most`` windows of ``length`` tokens of a text file."""
     ids = tokenizer(path.read_text(errors="replace"), return_tensors="pt")["input_ids"][0]
     cut = ids[: len(ids) // length * length].view(-1, length)[:most]
     return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in cut]
@@ -77,7 +78,7 @@ def windows(tokenizer, path: Path, length: int, most: int) -> Windows:
 
 @torch.inference_mode()
 def perplexity(model: LlamaForCausalLM, test: Windows) -> float:
-    losses = [model(**one, labels=one["input_ids"]).loss.item() for one in test]
+    losses = [model(**window, labels=window["input_ids"]).loss.item() for window in test]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -87,11 +88,11 @@ def ours(technique: type, model: LlamaForCausalLM, scheme: Scheme, calibration: 
 
 
 def modified(modifier: Callable) -> Callable[[LlamaForCausalLM, Scheme, Windows], LlamaForCausalLM]:
-    """llm-compressor's ``modifier`` on a model."""
+    """Return a function that applies llm-compressor's ``modifier`` to a model."""
 
     def apply(model: LlamaForCausalLM, scheme: Scheme, calibration: Windows) -> LlamaForCausalLM:
         groups = {"group_0": quantization_scheme(scheme, inputs=None, dynamic=False, targets=["Linear"])}
-        rows = [{name: value[0].tolist() for name, value in one.items()} for one in calibration]
+        rows = [{name: value[0].tolist() for name, value in window.items()} for window in calibration]
         oneshot(
             model=model,
             dataset=Dataset.from_list(rows),

@@ -1,5 +1,5 @@
-"""What timing without warm-up says of a model against itself: processes that each load the artifact, time their first
-texts one by one, and then the same texts warm.
+"""Show how far timing without warm-up is off: each process loads the same artifact, times its first texts one by one,
+and then the same texts warm.
 
     python train.py
     python benchmarks/cold.py multirun/2026-01-31/12-00-00/artifact [--processes 10] [--texts 20] [--tokens 32]
@@ -18,8 +18,8 @@ from statistics import mean, median
 TIMED = "times: "
 
 
-def one(folder: Path, texts: int, tokens: int) -> None:
-    """Print the seconds of every text's first pass, and of its second after ten more for warmth."""
+def time_texts(folder: Path, texts: int, tokens: int) -> None:
+    """Print the seconds of every text's first pass, and of its second pass after ten passes of warm-up."""
     import torch
 
     from compress.artifacts.artifact import load_artifact
@@ -47,23 +47,22 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        one(asked.artifact, asked.texts, asked.tokens)
+    options = parser.parse_args()
+    if options.one:
+        time_texts(options.artifact, options.texts, options.tokens)
         return
     cold, warm = [], []
-    for _ in range(asked.processes):
+    for _ in range(options.processes):
         done = subprocess.run([sys.executable, *sys.argv, "--one"], capture_output=True, text=True, check=True)
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(TIMED))
         times = [float(word) for word in line.removeprefix(TIMED).split()]
-        cold.append(times[: asked.texts])
-        warm.append(times[asked.texts :])
-    print(
-        f"the first text takes {median(c[0] / median(w) for c, w in zip(cold, warm, strict=True)):.1f} times a warm one"
-    )
+        cold.append(times[: options.texts])
+        warm.append(times[options.texts :])
+    first = median(c[0] / median(w) for c, w in zip(cold, warm, strict=True))
+    print(f"the first text takes {first:.1f} times as long as a warm one")
     for name, times_s in (
-        (f"mean of {asked.texts} texts, cold", [mean(c) for c in cold]),
-        (f"median of {asked.texts} texts, warm", [median(w) for w in warm]),
+        (f"mean of {options.texts} texts, cold", [mean(c) for c in cold]),
+        (f"median of {options.texts} texts, warm", [median(w) for w in warm]),
     ):
         most = max(a / b for a, b in permutations(times_s, 2))
         print(f"{name}: {1000 * median(times_s):.2f} ms; one process against another up to {most:.2f}x 'faster'")

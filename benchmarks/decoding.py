@@ -1,5 +1,5 @@
-"""Time for each next token of a causal language model of TinyLlama's shape: PyTorch in float32 against what the stages
-`onnx` and `openvino` make of it, in turns in one process.
+"""Time each next token of a causal language model of TinyLlama's shape: PyTorch in float32 against the exports of the
+stages `onnx` and `openvino`, in turns in one process.
 
     python benchmarks/decoding.py [--blocks 22] [--context 64] [--tokens 16] [--repeats 5]
 
@@ -42,33 +42,33 @@ Step = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--context", type=int, default=64, help="tokens that are there before the first is timed")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens that are timed in a row")
-    parser.add_argument("--repeats", type=int, default=5, help="such rows of each")
-    asked = parser.parse_args()
+    parser.add_argument("--context", type=int, default=64, help="tokens before the first timed token")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens timed in a row")
+    parser.add_argument("--repeats", type=int, default=5, help="rows for each runtime")
+    options = parser.parse_args()
     silence_libraries()
-    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": asked.blocks})
+    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": options.blocks})
     torch.manual_seed(0)
-    context = torch.randint(config.vocab_size, (1, asked.context))
+    context = torch.randint(config.vocab_size, (1, options.context))
     folders = {}
     for name, (stage, _) in STAGES.items():
         folders[name] = exported(built(config), stage, context)
-        gc.collect()  # a Trainer and its model hold each other
+        gc.collect()  # a Trainer and its model refer to each other
     model = built(config)
     steps: dict[str, Step] = {"PyTorch float32": in_pytorch(model)}
     for name, (_, runtime) in STAGES.items():
         steps[name] = in_runtime(runtime.load(folders[name], "lm"))
     times: dict[str, list[np.ndarray]] = {name: [] for name in steps}
-    for repeat in range(asked.repeats + 1):
+    for repeat in range(options.repeats + 1):
         for name, step in steps.items():
-            row = decode(step, context, asked.tokens)
+            row = decode(step, context, options.tokens)
             if repeat:  # the first warms up
                 times[name].append(row)
     table = Table("", "ms a token", "faster [95%]")
     for name, rows in times.items():
-        found = estimate_speedup(times["PyTorch float32"], rows)
+        ratio = estimate_speedup(times["PyTorch float32"], rows)
         table.add_row(
-            name, f"{np.median(np.concatenate(rows)):.1f}", f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+            name, f"{np.median(np.concatenate(rows)):.1f}", f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
         )
     Console(width=110).print(table)
 
@@ -96,7 +96,7 @@ def in_runtime(model: Any) -> Step:
 
 @torch.inference_mode()
 def decode(step: Step, context: torch.Tensor, tokens: int) -> np.ndarray:
-    """Milliseconds of every one of ``tokens`` tokens after the ``context``."""
+    """Return the milliseconds of each of ``tokens`` tokens after the ``context``."""
     ids, mask, past, times = context, torch.ones_like(context), (), []
     for _ in range(tokens + 1):
         begin = time.perf_counter()

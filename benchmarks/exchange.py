@@ -1,5 +1,5 @@
-"""Speed of what the stages `onnx` and `openvino` make of bert-base, against PyTorch and against the same libraries used
-by hand, in turns in one process.
+"""Time the exports of bert-base by the stages `onnx` and `openvino` against PyTorch and against the same libraries
+used by hand, in turns in one process.
 
     python benchmarks/exchange.py [--batch-sizes 1 32] [--length 128] [--seconds 10]
 
@@ -45,15 +45,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--length", type=int, default=128, help="tokens of a text")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each variant, on the clock")
-    asked = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each variant, wall time")
+    options = parser.parse_args()
     silence_libraries()
     nncf.set_log_level("ERROR")
     torch.manual_seed(0)
     config = AutoConfig.for_model(**safe_load(MODEL.read_text())["config"])
     config._attn_implementation = "sdpa"
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    calibration = [texts(config, 1, asked.length) for _ in range(32)]
+    calibration = [texts(config, 1, options.length) for _ in range(32)]
     halve = Structured(6, config.intermediate_size // 2, importance="activation")
     half = carry_out(copy.deepcopy(model), calibration, halve)
     runs: dict[str, tuple[Run, Run | None]] = {
@@ -75,8 +75,8 @@ def main() -> None:
             openvino_by_hand(half, calibration, int8=True),
         ),
     }
-    for size in asked.batch_sizes:
-        Console(width=110).print(compared(runs, texts(config, size, asked.length), asked.seconds))
+    for size in options.batch_sizes:
+        Console(width=110).print(compared(runs, texts(config, size, options.length), options.seconds))
 
 
 def compared(runs: dict[str, tuple[Run, Run | None]], batch: Batch, seconds: float) -> Table:
@@ -99,8 +99,8 @@ def compared(runs: dict[str, tuple[Run, Run | None]], batch: Batch, seconds: flo
 
 
 def ratio(slow: list[np.ndarray], fast: list[np.ndarray]) -> str:
-    found = estimate_speedup(slow, fast)
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    ratio = estimate_speedup(slow, fast)
+    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def texts(config, size: int, length: int) -> Batch:
@@ -134,7 +134,7 @@ class Logits(torch.nn.Module):
 
 
 def onnx_by_hand(model: PreTrainedModel, example: Batch, int8: bool = False) -> Run:
-    """Exported by torch.onnx, fused by ONNX Runtime's optimizer, and its weights and activations in int8 or not."""
+    """Return a run of the model exported by torch.onnx, fused by ONNX Runtime's optimizer and, on request, in int8."""
     folder = Path(mkdtemp())
     path, fused = folder / "traced.onnx", folder / "fused.onnx"
     eager = copy.deepcopy(model)
@@ -157,7 +157,10 @@ def onnx_by_hand(model: PreTrainedModel, example: Batch, int8: bool = False) -> 
 
 
 def openvino_by_hand(model: PreTrainedModel, calibration: list[Batch], int8: bool = False) -> Run:
-    """Converted by OpenVINO, quantized by NNCF or not, and compiled for latency; it computes in bfloat16 by itself."""
+    """Return a run of the model converted by OpenVINO, on request quantized by NNCF, and compiled for latency.
+
+    OpenVINO computes in bfloat16 by default.
+    """
     graph = openvino.convert_model(model, example_input=calibration[0])
     if int8:
         rows = nncf.Dataset([{name: value.numpy() for name, value in batch.items()} for batch in calibration])

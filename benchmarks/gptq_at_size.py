@@ -1,5 +1,5 @@
-"""Peak memory and time per block of GPTQ at TinyLlama's shape, by this project (pruned first, its zeros kept) and by
-llm-compressor, each in a process of its own, on the same random weights and calibration tokens.
+"""Measure the peak memory and time per block of GPTQ at TinyLlama's shape, by this project (pruned first, its zeros
+kept) and by llm-compressor, each in its own process, on the same random weights and calibration tokens.
 
     python benchmarks/gptq_at_size.py [--blocks 22] [--samples 32] [--length 256] [--dtype float32]
 """
@@ -31,22 +31,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     table = Table("", "model built, GiB", "peak, GiB", "seconds a block", "zeros kept")
     for name, method in (("gptq, llm-compressor", llm_compressor), ("prune+gptq, ours", ours)):
         context = multiprocessing.get_context("spawn")
         with context.Pool(1) as pool:
-            built, peak, seconds, kept = pool.apply(measured, (method, asked))
-        table.add_row(name, f"{built:.1f}", f"{peak:.1f}", f"{seconds / asked.blocks:.1f}", f"{kept:.2%}")
+            built, peak, seconds, kept = pool.apply(measured, (method, options))
+        table.add_row(name, f"{built:.1f}", f"{peak:.1f}", f"{seconds / options.blocks:.1f}", f"{kept:.2%}")
     Console(width=110).print(table)
 
 
-def measured(method, asked: argparse.Namespace) -> tuple[float, float, float, float]:
-    """GiB of the process with the model built, and at its peak; seconds; share of pruned weights still zero."""
+def measured(method, options: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Return the GiB of the process with the model built and at its peak, the seconds, and the share of pruned weights
+    that are still zero."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": asked.blocks})
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, asked.dtype)).eval()
-    windows = torch.randint(config.vocab_size, (asked.samples, asked.length))
+    config = AutoConfig.for_model(**{**safe_load(MODEL.read_text())["config"], "num_hidden_layers": options.blocks})
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+    windows = torch.randint(config.vocab_size, (options.samples, options.length))
     masks = prune(model)
     built = peak_gib()
     begin = time.perf_counter()
@@ -58,7 +59,7 @@ def measured(method, asked: argparse.Namespace) -> tuple[float, float, float, fl
 
 
 def prune(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    """Set a fifth of every layer to zero; where that is."""
+    """Set a fifth of every layer to zero and return the masks of the zeros."""
     from compress.maths.sparsity import magnitude_score, mask_tensor
     from compress.models.layers import find_linears, find_zeros
 
@@ -85,12 +86,12 @@ def llm_compressor(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory for a GPU without asking
+    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory even without a GPU
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # wanted, and not used
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # required, but not used
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        model.name_or_path = model.config.name_or_path = folder  # where it looks for what else belongs to the model
+        model.name_or_path = model.config.name_or_path = folder  # where it looks for the model's other files
         oneshot(
             model=model,
             processor=tokenizer,

@@ -1,8 +1,9 @@
-"""How long a distillation step takes with the teacher's logits kept on disk, against asking the teacher: in turns.
+"""Time a distillation step with the teacher's logits kept on disk against a step that runs the teacher, in turns.
 
     python benchmarks/kept_logits.py
 
-A student of half its teacher's layers, on batches of 32 texts of 32 tokens, forward and backward pass and optimizer.
+The student has half of its teacher's layers. A step is forward pass, backward pass and optimizer on 32 texts of 32
+tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BATCH = 32
 
 
 def stepper(teacher: BertForSequenceClassification) -> tuple[Distill, Callable[[dict, int], None]]:
-    """A student to be trained, and a call that trains it on a batch."""
+    """Return a student and a function that trains it on a batch."""
     module = Distill(build_student(teacher, Student(layers=3)), teacher=teacher)
     module.configure_model()
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # there is no Trainer

@@ -1,10 +1,10 @@
-"""Whether the measurement can be believed: an artifact against itself, and against itself with something planted.
+"""Test the measurement: compare an artifact with itself, and with itself made slower or worse by a known amount.
 
     python train.py
     python benchmarks/measurement.py multirun/2026-01-31/12-00-00/artifact [--repeats 20] [--seconds 2]
 
-Against itself 95 of 100 intervals of the speed-up should hold 1, and no change of quality should be significant; a
-slowdown of 3 % and a loss of 1 point of accuracy, planted, should be found.
+Against itself 95 of 100 intervals of the speed-up should contain 1, and no change of quality should be significant. A
+planted slowdown of 3 % and a planted loss of 1 point of accuracy should be found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 class Changed:
-    """A model with something planted into its calls."""
+    """A model whose calls are changed."""
 
     def __init__(self, model: Any, call: Callable[..., Any]) -> None:
         self.model, self.call = model, call
@@ -49,17 +49,17 @@ class Changed:
 
 
 def slower(model: Any, **batch: Any) -> Any:
-    """Busy for a little longer than the model is."""
+    """Answer, then stay busy for a known share of the time that the model took."""
     begin = time.perf_counter()
-    answered = model(**batch)
+    answer = model(**batch)
     end = time.perf_counter()
     while time.perf_counter() < end + SLOWDOWN * (end - begin):
         pass
-    return answered
+    return answer
 
 
 def worse(bench: Bench, task: Task, device: Any) -> Callable[..., Any]:
-    """Wrong about a hundredth of the test split that the model is right about: right logits in the wrong places."""
+    """Return a call that answers ``LOSS`` of the test split wrongly: it shifts the logits of some correct answers."""
     _, before = predict_split(bench, task, device)
     assert before.correct_examples is not None
     count = round(LOSS * len(before.labels))
@@ -79,17 +79,17 @@ def worse(bench: Bench, task: Task, device: Any) -> Callable[..., Any]:
     return call
 
 
-def tell(what: str, found: list[Measurement]) -> None:
-    speeds = [one.speedup for one in found if one.speedup]
-    half = np.median([(one.high - one.low) / 2 for one in speeds])
-    covered, below = sum(one.low <= 1 <= one.high for one in speeds), sum(one.high < 1 for one in speeds)
-    changes = [one.comparison for one in found if one.comparison]
-    significant = sum(one.p_value < 0.05 for one in changes)
-    points = 100 * np.mean([one.change.value for one in changes])
+def report(what: str, measurements: list[Measurement]) -> None:
+    speeds = [measurement.speedup for measurement in measurements if measurement.speedup]
+    half = np.median([(speed.high - speed.low) / 2 for speed in speeds])
+    covered, below = sum(speed.low <= 1 <= speed.high for speed in speeds), sum(speed.high < 1 for speed in speeds)
+    changes = [measurement.comparison for measurement in measurements if measurement.comparison]
+    significant = sum(change.p_value < 0.05 for change in changes)
+    points = 100 * np.mean([change.change.value for change in changes])
     print(
-        f"{what}: speed-up {np.mean([one.value for one in speeds]):.4f} on average, half-width {half:.4f}; of "
-        f"{len(found)} intervals {covered} hold 1 and {below} lie below it; quality {points:+.2f} points on average, "
-        f"significant in {significant}"
+        f"{what}: speed-up {np.mean([speed.value for speed in speeds]):.4f} on average, half-width {half:.4f}; of "
+        f"{len(measurements)} intervals {covered} contain 1 and {below} are below it; quality {points:+.2f} points on "
+        f"average, significant in {significant}"
     )
 
 
@@ -120,14 +120,12 @@ def main() -> None:
     for what, call in planted.items():
         model = itself.artifact.model
         variant = replace(itself, artifact=itself.artifact._replace(model=Changed(model, call) if call else model))
-        found = []
+        measurements = []
         for number in range(options.repeats):
-            one = measure_artifacts({"baseline": baseline, "variant": variant}, splits.task, latency, device)[0][
-                "variant"
-            ]
-            found.append(one)
-            print(f"  {what}, {number + 1}: {one.speedup}", flush=True)
-        tell(what, found)
+            measured, *_ = measure_artifacts({"baseline": baseline, "variant": variant}, splits.task, latency, device)
+            measurements.append(measured["variant"])
+            print(f"  {what}, {number + 1}: {measured['variant'].speedup}", flush=True)
+        report(what, measurements)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-r"""What a sweep of twelve chains, the BERT rows of docs/studies.md, costs with the cache: against the same chains
-without one, and against the sum of its distinct stages, each made once, and of the measurements, one a chain.
+r"""Time a sweep of twelve chains, the BERT rows of docs/studies.md, with the cache. It is compared with the same chains
+without a cache, and with the sum of its distinct stages, each made once, and of its measurements, one a chain.
 
     python benchmarks/shared_stages.py                  # the built-in model and data, some minutes
     python benchmarks/shared_stages.py model=minilm model.path=FOLDER task=sst2 task.path=FOLDER \
@@ -24,7 +24,7 @@ MADE = re.compile(r"\[compress\.cache\].* -   \w+: ([\d.]+) s$", re.M)
 
 
 def sweep(folder: Path, words: list[str], mode: str) -> tuple[float, list[float], float]:
-    """Seconds from the command to its end, those of each stage that it made, and those of its measurements."""
+    """Return the seconds of the whole command, of each stage that it made, and of its measurements."""
     places = [f"hydra.sweep.dir={folder / mode}", f"cache.dir={folder / 'cache'}", f"cache.mode={mode}"]
     begin = time.perf_counter()
     command = [sys.executable, "train.py", "-m", f"technique={','.join(CHAINS)}", *places, *words]
@@ -38,9 +38,9 @@ def sweep(folder: Path, words: list[str], mode: str) -> tuple[float, list[float]
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shared, distinct, measured = sweep(Path(folder), sys.argv[1:], "use")
-        alone, every, _ = sweep(Path(folder), sys.argv[1:], "off")
+        alone, repeated, _ = sweep(Path(folder), sys.argv[1:], "off")
     total = sum(distinct) + measured
-    print(f"{len(CHAINS)} chains: {len(distinct)} stages made with the cache, {len(every)} without")
+    print(f"{len(CHAINS)} chains: {len(distinct)} stages made with the cache, {len(repeated)} without")
     print(f"distinct stages {sum(distinct):.1f} s, measurements {measured:.1f} s, together {total:.1f} s")
     print(f"with the cache / without: {shared:.1f} s / {alone:.1f} s = {shared / alone:.2f}")
     print(f"with the cache / together: {shared:.1f} s / {total:.1f} s = {shared / total:.2f}")

@@ -1,5 +1,5 @@
-"""Every row of the studies at its own size: the models built from their configs at random weights, one step of each
-training on texts of full length, one measurement; the seconds that it took and the most memory that was in use.
+"""Run every row of the studies at full size: build the models from their configs with random weights, take one step of
+each training on texts of full length, measure once. Print the seconds and the peak memory of every row.
 
     python benchmarks/studies_at_size.py                        # all of them
     python benchmarks/studies_at_size.py bert_semeval beyond
@@ -36,8 +36,8 @@ def work(config: DictConfig, folder: Path) -> None:
 
 
 def watched(process: multiprocessing.process.BaseProcess, before: float) -> float:
-    """The most GiB that a process used until its end: of the GPU where there is one, beyond what was in use before,
-    else of the machine's memory."""
+    """Wait for a process and return its peak GiB: of the GPU, minus what was in use before, or without a GPU of the
+    machine's memory."""
     most = 0.0
     while process.is_alive():
         most = max(most, in_use(process.pid) - before)
@@ -56,7 +56,7 @@ def in_use(pid: int | None) -> float:
 
 
 def main() -> None:
-    apart, lost = multiprocessing.get_context("spawn"), 0
+    spawn, failures = multiprocessing.get_context("spawn"), 0
     print("| experiment | row | GiB | s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for experiment in sys.argv[1:] or STUDIES:
@@ -67,22 +67,22 @@ def main() -> None:
                 config.hardware.latency.batch_sizes, config.hardware.latency.texts = [1], 1
                 config.task.limit.test = 4
                 for stage in read_stages(config.technique):
-                    for key, value in {"samples": 4, "grid": 2}.items():  # AWQ tries 40 scales otherwise
+                    for key, value in {"samples": 4, "grid": 2}.items():  # AWQ would try 40 scales
                         if key in stage.node:
                             stage.node[key] = value
                 before = in_use(None) if torch.cuda.is_available() else 0.0
                 begin = time.perf_counter()
-                process = apart.Process(target=work, args=(config, Path(folder)))
+                process = spawn.Process(target=work, args=(config, Path(folder)))
                 process.start()
                 most = watched(process, before)
                 failed = process.exitcode != 0 or most > MOST
-                lost += failed
+                failures += failed
                 cut = config.technique.get("structured", {})
                 sizes = [str(cut[key]) for key in ("target_heads", "target_ffn_size") if cut.get(key)]
                 row = " ".join([config.technique.name, *sizes])
                 seconds = time.perf_counter() - begin
                 print(f"| {experiment} | {row} | {most:.1f} | {seconds:.0f} |{' failed' * failed}", flush=True)
-    sys.exit(f"{lost} rows failed or took more than {MOST:g} GiB" if lost else 0)
+    sys.exit(f"{failures} rows failed or took more than {MOST:g} GiB" if failures else 0)
 
 
 if __name__ == "__main__":

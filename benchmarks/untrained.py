@@ -1,4 +1,4 @@
-"""Stages on a model of a benchmark, which trains nothing."""
+"""Apply stages to a model without training it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Untrained(pl.LightningModule):
-    """A module around a model that is not trained."""
+    """A LightningModule for a model that is not trained."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Untrained(pl.LightningModule):
 
 
 def carry_out(model: PreTrainedModel, calibration: Iterable[Batch], *stages: pl.Callback) -> PreTrainedModel:
-    """The model after the ``stages``, which calibrate on the batches."""
+    """Apply the ``stages``, which calibrate on the batches, and return the model."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = pl.Trainer(max_epochs=0, callbacks=list(stages), enable_model_summary=False, **quiet)
     module = Untrained(model)

@@ -1,4 +1,4 @@
-"""Every YAML of conf/ runs as shipped: its first comment is a command that uses it. A new file needs no edit here."""
+"""Check every YAML of conf/ as shipped: its first comment is a command that uses it. New files need no edit here."""
 
 import shlex
 from pathlib import Path
@@ -26,7 +26,7 @@ def hydra():
 
 
 def command(file):
-    """The words of the command in the file's first comment, `python` left out."""
+    """Return the words of the command in the file's first comment, without `python`."""
     lines = (CONF / file).read_text().splitlines()
     first = next((line for line in lines if not line.startswith("# @package")), "")
     assert first.startswith(("# python train.py", "# python evaluate.py")), (
@@ -37,7 +37,7 @@ def command(file):
 
 
 def jobs(program, overrides):
-    """The configs that a command runs: one, or those of its sweep."""
+    """Return the configs of a command: one, or those of its sweep."""
 
     def split(words):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -54,13 +54,13 @@ def jobs(program, overrides):
     configs = [composed(words) for words in split(overrides)]
     sweeper = configs[0].hydra.sweeper
     params = sweeper.get("params") if sweeper._target_ == f"{PACKAGE}.ChainSweeper" else None
-    if params:  # those of an experiment
+    if params:  # the sweep of an experiment
         configs = [composed(words) for words in split([f"{key}={value}" for key, value in params.items()] + overrides)]
     return configs
 
 
 def uses(config, program, file):
-    """Whether the file is in the defaults list of a config, its own or that of another file in it."""
+    """Return whether the config's defaults list contains the file, directly or through another file."""
     loader, overrides = GlobalHydra.instance().config_loader(), config.hydra.overrides
     found = loader.compute_defaults_list(program, [*overrides.hydra, *overrides.task], RunMode.RUN).defaults
     used = {default.config_path for default in found}
@@ -88,7 +88,7 @@ def test_its_command_composes_and_uses_it(file, monkeypatch):
 
 @pytest.mark.parametrize("file", FILES)
 def test_its_package_is_where_hydra_reads_it(file):
-    # Hydra stops looking at the first line that is no `# @` header, and says nothing.
+    # Hydra reads `# @` headers only up to the first other line, and does not report later ones.
     assert not any(line.startswith("# @") for line in (CONF / file).read_text().splitlines()[1:])
 
 

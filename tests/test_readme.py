@@ -1,4 +1,4 @@
-"""The README's promises, by the commands that it prints."""
+"""Run the commands and check the promises of the README and CONTRIBUTING.md."""
 
 import csv
 import re
@@ -22,13 +22,13 @@ QUICK = (
 
 
 def line_after(mark):
-    """The one line of the code block under a mark."""
+    """Return the single line of the code block under a mark."""
     (line,) = re.findall(rf"<!-- {mark} -->\n```bash\n(.+)\n```", README)
     return line
 
 
 def run(*words, folder, cwd=ROOT):
-    """A command of the README, its results in ``folder``."""
+    """Run a command of the README, with its results in ``folder``."""
     command = [sys.executable, *words, f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
@@ -44,13 +44,13 @@ def test_the_main_job(tmp_path):
     _, *words = shlex.split(command)
     done = run(*words, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = rows(tmp_path)
-    assert list(found) == ["none", "prune", "gptq", "prune+gptq"]
-    accuracy = {method: float(row["accuracy"]) for method, row in found.items()}
+    table = rows(tmp_path)
+    assert list(table) == ["none", "prune", "gptq", "prune+gptq"]
+    accuracy = {method: float(row["accuracy"]) for method, row in table.items()}
     assert accuracy["none"] > 0.85  # four classes, the most common a third
     assert accuracy["prune+gptq"] > accuracy["none"] - 0.03
-    assert float(found["prune+gptq"]["size_mb"]) < 0.5 * float(found["none"]["size_mb"])
-    assert float(found["prune"]["size_mb"]) == pytest.approx(float(found["none"]["size_mb"]), rel=0.01)
+    assert float(table["prune+gptq"]["size_mb"]) < 0.5 * float(table["none"]["size_mb"])
+    assert float(table["prune"]["size_mb"]) == pytest.approx(float(table["none"]["size_mb"]), rel=0.01)
     assert "tiny on toy: 2,000 test examples, cpu" in done.stdout
     for noise in ("Warning", "warn(", "Traceback", "it/s"):
         assert noise not in done.stdout + done.stderr
@@ -61,13 +61,13 @@ def test_the_test_command_runs_these_tests():
     assert command == "OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile" and "pip install -e '.[dev]'" in setup
 
 
-def test_a_failed_job_leaves_the_others_running_and_is_told(tmp_path):
+def test_a_failed_job_leaves_the_others_running_and_is_reported(tmp_path):
     chains = "technique=gptq+prune,none"
     done = run("train.py", "-m", chains, *QUICK, f"cache.dir={tmp_path / 'cache'}", folder=tmp_path)
     assert done.returncode == 1
-    found = rows(tmp_path)
-    assert found["gptq+prune"]["status"] == "failed" and "try technique=prune+gptq" in found["gptq+prune"]["reason"]
-    assert found["none"]["status"] == "completed"
+    table = rows(tmp_path)
+    assert table["gptq+prune"]["status"] == "failed" and "try technique=prune+gptq" in table["gptq+prune"]["reason"]
+    assert table["none"]["status"] == "completed"
     assert "Traceback" not in done.stderr and "gptq+prune failed: " in done.stdout.replace("\n", " ")
 
 
@@ -84,7 +84,7 @@ def test_a_run_then_its_artifact_again(tmp_path):
     (artifact,) = (tmp_path / "run").glob("*/artifact")
     again = run(
         "evaluate.py",
-        f"artifact={artifact}",  # as it stands in the sweep's folder, without quotation marks
+        f"artifact={artifact}",  # a path from the sweep's folder, without quotation marks
         f"cache.dir={tmp_path / 'cache'}",
         "hardware.latency.seconds=0.05",
         "hardware.latency.block_s=0.01",
@@ -107,7 +107,7 @@ def test_what_the_readme_names_is_there():
 
 
 def printed():
-    """The commands of the README and the documents that train."""
+    """Yield the commands in the README and the documents that train."""
     for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.+?)```", file.read_text(), re.DOTALL):
             lines = block.replace("\\\n", "").splitlines()

@@ -1,4 +1,4 @@
-"""Real weights on real data: what compression costs there."""
+"""Test what compression costs with real weights on real data."""
 
 import pytest
 from test_experiment import cache, carry_out  # noqa: F401
@@ -26,7 +26,7 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
         task="sst2",
     )
     none, both = outcome.measurements.values()
-    assert none.examples == 872 and none.quality["accuracy"] > 0.86  # a sixth of the training text, once
+    assert none.examples == 872 and none.quality["accuracy"] > 0.86  # one epoch of a sixth of the training text
     assert both.quality["accuracy"] > none.quality["accuracy"] - 0.02
     assert both.size_bytes < 0.65 * none.size_bytes
     assert sum(
@@ -67,8 +67,8 @@ def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_mod
         )
         return outcome.measurements["prune"].quality["perplexity"]
 
-    found = {criterion: perplexity(criterion) for criterion in ("sparsegpt", "wanda", "magnitude", "random")}
-    assert found["sparsegpt"] <= found["wanda"] < 0.5 * found["magnitude"] < 0.05 * found["random"]
+    by = {criterion: perplexity(criterion) for criterion in ("sparsegpt", "wanda", "magnitude", "random")}
+    assert by["sparsegpt"] <= by["wanda"] < 0.5 * by["magnitude"] < 0.05 * by["random"]
 
 
 def test_a_dense_baseline_recovers_what_pruning_lost_better_than_the_text_alone(
@@ -132,5 +132,5 @@ def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, 
         task="augesc",
     )
     none, both = (m.quality["accuracy"] for m in outcome.measurements.values())
-    assert none > 0.28  # always the most common of the eight strategies: 0.205
+    assert none > 0.28  # always answering the most common of the eight strategies: 0.205
     assert both > none - 0.02

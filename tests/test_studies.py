@@ -1,4 +1,4 @@
-"""The experiments that repeat earlier studies: every row can be planned at both sizes, and a row of each kind runs."""
+"""Check the experiments that repeat earlier studies: plan every row at both sizes, and run a row of each kind."""
 
 import random
 
@@ -20,7 +20,7 @@ NARROW = ["model.path=null", "model.config.hidden_size=48", "model.config.vocab_
 
 
 def rows(*words):
-    """The configs of a sweep, as its jobs get them."""
+    """Return the configs of a sweep as its jobs get them."""
     configs = jobs("train", list(words))
     for config in configs:
         drop_unused_settings(config.technique, config.hydra.overrides.task)
@@ -30,7 +30,7 @@ def rows(*words):
 
 
 def shortened(config):
-    """One step of training for the baseline and for each stage that trains, and hardly any timing."""
+    """Limit a config to one step of training for the baseline and each stage that trains, and to little timing."""
     texts = config.baseline.batch_size * config.baseline.accumulate
     config.task.limit = {"train": texts, "validation": 8, "test": 16}
     config.baseline.epochs = 1
@@ -45,7 +45,7 @@ def shortened(config):
 
 
 def generated(words):
-    """In place of a task's data: texts of so many random words under its labels in turn."""
+    """Return a replacement for a task's data: texts of ``words`` random words, with its labels in turn."""
 
     def read(task):
         draw = random.Random(0)
@@ -78,7 +78,7 @@ def test_the_scale_swaps_the_model_where_none_is_typed():
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_row_can_be_planned(experiment, scale):
     planned = [make_plan(config) for config in rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")]
-    assert len({(one.method, str(one.steps)) for one in planned}) == len(planned)
+    assert len({(plan.method, str(plan.steps)) for plan in planned}) == len(planned)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_every_row_can_be_planned(experiment, scale):
     ],
 )
 def test_the_curves_are_the_studys(experiment, heads, ffn):
-    cuts = [(one.technique.name, one.technique.structured) for one in rows(f"experiment={experiment}")]
+    cuts = [(row.technique.name, row.technique.structured) for row in rows(f"experiment={experiment}")]
     assert {(cut.target_heads, cut.target_ffn_size) for _, cut in cuts} == {(a, b) for a in heads for b in ffn}
     assert {name for name, _ in cuts} == {"structured", "structured+finetune"}
     assert len(cuts) == 2 * len(heads) * len(ffn)
@@ -112,10 +112,10 @@ def test_the_curves_are_the_studys(experiment, heads, ffn):
     ],
 )
 def test_the_rows_are_the_studys(experiment, epochs, chains):
-    found = rows(f"experiment={experiment}")
-    assert set(chains.split()) <= {one.technique.name for one in found}
-    assert {one.task.epochs for one in found} == {epochs}
-    assert {one.technique.prune.sparsity for one in found if "prune" in one.technique} <= {0.2}
+    configs = rows(f"experiment={experiment}")
+    assert set(chains.split()) <= {config.technique.name for config in configs}
+    assert {config.task.epochs for config in configs} == {epochs}
+    assert {config.technique.prune.sparsity for config in configs if "prune" in config.technique} <= {0.2}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def cache(tmp_path_factory):
         (
             "bert_semeval",
             "distill+structured+distill+prune_vocab+onnx",
-            [*NARROW, "technique.prune_vocab.min_count=2"],  # of so few texts the tokenizer has no token too many
+            [*NARROW, "technique.prune_vocab.min_count=2"],  # with so few texts the tokenizer has no unused token
         ),
         ("exchange_tinyllama", "awq+openvino", []),
     ],
