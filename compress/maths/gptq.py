@@ -22,10 +22,10 @@ def gptq(
     """Quantize ``weight`` ``[rows, inputs]`` so that its outputs on inputs of second moment ``hessian``
     ``[inputs, inputs]`` change least; exact zeros stay.
 
-    Returns the quantized weight as floats of the weight's dtype, each exactly ``(integer - zero) * scale``, and its
-    grid. A group's scale is that of its weights when the first of them is rounded; with ``act_order``, where the first
-    comes early, that of the weights as they are given. ``lazy`` columns are compensated at a time before the rest is,
-    which changes the cost and not the result.
+    Return the quantized weight as floats of its dtype, each exactly ``(integer - zero) * scale``, and its grid. A
+    group's scale is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is
+    fitted to the original weights. ``lazy`` columns are compensated before the rest: that changes the cost, not the
+    result.
     """
     dtype, columns = scale or weight.dtype, weight.shape[1]
     size = scheme.group(columns)
@@ -33,7 +33,7 @@ def gptq(
     factor = inverse_factor(hessian[order][:, order], damping)
     importance = hessian.diagonal()
     grid = fit_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
-    left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight lies together
+    left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight is contiguous
     keep = left != 0
     quantized = torch.zeros_like(left)
     for start in range(0, columns, lazy):
@@ -42,12 +42,12 @@ def gptq(
         for j in range(start, stop):
             group = int(order[j]) // size
             if not act_order and j % size == 0:
-                # Columns of the group beyond this lazy block still wait for its errors: none where size divides lazy.
+                # Columns beyond this lazy block still lack its errors; there are none where size divides lazy.
                 members = left[j : j + size].clone()
                 ahead = slice(max(stop, j), min(j + size, columns))
                 members[ahead.start - j :] -= factor[start:j, ahead].T @ errors[: j - start]
-                found = fit_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
-                grid.scale[:, group], grid.zero[:, group] = found.scale[:, 0], found.zero[:, 0]
+                fitted = fit_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
+                grid.scale[:, group], grid.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
             of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])
             quantized[j] = round_to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
             errors[j - start] = (left[j] - quantized[j]) / factor[j, j]

@@ -1,4 +1,4 @@
-"""The second-order mathematics of layer-wise compression, of which GPTQ and SparseGPT are two uses."""
+"""Second-order mathematics of layer-wise compression, shared by GPTQ and SparseGPT."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from compress.errors import UserError
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """``x^T x`` of inputs ``[tokens, inputs]``: half the Hessian of a layer's squared error, ``[inputs, inputs]``."""
+    """Return ``x^T x`` ``[inputs, inputs]`` of ``[tokens, inputs]``: half the Hessian of a layer's squared error."""
     return x.T @ x
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse: row j holds how an error in column j is best spread
-    over the columns after it."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse, ``[inputs, inputs]``.
+
+    Row j says how an error in column j is best spread over the later columns.
+
+    Raises:
+        UserError: no damping makes the Hessian invertible.
+    """
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while damping <= 100:
         damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
@@ -26,6 +31,6 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
                 return upper
         damping *= 10
     raise UserError(
-        "The Hessian of the calibration inputs cannot be inverted at any damping: they hold NaN or infinity, so the "
-        "model that was to be compressed is broken already."
+        "The Hessian of the calibration inputs is not invertible at any damping; the inputs hold NaN or infinity, so "
+        "the model was already broken before this stage. Check the stages before it."
     )

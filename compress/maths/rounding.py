@@ -1,4 +1,4 @@
-"""Integers in place of floats: the grid of values that they stand for. Plain functions on tensors."""
+"""Round floats to integers on a grid: plain functions on tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from compress.errors import UserError
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a layer are stored: as integers of ``bits`` bits, with a scale for every ``group_size``
-    consecutive inputs of a row (-1: for the whole row), and where they are not ``symmetric`` around zero with a zero
-    point."""
+    """The storage of a layer's weights: integers of ``bits`` bits, with a scale for every ``group_size`` consecutive
+    inputs of a row (-1: for the whole row), and a zero point unless they are ``symmetric`` around zero."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Annotated[int, Field(ge=-1)] = -1
@@ -31,20 +30,20 @@ class Scheme:
         return 2 ** (self.bits - 1) - 1
 
     def group(self, inputs: int) -> int:
-        """How many of a row's ``inputs`` share a scale."""
+        """Return how many of a row's ``inputs`` share a scale."""
         return inputs if self.group_size == -1 else self.group_size
 
     def average_bits(self, inputs: int, dtype: torch.dtype) -> float:
-        """Stored bits per weight of a layer of so many ``inputs``, scales in ``dtype`` and zero points counted."""
-        beside = dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
-        return self.bits + beside / self.group(inputs)
+        """Return the stored bits per weight of a layer of ``inputs``, with scales in ``dtype`` and zero points."""
+        overhead = dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
+        return self.bits + overhead / self.group(inputs)
 
     def check(self, key: str, name: str, linear: nn.Linear) -> None:
-        """Raise UserError where the groups do not divide the layer; ``key`` is where the stage is configured."""
+        """Raise UserError if the groups do not divide the layer; ``key`` is the setting of the stage."""
         if self.group_size == 0 or linear.in_features % self.group(linear.in_features):
             raise UserError(
-                f"{key}.group_size={self.group_size} does not divide the {linear.in_features} inputs of `{name}`: set "
-                f"a divisor of every layer's inputs, or {key}.group_size=-1 for one scale a row."
+                f"{key}.group_size is {self.group_size}, which does not divide the {linear.in_features} inputs of "
+                f"`{name}`. Set a divisor of every layer's inputs, or {key}.group_size=-1 for one scale a row."
             )
 
 
@@ -56,9 +55,9 @@ class Grid(NamedTuple):
 
 
 def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: float | Tensor = 1.0) -> Grid:
-    """The grid of every group of ``weight`` ``[rows, inputs]``, that reaches from its smallest to its largest value,
-    zero among them, or to a share ``shrink`` of both, one for all or ``[rows, groups]``; the scale as it is stored, in
-    ``dtype``."""
+    """Return a grid for every group of ``weight`` ``[rows, inputs]``, from its smallest to its largest value and with
+    zero on it. ``shrink`` scales that range, one share for all or ``[rows, groups]``. Scales are in ``dtype``, as
+    stored."""
     groups = weight.float().unflatten(1, (-1, scheme.group(weight.shape[1])))
     levels = 2**scheme.bits - 1
     if scheme.symmetric:
@@ -67,7 +66,7 @@ def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: floa
         low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
         scale = (high - low) / levels
     scale = (shrink * scale).to(dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a group of zeros: any scale holds it
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # any scale represents a group of zeros
     if scheme.symmetric:
         return Grid(scale, torch.zeros_like(scale, dtype=torch.int8))
     zero = (scheme.lowest - shrink * low / scale.float()).round().clamp(scheme.lowest, scheme.highest)
@@ -75,26 +74,26 @@ def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: floa
 
 
 def round_to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    """The nearest values of the grid to ``weight`` ``[rows, inputs]``, as a checkpoint's reader computes them: in the
-    dtype of the scale. A value that is exactly zero stays so."""
+    """Return the nearest values of the grid to ``weight`` ``[rows, inputs]``, computed in the dtype of the scale, as a
+    checkpoint's reader does. An exact zero stays zero."""
     scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
     integers = round_to_integers(weight, grid, scheme).unflatten(1, (scale.shape[1], -1))
     return ((integers - zero).to(scale.dtype) * scale).float().flatten(1)
 
 
 def round_to_integers(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    """The integers of the grid that stand for the nearest values to ``weight`` ``[rows, inputs]``, as floats."""
+    """Return the integers of the nearest values of the grid to ``weight`` ``[rows, inputs]``, as floats."""
     scale, zero = grid.scale[:, :, None], grid.zero[:, :, None]
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     return (groups / scale.float() + zero).round().clamp(scheme.lowest, scheme.highest).flatten(1)
 
 
 def fit_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:
-    """The grid of every group of ``weight`` ``[rows, inputs]`` on which rounding loses least, of those that reach to
-    between half and all of its range; ``importance`` ``[inputs]`` weighs the squared errors."""
+    """Return the grid of every group of ``weight`` ``[rows, inputs]`` with the least rounding error, of ``steps`` grids
+    between half and all of the group's range. ``importance`` ``[inputs]`` weighs the squared errors."""
     # A megabyte of rows at a time stays in the processor's cache: twenty times faster on a large layer.
-    together = max(1, 2**18 // weight.shape[1])
-    parts = [fit_rows(rows, scheme, dtype, importance, steps) for rows in weight.split(together)]
+    rows_at_once = max(1, 2**18 // weight.shape[1])
+    parts = [fit_rows(rows, scheme, dtype, importance, steps) for rows in weight.split(rows_at_once)]
     return Grid(*(torch.cat(part) for part in zip(*parts)))
 
 
@@ -117,15 +116,15 @@ def fit_rows(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Ten
 
 
 class Inputs(NamedTuple):
-    """How what enters a layer is quantized: on one ``grid``, its parts ``[1]``, or without one on a grid for every
-    token that reaches to the token's largest value."""
+    """The quantization of a layer's inputs: one static ``grid`` with parts ``[1]``, or without it a grid for every
+    token, up to the token's largest value."""
 
     scheme: Scheme
     grid: Grid | None = None
 
     def quantize(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., inputs]`` on the grid, by the operations of the library that loads the artifact, so that not
-        even a rounding differs."""
+        """Return ``x`` ``[..., inputs]`` rounded to the grid, by the operations of the library that loads the artifact,
+        so that no rounding differs."""
         low, high = self.scheme.lowest, self.scheme.highest
         if self.grid is None:
             scale = 2 * x.abs().amax(-1, keepdim=True) / (high - low)
@@ -134,14 +133,14 @@ class Inputs(NamedTuple):
         return fake_quantize(x, scale, zero.to(scale.dtype), low, high)
 
     def attach(self, layer: nn.Module) -> None:
-        """From now on the layer computes with quantized inputs."""
+        """Make the layer compute with quantized inputs."""
         layer.register_forward_pre_hook(lambda _, args: self.quantize(args[0]))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | int, low: int, high: int) -> Tensor:
-    """``(integer - zero) * scale`` for the integers from ``low`` to ``high`` that are nearest to ``x``.
+    """Return ``(integer - zero) * scale`` for the integers from ``low`` to ``high`` nearest to ``x``.
 
-    Gradients go straight through the rounding: that of ``x`` is one inside the range and none outside (Jacob et al.,
+    Gradients pass straight through the rounding: that of ``x`` is one inside the range and none outside (Jacob et al.,
     "Quantization and Training of Neural Networks", 2017, arXiv:1712.05877), that of ``scale`` is the rounding error
     inside and the end of the range outside (Esser et al., "Learned Step Size Quantization", 2019, arXiv:1902.08153).
     """
@@ -150,30 +149,30 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | int, low: int, high: 
 
 
 def straight_through_round(x: Tensor) -> Tensor:
-    """``x`` rounded, with the gradient of ``x``."""
+    """Return ``x`` rounded, with the gradient of ``x``."""
     return x + (x.round() - x).detach()
 
 
 def count_values(x: Tensor) -> Tensor:
-    """How often each of the 65,536 numbers of bfloat16, in their order, is the nearest to a value of ``x``: of any
-    range, and to be added up over batches."""
+    """Return a histogram ``[65536]``: how often each number of bfloat16, in order, is nearest to a value of ``x``. It
+    covers any range, and histograms of batches can be added."""
     bits = x.bfloat16().flatten().view(torch.int16).int()
     return torch.bincount((bits ^ ((bits >> 15) & 0x7FFF)) + (1 << 15), minlength=1 << 16)
 
 
 def percentile_range(counts: Tensor, percentile: float) -> Tensor:
-    """The lowest and the highest value, ``[2]``, of what a histogram counted, when on either side so few are left out
-    that ``percentile`` percent lie below the one and above the other; zero is always between them."""
+    """Return the lowest and the highest value, ``[2]``, of a histogram: ``percentile`` percent of the values are at
+    most the highest, and as many at least the lowest. Zero is always between the two."""
     total = int(counts.sum())
     rank = round(total * percentile / 100)
     ranks = torch.tensor([total - rank + 1, rank], device=counts.device)
-    found = torch.searchsorted(counts.cumsum(0), ranks)
-    ordered = found.int() - (1 << 15)
+    positions = torch.searchsorted(counts.cumsum(0), ranks)
+    ordered = positions.int() - (1 << 15)
     low, high = (ordered ^ ((ordered >> 15) & 0x7FFF)).short().view(torch.bfloat16).float()
     return torch.stack([low.clamp(max=0), high.clamp(min=0)])
 
 
 def grid_between(low_high: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
-    """The grid from the lowest to the highest value, both in ``low_high`` ``[2]``; its parts ``[1]``."""
+    """Return the grid from the lowest to the highest value, given as ``low_high`` ``[2]``; its parts are ``[1]``."""
     scale, zero = minmax_grid(low_high[None], scheme, dtype)
     return Grid(scale[0].cpu(), zero[0].cpu())

@@ -1,29 +1,26 @@
-"""What a difference is worth: plain functions on numbers, each with the uncertainty of few examples or few repeats."""
+"""Intervals, tests and the Pareto front: plain functions on numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
 
 def pareto_indices(costs: list[float], worths: list[float]) -> list[int]:
-    """Of all points those that no other matches at less cost and no less worth, in the order of their cost."""
-    found: list[int] = []
+    """Return the points that no other point beats at no more cost, in the order of their cost."""
+    front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -worths[i])):
-        if not found or worths[i] > worths[found[-1]]:
-            found.append(i)
-    return found
+        if not front or worths[i] > worths[front[-1]]:
+            front.append(i)
+    return front
 
 
 Score = Callable[[np.ndarray, np.ndarray], float]
-"""A metric: ``score(outputs, labels)``, an example a row."""
+"""Metric ``score(outputs, labels)`` of arrays with an example a row."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,9 @@ class Interval:
 
 
 def paired_difference(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> Interval:
-    """``score`` of the variant less that of the baseline, over the same examples: both are drawn together, so that what
-    is hard for both cancels out.
+    """Return the score of the variant minus that of the baseline, with a bootstrap interval.
 
-        difference(accuracy, logits, pruned_logits, labels)
+    Both are resampled on the same examples, so that examples that are hard for both cancel out.
     """
     from scipy.stats import bootstrap
 
@@ -48,19 +44,22 @@ def paired_difference(score: Score, baseline: np.ndarray, variant: np.ndarray, l
     def change(rows: np.ndarray) -> float:
         return score(variant[rows], labels[rows]) - score(baseline[rows], labels[rows])
 
-    every = np.arange(count)
-    value = change(every)
+    examples = np.arange(count)
+    value = change(examples)
     if np.array_equal(baseline, variant) or count < 2:
         return Interval(value, value, value)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a metric of a draw without one of the labels
-        drawn = bootstrap((every,), change, **resampling_options(count), method="percentile").bootstrap_distribution
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may lack one of the labels
+        drawn = bootstrap((examples,), change, **resampling_options(count), method="percentile").bootstrap_distribution
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
 
 def mcnemar(baseline: np.ndarray, variant: np.ndarray) -> float:
-    """The exact p-value of McNemar's test (1947) that two models are right equally often, from whether each is right
-    on every example: of those on which one alone is right, either is so half of the time."""
+    """Return the exact p-value of McNemar's test (1947) that two models are right equally often.
+
+    ``baseline`` and ``variant`` say for every example whether the model is right. Only examples with a single right
+    model count; under the null hypothesis each model is the right one in half of them.
+    """
     from scipy.stats import binomtest
 
     lost, won = int((baseline & ~variant).sum()), int((variant & ~baseline).sum())
@@ -68,8 +67,8 @@ def mcnemar(baseline: np.ndarray, variant: np.ndarray) -> float:
 
 
 def permutation_p_value(score: Score, baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray) -> float:
-    """The p-value of the paired permutation test, for any metric: were the two alike, it would not matter whose answer
-    is whose."""
+    """Return the p-value of the paired permutation test, for any metric: under the null hypothesis the two models'
+    answers to an example can be swapped."""
     from scipy.stats import permutation_test
 
     if np.array_equal(baseline, variant):
@@ -84,13 +83,13 @@ def permutation_p_value(score: Score, baseline: np.ndarray, variant: np.ndarray,
 
 
 def resampling_options(examples: int) -> dict[str, Any]:
-    """Of many examples fewer resamples tell as much about what matters, and take as long; some megabytes at once."""
-    often = min(1000, max(200, 4_000_000 // examples))
-    return {"n_resamples": often, "batch": max(1, 1_000_000 // examples), "vectorized": False, "random_state": 0}
+    """Return scipy's options: fewer resamples for many examples, which are as precise, and some megabytes at once."""
+    resamples = min(1000, max(200, 4_000_000 // examples))
+    return {"n_resamples": resamples, "batch": max(1, 1_000_000 // examples), "vectorized": False, "random_state": 0}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for how many there are (Holm, 1979): one below 0.05 is then significant among all."""
+    """Return the p-values corrected for their number (Holm, 1979)."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -99,13 +98,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def label_churn(baseline: np.ndarray, variant: np.ndarray) -> float:
-    """The share of examples whose predicted label (or one of several) changed, for better or worse."""
+    """Return the share of examples whose predicted label, or one of several, changed."""
     changed = baseline != variant
     return float(changed.reshape(len(changed), -1).any(1).mean())
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean, of seeds for example, with Student's t interval; of one value nothing is known but that."""
+    """Return the mean with Student's t interval, which is infinite for a single value."""
     from scipy.stats import t
 
     mean = float(np.mean(values))
@@ -116,5 +115,5 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def assign_terciles(values: np.ndarray) -> np.ndarray:
-    """0, 1 or 2: the third of the examples, by ``values``, that each belongs to; equal values stay together."""
+    """Return 0, 1 or 2 for every example: the third of the examples, by ``values``, to which it belongs."""
     return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values, side="left")

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Scores = list[Tensor]  # of every block, a number for every head group or FFN channel
-Masks = list[Tensor]  # likewise, True: kept
+Scores = list[Tensor]  # a tensor a block: a number for every head group or FFN channel
+Masks = list[Tensor]  # the same shapes; True is kept
 
 
 def units_left(step: int, steps: int, now: int, goal: int) -> int:
-    """What is left of ``now`` units after a step, counted from 1, on the way to the ``goal``."""
+    """Return how many of ``now`` units are left after a step, counted from 1, on the way to ``goal``."""
     each, more = divmod(now - goal, steps)
     return now - each * step - min(step, more)
 
 
 def mask_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
-    """Masks of the ``total`` units with the highest scores: as many of every block, or wherever they are, but in
-    multiples and at least one multiple of a block. (Units of a block are ranked and then bundled, as TextPruner does.)
-    """
+    """Return masks of the ``total`` units with the highest scores: the same number in every block where ``even``, else
+    any number in multiples of ``multiple_of``, at least one multiple a block. The units of a block are ranked, then
+    bundled, as TextPruner does."""
     if even:
         return [mask_top(score, total // len(scores)) for score in scores]
     bundles = [score.float().sort(descending=True).values.view(-1, multiple_of).sum(1) for score in scores]
@@ -30,21 +30,23 @@ def mask_important(scores: Scores, total: int, even: bool, multiple_of: int = 1)
 
 
 def mask_top(score: Tensor, count: int) -> Tensor:
-    """The mask of the ``count`` highest scores."""
+    """Return the mask of the ``count`` highest scores."""
     return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(count).indices, True)
 
 
 def taylor_score(weight: Tensor, gradient: Tensor, units: int) -> Tensor:
-    """By how much the loss changes, to first order, when the inputs of a unit are taken from the layer that reads
-    them; ``weight`` and ``gradient`` are ``[outputs, inputs]``, the inputs of a unit stand together."""
+    """Return the first-order change of the loss if a unit's inputs are removed from the layer that reads them.
+
+    ``weight`` and ``gradient`` are ``[outputs, inputs]``; the inputs of a unit are adjacent.
+    """
     return (weight * gradient).float().sum(0).view(units, -1).sum(1).abs()
 
 
 def activation_score(weight: Tensor, norms: Tensor, units: int) -> Tensor:
-    """The sum of ``|w| * norm`` over the weights ``[outputs, inputs]`` that read a unit and the ``norms`` of inputs."""
+    """Return the sum of ``|w| * norm`` over the weights ``[outputs, inputs]`` that read a unit."""
     return (weight.abs().float().sum(0) * norms).view(units, -1).sum(1)
 
 
 def standardise_score(score: Tensor) -> Tensor:
-    """Of mean 0 and variance 1."""
+    """Return the score shifted and scaled to mean 0 and variance 1."""
     return (score - score.mean()) / score.std(unbiased=False).clamp(min=torch.finfo(score.dtype).tiny)

@@ -239,12 +239,12 @@ class TestSoftLoss:
 
     @pytest.mark.parametrize("name", [name for name in maths.SOFT if name != "mse"])
     def test_a_regression_has_no_probabilities(self, name):
-        with pytest.raises(UserError, match=f"`{name}` compares probabilities .* use `mse`"):
+        with pytest.raises(UserError, match=f"loss is {name}, which compares probabilities; .* Set loss=mse"):
             soft_loss(name, torch.zeros(2, 1), torch.zeros(2, 1), 1.0, probabilities=None)
 
     @pytest.mark.parametrize("beta", [0, 1, 1.5])
     def test_js_needs_a_beta_inside_its_limits(self, beta):
-        with pytest.raises(UserError, match=f"beta={beta:g}: give a number between 0 and 1"):
+        with pytest.raises(UserError, match=f"beta is {beta:g}; `js` takes a number between 0 and 1"):
             soft_loss("js", self.STUDENT, self.TEACHER, 1.0, beta=beta)
 
 
@@ -421,7 +421,7 @@ class TestRelations:
     @pytest.mark.parametrize("widths", [(8, 9), (9, 8)])
     def test_heads_must_divide_both_widths(self, widths):
         student, teacher = (torch.randn(2, 5, width) for width in widths)
-        with pytest.raises(UserError, match="width of 9 into 4 heads: give a divisor"):
+        with pytest.raises(UserError, match="heads is 4, which does not divide the width 9"):
             relation_loss(student, teacher, 4, PADDED)
 
 
@@ -455,14 +455,14 @@ class TestSchedules:
         assert (found[PADDED == 0] == 8).all()
 
     def test_arguments_that_are_missing(self):
-        with pytest.raises(UserError, match=r"`flsw` got \[1\]: it takes beta, gamma"):
+        with pytest.raises(UserError, match=r"`flsw` has the arguments \[1\]; it takes beta, gamma"):
             logit_temperature("flsw", 4.0, [1], *logits(3, 5))
-        with pytest.raises(UserError, match=r"`constant` got \[1\]: it takes no argument"):
+        with pytest.raises(UserError, match=r"`constant` has the arguments \[1\]; it takes no argument"):
             logit_temperature("constant", 4.0, [1], *logits(3, 5))
 
     def test_a_temperature_below_zero(self, brewer):
         # As above: 4 + (1/2 - 1) * 10 = -1.
-        with pytest.raises(UserError, match="beta=10 went down to -1: lower beta"):
+        with pytest.raises(UserError, match="beta=10 reached -1; .* Set a lower beta"):
             logit_temperature("flsw", 4.0, (10, 2), self.STUDENT, self.TEACHER)
 
     def test_weights(self, brewer):
