@@ -1,4 +1,4 @@
-"""A self-describing folder: weights in the ecosystem's format, tokenizer, what was done, what was measured."""
+"""Save and load artifacts: folders of weights, a tokenizer and a description of how they were made."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ DESCRIPTION = "compress.json"
 
 @dataclass(frozen=True)
 class Done:
-    """One finished step of a chain: its name, settings, the time its Trainer took, whether it promises fewer bytes on
-    disk, and where it trained the mean losses of its last epoch by split."""
+    """A finished step of a chain.
+
+    ``seconds`` is the time of the step's Trainer. ``shrinks`` is True if the step promises fewer bytes on disk.
+    ``losses`` holds the mean loss of the last epoch by split, if the step trained.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -34,7 +37,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Description:
-    """What an artifact says of itself in ``compress.json``."""
+    """The content of an artifact's ``compress.json``."""
 
     kind: str
     model: str
@@ -50,17 +53,17 @@ class Description:
 
     @property
     def training_time_s(self) -> float:
-        """Of the baseline's fine-tuning and every stage that trained."""
+        """Seconds of the baseline's fine-tuning and of every stage that trained."""
         return sum(done.seconds for done in self.history if done.trained)
 
     @property
     def compression_time_s(self) -> float:
-        """Of every stage after the baseline, retraining counted."""
+        """Seconds of every stage after the baseline, including retraining."""
         return sum(done.seconds for done in self.history[1:])
 
     @property
     def losses(self) -> dict[str, float]:
-        """Of the last step that trained, in its last epoch, by split."""
+        """Mean losses of the last epoch of the last step that trained, by split."""
         return next((done.losses for done in reversed(self.history) if done.losses), {})
 
 
@@ -80,8 +83,10 @@ def write_artifact(
     stage: Technique | None = None,
     packed: Path | None = None,
 ) -> None:
-    """Save model and tokenizer into ``folder``, in the format of the last ``stage`` or as floats; what it was trained
-    beside stays as the artifact ``packed`` has it."""
+    """Save model, tokenizer and description into ``folder``, in the format of the last ``stage`` or as floats.
+
+    Frozen quantized weights are copied from the artifact ``packed``, if it is given.
+    """
     if packed:
         save_with_packed(model, packed, folder)
     else:
@@ -91,14 +96,14 @@ def write_artifact(
 
 
 def read_description(folder: Path | str, kind: str | None = None) -> Description:
-    """What the artifact says of itself; a plain Hugging Face folder says nothing and is taken for one of ``kind``.
+    """Return the artifact's description. A plain Hugging Face folder has none and is taken as a model of ``kind``.
 
     Raises:
-        UserError: there is no such folder, or nothing says what kind of task the model is for.
+        UserError: the folder does not exist, or the kind of task is unknown.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: set artifact to the `artifact` folder of a run.")
+        raise UserError(f"There is no folder {folder}. Set artifact=FOLDER to the `artifact` folder of a run.")
     path = folder / DESCRIPTION
     if path.is_file():
         content = json.loads(path.read_text())
@@ -108,14 +113,13 @@ def read_description(folder: Path | str, kind: str | None = None) -> Description
         return Description(**{key: value for key, value in content.items() if key in known})
     if kind is None:
         raise UserError(
-            f"{folder} has no {DESCRIPTION}, so nothing says what the model was trained for: name a task as well "
-            "(task=sst2)."
+            f"{folder} has no {DESCRIPTION}, so the model's task is unknown. Name a task as well (task=sst2)."
         )
     return Description(kind=kind, model=folder.name, task="")
 
 
 def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
-    """Load an artifact, or a plain Hugging Face folder of a model for a task of this ``kind``, ready to run.
+    """Load an artifact, ready to run. A plain Hugging Face folder is loaded as a model of ``kind``.
 
     model, tokenizer, _ = compress.load("multirun/.../artifact")
     """
@@ -127,12 +131,12 @@ def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
 
 
 def measure_size_bytes(folder: Path | str) -> int:
-    """Bytes on disk of the weights that are loaded from ``folder``."""
+    """Return the bytes on disk of the weights that a runtime loads from ``folder``."""
     patterns = import_runtime(read_description(folder, kind="")).WEIGHTS
-    found = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
-    return sum(next(filter(None, found), []))
+    sizes = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
+    return sum(next(filter(None, sizes), []))
 
 
 def import_runtime(description: Description) -> Any:
-    """The module of ``compress.runtimes`` that runs the artifact."""
+    """Import the module of ``compress.runtimes`` that runs the artifact."""
     return importlib.import_module(f"compress.runtimes.{description.runtime}")
