@@ -15,8 +15,11 @@ from compress.tasks.tokens import TaskData
 
 @dataclass(frozen=True)
 class Bench:
-    """An artifact ready to be measured: its folder, a split in its tokens, the single texts to time and the same before
-    they were tokens, and the batches to time by their size."""
+    """An artifact ready to be measured.
+
+    ``batched`` is the whole split in the artifact's tokens. ``texts`` are the single texts to time and ``words`` the
+    same texts before tokenizing. ``batches`` are the batches to time, by size.
+    """
 
     folder: Path
     artifact: Artifact
@@ -29,7 +32,7 @@ class Bench:
 
 
 def build_bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency, split: str = "test") -> Bench:
-    """An artifact with a split of ``data``, which is in its own tokens."""
+    """Prepare an artifact and a split of ``data``, which must be in the artifact's own tokens."""
     batches = {size: data.texts(max(1, latency.texts // size), split, size) for size in latency.batch_sizes}
     singles, words = data.texts(latency.texts, split), data.words(split, latency.texts)
     return Bench(folder, loaded, split, data.in_batches(split), singles, data, words, batches)

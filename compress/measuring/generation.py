@@ -19,8 +19,11 @@ Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Generation:
-    """A causal language model that goes on from a prompt, a token at a time, with what it keeps of the tokens before:
-    the time to the first new token, and that of each one after it. Every artifact is fed the text's own tokens."""
+    """Times of a causal language model that continues a prompt token by token with a cache of keys and values.
+
+    ``first_token`` is the time to the first new token, ``per_token`` the time of each later token. Every artifact is
+    fed the text's own tokens, not the tokens that it predicts.
+    """
 
     first_token: Spread
     per_token: Spread
@@ -29,7 +32,7 @@ class Generation:
 
 
 def measure_generation(benches: dict[str, Bench], latency: Latency, device: torch.device) -> dict[str, Generation]:
-    """The times of those artifacts that keep the tokens before, in turns."""
+    """Time in turns the artifacts whose models have a cache of earlier tokens."""
     calls, prompt, new = {}, 0, 0
     for name, bench in benches.items():
         text = move_batch(bench.texts[len(bench.texts) // 2], device)
@@ -37,8 +40,8 @@ def measure_generation(benches: dict[str, Bench], latency: Latency, device: torc
         prompt = text["input_ids"].shape[1] - new
         if new > 1 and (step := find_decoder(bench.artifact.model, text)):
             calls[name] = build_decoding_call(step, text["input_ids"], text["attention_mask"], prompt, device)
-    found = time_in_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
-    split = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in found.items()}
+    timed = time_in_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
+    by_token = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in timed.items()}
     return {
         name: Generation(
             summarise_times([block[:, 0] for block in blocks]),
@@ -46,28 +49,28 @@ def measure_generation(benches: dict[str, Bench], latency: Latency, device: torc
             prompt,
             new,
         )
-        for name, blocks in split.items()
+        for name, blocks in by_token.items()
     }
 
 
 @torch.inference_mode()
 def find_decoder(model: Any, text: Batch) -> Step | None:
-    """``step(ids, mask, past)``: the logits of the tokens ``ids`` after those that ``past`` keeps, and what is to be
-    kept then; None where the model keeps nothing."""
+    """Return ``step(ids, mask, past)``, or None if the model has no cache.
+
+    The step returns the logits of the tokens ``ids``, which follow the tokens cached in ``past``, and the new cache.
+    """
     if isinstance(model, nn.Module):
-        answered = "past_key_values"
 
         def step(ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
-            given = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True)
-            return given.logits, given.past_key_values
+            output = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True)
+            return output.logits, output.past_key_values
     else:
-        answered = "past"
-        if answered not in inspect.signature(type(model).__call__).parameters:
+        if "past" not in inspect.signature(type(model).__call__).parameters:
             return None
 
         def step(ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
-            given = model(input_ids=ids, attention_mask=mask, past=past)
-            return given.logits, getattr(given, answered, None)
+            output = model(input_ids=ids, attention_mask=mask, past=past)
+            return output.logits, getattr(output, "past", None)
 
     return step if step(text["input_ids"], text["attention_mask"], None)[1] is not None else None
 
@@ -75,7 +78,7 @@ def find_decoder(model: Any, text: Batch) -> Step | None:
 def build_decoding_call(
     step: Step, ids: Tensor, mask: Tensor, prompt: int, device: torch.device
 ) -> Callable[[int], None]:
-    """A call that reads the prompt when ``i`` is 0, and then one more of the tokens that follow it."""
+    """Return ``call(i)``: 0 reads the prompt, and each later ``i`` the next token of the text."""
     past: Any = None
 
     @torch.inference_mode()
@@ -91,7 +94,7 @@ def build_decoding_call(
 
 
 def build_tokenising_call(bench: Bench) -> Callable[[int], None]:
-    """A call that makes tokens of text ``i``."""
+    """Return ``call(i)``, which tokenizes text ``i``."""
     tokenizer, length = bench.artifact.tokenizer, bench.data.max_length
 
     def call(i: int) -> None:

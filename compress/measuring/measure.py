@@ -1,4 +1,4 @@
-"""What a reloaded artifact is worth: quality on the test split, size on disk, time, memory and energy to run."""
+"""Measure reloaded artifacts: quality on a split, size on disk, time, memory and energy."""
 
 from __future__ import annotations
 
@@ -35,17 +35,21 @@ from compress.tasks.task import Task
 
 @dataclass(frozen=True)
 class Measurement:
-    """One artifact's figures; the same code makes them for every artifact.
+    """The figures of an artifact, computed by the same code for every artifact.
 
-    ``quality`` holds fractions (perplexity apart) over all ``examples`` of the ``split``. ``speedup`` is how many
-    times faster than the baseline the batches of the latency run, timed in turns with it, and ``comparison`` is of the
-    quality; both are None where there was no baseline, the latter also where the examples differ. On another runtime
-    than PyTorch ``speedup_same_runtime`` is the speed-up over the baseline exported to it in float32: what compression
-    alone is worth there. The tokens are those of the texts that were timed, on average, padding left out. ``batches``
-    has the times of every batch size, ``tokenizer_ms`` is the median time to make tokens of one text, ``macs`` are of
-    one text of median length, None where they cannot be told, and ``work`` is of one text of the latency on average.
-    ``others`` is the share of the machine's CPUs that other processes took while the latency was timed, and
-    ``measuring_time_s`` is of the whole measurement, everything that it was compared with counted.
+    Attributes:
+        quality: metrics over all ``examples`` of the ``split``, as fractions (except perplexity).
+        latency_tokens: mean tokens of the texts that were timed, without padding; ``throughput_tokens`` likewise.
+        speedup: factor over the baseline, timed in turns with it on the batches of the latency; None for the baseline.
+        speedup_same_runtime: factor over the baseline exported to the same runtime in float32, which is the effect of
+            compression alone; None on PyTorch.
+        batches: times of every batch size.
+        comparison: quality compared with the baseline's; None for the baseline or if the examples differ.
+        macs: multiply-accumulates of a text of median length; None if they cannot be counted.
+        work: mean cost of a text of the latency.
+        tokenizer_ms: median time to tokenize a text.
+        others: share of the machine's CPUs that other processes took while the latency was timed.
+        measuring_time_s: time of the whole measurement, including every artifact measured with this one.
     """
 
     quality: dict[str, float]
@@ -75,17 +79,20 @@ class Measurement:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether others took so much of the machine that the times mean little."""
+        """Whether other processes took so much of the machine that the times are uncertain."""
         return self.others > BUSY
 
 
 def measure_artifacts(
     benches: dict[str, Bench], task: Task, latency: Latency, device: torch.device, exported: Artifact | None = None
 ) -> tuple[dict[str, Measurement], dict[str, Predictions]]:
-    """Measure every artifact, and what each answered on its split; the first is the baseline that the others are
-    compared with, and ``exported`` is it on another runtime. Runtimes other than PyTorch work on the CPU here, and what
-    is compared with them does too."""
+    """Return the measurements and the predictions of every artifact, by name.
+
+    The first artifact is the baseline that the others are compared with; ``exported`` is the baseline on another
+    runtime. If any artifact runs on another runtime than PyTorch, all are measured on the CPU.
+    """
     begin = time.perf_counter()
+    # 1) Count weights before the first forward pass, and memory in separate processes
     if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
         device = torch.device("cpu")
     counts = {name: count_parameters(bench.artifact.model) for name, bench in benches.items()}
@@ -96,6 +103,7 @@ def measure_artifacts(
         for name, bench in benches.items()
         if latency.memory
     }
+    # 2) Predict the split, and count operations
     for bench in benches.values():
         move_model(bench.artifact.model, device)
     answers = {name: predict_split(bench, task, device, f"testing {name}") for name, bench in benches.items()}
@@ -103,6 +111,7 @@ def measure_artifacts(
         name: count_macs(bench.artifact.model, move_batch(bench.texts[len(bench.texts) // 2], device))
         for name, bench in benches.items()
     }
+    # 3) Time every batch size in turns
     baseline = next(iter(benches))
     first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
     turns = {}
@@ -112,7 +121,8 @@ def measure_artifacts(
             calls[""] = build_model_call(exported, benches[baseline].batches[size], device)
         cycle = len(benches[baseline].batches[size])
         turns[size] = time_in_turns(calls, latency, cycle, label=f"batches of {size}")
-    times = {size: one.blocks for size, one in turns.items()}
+    times = {size: turn.blocks for size, turn in turns.items()}
+    # 4) Measure energy, tokenizing and generation
     joules = find_energy_meter(device)
     seconds = latency.seconds if joules else latency.block_s
     work = {}
@@ -123,6 +133,7 @@ def measure_artifacts(
     read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
     generations = measure_generation(benches, latency, device) if KINDS[task.kind].generates else {}
     spreads = {name: {size: summarise_times(times[size][name]) for size in latency.batch_sizes} for name in benches}
+    # 5) Collect the figures
     spent = time.perf_counter() - begin
     return {
         name: Measurement(
@@ -160,14 +171,17 @@ def measure_artifacts(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters the model has, and how many that are not zero; packed ones by what they stand for, which has
-    to be read before the first forward pass."""
+    """Return the number of parameters and the number of non-zero parameters.
+
+    Packed weights count as the floats that they represent, so call this before the first forward pass, which may
+    convert them.
+    """
     each = [(weight.numel(), int(weight.count_nonzero())) for weight in map(dequantize_weight, model.parameters())]
     return sum(number for number, _ in each), sum(nonzero for _, nonzero in each)
 
 
 def mean_length(batches: list[Batch]) -> float:
-    """Of a text on average."""
+    """Return the mean number of tokens of a text, without padding."""
     return float(np.mean([length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]))
 
 
@@ -175,7 +189,7 @@ def mean_length(batches: list[Batch]) -> float:
 def predict_split(
     bench: Bench, task: Task, device: torch.device, label: str = "testing"
 ) -> tuple[dict[str, float], Predictions]:
-    """The task's metrics over the whole split, and what was answered to each of its examples."""
+    """Return the task's metrics over the whole split, and the predictions in the order of the split."""
     kind = KINDS[task.kind]
     outputs, labels, lengths = [], [], []
     for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
@@ -186,7 +200,7 @@ def predict_split(
         outputs.append(answers.cpu())
         labels.append(wanted.cpu())
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
-    found = {
+    arrays = {
         name: torch.cat(parts)[order].numpy()
         for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
     }
@@ -195,5 +209,5 @@ def predict_split(
     characters = np.array([len(text) for text in texts] or [0] * examples)
     negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
     names = task.labels or ()
-    predictions = Predictions(task.kind, **found, characters=characters, negated=negated, names=names)
+    predictions = Predictions(task.kind, **arrays, characters=characters, negated=negated, names=names)
     return {name: predictions.score(name) for name in task.metrics}, predictions

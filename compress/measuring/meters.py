@@ -1,5 +1,5 @@
-"""What else an artifact costs to run: peak memory in a process of its own, multiplications, time of the
-processors, energy."""
+"""Measure the other costs of running an artifact: peak memory in a separate process, multiplications, processor time
+and energy."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ RAPL = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a process that loads an artifact and runs every batch that is timed once: the most that was resident, what
-    its libraries alone had taken before, and the most that PyTorch held on a GPU (None without one)."""
+    """Memory of a process that loads an artifact and runs every timed batch once.
+
+    ``peak_bytes`` is the peak resident memory and ``libraries_bytes`` the peak before loading. ``gpu_bytes`` is the
+    peak that PyTorch allocated on a GPU, None without a GPU.
+    """
 
     peak_bytes: int
     libraries_bytes: int
@@ -42,13 +45,13 @@ class Memory:
 
     @property
     def model_bytes(self) -> int:
-        """What loading and running the model took on top of the libraries."""
+        """Memory that loading and running the model added to the libraries'."""
         return self.peak_bytes - self.libraries_bytes
 
 
 def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], device: torch.device) -> Memory | None:
-    """The memory of a process that begins with the libraries alone; None, and said so, where it was killed."""
-    # A server that has imported the libraries and nothing else forks such a process in milliseconds.
+    """Return the memory of a process that starts with the libraries alone. Log and return None if it was killed."""
+    # A fork server that has imported only the libraries starts such a process in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     answer, child = context.Pipe(duplex=False)
@@ -61,7 +64,7 @@ def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], de
     try:
         return answer.recv()
     except EOFError:
-        log.warning(f"  the memory of {folder} is not measured: its process ended with {process.exitcode}")
+        log.warning(f"  the memory of {folder} is not measured: its process ended with exit code {process.exitcode}")
         return None
     finally:
         process.join()
@@ -71,14 +74,14 @@ def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], de
 def report_memory(
     answer: Connection, folder: Path, kind: str, arrays: list[dict[str, np.ndarray]], device: str, threads: int
 ) -> None:
-    """The life of that process."""
+    """Load the artifact, run the batches and send the memory to ``answer``: the body of the separate process."""
     silence_libraries()
     torch.set_num_threads(threads)
     with contextlib.suppress(ImportError):
         importlib.import_module(read_description(folder, kind).runtime)
     gpu = torch.device(device).type == "cuda"
     if gpu:
-        torch.zeros(1, device=device)  # the driver's share
+        torch.zeros(1, device=device)  # allocates the driver's share
         torch.cuda.reset_peak_memory_stats(device)
     libraries = read_peak_bytes()
     model = load_artifact(folder, kind).model
@@ -89,13 +92,13 @@ def report_memory(
 
 
 def read_peak_bytes() -> int:
-    """The most that this process has had resident."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.inference_mode()
 def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
-    """Multiply-accumulates of matrices for one text; None where a runtime or layers of a packed format hide them."""
+    """Return the multiply-accumulates of matrices for one text; None if a runtime or packed layers hide them."""
     if not isinstance(model, nn.Module):
         return None
     if any(hasattr(weight, "quant_state") or hasattr(weight, "CB") for weight in model.parameters()):
@@ -106,7 +109,7 @@ def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
 
 
 def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:
-    """A counter of the joules that the GPU, or all packages of the CPU, have used; None where nothing says so."""
+    """Return a counter of the joules used by the GPU, or by all packages of the CPU; None if no counter is readable."""
     if device.type == "cuda":
         try:
             import pynvml
@@ -121,7 +124,7 @@ def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], f
     try:
         last = {folder: int((folder / "energy_uj").read_text()) for folder in packages}
         ranges = {folder: int((folder / "max_energy_range_uj").read_text()) for folder in packages}
-    except (OSError, ValueError):  # root alone may read them
+    except (OSError, ValueError):  # only root may read them
         return None
     total = 0
 
@@ -129,7 +132,7 @@ def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], f
         nonlocal total
         for folder in packages:
             now = int((folder / "energy_uj").read_text())
-            total += (now - last[folder]) % (ranges[folder] + 1)  # it starts again at 0
+            total += (now - last[folder]) % (ranges[folder] + 1)  # the counter wraps to 0
             last[folder] = now
         return total / 1e6
 
@@ -138,9 +141,11 @@ def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], f
 
 @dataclass(frozen=True)
 class Work:
-    """What one text takes of the machine on average: milliseconds of the process on all cores together, milliseconds
-    between CUDA events around a call, and joules, everything else that the machine does meanwhile counted; None where
-    there is no GPU or no counter."""
+    """Mean cost of a text.
+
+    ``cpu_ms`` is the time of the process summed over all cores, ``gpu_ms`` the time between CUDA events around a call
+    (None without a GPU). ``energy_j`` includes everything that the machine did meanwhile (None without a counter).
+    """
 
     cpu_ms: float
     gpu_ms: float | None
@@ -155,8 +160,10 @@ def measure_work(
     device: torch.device,
     joules: Callable[[], float] | None,
 ) -> Work:
-    """Of ``call(i)``, which runs ``texts`` texts and waits for the device, over whole cycles of ``i`` and at least
-    ``seconds``."""
+    """Measure ``call(i)``, which runs ``texts`` texts and waits for the device.
+
+    Whole cycles of ``i`` are repeated for at least ``seconds``.
+    """
     gpu_ms: list[float] = []
     begin, cpu, used, calls = time.perf_counter(), time.process_time(), joules() if joules else 0.0, 0
     while not calls or time.perf_counter() - begin < seconds:

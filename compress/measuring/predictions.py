@@ -1,4 +1,4 @@
-"""What a model answered to every example of the test split, kept beside it so that models are compared in pairs."""
+"""Store a model's predictions for every example of a split, and compare models on the same examples."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from compress.tasks.kinds import KINDS
 FILE = "predictions.npz"
 NEGATION = re.compile(r"\b(?:no|not|never|none|nobody|nothing|neither|nor|without|cannot)\b|n['’]t\b", re.IGNORECASE)
 FEWEST = 10
-"""Examples of a slice: of fewer, one more or less that is right says too much."""
+"""The minimum number of examples of a slice. In smaller slices a single example decides too much."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """An example a row, in the order of the test split.
+    """Predictions for a split, a row for each example, in the order of the split.
 
-    ``outputs`` are the logits and ``labels`` what was to be said. For a language model an example is a block:
-    ``outputs`` are the sum of its tokens' losses in nats and how many were predicted right, ``labels`` how many there
-    were to predict. ``tokens`` is the length that the model read, ``characters`` that of the text (0 of a block), and
-    ``negated`` whether it has an English word of negation. ``names`` are the labels'.
+    Attributes:
+        outputs: logits. For a language model an example is a block: the sum of its tokens' losses in nats, and the
+            number of tokens predicted correctly.
+        labels: true labels. For a language model, the number of tokens to predict.
+        tokens: length of the example in the model's tokens.
+        characters: length of the text (0 for a block).
+        negated: whether the text has an English word of negation.
+        names: names of the labels.
     """
 
     kind: str
@@ -46,23 +50,23 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {one.name: np.array(getattr(self, one.name)) for one in fields(self)}
+        arrays: dict[str, Any] = {item.name: np.array(getattr(self, item.name)) for item in fields(self)}
         np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        with np.load(path) as found:
-            arrays = {one.name: found[one.name] for one in fields(cls)}
+        with np.load(path) as file:
+            arrays = {item.name: file[item.name] for item in fields(cls)}
         return cls(**{**arrays, "kind": str(arrays["kind"]), "names": tuple(map(str, arrays["names"]))})
 
     @property
     def predicted_labels(self) -> np.ndarray | None:
-        """The labels that the model chose, where there are labels to choose from."""
+        """Labels that the model chose; None if the task has no labels."""
         return KINDS[self.kind].predict_labels(self.outputs)
 
     @property
     def correct_examples(self) -> np.ndarray | None:
-        """Whether the model chose all of an example's labels and no other."""
+        """Mask of the examples for which the model chose exactly the true labels; None if the task has no labels."""
         return KINDS[self.kind].find_correct(self.outputs, self.labels)
 
     def score(self, metric: str) -> float:
@@ -71,8 +75,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against its baseline on the same examples: the change of the ``metric``, how likely one as large would be
-    were the two alike, and the share of the examples whose label changed (None where there are none)."""
+    """A model compared with its baseline on the same examples.
+
+    ``p_value`` is the probability of a ``change`` of the ``metric`` this large if both models were equally good.
+    ``churn`` is the share of the examples whose predicted label changed (None without labels).
+    """
 
     metric: str
     change: Interval
@@ -81,13 +88,16 @@ class Comparison:
 
 
 def are_paired(baseline: Predictions, variant: Predictions) -> bool:
-    """Whether both are of the same examples: not where a language model has a vocabulary of its own, for example."""
+    """Return whether both have the same examples. Language models with different vocabularies, for example, do not."""
     return baseline.kind == variant.kind and np.array_equal(baseline.labels, variant.labels)
 
 
 def compare_predictions(baseline: Predictions, variant: Predictions, metric: str) -> Comparison | None:
-    """McNemar's exact test of accuracies, a paired permutation test of other metrics, and a paired bootstrap interval
-    of the change; None where the examples differ."""
+    """Test the change of ``metric`` on the same examples. Return None if the examples differ.
+
+    Accuracies get McNemar's exact test, other metrics a paired permutation test, and the change a paired bootstrap
+    interval.
+    """
     if not are_paired(baseline, variant):
         return None
     judge = KINDS[variant.kind].metrics[metric]
@@ -102,22 +112,27 @@ def compare_predictions(baseline: Predictions, variant: Predictions, metric: str
     return Comparison(metric, paired_difference(judge.score, *outputs, variant.labels), p_value, changed)
 
 
-def slice_examples(one: Predictions) -> dict[str, np.ndarray]:
-    """The parts of the test split that are looked at apart, as masks by name: each label, the thirds of the texts by
-    length, and texts with and without a word of negation."""
-    by_label = KINDS[one.kind].slice_labels(one.labels, one.names)
-    found = {f"label {name}": mask for name, mask in by_label.items()}
-    if one.characters.any():
-        third = assign_terciles(one.characters)
-        found |= {name: third == i for i, name in enumerate(("short texts", "middling texts", "long texts"))}
-        found |= {"with negation": one.negated, "without negation": ~one.negated}
-    return {name: mask for name, mask in found.items() if mask.sum() >= FEWEST}
+def slice_examples(predictions: Predictions) -> dict[str, np.ndarray]:
+    """Return the slices of the split as masks by name.
+
+    The slices are each label, the thirds of the texts by length, and texts with and without a word of negation.
+    """
+    by_label = KINDS[predictions.kind].slice_labels(predictions.labels, predictions.names)
+    slices = {f"label {name}": mask for name, mask in by_label.items()}
+    if predictions.characters.any():
+        third = assign_terciles(predictions.characters)
+        slices |= {name: third == i for i, name in enumerate(("short texts", "middling texts", "long texts"))}
+        slices |= {"with negation": predictions.negated, "without negation": ~predictions.negated}
+    return {name: mask for name, mask in slices.items() if mask.sum() >= FEWEST}
 
 
 @dataclass(frozen=True)
 class Regression:
-    """How a model answers a slice of the test split: the share of its examples that it gets right less the baseline's
-    (of a metric that is no share, the metric), and the p-value of McNemar's test where there are labels."""
+    """The change of a model's quality on a slice of the split.
+
+    ``change`` is the share of correct examples minus the baseline's, or the difference of the metric if the task has no
+    labels. ``p_value`` is of McNemar's test (None without labels).
+    """
 
     name: str
     examples: int
@@ -126,10 +141,10 @@ class Regression:
 
 
 def measure_regressions(baseline: Predictions, variant: Predictions, metric: str) -> list[Regression]:
-    """Every slice, in the order of :func:`slices`; none where the examples differ."""
+    """Return the change on every slice of :func:`slice_examples`; an empty list if the examples differ."""
     if not are_paired(baseline, variant):
         return []
-    found = []
+    regressions = []
     for name, mask in slice_examples(variant).items():
         p_value = None
         if baseline.correct_examples is not None and variant.correct_examples is not None:
@@ -139,15 +154,16 @@ def measure_regressions(baseline: Predictions, variant: Predictions, metric: str
             score = KINDS[variant.kind].metrics[metric].score
             change = score(variant.outputs[mask], variant.labels[mask])
             change -= score(baseline.outputs[mask], variant.labels[mask])
-        found.append(Regression(name, int(mask.sum()), change, p_value))
-    return found
+        regressions.append(Regression(name, int(mask.sum()), change, p_value))
+    return regressions
 
 
 def find_worst_slice(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
-    """The slice that lost most, its p-value corrected for how many slices there are (Holm); None where none lost."""
-    every = measure_regressions(baseline, variant, metric)
-    fair = dict(zip(map(id, every), holm([1.0 if one.p_value is None else one.p_value for one in every])))
-    lost = min(every, key=lambda one: one.change, default=None)
-    if lost is None or lost.change >= 0:
+    """Return the slice that lost most, its p-value corrected over all slices (Holm); None if no slice lost."""
+    regressions = measure_regressions(baseline, variant, metric)
+    p_values = [1.0 if regression.p_value is None else regression.p_value for regression in regressions]
+    corrected = dict(zip(map(id, regressions), holm(p_values)))
+    worst = min(regressions, key=lambda regression: regression.change, default=None)
+    if worst is None or worst.change >= 0:
         return None
-    return lost if lost.p_value is None else replace(lost, p_value=fair[id(lost)])
+    return worst if worst.p_value is None else replace(worst, p_value=corrected[id(worst)])

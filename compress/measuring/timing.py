@@ -17,15 +17,19 @@ from compress.planning.settings import Latency
 
 Batch = dict[str, torch.Tensor]
 BUSY = 0.1
-"""The share of the CPUs beyond which other processes disturb a round."""
+"""The share of the CPUs above which other processes disturb a round."""
 PATIENCE = 3
+"""The factor of the budget that disturbed rounds may take in total."""
 FEWEST = 4
+"""The minimum number of rounds."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Times of single calls, in milliseconds; ``low_ms`` and ``high_ms`` are the 95 % bootstrap interval of the median,
-    blocks drawn whole."""
+    """Times of single calls in milliseconds.
+
+    ``low_ms`` and ``high_ms`` are the 95 % bootstrap interval of the median over resampled blocks.
+    """
 
     median_ms: float
     mean_ms: float
@@ -39,8 +43,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Turns:
-    """Milliseconds of single calls, ``{name: blocks}``, and the share of the machine's CPUs that other processes took
-    in the meantime."""
+    """Milliseconds of single calls, ``{name: blocks}``; ``others`` is the share of the CPUs of other processes."""
 
     blocks: dict[str, list[np.ndarray]]
     others: float
@@ -51,16 +54,18 @@ def time_in_turns(
 ) -> Turns:
     """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``.
 
-    Taking turns, in one order and then in the other, lets a disturbance of the machine fall on all alike, and the pause
-    between blocks lets the thread pool of one come to rest before the next is timed. Rounds in which other processes
-    took more than a tenth of the CPUs are dropped and made up for, for up to three times the budget; where the machine
-    does not come to rest by then, all count.
+    Turns in alternating order spread a disturbance of the machine evenly over all calls. A pause between blocks lets
+    the thread pool of a call go idle before the next call is timed. Rounds in which other processes took more than
+    :data:`BUSY` of the CPUs are dropped and repeated, for up to :data:`PATIENCE` times the budget. With too few quiet
+    rounds, all rounds count.
     """
+    # 1) Warm up
     for call in calls.values():
         begin = time.perf_counter()
         for i in range(max(latency.warmup, cycle)):
             if i < cycle or time.perf_counter() - begin < latency.seconds:
                 call(i % cycle)
+    # 2) Time rounds until enough quiet ones fill the budget
     rounds: list[dict[str, np.ndarray]] = []
     shares: list[float] = []
     others = Others()
@@ -76,15 +81,16 @@ def time_in_turns(
         rounds.append({name: time_block(calls[name], latency.block_s, cycle) for name in order})
         shares.append(others())
         order.reverse()
-        quiet = [one for one, share in zip(rounds, shares) if share <= BUSY]
+        quiet = [blocks for blocks, share in zip(rounds, shares) if share <= BUSY]
         bar.update(min(latency.seconds, least_seconds(quiet)) - bar.n)
     bar.close()
+    # 3) Keep the quiet rounds
     kept, counted = (quiet, [share for share in shares if share <= BUSY]) if len(quiet) >= FEWEST else (rounds, shares)
-    return Turns({name: [one[name] for one in kept] for name in calls}, float(np.mean(counted)))
+    return Turns({name: [blocks[name] for blocks in kept] for name in calls}, float(np.mean(counted)))
 
 
 def time_block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
-    """Milliseconds of the calls of whole cycles."""
+    """Return the milliseconds of each call in whole cycles of ``i``, after a pause."""
     time.sleep(0.04)
     times: list[float] = []
     begin = time.perf_counter()
@@ -97,22 +103,24 @@ def time_block(call: Callable[[int], None], block_s: float, cycle: int) -> np.nd
 
 
 def least_seconds(rounds: list[dict[str, np.ndarray]]) -> float:
-    """Seconds that the one had that had fewest."""
-    return min((sum(one[name].sum() for one in rounds) / 1000 for name in rounds[0]), default=0.0) if rounds else 0.0
+    """Return the seconds of the call that was timed least."""
+    if not rounds:
+        return 0.0
+    return min((sum(blocks[name].sum() for blocks in rounds) / 1000 for name in rounds[0]), default=0.0)
 
 
 class Others:
-    """Called, the share of the machine's CPUs that other processes took since the last call, as the system counts."""
+    """A callable that returns the share of the CPUs that other processes took since its last call."""
 
     def __init__(self) -> None:
         self.process = psutil.Process()
         self.last = self.now()
 
     def now(self) -> tuple[float, float, float]:
-        every, own = psutil.cpu_times()._asdict(), self.process.cpu_times()
-        # Linux counts guests among the users as well.
-        total = sum(seconds for name, seconds in every.items() if not name.startswith("guest"))
-        return total, total - every["idle"] - every.get("iowait", 0.0), own.user + own.system
+        system, own = psutil.cpu_times()._asdict(), self.process.cpu_times()
+        # Linux includes guest time in user time.
+        total = sum(seconds for name, seconds in system.items() if not name.startswith("guest"))
+        return total, total - system["idle"] - system.get("iowait", 0.0), own.user + own.system
 
     def __call__(self) -> float:
         before, self.last = self.last, self.now()
@@ -121,11 +129,13 @@ class Others:
 
 
 def estimate_speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:
-    """The geometric mean of the ratios of neighbouring blocks' median times, with Student's t interval: above one is
-    faster than the baseline. (A bootstrap of so few blocks is too sure of itself.)"""
+    """Return the geometric mean of the ratios of neighbouring blocks' median times, with Student's t interval.
+
+    A value above 1 is faster than the baseline. (With so few blocks, bootstrap intervals would be too narrow.)
+    """
     ratios = [float(np.log(np.median(b) / np.median(v))) for b, v in zip(baseline, variant)]
-    found = mean_interval(ratios)
-    return Interval(*np.exp([found.value, found.low, found.high]).tolist())
+    interval = mean_interval(ratios)
+    return Interval(*np.exp([interval.value, interval.low, interval.high]).tolist())
 
 
 def summarise_times(blocks: list[np.ndarray]) -> Spread:
@@ -153,7 +163,7 @@ def summarise_times(blocks: list[np.ndarray]) -> Spread:
 
 
 def build_model_call(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
-    """A call that runs batch ``i`` to its end: a GPU's work is waited for."""
+    """Return ``call(i)``, which runs batch ``i`` and waits for the device."""
     batches = [move_batch(batch, device) for batch in batches]
 
     @torch.inference_mode()

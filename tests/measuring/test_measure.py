@@ -28,7 +28,7 @@ def test_statistics_of_known_times():
 
 
 def test_a_speedup_is_the_ratio_of_neighbouring_blocks():
-    # The machine gets slower all the time, the variant is always twice as fast.
+    # The machine slows down continuously; the variant is always twice as fast.
     baseline = [np.array([10.0, 11.0]) * slow for slow in (1, 2, 3, 4)]
     variant = [block / 2 for block in baseline]
     found = estimate_speedup(baseline, variant)
@@ -53,12 +53,12 @@ def test_calls_take_turns_in_whole_cycles(monkeypatch):
     warm = order[:6]
     assert warm == [(name, i) for name in ("baseline", "variant") for i in range(3)]
     turns = [name for previous, (name, _) in zip([("", 0), *order[6:]], order[6:]) if name != previous[0]]
-    # One order, then the other: what the machine does meanwhile favours neither.
+    # Alternating orders: a disturbance of the machine favours neither call.
     assert turns == [("baseline", "variant")[i % 2] for i in range(count + 1)]
 
 
 @pytest.mark.parametrize(("patience", "rounds", "others"), [(1e9, 4, 0.0125), (0, 4, 0.2)])
-def test_rounds_that_others_disturb_are_made_up_for_while_there_is_time(monkeypatch, patience, rounds, others):
+def test_rounds_that_others_disturb_are_repeated_while_there_is_time(monkeypatch, patience, rounds, others):
     shares = iter([0.5, 0.0, 0.3, 0.0, 0.0, 0.05])
     monkeypatch.setattr(Others, "__call__", lambda self: next(shares))
     monkeypatch.setattr("compress.measuring.timing.PATIENCE", patience)
@@ -67,7 +67,7 @@ def test_rounds_that_others_disturb_are_made_up_for_while_there_is_time(monkeypa
     assert len(list(shares)) == (0 if patience else 2)
 
 
-def test_what_others_take_is_a_share_of_all_cpus():
+def test_the_load_of_others_is_a_share_of_all_cpus():
     assert 0 <= Others()() <= 1
 
 
@@ -75,11 +75,13 @@ def test_slow_calls_are_timed_for_their_budget_and_no_longer():
     latency = Latency(seconds=0.001, block_s=0.001, warmup=50)
     calls = []
     blocks = time_in_turns({"slow": lambda i: calls.append(time.sleep(0.01))}, latency, cycle=1).blocks
-    assert len(calls) == 1 + 4 and len(blocks["slow"]) == 4  # warm-up stops with the budget, four blocks are the least
+    assert (
+        len(calls) == 1 + 4 and len(blocks["slow"]) == 4
+    )  # warm-up stops with the budget; four blocks are the minimum
 
 
 class Clock:
-    """Time that passes in calls alone, so that they can be counted."""
+    """A clock that advances only in calls, so that calls can be counted."""
 
     def __init__(self):
         self.now = 0.0
@@ -100,13 +102,13 @@ def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monke
     both = {name: lambda i, name=name: (calls.append(name), clock.sleep(0.01)) for name in ("baseline", "variant")}
     blocks = time_in_turns(both, latency, cycle=5).blocks
     warm, in_a_block, budget = 5, 10, budgets * 2.0 / 0.01
-    for name in both:  # the pauses of 40 ms count as well where rounds are made up for
+    for name in both:  # repeated rounds include their pauses of 40 ms
         assert budget / 1.5 - in_a_block <= calls.count(name) - warm <= budget + in_a_block
         assert sum(map(len, blocks[name])) == calls.count(name) - warm
     assert clock.now <= (2 * budgets * 2.0 + 0.1) * 1.5
 
 
-def test_a_causal_model_writes_as_it_would_without_keeping_anything():
+def test_a_causal_model_generates_the_same_with_and_without_a_cache():
     model, text = tiny.llama_lm(), tiny.batch(rows=1, length=12, padded=False, lm=True)
     ids, mask = text["input_ids"], text["attention_mask"]
     step = find_decoder(model, {"input_ids": ids, "attention_mask": mask})
@@ -125,7 +127,7 @@ def test_a_causal_model_writes_as_it_would_without_keeping_anything():
     assert torch.allclose(torch.cat(seen), expected.repeat(2, 1), atol=1e-5)
 
 
-def test_other_runtimes_write_where_their_model_offers_the_past():
+def test_other_runtimes_generate_if_their_model_returns_a_cache():
     class Kept:
         def __call__(self, input_ids, attention_mask, past=None):
             seen = [*(past or []), *input_ids[0].tolist()]
@@ -142,14 +144,14 @@ def test_other_runtimes_write_where_their_model_offers_the_past():
 
 
 def test_the_loss_of_a_block_is_the_sum_of_its_tokens():
-    last = [0.5, 0.5]  # predicts what the block no longer has, as nothing predicts its first token
+    last = [0.5, 0.5]  # predicts a token beyond the block; the first token is never predicted
     logits = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1], last], [[0.2, 0.8], [0.5, 0.5], last]]))
     outputs, count = KINDS["lm"].keep_answers(logits, torch.tensor([[1, 0, 0], [0, 1, -100]]))
     assert outputs[:, 0].tolist() == pytest.approx([-np.log(0.5 * 0.9), -np.log(0.8)], rel=1e-6)
     assert outputs[1, 1] == 1 and count.tolist() == [2, 1]
 
 
-def test_packed_weights_count_as_what_they_stand_for():
+def test_packed_weights_count_as_the_floats_that_they_represent():
     model = wide("bert")
     fit(model, Prune(sparsity=0.5))
     parameters, nonzeros = count_parameters(model)

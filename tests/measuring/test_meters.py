@@ -19,7 +19,7 @@ def test_the_multiplications_of_bert_by_hand():
     projections = 4 * length * hidden * hidden  # query, key, value, output
     attention = 2 * length * length * hidden
     feed_forward = 2 * length * hidden * inner
-    head = hidden * hidden + hidden * labels  # of one token: the pooler and the classifier
+    head = hidden * hidden + hidden * labels  # for a single token: the pooler and the classifier
     assert count_macs(model, text) == layers * (projections + attention + feed_forward) + head
     assert count_macs(lambda **batch: None, text) is None
 
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
     return made
 
 
-def test_a_process_of_its_own_tells_the_peak_of_each_model(folders):
+def test_a_separate_process_reports_the_peak_memory_of_each_model(folders):
     text = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]
     large, small = (measure_memory(folders[size], "multiclass", text, CPU) for size in (1_000_000, 1_000))
     table = 4 * 1_000_000 * tiny.SHAPE["hidden_size"]
@@ -48,25 +48,25 @@ def test_a_process_of_its_own_tells_the_peak_of_each_model(folders):
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
-def test_what_loads_an_artifact_brings_nothing_that_trains_into_its_memory(runtime):
+def test_loading_an_artifact_imports_no_training_library(runtime):
     modules = f"compress.measuring.meters, compress.runtimes.{runtime}"
     script = f"import sys, {modules}; sys.exit('pytorch_lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_a_process_that_dies_leaves_no_figure_and_a_word(folders, caplog):
+def test_a_process_that_dies_leaves_no_figure_but_a_warning(folders, caplog):
     (folders[1_000] / "model.safetensors").rename(folders[1_000] / "lost")
     assert measure_memory(folders[1_000], "multiclass", [], CPU) is None
     assert "memory of" in caplog.text and "is not measured" in caplog.text
 
 
-def test_the_energy_counter_goes_on_where_it_starts_again(tmp_path):
+def test_the_energy_counter_continues_after_it_wraps(tmp_path):
     for number, joules in enumerate((9.5, 1.0)):
         folder = tmp_path / f"intel-rapl:{number}"
         folder.mkdir()
         (folder / "max_energy_range_uj").write_text("9999999\n")
         (folder / "energy_uj").write_text(f"{joules * 1e6:.0f}\n")
-    part = tmp_path / "intel-rapl:0:0"  # of the package, and counted with it
+    part = tmp_path / "intel-rapl:0:0"  # a part of the package, included in its counter
     part.mkdir()
     read = find_energy_meter(CPU, tmp_path)
     assert read() == 0
@@ -76,7 +76,7 @@ def test_the_energy_counter_goes_on_where_it_starts_again(tmp_path):
     assert find_energy_meter(CPU, tmp_path / "none") is None
 
 
-def test_work_is_shared_out_over_the_texts_of_all_calls():
+def test_work_is_averaged_over_the_texts_of_all_calls():
     calls = []
 
     def call(i):
@@ -86,12 +86,12 @@ def test_work_is_shared_out_over_the_texts_of_all_calls():
 
     begin = time.process_time()
     found = measure_work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
-    assert calls[:4] == [0, 1, 2, 0] and len(calls) % 3 == 0
+    assert calls == [0, 1, 2] * (len(calls) // 3)
     assert found.energy_j == 5.0 / 4 and found.gpu_ms is None
-    assert found.cpu_ms > 0.9 / 4  # of a millisecond, less what passed before the first call
+    assert found.cpu_ms > 0.9 / 4  # of a millisecond, minus the time before the first call
 
 
-def test_a_gpus_time_is_what_its_events_say(monkeypatch):
+def test_gpu_time_is_measured_by_its_events(monkeypatch):
     class Event:
         clock = 0.0
 

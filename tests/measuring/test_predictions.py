@@ -12,7 +12,7 @@ from compress.measuring.predictions import (
 
 
 def predictions(right, negated=None, lengths=None, seed=0):
-    """A hundred examples of two labels, answered right where ``right`` says so."""
+    """Return predictions for examples of two labels, correct where ``right`` is True."""
     count = len(right)
     labels = np.arange(count) % 2
     logits = np.eye(2)[np.where(right, labels, 1 - labels)]
@@ -24,20 +24,20 @@ def predictions(right, negated=None, lengths=None, seed=0):
 EVERY = np.ones(100, bool)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
-    one = predictions(EVERY)
-    one.save(tmp_path / "deep" / "predictions.npz")
-    again = Predictions.load(tmp_path / "deep" / "predictions.npz")
-    assert again.kind == "multiclass" and again.names == ("bad", "good")
-    assert np.array_equal(again.outputs, one.outputs) and again.score("accuracy") == 1.0
+def test_saved_predictions_load_unchanged(tmp_path):
+    saved = predictions(EVERY)
+    saved.save(tmp_path / "deep" / "predictions.npz")
+    loaded = Predictions.load(tmp_path / "deep" / "predictions.npz")
+    assert loaded.kind == "multiclass" and loaded.names == ("bad", "good")
+    assert np.array_equal(loaded.outputs, saved.outputs) and loaded.score("accuracy") == 1.0
 
 
 def test_a_regression_is_found_in_its_slice():
     negated = np.arange(100) < 30
     right = ~(np.arange(100) < 15)
     found = {
-        one.name: one
-        for one in measure_regressions(predictions(EVERY, negated), predictions(right, negated), "accuracy")
+        change.name: change
+        for change in measure_regressions(predictions(EVERY, negated), predictions(right, negated), "accuracy")
     }
     assert list(found) == ["label bad", "label good", "short texts", "middling texts", "long texts", "with negation",
                            "without negation"]  # fmt: skip
@@ -48,12 +48,12 @@ def test_a_regression_is_found_in_its_slice():
     )
 
 
-def test_the_worst_slice_is_named_and_its_p_value_allows_for_the_others():
+def test_the_worst_slice_is_named_and_its_p_value_is_corrected_for_the_others():
     negated = np.arange(100) < 30
     lost = predictions(~(np.arange(100) < 15), negated)
     found = find_worst_slice(predictions(EVERY, negated), lost, "accuracy")
     assert (found.name, found.change) == ("with negation", -0.5)
-    assert found.p_value == pytest.approx(7 * 2 / 2**15)  # of seven slices the most certain
+    assert found.p_value == pytest.approx(7 * 2 / 2**15)  # the smallest p-value of seven slices
     assert find_worst_slice(lost, predictions(EVERY, negated), "accuracy") is None
 
 
@@ -61,7 +61,7 @@ def test_slices_of_few_examples_are_left_out():
     assert "with negation" not in slice_examples(predictions(EVERY, negated=np.arange(100) < 9))
 
 
-def test_a_comparison_says_how_much_and_how_surely():
+def test_a_comparison_has_the_change_and_its_significance():
     right = ~(np.arange(100) < 6)
     found = compare_predictions(predictions(EVERY), predictions(right), "accuracy")
     assert found.change.value == pytest.approx(-0.06) and found.change.low < -0.06 < found.change.high < 0
