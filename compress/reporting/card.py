@@ -1,4 +1,4 @@
-"""The model card of an artifact: what it is, how it was made, what it is worth, how to load it."""
+"""Write the model card of an artifact: its steps, its figures, its limits and how to load it."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ LOAD_ONNX_LM = """\
 import onnxruntime
 from transformers import AutoTokenizer
 
-onnxruntime.set_default_logger_severity(3)  # it warns of every key and value that may be left out
+onnxruntime.set_default_logger_severity(3)  # it warns about every optional input
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 tokens = dict(tokenizer("A text.", return_tensors="np"))
-(logits,) = session.run(["logits"], tokens)  # and, with its keys and values, by `compress.load` token by token:
+(logits,) = session.run(["logits"], tokens)  # `compress.load` generates text with a cache of keys and values:
 # model, tokenizer, _ = compress.load("{folder}")
 # tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
 """
@@ -64,18 +64,20 @@ logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
 
 
 def write_card(folder: Path, outcome: Outcome, method: str) -> None:
-    """Write ``README.md`` into the artifact, in the hub's form."""
+    """Write ``README.md`` into the artifact, in the form that the hub reads."""
+    # 1) Choose the text on how to load it
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     kind = KINDS[description.kind]
     job = Job(method, description.model, description.task, seed=0)
     rows = [build_row(job, name, outcome) for name in outcome.measurements]
     config = json.loads((folder / "config.json").read_text())
     uneven = "compress" in config
-    ours = "\nIts blocks have shapes that no plain transformers config can say: `compress` in config.json tells them.\n"
+    ours = "\nA plain transformers config cannot describe its blocks: config.json has their shapes under `compress`.\n"
     form = config.get("quantization_config", {}).get("quant_method")
     packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
     onnx = LOAD_ONNX_LM if kind.generates else LOAD_ONNX
     loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
+    # 2) Write the card
     lines = [
         "---",
         format_front_matter(folder, description, measured),
@@ -91,8 +93,8 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         "",
         *format_markdown(rows, recommend_rows(rows)).splitlines()[2:],
         "",
-        f"Quality is over the {measured.examples:,} examples of the {measured.split} split, which calibrated nothing"
-        f"{' and chose nothing' if measured.split == 'test' else ''}.",
+        f"Quality is measured on the {measured.examples:,} examples of the {measured.split} split, which were not used "
+        f"for calibration{' or model selection' if measured.split == 'test' else ''}.",
         "Latency is the median time of one text, timed in turns with the baseline.",
         *describe_cost(measured),
         "",
@@ -108,8 +110,10 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
 
 
 def format_front_matter(folder: Path, description: Description, measured: Measurement) -> str:
-    """What the hub reads: the library, the task, the model and the data set where they are the hub's own, and the
-    metrics as a model-index."""
+    """Return the metadata that the hub reads: library, task, and the metrics as a model-index.
+
+    The base model and the data set are named only if they are on the hub.
+    """
     pipeline = KINDS[description.kind].pipeline
     library = "transformers" if description.runtime == "torch" else description.weights
     config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
@@ -139,18 +143,18 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
 
 
 def describe_cost(measured: Measurement) -> Iterator[str]:
-    """What else running it took, as far as it was measured."""
+    """Yield sentences on the other costs that were measured."""
     yield (
         f"One text: {measured.latency.median_ms:.2f} ms (p95 {measured.latency.p95_ms:.2f}, p99 "
         f"{measured.latency.p99_ms:.2f}) on {measured.device}, {measured.threads} threads."
     )
-    if one := measured.generation:
+    if generation := measured.generation:
         yield (
-            f"After a prompt of {one.prompt_tokens} tokens the first new one took {one.first_token.median_ms:.2f} ms, "
-            f"each one after it {one.per_token.median_ms:.2f} ms."
+            f"After a prompt of {generation.prompt_tokens} tokens, the first new token took "
+            f"{generation.first_token.median_ms:.2f} ms and each later token {generation.per_token.median_ms:.2f} ms."
         )
     if measured.memory:
-        yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory beside the libraries."
+        yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory besides the libraries."
 
 
 def format_settings(values: dict) -> str:

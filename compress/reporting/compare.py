@@ -1,4 +1,4 @@
-"""What changed from one run or sweep to another, and which of it is more than chance."""
+"""Describe the changes between two runs or sweeps, and test which are significant."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ Key = tuple[str, ...]
 
 
 def describe_changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
-    """A line for every experiment that both have: its quality, tested on the same examples and corrected for how many
-    experiments there are (Holm), its size, and its speed by the intervals of both.
+    """Return a line for every common experiment, and a line for every other experiment.
+
+    A line has the quality, tested on the same examples and corrected over all experiments (Holm), the size, and the
+    speed, compared by both intervals.
 
     Raises:
-        UserError: they have no experiment in common.
+        UserError: the two have no experiment in common.
     """
     old, new = index_rows(before), index_rows(after)
-    if len(old) == len(new) == 1:  # whatever they are called
+    if len(old) == len(new) == 1:  # two single runs are compared whatever their names
         new = dict(zip(old, new.values()))
     common = [key for key in old if key in new]
     if not common:
         raise UserError(
-            "The two have no experiment in common: compare runs or sweeps of the same model, task, seed and technique, "
-            "or one run with another."
+            "The two have no experiment in common. Compare runs or sweeps of the same model, task, seed and technique, "
+            "or two single runs."
         )
     names = dict(zip(common, label_rows([new[key] for key in common])))
-    tested = {key: found for key in common if (found := compare_quality(old[key], new[key]))}
-    fair = dict(zip(tested, holm([one.p_value for one in tested.values()])))
+    tested = {key: comparison for key in common if (comparison := compare_quality(old[key], new[key]))}
+    fair = dict(zip(tested, holm([comparison.p_value for comparison in tested.values()])))
     lines = [
         f"{names[key]}: " + "; ".join((describe_quality(old[key], new[key], tested.get(key), fair.get(key)),
                                        describe_size(old[key], new[key]), describe_speed(old[key], new[key])))
@@ -47,27 +49,27 @@ def describe_changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
 
 
 def index_rows(rows: Sequence[Row]) -> dict[Key, Row]:
-    """The completed rows that are compared with a baseline, by what was asked for; the baselines where there is no
-    other row."""
-    done = [one for one in drop_repeated_baselines(list(rows)) if one["status"] == "completed"]
-    chosen = [one for one in done if one["method"] != "none"] or done
+    """Return the completed rows by their settings, without baselines unless there are no other rows."""
+    done = [row for row in drop_repeated_baselines(list(rows)) if row["status"] == "completed"]
+    chosen = [row for row in done if row["method"] != "none"] or done
     columns = ("model", "task", "metric", "method", "seed", "overrides")
-    return {tuple(str(one[column]) for column in columns if str(one[column])): one for one in chosen}
+    return {tuple(str(row[column]) for column in columns if str(row[column])): row for row in chosen}
 
 
 def compare_quality(old: Row, new: Row) -> Comparison | None:
-    """The comparison on the same examples, where both kept what they answered."""
-    before, after = (Path(one.get("folder", "")) / one.get("predictions", "lost") for one in (old, new))
+    """Compare the predictions on the same examples. Return None if either has none or if the metrics differ."""
+    before, after = (Path(row.get("folder", "")) / row.get("predictions", "lost") for row in (old, new))
     if not before.is_file() or not after.is_file() or old["metric"] != new["metric"]:
         return None
     return compare_predictions(Predictions.load(before), Predictions.load(after), new["metric"])
 
 
-def describe_quality(old: Row, new: Row, found: Comparison | None, p_value: float | None) -> str:
+def describe_quality(old: Row, new: Row, comparison: Comparison | None, p_value: float | None) -> str:
     shift = f"{new['metric']} {old['value']:.4f} -> {new['value']:.4f}"
-    if found is None or p_value is None:
-        return f"{shift}, which cannot be tested: the examples differ, or predictions are lost"
-    change, low, high = (format_change(new, x) for x in (found.change.value, found.change.low, found.change.high))
+    if comparison is None or p_value is None:
+        return f"{shift}, not tested: the examples differ or predictions are missing"
+    interval = comparison.change
+    change, low, high = (format_change(new, value) for value in (interval.value, interval.low, interval.high))
     return f"{shift} ({change} [{low}, {high}], {'' if p_value < 0.05 else 'not '}significant, p = {p_value:.2g})"
 
 
@@ -77,12 +79,12 @@ def describe_size(old: Row, new: Row) -> str:
 
 
 def describe_speed(old: Row, new: Row) -> str:
-    """By the speed-ups over their own baselines, which allow for the machine; else by the latencies."""
+    """Compare the speed-ups over their own baselines, which cancel out the machine. Without them, compare latencies."""
     timed = old["speedup"] is not None and new["speedup"] is not None
     name, unit = ("speedup", "x of the baseline's speed") if timed else ("latency", " ms")
     key, low, high = (
         (name, f"{name}_low", f"{name}_high") if timed else ("latency_ms", "latency_low_ms", "latency_high_ms")
     )
     if old[low] is None or (old[low] <= new[high] and new[low] <= old[high]):
-        return "same speed, as far as the intervals tell"
+        return "same speed within the intervals"
     return f"{old[key]:.2f} -> {new[key]:.2f}{unit}, beyond both intervals"

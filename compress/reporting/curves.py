@@ -1,4 +1,4 @@
-"""What a sweep over numbers shows: quality and size against every setting that it varies."""
+"""Draw the curves of a sweep over numbers: quality and size against every setting that varies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASELINE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
 
 
 def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
-    """Write ``curves/<setting>.png`` into a sweep's folder, and the same figures for TensorBoard; their paths."""
+    """Write ``curves/<setting>.png`` and the same figures for TensorBoard. Return the paths."""
     if not (figures := draw_curves(rows)):
         return []
     from torch.utils.tensorboard import SummaryWriter
@@ -36,29 +36,31 @@ def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
 
 
 def draw_curves(rows: list[Row]) -> dict[str, Figure]:
-    """A figure for every numeric setting of a stage with at least two values among the completed rows, by its name;
-    of several models, tasks or metrics each has its own."""
+    """Return figures by name: one for every numeric setting of a stage with at least two values in the completed rows.
+
+    Each combination of model, task and metric has its own figures.
+    """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if row["status"] == "completed":
             groups[row["model"], row["task"], row["metric"]].append(row)
     figures = {}
     for group_name, group in groups.items():
-        numbers = [numeric_settings(row) for row in group if row["method"] != "none"]
-        for name in dict.fromkeys(name for found in numbers for name in found):
-            if len({found[name] for found in numbers if name in found}) > 1:
+        settings = [numeric_settings(row) for row in group if row["method"] != "none"]
+        for name in dict.fromkeys(name for values in settings for name in values):
+            if len({values[name] for values in settings if name in values}) > 1:
                 full = "-".join((*group_name, name)) if len(groups) > 1 else name
                 figures[full.replace("/", "_")] = draw_curve(group, name)
     return figures
 
 
 def numeric_settings(row: Row) -> dict[str, float]:
-    """The numbers among the settings of its stages: ``{"prune.sparsity": 0.5}``."""
-    found = {}
+    """Return the numeric settings of the stages: ``{"prune.sparsity": 0.5}``."""
+    numbers = {}
     for key, value in parse_overrides(row).items():
         if key.startswith("technique.") and (number := parse_number(value)) is not None:
-            found[key.removeprefix("technique.")] = number
-    return found
+            numbers[key.removeprefix("technique.")] = number
+    return numbers
 
 
 def parse_overrides(row: Row) -> dict[str, str]:
@@ -67,7 +69,7 @@ def parse_overrides(row: Row) -> dict[str, str]:
 
 
 def parse_number(text: str) -> float | None:
-    """None where ``text`` is no finite number."""
+    """Return ``text`` as a number, None if it is not a finite number."""
     try:
         number = float(text)
     except ValueError:
@@ -76,8 +78,11 @@ def parse_number(text: str) -> float | None:
 
 
 def group_lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
-    """The rows that have the setting, those that differ in nothing else together, in its order: first the names of
-    what tells these lines apart, then the lines by the values of that, numbers in their order."""
+    """Group the rows that have the setting ``name`` into lines that differ only in this setting, and sort each by it.
+
+    Returns:
+        The names of the settings that differ between lines, and the lines by the values of these settings, in order.
+    """
     having = [row for row in rows if row["method"] != "none" and name in numeric_settings(row)]
     facts = [
         {"method": row["method"], "seed": str(row["seed"]), **parse_overrides(row), f"technique.{name}": ""}
@@ -85,24 +90,25 @@ def group_lines(rows: list[Row], name: str) -> tuple[list[str], dict[tuple[str, 
     ]
     keys = dict.fromkeys(key for fact in facts for key in fact)
     varying = [key for key in keys if len({fact.get(key, "") for fact in facts}) > 1]
-    found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    lines: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row, fact in zip(having, facts):
-        found[tuple(fact.get(key, "") for key in varying)].append(row)
+        lines[tuple(fact.get(key, "") for key in varying)].append(row)
 
     def order(values: tuple[str, ...]) -> list[Any]:
         numbers = [parse_number(value) for value in values]
         return [(number is None, number or 0.0, value) for number, value in zip(numbers, values)]
 
-    for line in found.values():
+    for line in lines.values():
         line.sort(key=lambda row: numeric_settings(row)[name])
-    return [key.removeprefix("technique.") for key in varying], {key: found[key] for key in sorted(found, key=order)}
+    return [key.removeprefix("technique.") for key in varying], {key: lines[key] for key in sorted(lines, key=order)}
 
 
 def draw_curve(rows: list[Row], name: str) -> Figure:
-    """The primary metric of ``rows`` of one model and task, and under it the size, against the setting ``name``."""
+    """Draw the primary metric of ``rows`` of the same model and task, and below it the size, against ``name``."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    # 1) Plot a line for each combination of the other settings
     varying, drawn = group_lines(rows, name)
     baselines = [row for row in rows if row["method"] == "none"]
     panel = Figure(figsize=(8, 6), dpi=120, layout="constrained")
@@ -126,6 +132,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
     bottom.set_xlabel(name)
     place_ticks(bottom, sorted({numeric_settings(row)[name] for line in drawn.values() for row in line}))
 
+    # 2) Add the legend and the title
     labels = [", ".join(value or "-" for value in values) for values in drawn] if varying else []
     handles = [*top.lines[: len(labels)], *top.lines[len(drawn) :][:1]]
     labels += ["baseline"] if len(handles) > len(labels) else []
@@ -148,7 +155,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
 
 
 def place_ticks(axis: Axes, values: list[float]) -> None:
-    """Ticks at the values themselves where there is room for them; a logarithmic axis for wide ranges."""
+    """Place ticks at the values if there is room, on a logarithmic axis for wide ranges."""
     low, high = values[0], values[-1]
     wide = low > 0 and high / low >= 50
     if wide:

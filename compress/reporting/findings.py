@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 CONCLUSIONS = "search.txt"
-"""What a search has chosen, a line each."""
+"""The file of a search's conclusions, a line each."""
 
 
 def format_markdown(rows: list[Row], concluded: list[str]) -> str:
-    """The table as Markdown, and under it what to conclude and how to read it."""
+    """Return the table as Markdown, followed by the conclusions and the notes."""
     from rich import box
     from rich.console import Console
 
@@ -42,96 +42,102 @@ def format_markdown(rows: list[Row], concluded: list[str]) -> str:
 
 
 def list_notes(rows: list[Row]) -> list[str]:
-    """What the table alone does not say, each thing once."""
-    done = [one for one in rows if one["status"] == "completed"]
-    every = group_rows(rows)
-    timed = [
-        f"{f'{model} on {task}: ' if len(every) > 1 else ''}ms: one text, on average of "
-        f"{describe_lengths(group, 'latency')}; texts/s: batches of texts of {describe_lengths(group, 'throughput')}; "
-        "faster: in turns with the baseline in one job"
-        for (model, task, _), group in every.items()
+    """Return the notes that explain the table, each once."""
+    # 1) Explain the times
+    done = [row for row in rows if row["status"] == "completed"]
+    groups = group_rows(rows)
+    notes = [
+        f"{f'{model} on {task}: ' if len(groups) > 1 else ''}ms: one text of "
+        f"{describe_lengths(group, 'latency')} on average; texts/s: batches of texts of "
+        f"{describe_lengths(group, 'throughput')} on average; faster: timed in turns with the baseline in the same job"
+        for (model, task, _), group in groups.items()
     ]
-    timed += [
+    notes += [
         "in its runtime: faster than the baseline exported to the same runtime in float32"
-        for one in done
-        if one.get("speedup_same_runtime")
+        for row in done
+        if row.get("speedup_same_runtime")
     ]
-    if disturbed := [one for one in done if one.get("disturbed")]:
-        most = max(one["others_cpu"] for one in disturbed)
-        timed.append(
-            f"{join_methods(disturbed)}: others took up to {most:.0%} of the CPUs in the meantime, so that its times "
-            "are unsure"
+    if disturbed := [row for row in done if row.get("disturbed")]:
+        most = max(row["others_cpu"] for row in disturbed)
+        notes.append(
+            f"{join_methods(disturbed)}: other processes used up to {most:.0%} of the CPUs during timing, so the times "
+            "are uncertain"
         )
-    tested = sum(one.get("p_holm") is not None for one in rows)
-    if any(is_significant(one) for one in rows):
+    # 2) Explain the quality
+    tested = sum(row.get("p_holm") is not None for row in rows)
+    if any(is_significant(row) for row in rows):
         several = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
-        timed.append(f"*: p < 0.05 on the same examples{several}")
+        notes.append(f"*: p < 0.05 on the same examples{several}")
     elif tested:
-        timed.append("no change of quality is significant (p < 0.05 on the same examples, corrected by Holm)")
-    if losing := [one for one in done if one.get("worst_slice")]:
-        one = min(losing, key=lambda one: one["worst_slice_change"])
-        p = one["worst_slice_p_holm"]
-        timed.append(
-            f"the part of the test split that lost most: {one['worst_slice']}, {100 * one['worst_slice_change']:+.1f} "
-            f"points by {one['method']}"
-            + (f" ({'' if p < 0.05 else 'not '}significant among its parts)" if p is not None else "")
+        notes.append("no change in quality is significant (p < 0.05 on the same examples, corrected by Holm)")
+    if losing := [row for row in done if row.get("worst_slice")]:
+        row = min(losing, key=lambda row: row["worst_slice_change"])
+        p = row["worst_slice_p_holm"]
+        notes.append(
+            f"worst slice of the test split: {row['worst_slice']}, {100 * row['worst_slice_change']:+.1f} points with "
+            f"{row['method']}"
+            + (f" ({'' if p < 0.05 else 'not '}significant among its slices)" if p is not None else "")
         )
-    chains = [one for one in done if one["speedup"] is not None] or done
-    shares = [one["measuring_time_s"] / one["run_time_s"] for one in chains if one.get("run_time_s")]
+    chains = [row for row in done if row["speedup"] is not None] or done
+    shares = [row["measuring_time_s"] / row["run_time_s"] for row in chains if row.get("run_time_s")]
     if any(shares):
-        timed.append(
-            f"measuring took up to {max(shares):.0%} of the time of a run that finds nothing in the cache; its budget "
-            "is hardware.latency"
+        notes.append(
+            f"measuring took up to {max(shares):.0%} of the time of a run with an empty cache; hardware.latency sets "
+            "its budget"
         )
-    nothing: dict[str, list[Row]] = defaultdict(list)
-    for one in done:
-        kept = [said for what in ("size", "speed", "memory") if (said := one.get(f"effect_{what}") or "")[:3] == "no "]
-        zeros = "dense zeros: " if one["effect"].startswith("dense") else ""
-        if kept:
-            nothing[zeros + ", ".join(kept)].append(one)
-    timed += [f"{join_methods(same)}: {said}" for said, same in nothing.items()]
-    found = [part for one in rows for part in one.get("limits", "").split(" | ") if part]
-    lost = [f"{one['method']} failed: {one['reason']}" for one in rows if one["status"] == "failed"]
-    return [*dict.fromkeys(timed), *dict.fromkeys(found), *lost]
+    # 3) List techniques without a gain, limits and failures
+    unchanged: dict[str, list[Row]] = defaultdict(list)
+    for row in done:
+        effects = [row.get(f"effect_{quantity}") or "" for quantity in ("size", "speed", "memory")]
+        without_gain = [effect for effect in effects if effect.startswith("no ")]
+        zeros = "dense zeros: " if row["effect"].startswith("dense") else ""
+        if without_gain:
+            unchanged[zeros + ", ".join(without_gain)].append(row)
+    notes += [f"{join_methods(group)}: {effects}" for effects, group in unchanged.items()]
+    limits = [part for row in rows for part in row.get("limits", "").split(" | ") if part]
+    failures = [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"]
+    return [*dict.fromkeys(notes), *dict.fromkeys(limits), *failures]
 
 
 def describe_lengths(rows: list[Row], what: str) -> str:
-    """Tokens of the texts that were timed, and which rows read these as more or fewer of them."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for one in rows:
-        found[f"{one[f'{what}_tokens']:.0f}"].append(one)
-    first, *others = found
-    return "".join([f"{first} tokens", *(f" ({number} by {join_methods(found[number])})" for number in others)])
+    """Return the number of tokens of the timed texts, and the rows whose tokenizers give another number."""
+    by_length: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_length[f"{row[f'{what}_tokens']:.0f}"].append(row)
+    first, *others = by_length
+    return "".join([f"{first} tokens", *(f" ({number} with {join_methods(by_length[number])})" for number in others)])
 
 
 def read_conclusions(folder: Path, rows: list[Row]) -> list[str]:
-    """What a search has chosen by other figures than these, which then choose nothing; else what they recommend."""
-    said = folder / CONCLUSIONS
-    return said.read_text().splitlines() if said.is_file() else recommend_rows(rows)
+    """Return the conclusions of a search if the folder has them, else the recommendations from ``rows``."""
+    path = folder / CONCLUSIONS
+    return path.read_text().splitlines() if path.is_file() else recommend_rows(rows)
 
 
 def recommend_rows(rows: list[Row]) -> list[str]:
-    """The smallest and the fastest row whose quality is within a point of its baseline's (a hundredth of a
-    perplexity), for each model and task."""
-    found = []
+    """Name the smallest and the fastest row within a point of the baseline's quality, for each model and task.
+
+    For perplexity the margin is 1 % of the baseline.
+    """
+    lines = []
     for (model, task, metric), group in group_rows(rows).items():
         if len(group) < 2:
             continue
-        named = {id(one): label for one, label in zip(group, label_rows(group))}
+        named = {id(row): label for row, label in zip(group, label_rows(group))}
         where = f" ({model} on {task})" if len(group_rows(rows)) > 1 else ""
-        near = [one for one in group if one["method"] != "none" and is_near_baseline(one)]
-        smaller = [one for one in near if is_smaller(one)]
-        faster = [one for one in near if is_faster(one)]
+        near = [row for row in group if row["method"] != "none" and is_near_baseline(row)]
+        smaller = [row for row in near if is_smaller(row)]
+        faster = [row for row in near if is_faster(row)]
         margin = "1 % of the baseline" if metric == "perplexity" else "1 point of the baseline"
-        for word, able, key in (
-            ("smallest", smaller, lambda one: -one["compression_ratio"]),
-            ("fastest", faster, lambda one: -one["speedup"]),
+        for word, candidates, key in (
+            ("smallest", smaller, lambda row: -row["compression_ratio"]),
+            ("fastest", faster, lambda row: -row["speedup"]),
         ):
-            if not able:
-                found.append(f"{word} within {margin}{where}: none is {'smaller' if word == 'smallest' else 'faster'}")
+            if not candidates:
+                lines.append(f"{word} within {margin}{where}: none is {'smaller' if word == 'smallest' else 'faster'}")
                 continue
-            best = min(able, key=key)
+            best = min(candidates, key=key)
             gain = describe_size_ratio(best) if word == "smallest" else describe_speedup(best)
             change = format_significance(best, format_figures(best)["change"])
-            found.append(f"{word} within {margin}{where}: {named[id(best)]}, {gain}, {metric} {change}")
-    return found
+            lines.append(f"{word} within {margin}{where}: {named[id(best)]}, {gain}, {metric} {change}")
+    return lines

@@ -1,4 +1,4 @@
-"""``report.html``: one file that opens without a network, with everything that a run or a sweep found out."""
+"""Write ``report.html``: a single file with all results of a run or a sweep, readable without a network."""
 
 from __future__ import annotations
 
@@ -25,29 +25,33 @@ if TYPE_CHECKING:
 
 
 SHARES = ("change", "churn", "against_teacher", "worst_slice_change")
-"""Columns in fractions, which are shown as percent or points."""
+"""Columns of fractions that are shown as percent or points."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its heading, and what of a row is shown and sorted by."""
+    """A column of the table.
+
+    ``name`` is the heading, ``form`` the format of a cell and ``key`` the row's value to show and sort by. ``ends`` are
+    the keys of its interval.
+    """
 
     name: str
     form: str
     key: str
     ends: tuple[str, str] | None = None
 
-    def text(self, one: Row) -> str:
-        if one.get(self.key) is None:
+    def text(self, row: Row) -> str:
+        if row.get(self.key) is None:
             return ""
-        shown = self.form.format(self.scale_value(one, self.key))
-        if self.ends and one.get(self.ends[0]) is not None:
-            low, high = (self.form.format(self.scale_value(one, end)) for end in self.ends)
+        shown = self.form.format(self.scale_value(row, self.key))
+        if self.ends and row.get(self.ends[0]) is not None:
+            low, high = (self.form.format(self.scale_value(row, end)) for end in self.ends)
             shown += f" [{low}, {high}]"
-        return shown + "*" * (self.key == "change" and is_significant(one))
+        return shown + "*" * (self.key == "change" and is_significant(row))
 
-    def scale_value(self, one: Row, key: str) -> Any:
-        return one[key] * 100 if self.key in SHARES and one["metric"] != "perplexity" else one[key]
+    def scale_value(self, row: Row, key: str) -> Any:
+        return row[key] * 100 if self.key in SHARES and row["metric"] != "perplexity" else row[key]
 
 
 QUALITY_AND_COST = (
@@ -78,28 +82,28 @@ DETAILS = (
     Column("MACs, 10⁶", "{:,.1f}", "mmacs"),
     Column("J/text", "{:.3g}", "energy_j"),
     Column("export agrees", "{:.1%}", "label_agreement"),
-    Column("its logits differ by", "{:.2g}", "max_logit_difference"),
+    Column("logits differ by", "{:.2g}", "max_logit_difference"),
     Column("parameters", "{:,}", "parameters"),
     Column("non-zeros", "{:,}", "nonzeros"),
     Column("train s", "{:.1f}", "training_time_s"),
     Column("measure s", "{:.1f}", "measuring_time_s"),
-    Column("worst part", "{}", "worst_slice"),
-    Column("its change", "{:+.1f}", "worst_slice_change"),
+    Column("worst slice", "{}", "worst_slice"),
+    Column("slice change", "{:+.1f}", "worst_slice_change"),
 )
 
 
 def write_page(folder: Path, rows: list[Row]) -> Path:
-    """Write ``report.html`` of ``rows`` into ``folder``."""
+    """Write ``report.html`` of ``rows`` into ``folder``, and return its path."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    rows = [{**one, "mmacs": one["macs"] / 1e6 if one.get("macs") else None} for one in rows]
+    rows = [{**row, "mmacs": row["macs"] / 1e6 if row.get("macs") else None} for row in rows]
     labels = label_rows(rows)
     content = environment.get_template("page.html.j2").render(
         title=format_title(rows),
         recommendations=read_conclusions(folder, rows),
         tables=[format_table(rows, labels, QUALITY_AND_COST, value=True), format_table(rows, labels, DETAILS)],
-        effects=[(number, label, one) for number, (label, one) in enumerate(zip(labels, rows), 1) if one.get("effect")],
+        effects=[(number, label, row) for number, (label, row) in enumerate(zip(labels, rows), 1) if row.get("effect")],
         seeds=summarise_seeds(rows),
         pictures=[
             Picture(title, encode_figure(figure))
@@ -119,54 +123,56 @@ def write_page(folder: Path, rows: list[Row]) -> Path:
 def format_table(
     rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False
 ) -> dict[str, Any]:
-    """Headings and lines, each cell as what is shown and what it is sorted by; columns that no row fills are left out,
-    and a failed row is a line of its own kind."""
-    metrics = list(dict.fromkeys(one["metric"] for one in rows if one["status"] == "completed"))
+    """Return the headings and the lines of a table, each cell as its text and its sort value.
+
+    Columns without values are left out. The cells of a failed row are empty.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["status"] == "completed"))
     if value and metrics:
         columns = (Column(" / ".join(metrics), "{:.4f}", "value"), *columns)
-    columns = tuple(column for column in columns if any(one.get(column.key) is not None for one in rows))
+    columns = tuple(column for column in columns if any(row.get(column.key) is not None for row in rows))
     lines = []
-    for number, (one, label) in enumerate(zip(rows, labels), 1):
-        lost = one["status"] == "failed"
-        compared = one["method"] != "none"
+    for number, (row, label) in enumerate(zip(rows, labels), 1):
+        failed = row["status"] == "failed"
+        compared = row["method"] != "none"
         cells = [
             ("", "")
-            if lost or (column.key in ("change", "compression_ratio", "compression_time_s") and not compared)
-            else (column.text(one), one.get(column.key))
+            if failed or (column.key in ("change", "compression_ratio", "compression_time_s") and not compared)
+            else (column.text(row), row.get(column.key))
             for column in columns
         ]
-        lines.append({"number": number, "label": label, "cells": cells, "failed": lost, "reason": one.get("reason")})
+        lines.append({"number": number, "label": label, "cells": cells, "failed": failed, "reason": row.get("reason")})
     return {"headings": [column.name for column in columns], "lines": lines}
 
 
 def encode_figure(figure: Figure) -> str:
-    """A figure as an image in the page; outside the axes nothing is cut off."""
+    """Return the figure as a data URI, with everything outside the axes."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def list_commands(rows: list[Row]) -> list[dict[str, str]]:
-    """What made each job: its command and the fingerprint of its data; its whole config where Hydra left it."""
-    found = {}
-    for one in rows:
-        hydra = Path(one.get("folder") or ".") / ".hydra"
-        if one.get("folder") and one["folder"] not in found and (hydra / "config.yaml").is_file():
+    """Return the command, the full config and the data fingerprint of each job that has a Hydra config."""
+    commands = {}
+    for row in rows:
+        hydra = Path(row.get("folder") or ".") / ".hydra"
+        if row.get("folder") and row["folder"] not in commands and (hydra / "config.yaml").is_file():
             words = [line.removeprefix("- ") for line in (hydra / "overrides.yaml").read_text().splitlines()]
-            found[one["folder"]] = {
+            commands[row["folder"]] = {
                 "command": " ".join([format_command("train"), *(word for word in words if word != "[]")]),
                 "config": (hydra / "config.yaml").read_text(),
-                "data": one.get("data", ""),
+                "data": row.get("data", ""),
             }
-    return list(found.values())
+    return list(commands.values())
 
 
 def list_environments(rows: list[Row]) -> list[dict[str, str]]:
-    """Where the jobs ran, each place once."""
-    found: list[dict[str, str]] = []
-    for folder in dict.fromkeys(one["folder"] for one in rows if one.get("folder")):
+    """Return the environments of the jobs, each once."""
+    environments: list[dict[str, str]] = []
+    for folder in dict.fromkeys(row["folder"] for row in rows if row.get("folder")):
         result = Path(folder) / jobs.RESULT
-        told = json.loads(result.read_text()).get("environment") if result.is_file() else None
-        if told and told not in found:
-            found.append(told)
-    return found
+        environment = json.loads(result.read_text()).get("environment") if result.is_file() else None
+        if environment and environment not in environments:
+            environments.append(environment)
+    return environments

@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from compress.reporting.rows import Row
 
 
-LINE = 0.24  # inches that a row of a plot takes
+LINE = 0.24  # inches for each row of a plot
 GREY = "0.55"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as it stands in the page."""
+    """A plot of the page: its title and its image as a data URI."""
 
     title: str
     uri: str
 
 
 def draw_figures(rows: list[Row]) -> list[tuple[str, Figure]]:
-    """Everything that is drawn by its title, of several models, tasks or metrics each for itself."""
-    numbers = {id(one): number for number, one in enumerate(rows, 1)}
-    found = []
-    every = group_rows(rows)
-    for (model, task, _), group in every.items():
-        names = [f"{numbers[id(one)]} {label}" for one, label in zip(group, label_rows(group))]
-        where = f"{model} on {task}: " if len(every) > 1 else ""
+    """Return all figures with their titles, separate for each model, task and metric."""
+    numbers = {id(row): number for number, row in enumerate(rows, 1)}
+    figures = []
+    groups = group_rows(rows)
+    for (model, task, _), group in groups.items():
+        names = [f"{numbers[id(row)]} {label}" for row, label in zip(group, label_rows(group))]
+        where = f"{model} on {task}: " if len(groups) > 1 else ""
         if len(group) > 1:
             fronts = draw_pareto_fronts(group, names)
-            found += [(f"{where}{common_metric(group)} against {what}", figure) for what, figure in fronts]
-        found.append((f"{where}latency, and {common_metric(group)} in the bars", draw_latency_bars(group, names)))
+            figures += [(f"{where}{common_metric(group)} against {what}", figure) for what, figure in fronts]
+        figures.append((f"{where}latency, with {common_metric(group)} in the bars", draw_latency_bars(group, names)))
         changes = find_regressions(group)
         if changes:
-            chosen = [name for name, one in zip(names, group) if id(one) in changes]
-            title = f"{where}change of each part of the test split, in points"
-            found.append((title, draw_heat_map(chosen, list(changes.values()))))
-    return found
+            chosen = [name for name, row in zip(names, group) if id(row) in changes]
+            title = f"{where}change by slice of the test split, in points"
+            figures.append((title, draw_heat_map(chosen, list(changes.values()))))
+    return figures
 
 
 def common_metric(rows: list[Row]) -> str:
@@ -55,12 +55,14 @@ def common_metric(rows: list[Row]) -> str:
 
 
 def draw_pareto_fronts(rows: list[Row], names: list[str]) -> list[tuple[str, Figure]]:
-    """Quality against what it costs, with intervals: latency as a multiple of the baseline's, which was timed in turns,
-    size, and memory."""
+    """Draw quality against latency, size and memory, with intervals.
+
+    The latency is relative to the baseline's, which was timed in turns with it.
+    """
     axes = {
-        "latency": ("latency / that of the baseline", [relative_latency(one) for one in rows]),
-        "size": ("size, MB", [(one["size_mb"],) * 3 for one in rows]),
-        "memory": ("memory to load and run, MB", [(one.get("model_memory_mb"),) * 3 for one in rows]),
+        "latency": ("latency / latency of the baseline", [relative_latency(row) for row in rows]),
+        "size": ("size, MB", [(row["size_mb"],) * 3 for row in rows]),
+        "memory": ("memory to load and run, MB", [(row.get("model_memory_mb"),) * 3 for row in rows]),
     }
     return [
         (what, draw_front(rows, names, label, places))
@@ -69,40 +71,40 @@ def draw_pareto_fronts(rows: list[Row], names: list[str]) -> list[tuple[str, Fig
     ]
 
 
-def relative_latency(one: Row) -> tuple[float, float, float]:
-    """The latency as a multiple of the baseline's, and its interval."""
-    if one["speedup"] is None:
+def relative_latency(row: Row) -> tuple[float, float, float]:
+    """Return the latency as a multiple of the baseline's, and its interval."""
+    if row["speedup"] is None:
         return 1.0, 1.0, 1.0
-    return 1 / one["speedup"], 1 / one["speedup_high"], 1 / one["speedup_low"]
+    return 1 / row["speedup"], 1 / row["speedup_high"], 1 / row["speedup_low"]
 
 
 def draw_front(rows: list[Row], names: list[str], label: str, places: list[tuple[float, float, float]]) -> Figure:
-    """The points, their names beside the plot, and the line of those that no other beats in both."""
+    """Draw the points, their names beside the plot, and the Pareto front."""
     from compress.tasks.kinds import higher_is_better
 
     figure, axis = create_axes(len(rows))
     better = 1 if higher_is_better(common_metric(rows)) else -1
-    best = pareto_indices([place[0] for place in places], [better * one["value"] for one in rows])
+    best = pareto_indices([place[0] for place in places], [better * row["value"] for row in rows])
     axis.step([places[i][0] for i in best], [rows[i]["value"] for i in best], where="post", color="C0", linewidth=1)
-    for i, (one, (x, low, high)) in enumerate(zip(rows, places)):
-        color = "black" if one["method"] == "none" else "C0" if i in best else GREY
-        axis.errorbar(x, one["value"], xerr=[[x - low], [high - x]], yerr=quality_error_bar(one), fmt="o", markersize=4,
+    for i, (row, (x, low, high)) in enumerate(zip(rows, places)):
+        color = "black" if row["method"] == "none" else "C0" if i in best else GREY
+        axis.errorbar(x, row["value"], xerr=[[x - low], [high - x]], yerr=quality_error_bar(row), fmt="o", markersize=4,
                       color=color, ecolor=color, elinewidth=0.6, capsize=1.5)  # fmt: skip
-    annotate_points(axis, [(place[0], one["value"]) for place, one in zip(places, rows)], names)
+    annotate_points(axis, [(place[0], row["value"]) for place, row in zip(places, rows)], names)
     axis.set_xlabel(label)
     axis.set_ylabel(common_metric(rows))
     return figure
 
 
-def quality_error_bar(one: Row) -> list[list[float]] | None:
-    """How far the interval of the change reaches from the value, down and up."""
-    if one.get("change_low") is None:
+def quality_error_bar(row: Row) -> list[list[float]] | None:
+    """Return the distances from the value to the ends of the interval of the change, down and up."""
+    if row.get("change_low") is None:
         return None
-    return [[max(0.0, one["change"] - one["change_low"])], [max(0.0, one["change_high"] - one["change"])]]
+    return [[max(0.0, row["change"] - row["change_low"])], [max(0.0, row["change_high"] - row["change"])]]
 
 
 def annotate_points(axis: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """The names in a column to the right of the plot, none over another, each with a thin line to its point."""
+    """Write the names in a column to the right of the plot without overlap, each with a thin line to its point."""
     low, high = axis.get_ylim()
     wanted = [(y - low) / (high - low) for _, y in points]
     for (x, y), place, name in zip(points, spread_positions(wanted, 1 / max(len(names) - 1, 16)), names):
@@ -119,7 +121,7 @@ def annotate_points(axis: Axes, points: list[tuple[float, float]], names: list[s
 
 
 def spread_positions(places: list[float], gap: float) -> list[float]:
-    """The places moved as little as it takes to lie a ``gap`` apart within 0 and 1."""
+    """Move the places to be at least ``gap`` apart between 0 and 1."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved, floor = list(places), 0.0
     for i in order:
@@ -133,18 +135,18 @@ def spread_positions(places: list[float], gap: float) -> list[float]:
 
 
 def draw_latency_bars(rows: list[Row], names: list[str]) -> Figure:
-    """The latency of every row with its interval, and in the bar its quality."""
+    """Draw the latency of every row with its interval, and write the quality in the bar."""
     figure, axis = create_axes(len(rows))
-    times = [one["latency_ms"] for one in rows]
+    times = [row["latency_ms"] for row in rows]
     errors = [
-        [max(0.0, one["latency_ms"] - one["latency_low_ms"]) for one in rows],
-        [max(0.0, one["latency_high_ms"] - one["latency_ms"]) for one in rows],
+        [max(0.0, row["latency_ms"] - row["latency_low_ms"]) for row in rows],
+        [max(0.0, row["latency_high_ms"] - row["latency_ms"]) for row in rows],
     ]
-    colors = ["0.75" if one["method"] == "none" else "#a8c8e8" for one in rows]
+    colors = ["0.75" if row["method"] == "none" else "#a8c8e8" for row in rows]
     axis.barh(range(len(rows)), times, xerr=errors, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
-    plain = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}  # over the line of an interval
-    for number, one in enumerate(rows):
-        axis.text(0.01 * max(times), number, f"{one['value']:.4f}", va="center", fontsize=8, bbox=plain)
+    plain = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}  # readable over error bars
+    for number, row in enumerate(rows):
+        axis.text(0.01 * max(times), number, f"{row['value']:.4f}", va="center", fontsize=8, bbox=plain)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"latency, ms (median); in the bar: {common_metric(rows)}")
@@ -162,44 +164,50 @@ def create_axes(rows: int) -> tuple[Figure, Axes]:
 
 
 def find_regressions(rows: list[Row]) -> dict[int, list[Regression]]:
-    """The changes of every row whose predictions lie beside its baseline's, by the row's id."""
+    """Return the changes by slice of every row with stored predictions of its own and of its baseline, by row id."""
     from compress.measuring.predictions import Predictions, measure_regressions
 
-    found = {}
-    for one in rows:
-        folder = Path(one.get("folder") or ".")
+    regressions = {}
+    for row in rows:
+        folder = Path(row.get("folder") or ".")
         baseline = folder / "predictions" / "0.npz"
-        if one.get("predictions") and baseline.is_file() and one["method"] != "none":
-            path = folder / one["predictions"]
+        if row.get("predictions") and baseline.is_file() and row["method"] != "none":
+            path = folder / row["predictions"]
             if path != baseline and path.is_file():
-                found[id(one)] = measure_regressions(Predictions.load(baseline), Predictions.load(path), one["metric"])
-    return {number: changes for number, changes in found.items() if changes}
+                before, after = Predictions.load(baseline), Predictions.load(path)
+                regressions[id(row)] = measure_regressions(before, after, row["metric"])
+    return {number: changes for number, changes in regressions.items() if changes}
 
 
 def draw_heat_map(names: list[str], changes: list[list[Regression]]) -> Figure:
-    """A line for every row, a column for every slice; a star where McNemar's test finds the change significant among
-    all of the map (Holm)."""
+    """Draw a line for every row and a column for every slice.
+
+    A star marks a change that is significant by McNemar's test, corrected over the whole map (Holm).
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
     from compress.maths.statistics import holm
 
-    columns = list(dict.fromkeys(one.name for line in changes for one in line))
-    sizes = {one.name: one.examples for line in changes for one in line}
-    tested = [one for line in changes for one in line if one.p_value is not None]
-    stars = {id(one) for one, p in zip(tested, holm([one.p_value or 0.0 for one in tested])) if p < 0.05}
+    columns = list(dict.fromkeys(change.name for line in changes for change in line))
+    sizes = {change.name: change.examples for line in changes for change in line}
+    tested = [change for line in changes for change in line if change.p_value is not None]
+    stars = {id(change) for change, p in zip(tested, holm([change.p_value or 0.0 for change in tested])) if p < 0.05}
     values = np.array(
-        [[100 * next((o.change for o in line if o.name == c), np.nan) for c in columns] for line in changes]
+        [
+            [100 * next((item.change for item in line if item.name == name), np.nan) for name in columns]
+            for line in changes
+        ]
     )
     figure = Figure(figsize=(1 + 0.62 * len(columns), 1 + LINE * len(names)))
     axis = figure.add_subplot()
     reach = max(1.0, float(np.nanmax(np.abs(values))))
     image = axis.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     for row, line in enumerate(changes):
-        for one in line:
-            shown = f"{100 * one.change:+.1f}" + "*" * (id(one) in stars)
-            dark = abs(100 * one.change) > 0.6 * reach
-            axis.text(columns.index(one.name), row, shown, ha="center", va="center", fontsize=7,
+        for change in line:
+            shown = f"{100 * change.change:+.1f}" + "*" * (id(change) in stars)
+            dark = abs(100 * change.change) > 0.6 * reach
+            axis.text(columns.index(change.name), row, shown, ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
     axis.set_xticks(range(len(columns)), [f"{name} ({sizes[name]})" for name in columns], fontsize=8, rotation=35,
                     ha="right", rotation_mode="anchor")  # fmt: skip

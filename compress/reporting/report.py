@@ -1,7 +1,6 @@
-"""What came of a run or a sweep: ``results.csv``, ``.parquet`` and ``.md``, and the terminal's table; ``html.py`` draws
-``report.html`` and ``board.py`` writes for TensorBoard.
+"""Write the results of a run or a sweep: ``results.csv``, ``.parquet`` and ``.md``, and the terminal's table.
 
-Importing this module is cheap: Hydra does so before every job.
+Imports of heavy libraries are local, because Hydra imports this module before every job.
 """
 
 from __future__ import annotations
@@ -63,45 +62,45 @@ def report_success(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
 
 
 def report_failure(folder: Path, job: Job, reason: str) -> None:
-    """Write that a job failed, and why."""
+    """Write the reason why a job failed."""
     rows = [build_failed_row(job, reason)]
     write_result(folder, rows)
     write_summaries(folder / "tensorboard", rows[-1])
 
 
 def write_result(folder: Path, rows: list[Row]) -> None:
-    """Write a job's rows, for the sweep's report to find and for people."""
+    """Write a job's rows as ``result.json`` for the sweep's report and as tables for people."""
     write_atomically(folder / RESULT, json.dumps({"rows": rows, "environment": describe_machine()}, indent=2))
     write_tables(folder, rows)
 
 
 def describe_machine() -> dict[str, str]:
-    """Where the figures come from."""
+    """Return the system, the processor and the versions of Python and of the libraries."""
     from importlib.metadata import PackageNotFoundError, version
 
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    found = {
+    machine = {
         "system": platform.platform(),
         "cpu": f"{next(named, platform.processor())}, {os.cpu_count()} logical cores",
         "python": platform.python_version(),
     }
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            machine[name] = version(name)
+    return machine
 
 
 def publish_report(folder: Path, rows: list[Row]) -> list[Row]:
-    """Write the tables and the report of ``rows`` and show them; the rows with what is known of them together."""
+    """Write and show the tables and the report of ``rows``. Return the rows with corrected p-values."""
     rows = write_report(folder, rows)
     show_table(rows, folder)
     return rows
 
 
 def write_report(folder: Path, rows: list[Row]) -> list[Row]:
-    """Write the tables and the report of ``rows``; the rows with what is known of them together."""
+    """Write the tables and the report of ``rows``. Return the rows with corrected p-values."""
     from compress.reporting.page import write_page
 
     rows = correct_p_values(rows)
@@ -115,7 +114,7 @@ def write_tables(folder: Path, rows: list[Row]) -> None:
     import pandas
 
     text = io.StringIO()
-    columns = list(dict.fromkeys((*FIRST, *(name for one in rows for name in one))))
+    columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)

@@ -1,6 +1,6 @@
-"""What came of jobs, as rows: one for everything that was measured, written to ``result.json`` and gathered from it.
+"""Build the rows of results: a row for every measured artifact.
 
-Importing this module is cheap: Hydra does so before every job.
+Imports of heavy libraries are local, because Hydra imports this module before every job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for on the command line."""
+    """The job that the command line requested."""
 
     method: str
     model: str
@@ -30,10 +30,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it by method: the baseline first, then what is compared with it, if anything is.
+    """The results of a job by method: the baseline first, then the artifacts that are compared with it.
 
-    ``baseline`` is the address of the baseline: rows of one address are measurements of one artifact. ``data`` is the
-    fingerprint of the task's splits, and ``agreements`` are of exports with what the stage before has left.
+    ``baseline`` is the address of the baseline's artifact; rows with the same address measure the same artifact.
+    ``data`` is the fingerprint of the task's splits. ``agreements`` compare each export with the model before it.
     """
 
     primary: str
@@ -49,37 +49,42 @@ Row = dict[str, Any]
 
 
 def collect_rows(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
-    """A row for everything that was measured, its predictions kept in ``folder``."""
+    """Return a row for every measurement, and save the predictions in ``folder``."""
     rows = []
     for number, method in enumerate(outcome.measurements):
-        one = {**build_row(job, method, outcome), "folder": str(folder)}
+        row = {**build_row(job, method, outcome), "folder": str(folder)}
         if method in outcome.predictions:
-            one["predictions"] = f"predictions/{number}.npz"
-            outcome.predictions[method].save(folder / one["predictions"])
-        rows.append(one)
+            row["predictions"] = f"predictions/{number}.npz"
+            outcome.predictions[method].save(folder / row["predictions"])
+        rows.append(row)
     return rows
 
 
 def build_row(job: Job, method: str, outcome: Outcome) -> Row:
-    """One line of ``results.csv``. Times are seconds or milliseconds as named, sizes and memory are 10^6 bytes, quality
-    is in fractions (perplexity apart); ``change`` is the primary metric less the baseline's."""
+    """Return a line of ``results.csv``.
+
+    Times are seconds or milliseconds as named, sizes and memory 10^6 bytes, quality fractions (except perplexity).
+    ``change`` is the primary metric minus the baseline's.
+    """
     from compress.measuring.effects import describe_effects, is_only_sparser
     from compress.measuring.predictions import find_worst_slice
 
+    # 1) Compare with the baseline
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     baseline = next(iter(outcome.measurements.values()))
     compared = measured is not baseline
-    quality, change = measured.quality, measured.comparison
+    quality, comparison = measured.quality, measured.comparison
     agreement = outcome.agreements.get(method)
-    did = describe_effects(description, measured, baseline) if compared else {}
+    effects = describe_effects(description, measured, baseline) if compared else {}
     zeros = "dense zeros: " if compared and is_only_sparser(description, measured, baseline) else ""
-    writing, memory, work = measured.generation, measured.memory, measured.work
+    generation, memory, work = measured.generation, measured.memory, measured.work
     teachers = [
-        one.quality[outcome.primary] for name, one in outcome.measurements.items() if name.startswith("teacher")
+        other.quality[outcome.primary] for name, other in outcome.measurements.items() if name.startswith("teacher")
     ]
     taught = compared and not method.startswith("teacher") and teachers
-    answered, before = outcome.predictions.get(method), next(iter(outcome.predictions.values()), None)
-    lost = find_worst_slice(before, answered, outcome.primary) if compared and before and answered else None
+    before, after = next(iter(outcome.predictions.values()), None), outcome.predictions.get(method)
+    worst = find_worst_slice(before, after, outcome.primary) if compared and before and after else None
+    # 2) Lay out the columns
     return {
         "method": method,
         "size_mb": measured.size_bytes / 1e6,
@@ -95,22 +100,22 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
         "metric": outcome.primary,
         "value": quality[outcome.primary],
         "change": quality[outcome.primary] - baseline.quality[outcome.primary],
-        "change_low": change.change.low if change else None,
-        "change_high": change.change.high if change else None,
-        "p_value": change.p_value if change else None,
-        "churn": change.churn if change else None,
+        "change_low": comparison.change.low if comparison else None,
+        "change_high": comparison.change.high if comparison else None,
+        "p_value": comparison.p_value if comparison else None,
+        "churn": comparison.churn if comparison else None,
         "against_teacher": quality[outcome.primary] - teachers[0] if taught else None,
-        "worst_slice": lost.name if lost else None,
-        "worst_slice_change": lost.change if lost else None,
-        "worst_slice_p_holm": lost.p_value if lost else None,
+        "worst_slice": worst.name if worst else None,
+        "worst_slice_change": worst.change if worst else None,
+        "worst_slice_p_holm": worst.p_value if worst else None,
         **quality,
         "compression_ratio": baseline.size_bytes / measured.size_bytes,
         "label_agreement": agreement.label_agreement if agreement else None,
         "max_logit_difference": agreement.max_logit_difference if agreement else None,
         **interval_columns("speedup", measured.speedup),
         **interval_columns("speedup_same_runtime", measured.speedup_same_runtime),
-        "effect": zeros + ", ".join(did.values()),
-        **{f"effect_{name}": said for name, said in did.items()},
+        "effect": zeros + ", ".join(effects.values()),
+        **{f"effect_{name}": effect for name, effect in effects.items()},
         "others_cpu": measured.others,
         "disturbed": measured.is_disturbed,
         "latency_low_ms": measured.latency.low_ms,
@@ -121,10 +126,10 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
         "latency_p99_ms": measured.latency.p99_ms,
         **{f"batch_{size}_ms": spread.median_ms for size, spread in measured.batches.items()},
         "throughput_per_s": measured.throughput_per_s,
-        "first_token_ms": writing.first_token.median_ms if writing else None,
-        "per_token_ms": writing.per_token.median_ms if writing else None,
-        "per_token_p95_ms": writing.per_token.p95_ms if writing else None,
-        "prompt_tokens": writing.prompt_tokens if writing else None,
+        "first_token_ms": generation.first_token.median_ms if generation else None,
+        "per_token_ms": generation.per_token.median_ms if generation else None,
+        "per_token_p95_ms": generation.per_token.p95_ms if generation else None,
+        "prompt_tokens": generation.prompt_tokens if generation else None,
         "tokenizer_ms": measured.tokenizer_ms,
         "peak_memory_mb": memory.peak_bytes / 1e6 if memory else None,
         "model_memory_mb": memory.model_bytes / 1e6 if memory else None,
@@ -152,10 +157,10 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
     }
 
 
-def interval_columns(name: str, one: Any) -> dict[str, float | None]:
-    """An interval as three columns."""
+def interval_columns(name: str, interval: Any) -> dict[str, float | None]:
+    """Return an interval as three columns."""
     parts = {"": "value", "_low": "low", "_high": "high"}
-    return {f"{name}{end}": getattr(one, part) if one else None for end, part in parts.items()}
+    return {f"{name}{end}": getattr(interval, part) if interval else None for end, part in parts.items()}
 
 
 def build_failed_row(job: Job, reason: str) -> Row:
@@ -163,58 +168,58 @@ def build_failed_row(job: Job, reason: str) -> Row:
 
 
 def correct_p_values(rows: list[Row]) -> list[Row]:
-    """The rows with ``p_holm``, their p-values corrected for being tested together."""
+    """Return the rows with ``p_holm``, their p-values corrected over all rows (Holm)."""
     from compress.maths.statistics import holm
 
-    tested = [i for i, one in enumerate(rows) if one.get("p_value") is not None]
-    fair = dict(zip(tested, holm([rows[i]["p_value"] for i in tested])))
-    return [{**one, "p_holm": fair[i]} if i in fair else one for i, one in enumerate(rows)]
+    tested = [i for i, row in enumerate(rows) if row.get("p_value") is not None]
+    corrected = dict(zip(tested, holm([rows[i]["p_value"] for i in tested])))
+    return [{**row, "p_holm": corrected[i]} if i in corrected else row for i, row in enumerate(rows)]
 
 
 def drop_repeated_baselines(rows: list[Row]) -> list[Row]:
-    """Every job measures its baseline; of each the first measurement is kept."""
+    """Keep the first measurement of each baseline, because every job measures its baseline."""
     seen: set[str] = set()
     kept: list[Row] = []
-    for one in rows:
-        again = one.get("baseline") in seen
-        if one["method"] == "none" and one.get("baseline"):
-            if again:
+    for row in rows:
+        repeated = row.get("baseline") in seen
+        if row["method"] == "none" and row.get("baseline"):
+            if repeated:
                 continue
-            seen.add(one["baseline"])
-            settings = one["overrides"].split()
-            one = {**one, "overrides": " ".join(o for o in settings if not o.lstrip("+").startswith("technique."))}
-        kept.append(one)
+            seen.add(row["baseline"])
+            settings = row["overrides"].split()
+            row = {**row, "overrides": " ".join(o for o in settings if not o.lstrip("+").startswith("technique."))}
+        kept.append(row)
     return kept
 
 
 def group_rows(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """The completed rows that can be compared: of one model, task and metric."""
-    found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for one in rows:
-        if one["status"] == "completed":
-            found[one["model"], one["task"], one["metric"]].append(one)
-    return dict(found)
+    """Group the completed rows that can be compared, by model, task and metric."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "completed":
+            groups[row["model"], row["task"], row["metric"]].append(row)
+    return dict(groups)
 
 
-def is_smaller(one: Row) -> bool:
-    return bool(one["compression_ratio"] > 1.005)
+def is_smaller(row: Row) -> bool:
+    return bool(row["compression_ratio"] > 1.005)
 
 
-def is_faster(one: Row) -> bool:
-    """Beyond chance."""
-    return one["speedup_low"] is not None and one["speedup_low"] > 1
+def is_faster(row: Row) -> bool:
+    """Return whether the row is significantly faster than its baseline."""
+    return row["speedup_low"] is not None and row["speedup_low"] > 1
 
 
-def is_near_baseline(one: Row) -> bool:
-    return quality_drop(one) <= 1 + 1e-7
+def is_near_baseline(row: Row) -> bool:
+    return quality_drop(row) <= 1 + 1e-7
 
 
-def quality_drop(one: Row) -> float:
-    """What is lost of the baseline's quality: points, of a perplexity percent."""
-    perplexity = one["metric"] == "perplexity"
-    return float(100 * (one["change"] / (one["value"] - one["change"]) if perplexity else -one["change"]))
+def quality_drop(row: Row) -> float:
+    """Return the loss of quality against the baseline: points, or percent of a perplexity."""
+    perplexity = row["metric"] == "perplexity"
+    return float(100 * (row["change"] / (row["value"] - row["change"]) if perplexity else -row["change"]))
 
 
-def is_significant(one: Row) -> bool:
-    """Whether the quality differs from the baseline's by more than chance, of all rows that were tested together."""
-    return (one.get("p_holm") if one.get("p_holm") is not None else 1.0) < 0.05
+def is_significant(row: Row) -> bool:
+    """Return whether the quality differs significantly from the baseline's, corrected over all rows."""
+    return (row.get("p_holm") if row.get("p_holm") is not None else 1.0) < 0.05

@@ -1,4 +1,4 @@
-"""Rows as text: names that tell them apart, their figures, and the table that a person compares them in."""
+"""Format rows as text: distinct names, figures, and the table of a terminal."""
 
 from __future__ import annotations
 
@@ -24,62 +24,67 @@ GIVE_WAY = (
     "to teacher",
     "MB",
 )
-"""The columns that a narrow terminal does without, the first of them first."""
+"""The columns that a narrow terminal drops, in this order."""
 
 
 def format_title(rows: list[Row]) -> str:
-    """What all rows have in common: models, tasks, and on what they were measured."""
-    done = [one for one in rows if one["status"] == "completed"]
+    """Return models and tasks, and the examples, device and threads if all rows share them."""
+    done = [row for row in rows if row["status"] == "completed"]
 
     def all_of(key: str, form: str) -> list[str]:
-        return [form.format(value) for value in dict.fromkeys(one[key] for one in done)]
+        return [form.format(value) for value in dict.fromkeys(row[key] for row in done)]
 
-    models, tasks = (", ".join(dict.fromkeys(str(one[key]) for one in rows if one[key])) for key in ("model", "task"))
-    split = " and ".join(dict.fromkeys(one.get("split", "test") for one in done))
+    models, tasks = (", ".join(dict.fromkeys(str(row[key]) for row in rows if row[key])) for key in ("model", "task"))
+    split = " and ".join(dict.fromkeys(row.get("split", "test") for row in done))
     examples = all_of("examples", f"{{:,}} {split} examples")
     facts = [*examples, *all_of("device", "{}"), *all_of("threads", "{} threads")]
     return f"{models} on {tasks}" + (f": {', '.join(facts)}" if len(facts) == 3 else "")
 
 
 def build_table(rows: list[Row], width: int | None = None) -> Table:
-    """The columns a person compares; settings show where they differ between rows. A terminal of ``width`` characters
-    gets those that it has room for."""
+    """Return the table of the main columns, with settings if rows differ in them.
+
+    In a terminal of ``width`` characters, columns without room are dropped.
+    """
     from rich.markup import escape
     from rich.table import Table
 
-    drawn = Table(title=format_title(rows), title_justify="left")
-    told = differing_overrides(rows)
-    names = {"method": [one["method"] for one in rows]}
+    table = Table(title=format_title(rows), title_justify="left")
+    settings = differing_overrides(rows)
+    names = {"method": [row["method"] for row in rows]}
     for key in varying_keys(rows):
-        names[key] = [str(one[key]) for one in rows]
-    if len(set(told)) > 1:
-        names["settings"] = told
+        names[key] = [str(row[key]) for row in rows]
+    if len(set(settings)) > 1:
+        names["settings"] = settings
     columns = figure_columns(rows)
     widths = fit_columns(names, columns, width) if width else {}
     for name in names:
-        drawn.add_column(name, overflow="fold", width=widths.get(name))
+        table.add_column(name, overflow="fold", width=widths.get(name))
     for name in columns:
-        drawn.add_column(escape(name if width else name.replace("\n", " ")), justify="right", no_wrap=True)
-    for one, *cells in zip(rows, *names.values(), *columns.values()):
-        drawn.add_row(*map(escape, cells), style="red" if one["status"] == "failed" else None)
-    return drawn
+        table.add_column(escape(name if width else name.replace("\n", " ")), justify="right", no_wrap=True)
+    for row, *cells in zip(rows, *names.values(), *columns.values()):
+        table.add_row(*map(escape, cells), style="red" if row["status"] == "failed" else None)
+    return table
 
 
 def figure_columns(rows: list[Row]) -> dict[str, list[str]]:
-    """The columns of figures by their headings, those that say something: the parameters where they differ."""
-    done = [one for one in rows if one["status"] == "completed"]
-    metrics = ", ".join(dict.fromkeys(one["metric"] for one in done)) or "quality"
-    drawn = [format_figures(one) if one["status"] == "completed" else {"value": "failed"} for one in rows]
-    names = dict.fromkeys(name for one in drawn for name in one)
-    if len({one["parameters"] for one in done}) < 2:
+    """Return the columns of figures by heading, without empty ones. Parameters are shown only if they differ."""
+    done = [row for row in rows if row["status"] == "completed"]
+    metrics = ", ".join(dict.fromkeys(row["metric"] for row in done)) or "quality"
+    figures = [format_figures(row) if row["status"] == "completed" else {"value": "failed"} for row in rows]
+    names = dict.fromkeys(name for row in figures for name in row)
+    if len({row["parameters"] for row in done}) < 2:
         names.pop("parameters", None)
-    found = {metrics if name == "value" else name: [one.get(name, "") for one in drawn] for name in names}
-    return {name: cells for name, cells in found.items() if any(cells)}
+    columns = {metrics if name == "value" else name: [row.get(name, "") for row in figures] for name in names}
+    return {name: cells for name, cells in columns.items() if any(cells)}
 
 
 def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], width: int) -> dict[str, int]:
-    """Leave out the ``columns`` that a terminal has no room for, and say how wide those of the ``names`` may be: as
-    wide as their longest word, up to 24 characters, or 10 where nothing else helps, and wider where there is room."""
+    """Drop the ``columns`` without room from the dictionary, and return the widths of the ``names``.
+
+    A name column is as wide as its longest word, up to 24 characters, or up to 10 as a last resort. Remaining space
+    is given to the name columns.
+    """
 
     def size(texts: Iterable[str]) -> int:
         return max(len(line) for text in texts for line in text.split("\n"))
@@ -89,7 +94,7 @@ def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], widt
         columns.pop(gone, None)
         widths = {name: min(length, most) for name, length in words.items()}
         taken = [*widths.values(), *(size((name, *cells)) for name, cells in columns.items())]
-        spare = width - 1 - sum(length + 3 for length in taken)  # a line and two spaces each
+        spare = width - 1 - sum(length + 3 for length in taken)  # each has a border and two spaces
         if spare >= 0:
             break
     for name, cells in names.items():
@@ -98,87 +103,92 @@ def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], widt
     return widths
 
 
-def format_figures(one: Row) -> dict[str, str]:
-    """The figures of a completed row as text, by the heading of their column; a baseline is compared with nothing."""
-    perplexity, baseline = one["metric"] == "perplexity", one["speedup"] is None
-    to_teacher = one.get("against_teacher")
+def format_figures(row: Row) -> dict[str, str]:
+    """Return the figures of a completed row as text, by column heading. Comparisons are empty for a baseline."""
+    perplexity, baseline = row["metric"] == "perplexity", row["speedup"] is None
+    to_teacher = row.get("against_teacher")
     return {
-        "value": f"{one['value']:.3f}" if perplexity else f"{one['value']:.4f}",
-        "change": "" if baseline else format_change(one, one["change"]) + "*" * is_significant(one),
-        "to teacher": "" if to_teacher is None else format_change(one, to_teacher),
-        "parameters": f"{one['parameters']:,}",
-        "MB": f"{one['size_mb']:.2f}",
-        "smaller": "" if baseline else f"{one['compression_ratio']:.2f}x",
-        "ms": f"{one['latency_ms']:.2f}",
-        "faster [95%]": format_ratio(one, "speedup"),
-        "in its\nruntime [95%]": format_ratio(one, "speedup_same_runtime"),
-        "texts/s": f"{one['throughput_per_s']:,.0f}",
-        "train s": f"{one['training_time_s']:.1f}",
-        "compress s": "" if baseline else f"{one['compression_time_s']:.1f}",
+        "value": f"{row['value']:.3f}" if perplexity else f"{row['value']:.4f}",
+        "change": "" if baseline else format_change(row, row["change"]) + "*" * is_significant(row),
+        "to teacher": "" if to_teacher is None else format_change(row, to_teacher),
+        "parameters": f"{row['parameters']:,}",
+        "MB": f"{row['size_mb']:.2f}",
+        "smaller": "" if baseline else f"{row['compression_ratio']:.2f}x",
+        "ms": f"{row['latency_ms']:.2f}",
+        "faster [95%]": format_ratio(row, "speedup"),
+        "in its\nruntime [95%]": format_ratio(row, "speedup_same_runtime"),
+        "texts/s": f"{row['throughput_per_s']:,.0f}",
+        "train s": f"{row['training_time_s']:.1f}",
+        "compress s": "" if baseline else f"{row['compression_time_s']:.1f}",
     }
 
 
-def format_ratio(one: Row, key: str) -> str:
-    """A ratio with its interval; empty where there is none."""
-    if one.get(key) is None:
+def format_ratio(row: Row, key: str) -> str:
+    """Return the ratio with its interval, or an empty text without a ratio."""
+    if row.get(key) is None:
         return ""
-    return f"{one[key]:.2f}x [{one[f'{key}_low']:.2f}, {one[f'{key}_high']:.2f}]"
+    return f"{row[key]:.2f}x [{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]"
 
 
-def format_change(one: Row, change: float) -> str:
-    return f"{change:+.3f}" if one["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
+def format_change(row: Row, change: float) -> str:
+    return f"{change:+.3f}" if row["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
 
 
-def format_significance(one: Row, change: str) -> str:
-    """The change with its interval, and whether it may be chance."""
-    if one.get("p_value") is None:
+def format_significance(row: Row, change: str) -> str:
+    """Return the change with its interval and its significance."""
+    if row.get("p_value") is None:
         return change
-    p = one.get("p_holm", one["p_value"])
-    low, high = (format_change(one, one[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
+    p = row.get("p_holm", row["p_value"])
+    low, high = (format_change(row, row[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
     return f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant (p = {p:.2g})"
 
 
-def describe_size_ratio(one: Row) -> str:
-    return f"{one['size_mb']:.2f} MB, {one['compression_ratio']:.2f}x smaller"
+def describe_size_ratio(row: Row) -> str:
+    return f"{row['size_mb']:.2f} MB, {row['compression_ratio']:.2f}x smaller"
 
 
-def describe_speedup(one: Row) -> str:
-    return f"{format_ratio(one, 'speedup')} faster"
+def describe_speedup(row: Row) -> str:
+    return f"{format_ratio(row, 'speedup')} faster"
 
 
 def join_methods(rows: list[Row]) -> str:
-    return ", ".join(dict.fromkeys(one["method"] for one in rows))
+    return ", ".join(dict.fromkeys(row["method"] for row in rows))
 
 
 def label_rows(rows: list[Row]) -> list[str]:
-    """A short name of each row that tells it from all others."""
-    found, keys = [], varying_keys(rows)
-    for one, settings in zip(rows, differing_overrides(rows)):
-        facts = [f"seed={one[key]}" if key == "seed" else str(one[key]) for key in keys]
-        found.append(" ".join(filter(None, (one["method"], *facts, settings))))
-    return found
+    """Return a short, distinct name for each row."""
+    labels, keys = [], varying_keys(rows)
+    for row, settings in zip(rows, differing_overrides(rows)):
+        facts = [f"seed={row[key]}" if key == "seed" else str(row[key]) for key in keys]
+        labels.append(" ".join(filter(None, (row["method"], *facts, settings))))
+    return labels
 
 
 def varying_keys(rows: list[Row]) -> list[str]:
-    """What else than the method and its settings tells rows apart."""
-    return [key for key in ("model", "task", "seed") if len({one[key] for one in rows if one["model"]}) > 1]
+    """Return the keys among model, task and seed in which rows differ."""
+    return [key for key in ("model", "task", "seed") if len({row[key] for row in rows if row["model"]}) > 1]
 
 
 def differing_overrides(rows: list[Row]) -> list[str]:
-    """Of each row's overrides those that not all rows share; a baseline knows no settings of techniques, and a job that
-    was killed none at all."""
-    compared = [set(one["overrides"].split()) for one in rows if one["method"] != "none" and one["model"]]
+    """Return the overrides of each row that not all rows share.
+
+    Baselines, which have no technique settings, and killed jobs, which have no overrides, do not count.
+    """
+    compared = [set(row["overrides"].split()) for row in rows if row["method"] != "none" and row["model"]]
     shared = set.intersection(*compared) if compared else set()
-    told = [[o.lstrip("+") for o in one["overrides"].split() if o not in shared] for one in rows]
-    stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in told for o in overrides}
-    only = f"{stages.pop()}." if len(stages) == 1 else "technique."  # of one stage its name says nothing
-    return [" ".join(override.removeprefix(only) for override in overrides) for overrides in told]
+    differing = [[o.lstrip("+") for o in row["overrides"].split() if o not in shared] for row in rows]
+    stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in differing for o in overrides}
+    only = f"{stages.pop()}." if len(stages) == 1 else "technique."  # the name of a single stage is redundant
+    return [" ".join(override.removeprefix(only) for override in overrides) for overrides in differing]
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """One experiment with several seeds: its value, and its change against the baseline of each seed (None of the
-    baseline itself), as a mean with Student's t interval."""
+    """An experiment with several seeds.
+
+    ``value`` and ``change`` are means with Student's t intervals. ``change`` is against the baseline of the same seed,
+    and None for the baseline itself.
+    """
 
     label: str
     metric: str
@@ -188,18 +198,18 @@ class Seeds:
 
 
 def summarise_seeds(rows: list[Row]) -> list[Seeds]:
-    """The experiments of which there are several seeds."""
+    """Return a summary of each experiment with several seeds."""
     from compress.maths.statistics import mean_interval
 
-    same: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for one, settings in zip(rows, differing_overrides(rows)):
-        if one["status"] == "completed":
-            same[one["model"], one["task"], one["metric"], one["method"], settings].append(one)
-    found = []
-    for (model, task, metric, method, settings), group in same.items():
-        if len({one["seed"] for one in group}) > 1:
-            change = None if method == "none" else mean_interval([one["change"] for one in group])
-            value = mean_interval([one["value"] for one in group])
+    experiments: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row, settings in zip(rows, differing_overrides(rows)):
+        if row["status"] == "completed":
+            experiments[row["model"], row["task"], row["metric"], row["method"], settings].append(row)
+    summaries = []
+    for (model, task, metric, method, settings), group in experiments.items():
+        if len({row["seed"] for row in group}) > 1:
+            change = None if method == "none" else mean_interval([row["change"] for row in group])
+            value = mean_interval([row["value"] for row in group])
             label = " ".join(filter(None, (method, settings, f"({model} on {task})")))
-            found.append(Seeds(label, metric, len(group), value, change))
-    return found
+            summaries.append(Seeds(label, metric, len(group), value, change))
+    return summaries

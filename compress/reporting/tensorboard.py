@@ -1,4 +1,4 @@
-"""What TensorBoard shows of jobs and sweeps: final figures, HParams, and charts that overlay the variants."""
+"""Write jobs and sweeps for TensorBoard: final figures, HParams, and charts that overlay the variants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = (
     "training_time_s",
     "compression_time_s",
 )
-"""In the order of the HParams table's columns, of which it shows five unasked."""
+"""Figures in the order of the HParams table's columns, which shows the first five by default."""
 LAYOUT = {
     "final": {
         "quality": ["Multiline", ["final/value"]],
@@ -37,17 +37,19 @@ LAYOUT = {
         "validation metrics": ["Multiline", ["^validation/(?!loss)"]],
     },
 }
-"""Custom Scalars: a chart for each, with a line for every run."""
+"""The charts of the Custom Scalars tab, each with a line for every run."""
 
-LONGEST = 100  # characters of a run's name, which is a folder's as well
+LONGEST = 100  # characters of a run's name, which is also a folder's
 
 
 def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> None:
-    """The final figures as scalars and as a row of the HParams tab with the settings that were ``chosen``, all of them
-    if none are given; marked as failed where the job failed.
+    """Write the final figures as scalars and as a row of the HParams tab, with the status of the job.
 
-    The summaries are written one by one: ``add_hparams`` would start a run of its own, and declaring the metrics with
+    The summaries are written one by one: ``add_hparams`` would start a separate run, and declaring the metrics with
     values would draw a false point.
+
+    Args:
+        chosen: settings of the HParams row, by default all settings of the ``result``.
     """
     from tensorboard.plugins.hparams import api_pb2, metadata
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
@@ -67,7 +69,7 @@ def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = N
 
 
 def collect_settings(result: Row) -> dict[str, Any]:
-    """What was chosen, each setting a column; a number as one, so that the tab can draw an axis of it."""
+    """Return the settings by column, numbers as numbers, so that the tab can draw axes."""
     from compress.reporting.curves import parse_number, parse_overrides
 
     chosen = {key: result[key] for key in ("method", "model", "task", "metric") if result.get(key)}
@@ -78,8 +80,9 @@ def collect_settings(result: Row) -> dict[str, Any]:
 
 
 def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
-    """``tensorboard/`` of a sweep: a run of a short name for every row, with its curves and the settings in which rows
-    differ, the charts that overlay them, and the pictures of the report.
+    """Write ``tensorboard/`` of a sweep: a run for every row, charts that overlay the runs, and the report's figures.
+
+    A run has a short name, the row's training curves, and the settings in which rows differ.
 
     tensorboard --logdir multirun/2026-01-31/12-00-00/tensorboard
     """
@@ -88,18 +91,18 @@ def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
 
     from compress.reporting.plots import draw_figures
 
-    into = folder / "tensorboard"
+    target = folder / "tensorboard"
     names: list[str] = []
-    for one, label, chosen in zip(rows, labels, differing_settings(rows)):
+    for row, label, chosen in zip(rows, labels, differing_settings(rows)):
         name = re.sub(r"[^\w+.= -]+", "-", label)[:LONGEST]
         names.append(f"{name} ({len(names)})" if name in names else name)
-        shutil.rmtree(into / names[-1], ignore_errors=True)
-        trained = [stage for stage in find_stage_folders(one, rows) if has_curves(stage)]
+        shutil.rmtree(target / names[-1], ignore_errors=True)
+        trained = [stage for stage in find_stage_folders(row, rows) if has_curves(stage)]
         for stage in trained:
             alone = len(trained) == 1
-            shutil.copytree(stage, into / names[-1] / ("" if alone else stage.name), dirs_exist_ok=True)
-        write_summaries(into / names[-1], one, chosen)
-    with SummaryWriter(str(into)) as writer:
+            shutil.copytree(stage, target / names[-1] / ("" if alone else stage.name), dirs_exist_ok=True)
+        write_summaries(target / names[-1], row, chosen)
+    with SummaryWriter(str(target)) as writer:
         writer.add_custom_scalars(LAYOUT)
         for title, figure in draw_figures(rows):
             content = io.BytesIO()
@@ -109,22 +112,24 @@ def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
 
 
 def differing_settings(rows: list[Row]) -> list[dict[str, Any]]:
-    """The method of every row, and of its settings those that the rows do not share; a baseline knows none of
-    techniques, and a job that failed perhaps none at all."""
-    every = [collect_settings(one) for one in rows]
-    done = (one["method"] != "none" and one["status"] == "completed" for one in rows)
-    compared = [chosen for chosen, known in zip(every, done) if known] or every
+    """Return the method of every row and the settings that not all rows share.
+
+    Baselines, which have no technique settings, and failed jobs, which may have none, do not count.
+    """
+    settings = [collect_settings(row) for row in rows]
+    done = (row["method"] != "none" and row["status"] == "completed" for row in rows)
+    compared = [chosen for chosen, known in zip(settings, done) if known] or settings
     keys = {key for chosen in compared for key in chosen}
     vary = {key for key in keys if len({str(chosen.get(key)) for chosen in compared}) > 1} | {"method"}
-    return [{key: value for key, value in chosen.items() if key in vary} for chosen in every]
+    return [{key: value for key, value in chosen.items() if key in vary} for chosen in settings]
 
 
-def find_stage_folders(one: Row, rows: list[Row]) -> list[Path]:
-    """The folders of curves that are the row's own: the baseline's training is that of the baseline alone."""
-    job = Path(one["folder"]) / "tensorboard"
-    if one["method"] == "none":
+def find_stage_folders(row: Row, rows: list[Row]) -> list[Path]:
+    """Return the row's own folders of curves: the baseline's training for a baseline, else the later stages."""
+    job = Path(row["folder"]) / "tensorboard"
+    if row["method"] == "none":
         return sorted(job.glob("0_*"))
-    return [] if is_measured_in_other_job(one, rows) else sorted(job.glob("[1-9]*_*"))
+    return [] if is_measured_in_other_job(row, rows) else sorted(job.glob("[1-9]*_*"))
 
 
 def has_curves(stage: Path) -> bool:
@@ -133,6 +138,6 @@ def has_curves(stage: Path) -> bool:
     return any(tag.startswith("train/") for tag in EventAccumulator(str(stage)).Reload().Tags()["scalars"])
 
 
-def is_measured_in_other_job(one: Row, rows: list[Row]) -> bool:
-    """Whether the row was measured in the job of another row, whose figures are the job's."""
-    return any(other["folder"] == one["folder"] for other in rows[rows.index(one) + 1 :])
+def is_measured_in_other_job(row: Row, rows: list[Row]) -> bool:
+    """Return whether the row is not the last of its job, whose figures belong to the last row."""
+    return any(other["folder"] == row["folder"] for other in rows[rows.index(row) + 1 :])

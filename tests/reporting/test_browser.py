@@ -1,4 +1,4 @@
-"""``report.html`` as a person has it: opened in a browser, its table sorted by a click on a heading."""
+"""Open ``report.html`` in a browser, and sort its table by clicks on headings."""
 
 import json
 import re
@@ -18,7 +18,7 @@ VISIT = """<script>
     const table = document.querySelector("table.sortable"), headings = [...table.tHead.rows[0].cells];
     const column = at => [...table.tBodies[0].rows].map(row => row.cells[at]?.dataset.value ?? "");
     const sorted = name => {
-      const heading = headings.find(one => one.textContent === name);
+      const heading = headings.find(heading => heading.textContent === name);
       heading.scrollIntoView();
       const {left, top, width, height} = heading.getBoundingClientRect();
       document.elementFromPoint(left + width / 2, top + height / 2).click();
@@ -27,18 +27,18 @@ VISIT = """<script>
     const found = {
       rows: column(0),
       sorted: ["MB", "MB", "p (Holm)", "method"].map(sorted),
-      pictures: [...document.images].map(one => [one.alt, one.naturalWidth, one.clientWidth]),
+      pictures: [...document.images].map(image => [image.alt, image.naturalWidth, image.clientWidth]),
       wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     };
-    const told = document.body.appendChild(document.createElement("pre"));
-    [told.id, told.textContent] = ["found", JSON.stringify(found)];
+    const output = document.body.appendChild(document.createElement("pre"));
+    [output.id, output.textContent] = ["found", JSON.stringify(found)];
   });
 </script>"""
 
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory):
-    """What a browser finds in the page of twenty rows, in a window of so many pixels."""
+    """Return a function that opens the page of twenty rows in a window of ``width`` pixels and returns its content."""
     folder = tmp_path_factory.mktemp("page")
     page = write_page(folder, many(folder))
     page.write_text(page.read_text() + VISIT)
@@ -58,7 +58,7 @@ def visit(tmp_path_factory):
     return visit
 
 
-def test_a_click_on_a_heading_sorts_the_table_and_another_turns_it_round(visit):
+def test_a_click_on_a_heading_sorts_the_table_and_another_reverses_it(visit):
     found = visit(1280)
     down, up, tested, named = found["sorted"]
     assert found["rows"] == [str(number) for number in range(1, 22)]
@@ -66,8 +66,8 @@ def test_a_click_on_a_heading_sorts_the_table_and_another_turns_it_round(visit):
     assert down["arrow"] == "down" and len(values) == 20 and values == sorted(values, reverse=True)
     assert up["arrow"] == "up" and [float(value) for value in up["values"] if value] == values[::-1]
     assert sorted(down["rows"]) == sorted(found["rows"]) and down["rows"] != found["rows"]  # whole lines have moved
-    for one in (down, up, tested):  # what has no value is last, however it is sorted
-        filled = [bool(value) for value in one["values"]]
+    for column in (down, up, tested):  # empty cells are last in either order
+        filled = [bool(value) for value in column["values"]]
         assert filled == sorted(filled, reverse=True)
     assert named["arrow"] == "text down" and named["values"] == sorted(named["values"], reverse=True)
 
@@ -78,8 +78,8 @@ def test_the_plots_are_there_and_nothing_reaches_beyond_the_window(visit, width)
     assert [alt for alt, *_ in found["pictures"]] == [
         "accuracy against latency",
         "accuracy against size",
-        "latency, and accuracy in the bars",
-        "change of each part of the test split, in points",
+        "latency, with accuracy in the bars",
+        "change by slice of the test split, in points",
         "against prune.sparsity",
     ]
     assert all(100 < shown <= width and drawn > 100 for _, drawn, shown in found["pictures"])

@@ -25,7 +25,7 @@ GRID = [
 
 
 def drawn(axis):
-    """The lines of a panel, the dashed one of the baseline left out."""
+    """Return the lines of a panel without the baseline's dashed line."""
     return [line for line in axis.lines if line.get_linestyle() == "-"]
 
 
@@ -58,10 +58,10 @@ def test_the_baseline_is_a_dashed_line_in_both_panels():
 
 
 def test_a_setting_of_one_value_words_and_failed_rows_leave_no_figure():
-    one = row("technique.prune.sparsity=0.5", "technique.prune.scope=layer")
-    other = row("technique.prune.sparsity=0.5", "technique.prune.scope=global")
+    first = row("technique.prune.sparsity=0.5", "technique.prune.scope=layer")
+    second = row("technique.prune.sparsity=0.5", "technique.prune.scope=global")
     lost = build_failed_row(Job("prune", "tiny", "toy", 0, ("technique.prune.sparsity=0.9",)), "no such thing")
-    assert draw_curves([BASELINE, one, other, lost]) == {}
+    assert draw_curves([BASELINE, first, second, lost]) == {}
 
 
 def test_methods_seeds_and_words_have_lines_of_their_own():

@@ -58,14 +58,14 @@ def measured(accuracy, size, speedup=None, same=None):
 
 
 def begin(job):
-    """What Hydra writes when a job begins."""
+    """Write the files that Hydra writes when a job begins."""
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra" / "config.yaml").write_text("seed: 0\n")
     (job / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
 
 
 def answered(wrong):
-    """A hundred examples of two labels of which the first ``wrong`` were missed."""
+    """Return predictions for a hundred examples of two labels, wrong for the first ``wrong`` examples."""
     labels = np.arange(100) % 2
     logits = np.eye(2)[np.where(np.arange(100) < wrong, 1 - labels, labels)]
     lengths, negated = np.arange(1, 101), np.arange(100) < 30
@@ -118,7 +118,7 @@ def test_markdown_shows_the_rows_and_what_they_cannot_do(tmp_path):
     assert "100 test examples, cpu, 2 threads" in text and "- prune: no speed" in text
 
 
-def test_of_another_runtime_the_table_shows_what_compression_is_worth_there(tmp_path):
+def test_for_another_runtime_the_table_shows_the_effect_of_compression_alone(tmp_path):
     there = measured(0.88, 1_000_000, Interval(4.5, 4.4, 4.6), Interval(1.5, 1.4, 1.6))
     outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
     report.report_success(tmp_path, JOB, outcome)
@@ -137,20 +137,20 @@ def test_perplexity_is_no_fraction():
 
 
 def drawn(rows, width):
-    """The headings of a terminal's table, in which nothing may be cut off."""
+    """Return the headings of a terminal's table, after checking that nothing is cut off."""
     console = Console(width=width, file=io.StringIO())
     table = build_table(rows, width)
     console.print(table)
     lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
     cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
     shown = ["".join(column) for column in zip(*cells)]
-    told = [str(column.header) + "".join(column.cells) for column in table.columns]
-    assert [text.replace(" ", "") for text in shown] == [re.sub(r"\s", "", text) for text in told]
+    expected = [str(column.header) + "".join(column.cells) for column in table.columns]
+    assert [text.replace(" ", "") for text in shown] == [re.sub(r"\s", "", text) for text in expected]
     assert max(map(len, console.file.getvalue().splitlines())) <= width
     return [str(column.header).replace("\n", " ") for column in table.columns]
 
 
-def test_in_a_narrow_terminal_columns_give_way_and_nothing_is_cut_off():
+def test_in_a_narrow_terminal_columns_are_dropped_and_nothing_is_cut_off():
     there = replace(OUTCOME.measurements["prune"], parameters=7, speedup_same_runtime=Interval(11.5, 11.4, 11.6))
     outcome = replace(OUTCOME, measurements={**OUTCOME.measurements, "prune": there})
     settings = [("a=1", "technique.prune.sparsity=0.2"), ("a=1", "technique.prune.calibration=" + "x" * 90)]
@@ -208,7 +208,7 @@ def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
     ]
 
 
-def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
+def test_the_table_names_the_settings_that_rows_do_not_share():
     shared = ("model.path=somewhere", "technique.prune.scope=layer")
     many = rows("a", "technique.prune.sparsity=0.2", *shared) + rows("a", "technique.prune.sparsity=0.5", *shared)
     kept = drop_repeated_baselines(many)
@@ -220,14 +220,14 @@ def test_the_table_tells_rows_apart_by_the_settings_that_they_do_not_share():
 def test_a_note_says_which_rows_read_the_timed_texts_as_more_tokens():
     none, prune = rows("a")
     more = {**prune, "method": "prune_vocab", "latency_tokens": none["latency_tokens"] + 3}
-    same, longer = f"{none['latency_tokens']:.0f} tokens", f"{more['latency_tokens']:.0f} by prune_vocab"
-    (note,) = (one for one in list_notes([none, prune, more]) if "ms:" in one)
-    assert note.startswith(f"ms: one text, on average of {same} ({longer}); texts/s")
-    several = [one for one in list_notes([none, prune, {**more, "task": "other"}]) if "ms:" in one]
-    assert [one.partition("ms:")[0] for one in several] == ["tiny on toy: ", "tiny on other: "]
+    same, longer = f"{none['latency_tokens']:.0f} tokens", f"{more['latency_tokens']:.0f} with prune_vocab"
+    (note,) = (note for note in list_notes([none, prune, more]) if "ms:" in note)
+    assert note.startswith(f"ms: one text of {same} ({longer}) on average; texts/s")
+    several = [note for note in list_notes([none, prune, {**more, "task": "other"}]) if "ms:" in note]
+    assert [note.partition("ms:")[0] for note in several] == ["tiny on toy: ", "tiny on other: "]
 
 
-def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
+def test_a_killed_job_is_identified_by_its_settings(tmp_path):
     begin(tmp_path / "0_job")
     config = "technique: {name: prune}\nmodel: {name: bert}\ntask: {name: sst2}\nseed: 3\n"
     (tmp_path / "0_job" / ".hydra" / "config.yaml").write_text(config)
@@ -236,21 +236,23 @@ def test_a_killed_job_is_known_by_what_was_asked_for(tmp_path):
     assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
         "prune", "bert", "sst2", 3, "task.epochs=1"
     ]  # fmt: skip
-    assert lost["reason"].startswith("it left no result, as happens to a process that is killed")
+    assert lost["reason"].startswith("it left no result; its process was probably killed (out of memory?)")
 
 
-def test_the_cost_of_measuring_and_the_part_that_lost_most_are_told(tmp_path):
-    took = {name: replace(one, measuring_time_s=3.0) for name, one in WORSE.measurements.items()}
+def test_the_cost_of_measuring_and_the_worst_slice_are_reported(tmp_path):
+    took = {name: replace(measurement, measuring_time_s=3.0) for name, measurement in WORSE.measurements.items()}
     report.report_success(tmp_path, JOB, replace(WORSE, measurements=took))
     none, prune = read(tmp_path)
     assert (none["run_time_s"], prune["run_time_s"], prune["worst_slice"]) == ("13.0", "15.0", "with negation")
     assert float(prune["worst_slice_change"]) == pytest.approx(-1 / 3) and not none["worst_slice"]
     text = (tmp_path / "results.md").read_text()
-    assert "measuring took up to 20% of the time of a run" in text and "its budget is hardware.latency" in text
-    assert "lost most: with negation, -33.3 points by prune (significant among its parts)" in text
+    assert "measuring took up to 20% of the time of a run" in text and "hardware.latency sets its budget" in text
+    assert (
+        "worst slice of the test split: with negation, -33.3 points with prune (significant among its slices)" in text
+    )
 
 
-def test_a_failed_baseline_is_no_repeated_one():
+def test_a_failed_baseline_is_not_dropped_as_repeated():
     failure = build_failed_row(Job("none", "tiny", "toy", 0), "out of memory")
     kept = drop_repeated_baselines([*rows("a"), failure])
     assert [(r["method"], r["status"]) for r in kept] == [
@@ -284,16 +286,16 @@ def test_a_sweep_with_a_failed_or_killed_job_exits_with_1(tmp_path, lost):
     assert [row["status"] for row in read(tmp_path)] == ["completed", "completed", "failed"]
 
 
-def test_a_report_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "publish_report", lambda *args: 1 / 0)
+def test_a_report_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.sweeping.callbacks.publish_report", lambda *args: 1 / 0)
     with pytest.raises(SystemExit):
         sweep(tmp_path, rows("a"))
 
 
-def test_the_title_tells_only_what_all_rows_share():
-    one, other = rows("a"), [{**row, "examples": 7} for row in rows("b")]
-    assert format_title(one) == "tiny on toy: 100 test examples, cpu, 2 threads"
-    assert format_title(one + other) == "tiny on toy"
+def test_the_title_names_only_facts_that_all_rows_share():
+    some, others = rows("a"), [{**row, "examples": 7} for row in rows("b")]
+    assert format_title(some) == "tiny on toy: 100 test examples, cpu, 2 threads"
+    assert format_title(some + others) == "tiny on toy"
 
 
 def test_tensorboard_has_the_figures_and_no_false_point(tmp_path):
@@ -323,7 +325,7 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
     rows = drop_repeated_baselines(gather_rows(tmp_path))
     write_overlay(tmp_path, rows, label_rows(rows))
     folder = tmp_path / "tensorboard"
-    # A run for each row, with its own training: the baseline's once, none where nothing was trained.
+    # A run for each row with its own training: once for the baseline, none if nothing was trained.
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
     assert runs == {".", "none", "prune sparsity=0.2", "prune sparsity=0.5", "2_job"}
     events = EventAccumulator(str(folder / "prune sparsity=0.5")).Reload()
@@ -331,7 +333,7 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
     whole = EventAccumulator(str(folder)).Reload()
     (layout,) = whole.Tensors("custom_scalars__config__")
     charts = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
-    assert [one.title for one in charts.category] == ["final", "training"]
+    assert [chart.title for chart in charts.category] == ["final", "training"]
     assert "report/accuracy against size" in whole.Tags()["images"]
     assert differing_settings(rows)[1:3] == [{"method": "prune", "prune.sparsity": x} for x in (0.2, 0.5)]
     content = EventAccumulator(str(folder / "2_job")).Reload().PluginTagToContent("hparams")
@@ -339,7 +341,7 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
 
 
 def many(folder):
-    """Twenty rows, a failed one among them."""
+    """Return the baseline and twenty rows, one of them failed."""
     for number in range(19):
         begin(folder / f"{number}_job")
         job = Job("prune", "tiny", "toy", 0, (f"technique.prune.sparsity={number / 20}",))
@@ -373,16 +375,16 @@ def test_the_page_has_everything_and_needs_no_network(tmp_path):
     assert page.pictures == [
         "accuracy against latency",
         "accuracy against size",
-        "latency, and accuracy in the bars",
-        "change of each part of the test split, in points",
+        "latency, with accuracy in the bars",
+        "change by slice of the test split, in points",
         "against prune.sparsity",
     ]
     assert text.count("<tr><td data-value") + text.count('<tr class="failed"><td data-value') == 2 * 21
     for said in ("&lt;no such&gt; thing", "fingerprint-of-the-data", "python train.py technique=prune", "torch",
                  "smallest within 1 point of the baseline: none is smaller", "-10.00 [-16.00, -4.00]*"):  # fmt: skip
         assert said in text
-    maps = [base64.b64decode(one).decode() for one in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
-    assert len(maps) == 5 and all(one.rstrip().endswith("</svg>") for one in maps)
+    images = [base64.b64decode(uri).decode() for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert len(images) == 5 and all(image.rstrip().endswith("</svg>") for image in images)
 
 
 def test_every_point_that_no_other_beats_is_on_the_front():
@@ -430,13 +432,13 @@ def rows_of_seed(seed):
     return [build_row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
 
 
-def test_the_card_tells_the_hub_what_was_measured(tmp_path):
+def test_the_card_reports_the_figures_to_the_hub(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_card(tmp_path, OUTCOME, "prune")
     found = ModelCard.load(tmp_path / "README.md")
     (index,) = metadata_load(tmp_path / "README.md")["model-index"]
     assert model_index_to_eval_results([index]) == ("tiny-toy-prune", found.data.eval_results)
-    assert found.data.base_model is None and found.data.datasets is None  # neither is the hub's
+    assert found.data.base_model is None and found.data.datasets is None  # neither is on the hub
     (result,) = found.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.88, "toy")
     assert found.data.pipeline_tag == "text-classification" and found.data.model_name == "tiny-toy-prune"

@@ -132,7 +132,9 @@ def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goe
     workers[0].kill()
     process.join()
     assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
-    assert all(row["reason"].startswith("it left no result, as happens to a process") for row in jobs().values())
+    assert all(
+        row["reason"].startswith("it left no result; its process was probably killed") for row in jobs().values()
+    )
     assert "goes on with it" in (tmp_path / "log").read_text()
     process = start(*words)
     process.join()
