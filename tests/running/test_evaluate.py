@@ -73,7 +73,7 @@ def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("there", "sentence"),
     [
-        ({"weights": "packed"}, r"those of `stage` are packed: let a chain end on `openvino`"),
+        ({"weights": "packed"}, r"weights of `stage` are packed\. End the chain on `openvino`"),
         (
             {"runtime": "onnxruntime", "weights": "onnx"},
             r"artifact of `stage` was exported for onnxruntime",
