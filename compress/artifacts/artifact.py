@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
+from compress.runtimes.runtime import import_runtime
 from compress.technique import Technique
 
 DESCRIPTION = "compress.json"
@@ -125,18 +125,13 @@ def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
     """
     description = read_description(folder, kind)
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
-    model = import_runtime(description).load(Path(folder), description.kind)
+    model = import_runtime(description.runtime).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)
     return Artifact(model, tokenizer, description)
 
 
 def measure_size_bytes(folder: Path | str) -> int:
     """Return the bytes on disk of the weights that a runtime loads from ``folder``."""
-    patterns = import_runtime(read_description(folder, kind="")).WEIGHTS
+    patterns = import_runtime(read_description(folder, kind="").runtime).WEIGHTS
     sizes = ([file.stat().st_size for file in Path(folder).glob(pattern)] for pattern in patterns)
     return sum(next(filter(None, sizes), []))
-
-
-def import_runtime(description: Description) -> Any:
-    """Import the module of ``compress.runtimes`` that runs the artifact."""
-    return importlib.import_module(f"compress.runtimes.{description.runtime}")

@@ -6,16 +6,12 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from compress.artifacts.artifact import Artifact, import_runtime
+from compress.artifacts.artifact import Artifact
 from compress.errors import UserError
 from compress.install import format_command
-from compress.runtimes import require_packages
-
-EXPORTS = {"onnxruntime": "onnx", "openvino": "openvino"}
-"""The stage whose ``export`` writes the graph for each runtime other than PyTorch."""
+from compress.runtimes.runtime import import_runtime, require_packages
 
 
 def move_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], folder: Path) -> Artifact:
@@ -32,16 +28,17 @@ def move_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], fo
             f"hardware.runtime is {runtime}; the artifact of `{method}` was exported for {own} and runs only there. "
             "Leave hardware.runtime out."
         )
-    if runtime == "torch_compile":
+    target = import_runtime(runtime)
+    if target.STAGE is None:
         description = replace(loaded.description, runtime=runtime)
-        return loaded._replace(model=torch.compile(loaded.model, dynamic=True), description=description)
-    stage = EXPORTS[runtime]
+        return loaded._replace(model=target.adopt_model(loaded.model), description=description)
+    stage = target.STAGE
     if weights != "float":
         raise UserError(
             f"hardware.runtime is {runtime}, which needs float weights; the weights of `{method}` are {weights}. End "
             f"the chain on `{stage}` ({format_command('train')} technique=...+{stage}), or set hardware.runtime=torch."
         )
-    require_packages(stage, f"hardware.runtime={runtime}", (stage, runtime))
+    require_packages(stage, f"hardware.runtime={runtime}", target.PACKAGES)
     export_artifact(loaded, runtime, example, folder)
     return load_exported_artifact(loaded, runtime, folder)
 
@@ -52,11 +49,11 @@ def export_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], 
     Args:
         example: a batch of the shape that the model will be called with.
     """
-    exporter = importlib.import_module(f"compress.exporting.{EXPORTS[runtime]}")
+    exporter = importlib.import_module(f"compress.exporting.{import_runtime(runtime).STAGE}")
     exporter.export(loaded.model.cpu().float(), example, folder)
 
 
 def load_exported_artifact(loaded: Artifact, runtime: str, folder: Path) -> Artifact:
     """Return the artifact with the model that :func:`export_artifact` wrote."""
     description = replace(loaded.description, runtime=runtime)
-    return loaded._replace(model=import_runtime(description).load(folder, description.kind), description=description)
+    return loaded._replace(model=import_runtime(runtime).load(folder, description.kind), description=description)

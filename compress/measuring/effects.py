@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.runtimes.runtime import import_runtime
+
 if TYPE_CHECKING:
     from compress.artifacts.artifact import Description
     from compress.measuring.measure import Measurement
@@ -24,7 +26,7 @@ def describe_effects(description: Description, measured: Measurement, baseline: 
     are not floats.
     """
     runs_otherwise = (
-        not description.runtime.startswith("torch")
+        import_runtime(description.runtime).STAGE is not None
         or measured.parameters < baseline.parameters
         or description.weights not in AS_FLOATS
     )

@@ -29,6 +29,7 @@ from compress.measuring.timing import (
 )
 from compress.models.layers import dequantize_weight
 from compress.planning.settings import Latency
+from compress.runtimes.runtime import import_runtime
 from compress.tasks.kinds import KINDS
 from compress.tasks.task import Task
 
@@ -93,7 +94,8 @@ def measure_artifacts(
     """
     begin = time.perf_counter()
     # 1) Count weights before the first forward pass, and memory in separate processes
-    if any(not bench.artifact.description.runtime.startswith("torch") for bench in benches.values()):
+    runtimes = {bench.artifact.description.runtime for bench in benches.values()}
+    if any(device.type not in import_runtime(name).DEVICES for name in runtimes):
         device = torch.device("cpu")
     counts = {name: count_parameters(bench.artifact.model) for name, bench in benches.items()}
     memory = {

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
 from compress.errors import UserError
+from compress.runtimes.runtime import check_runtime
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -51,10 +52,13 @@ class Hardware:
     batch_size: Literal["auto"] | None = None
     """``auto``: trainings take batches that fit into memory and accumulate gradients to the batch they ask for."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    runtime: Literal["torch", "torch_compile", "onnxruntime", "openvino"] | None = None
+    runtime: str | None = None
+    """The module of ``compress.runtimes`` that is to run artifacts; None: that which each was exported for."""
     latency: Latency = field(default_factory=Latency)
 
     def __post_init__(self) -> None:
+        if self.runtime:
+            check_runtime(self.runtime, "hardware.runtime")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here: set hardware=cpu or auto.")
         if self.precision == "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,69 +13,17 @@ from compress.artifacts.artifact import Description
 from compress.measuring.measure import Measurement
 from compress.reporting.findings import format_markdown, recommend_rows
 from compress.reporting.rows import Job, Outcome, build_row
-from compress.runtimes.torch import FORMATS
+from compress.runtimes.runtime import import_runtime
 from compress.tasks.kinds import KINDS
-
-LOAD = """\
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-logits = model(**tokenizer("A text.", return_tensors="pt")).logits
-"""
-LOAD_UNEVEN = """\
-import compress
-
-model, tokenizer, _ = compress.load("{folder}")
-logits = model(**tokenizer("A text.", return_tensors="pt")).logits
-"""
-LOAD_ONNX = """\
-import onnxruntime
-from transformers import AutoTokenizer
-
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-(logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
-"""
-LOAD_ONNX_LM = """\
-import onnxruntime
-from transformers import AutoTokenizer
-
-onnxruntime.set_default_logger_severity(3)  # it warns about every optional input
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-tokens = dict(tokenizer("A text.", return_tensors="np"))
-(logits,) = session.run(["logits"], tokens)  # `compress.load` generates text with a cache of keys and values:
-# model, tokenizer, _ = compress.load("{folder}")
-# tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
-"""
-LOAD_OPENVINO = """\
-import json
-
-import openvino
-from transformers import AutoTokenizer
-
-settings = json.load(open("{folder}/compile.json"))
-model = openvino.compile_model("{folder}/openvino_model.xml", "CPU", settings)
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
-"""
 
 
 def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the form that the hub reads."""
     # 1) Choose the text on how to load it
     description, measured = outcome.descriptions[method], outcome.measurements[method]
-    kind = KINDS[description.kind]
     job = Job(method, description.model, description.task, seed=0)
     rows = [build_row(job, name, outcome) for name in outcome.measurements]
-    config = json.loads((folder / "config.json").read_text())
-    uneven = "compress" in config
-    ours = "\nA plain transformers config cannot describe its blocks: config.json has their shapes under `compress`.\n"
-    form = config.get("quantization_config", {}).get("quant_method")
-    packed = f"\nIts weights are in the {form} format: `pip install {' '.join(FORMATS.get(form, ()))}`.\n"
-    onnx = LOAD_ONNX_LM if kind.generates else LOAD_ONNX
-    loads = {"onnxruntime": onnx, "openvino": LOAD_OPENVINO}.get(description.runtime, LOAD_UNEVEN if uneven else LOAD)
+    loading = import_runtime(description.runtime).describe_loading(folder, description.kind)
     # 2) Write the card
     lines = [
         "---",
@@ -99,11 +46,11 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         *describe_cost(measured),
         "",
         *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
-        "## Load it with `compress`" if uneven else "## Load it without `compress`",
-        ours if uneven else "",
-        packed if form in FORMATS else "",
+        f"## Load it {'with' if loading.needs_us else 'without'} `compress`",
+        "",
+        *(line for note in loading.notes for line in (note, "")),
         "```python",
-        loads.format(auto=kind.auto_class, folder=".") + "```",
+        loading.code + "```",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))
@@ -115,7 +62,6 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
     The base model and the data set are named only if they are on the hub.
     """
     pipeline = KINDS[description.kind].pipeline
-    library = "transformers" if description.runtime == "torch" else description.weights
     config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
     path = OmegaConf.select(config, "model.path")
     base = str(path) if path and not Path(path).exists() else None
@@ -133,7 +79,7 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
     return ModelCardData(
         base_model=base,
         datasets=[hub.id] if hub else None,
-        library_name=library,
+        library_name=import_runtime(description.runtime).LIBRARY,
         pipeline_tag=pipeline,
         tags=["compress"],
         metrics=list(measured.quality),

@@ -16,15 +16,40 @@ from compress.formats import nbits
 from compress.formats.nbits import read_integers
 from compress.formats.onnx import Graph
 from compress.models.backbone import from_pretrained
-from compress.runtimes import require_packages
 from compress.runtimes.decoder import Decoder
+from compress.runtimes.runtime import Loading, require_packages
+from compress.tasks.kinds import KINDS
 
-WEIGHTS = ("model.onnx*",)  # the tensors of a large one lie beside it
+STAGE = "onnx"
+DEVICES = ("cpu",)
+PACKAGES = ("onnx", "onnxruntime")
+LIBRARY = "onnx"
+WEIGHTS = ("model.onnx*",)  # the tensors of a large graph are in a file beside it
+CODE = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+session = onnxruntime.InferenceSession("model.onnx")
+tokenizer = AutoTokenizer.from_pretrained(".")
+(logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
+"""
+CODE_TO_GENERATE = """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+onnxruntime.set_default_logger_severity(3)  # it warns about every optional input
+session = onnxruntime.InferenceSession("model.onnx")
+tokenizer = AutoTokenizer.from_pretrained(".")
+tokens = dict(tokenizer("A text.", return_tensors="np"))
+(logits,) = session.run(["logits"], tokens)  # `compress.load` generates text with a cache of keys and values:
+# model, tokenizer, _ = compress.load(".")
+# tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
+"""
 BESIDE = ("_scale", "_zero_point")
 """The ends of the names of what is stored beside quantized weights."""
 
 
-KINDS = (np.float32, np.float16, np.int8)
+DTYPES = (np.float32, np.float16, np.int8)
 PAST = "past_key_values."
 PRESENT = (PAST, "present.")
 """How the name of a block's keys or values for earlier tokens begins, and what that of the graph's answer has there."""
@@ -80,7 +105,7 @@ class Model(Decoder):
                 yield read_integers(node, values)
                 del stored[node.input[1]]
         for name, one in stored.items():
-            if tensor_dtype_to_np_dtype(one.data_type) in KINDS and not name.endswith(BESIDE):
+            if tensor_dtype_to_np_dtype(one.data_type) in DTYPES and not name.endswith(BESIDE):
                 yield values(name)
 
 
@@ -90,5 +115,10 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: ONNX Runtime is not installed, or ``folder`` says nothing of its model.
     """
-    require_packages("onnx", folder, ("onnx", "onnxruntime"))
+    require_packages(STAGE, folder, PACKAGES)
     return Model(folder / "model.onnx", from_pretrained(AutoConfig, str(folder), "Artifact", "artifact"))
+
+
+def describe_loading(folder: Path, kind: str) -> Loading:
+    """Return how to load the graph by ONNX Runtime alone."""
+    return Loading(CODE_TO_GENERATE if KINDS[kind].generates else CODE)

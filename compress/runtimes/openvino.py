@@ -17,11 +17,26 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress.models.backbone import from_pretrained
-from compress.runtimes import require_packages
 from compress.runtimes.decoder import Decoder
+from compress.runtimes.runtime import Loading, require_packages
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
+STAGE = "openvino"
+DEVICES = ("cpu",)
+PACKAGES = ("openvino",)
+LIBRARY = "openvino"
 WEIGHTS = ("openvino_model.bin",)
+CODE = f"""\
+import json
+
+import openvino
+from transformers import AutoTokenizer
+
+settings = json.load(open("{SETTINGS}"))
+model = openvino.compile_model("{GRAPH}", "CPU", settings)
+tokenizer = AutoTokenizer.from_pretrained(".")
+logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
+"""
 SCALE, ZERO = "/fq_weights_1/scale", "/fq_weights_1/zero_point"
 """What NNCF adds to a weight's name for what belongs to its integers."""
 AROUND = ("/fq_", "/nncf_smooth_quant", "rotary_emb")
@@ -120,6 +135,11 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: OpenVINO is not installed, or ``folder`` says nothing of its model.
     """
-    require_packages("openvino", folder, ("openvino",))
+    require_packages(STAGE, folder, PACKAGES)
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     return Model(folder / GRAPH, json.loads((folder / SETTINGS).read_text()), config)
+
+
+def describe_loading(folder: Path, kind: str) -> Loading:
+    """Return how to load the graph by OpenVINO alone."""
+    return Loading(CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,34 @@ from compress.formats.gptq import load_model
 from compress.formats.packed import describe_layer
 from compress.models.backbone import find_auto_class, from_pretrained, load_weights
 from compress.quiet import hide_progress_bars
+from compress.runtimes.runtime import Loading
+from compress.tasks.kinds import KINDS
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of these the first that a folder has is loaded
+STAGE = None
+DEVICES = ("cpu", "cuda")
+PACKAGES = ()
+LIBRARY = "transformers"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 FORMATS = {
     "compressed-tensors": ("compressed-tensors",),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "gptq": ("gptqmodel", "optimum"),
 }
 """What transformers needs to load weights in a packed format. (We read that of GPTQ ourselves.)"""
+CODE = """\
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
+CODE_UNEVEN = """\
+import compress
+
+model, tokenizer, _ = compress.load(".")
+logits = model(**tokenizer("A text.", return_tensors="pt")).logits
+"""
+UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
@@ -58,6 +79,18 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
         # decompressed, and whoever writes the file anew would change the loaded model.
         parameter.data = parameter.data.clone()
     return model.eval()
+
+
+def describe_loading(folder: Path, kind: str) -> Loading:
+    """Return how to load the artifact, by transformers where its config says all shapes."""
+    config = json.loads((folder / "config.json").read_text())
+    packed = config.get("quantization_config", {}).get("quant_method")
+    notes: tuple[str, ...] = ()
+    if packed in FORMATS:
+        notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
+    if "compress" in config:
+        return Loading(CODE_UNEVEN, (UNEVEN, *notes), needs_us=True)
+    return Loading(CODE.format(auto=KINDS[kind].auto_class), notes)
 
 
 def unwrap_layers(model: PreTrainedModel) -> None:
