@@ -1,4 +1,4 @@
-"""The ways in which a run fails that are no bug."""
+"""Errors that are not bugs, and sentences that explain them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A user's mistake, told in one sentence: what was found, what was expected, what to type."""
+    """A user's mistake, in one sentence: what was found, what was expected, what to type."""
 
 
 class PostconditionError(Exception):
-    """A stage did not do what it says, so its result is worth nothing."""
+    """A stage broke one of its promises, so its result is worthless."""
 
 
 def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """Yield an error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def explain_error(error: BaseException) -> str:
-    """One sentence where memory is short, or a disk is full or cannot be written; empty where it is something else."""
-    for one in iterate_causes(error):
-        number, where, why = (one.errno, one.filename, one.strerror) if isinstance(one, OSError) else (None, None, "")
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(one):
+    """Return a sentence if memory ran out or a disk is full or not writable; empty for any other error."""
+    for cause in iterate_causes(error):
+        number, where, why = (
+            (cause.errno, cause.filename, cause.strerror) if isinstance(cause, OSError) else (None, None, "")
+        )
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
             return (
-                f"No space is left on the disk{f' of {where}' if where else ''}: free some (python -m compress.cache "
-                "prune) and run the same command into the same folder, which goes on with what is finished."
+                f"No space is left on the disk{f' of {where}' if where else ''}. Free some space (python -m "
+                "compress.cache prune) and repeat the command with the same folder, which keeps finished work."
             )
-        short = isinstance(one, MemoryError) or type(one).__name__ == "OutOfMemoryError"  # PyTorch's of a GPU
-        if short or number == errno.ENOMEM or "can't allocate memory" in str(one):  # PyTorch's of the CPU
+        short = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"  # PyTorch on a GPU
+        if short or number == errno.ENOMEM or "can't allocate memory" in str(cause):  # PyTorch on a CPU
             return (
-                "There is not enough memory: choose a smaller model, or smaller batches (baseline.batch_size, "
-                "task.batch_size, hardware.latency.batch_sizes), and run the same command into the same folder, which "
-                "goes on with what is finished."
+                "There is not enough memory. Set a smaller model or smaller batches (baseline.batch_size, "
+                "task.batch_size, hardware.latency.batch_sizes), and repeat the command with the same folder, which "
+                "keeps finished work."
             )
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return f"{where} cannot be written or read ({why}): choose another folder, or its permissions."
+            return f"{where} cannot be written or read ({why}). Set another folder, or change its permissions."
     return ""

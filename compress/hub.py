@@ -1,4 +1,4 @@
-"""Look whether Hugging Face's hub can be reached."""
+"""Check whether the Hugging Face Hub can be reached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Spare the hub's half minute of retries where a connection fails at once."""
+    """Switch the hub's clients offline if a connection fails; they would retry for half a minute."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -22,7 +22,7 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def is_reachable(url: str, timeout_s: float = 5) -> bool:
-    """Whether anything answers; the environment's proxies are used, as the hub's own client does."""
+    """Return whether ``url`` answers, through the environment's proxies, as the hub's own client would ask."""
     import httpx
 
     try:

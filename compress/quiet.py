@@ -1,4 +1,4 @@
-"""Silence for libraries that talk on a normal run."""
+"""Silence libraries that print and log on a normal run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 def silence_libraries() -> None:
-    """Turn off the libraries' notices, hints and warnings; errors are raised, not logged, and still seen."""
+    """Turn off the libraries' notices, hints and warnings; errors are still raised."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
@@ -24,7 +24,7 @@ def silence_libraries() -> None:
 
 
 def silence_logs() -> None:
-    """Of that what they log, without the import of any."""
+    """Restrict the libraries' loggers to errors, without importing the libraries."""
     for name in (
         "pytorch_lightning",
         "lightning",
@@ -41,14 +41,14 @@ def silence_logs() -> None:
 
 @contextlib.contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """For calls that draw a progress bar of their own for a moment's work."""
+    """Hide the progress bars of calls that take only a moment."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def silence_exporters() -> Iterator[None]:
-    """For exporters and converters, which warn, log and print on a normal run; errors are raised all the same."""
+    """Silence exporters and converters, which warn, log and print on a normal run; errors are still raised."""
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a user types, up to the door of `compress.running.job`."""
+"""The command line, up to the call of `compress.running.job`."""
 
 import os
 import resource
@@ -42,7 +42,7 @@ def cpu_seconds(*args):
 
 @pytest.fixture
 def train(tmp_path):
-    """train.py with a stand-in for `compress.running.job`, which only prints, and without the report of a sweep."""
+    """Run train.py with a stand-in for `compress.running.job` that only prints, and without a sweep's report."""
     (tmp_path / "no_report.yaml").write_text(
         "defaults: [model: tiny, task: toy, technique: none, hardware: auto, _self_]\n"
         "seed: 0\n"
@@ -72,14 +72,14 @@ def test_help_is_for_a_newcomer():
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "technique=prune+gptq"], ["-sc", "query=bash"]])
-def test_what_needs_no_model_imports_nothing_heavy(args):
+def test_commands_without_a_model_import_nothing_heavy(args):
     shown = python("-X", "importtime", "train.py", *args, COMP_LINE="python train.py technique=").stderr
     imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}
     assert "hydra" in imported and not imported & HEAVY
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job", "technique=prune+gptq"]])
-def test_what_needs_no_model_costs_less_than_the_import_of_torch(args):
+def test_commands_without_a_model_cost_less_than_the_import_of_torch(args):
     assert cpu_seconds("train.py", *args) < 0.8 * cpu_seconds("-c", "import torch")
 
 
@@ -91,7 +91,7 @@ def test_cfg_and_info_show_the_chain():
 
 
 @pytest.mark.parametrize("args", [[], ["-m"], ["--help"], ["--info", "defaults"], ["--cfg", "job"]])
-def test_a_misspelt_stage_is_told_without_a_traceback(args, tmp_path):
+def test_a_misspelt_stage_is_reported_without_a_traceback(args, tmp_path):
     chains = "technique=none,gptq+prunne" if args == ["-m"] else "technique=gptq+prunne"
     done = python("train.py", *args, chains, f"hydra.run.dir={tmp_path}", check=False)
     assert done.returncode == 1
@@ -99,7 +99,7 @@ def test_a_misspelt_stage_is_told_without_a_traceback(args, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["technique=null", "model="])
-def test_a_group_without_a_choice_is_told_without_a_traceback(word):
+def test_a_group_without_a_choice_is_reported_without_a_traceback(word):
     done = python("train.py", word, check=False)
     assert done.returncode == 1 and done.stderr.startswith(f"`{word}` chooses no {word.partition('=')[0]}")
     assert "Traceback" not in done.stderr
@@ -129,32 +129,32 @@ def test_a_sweep_sets_stages_that_not_every_chain_has(train):
 
 
 @pytest.mark.parametrize("words", [["technique=gptq"], ["-m", "technique=gptq,none"]])
-def test_a_stage_that_is_set_and_in_no_chain_is_told_without_a_traceback(words):
+def test_a_stage_that_is_set_and_in_no_chain_is_reported_without_a_traceback(words):
     done = python("train.py", *words, "technique.prune.sparsity=0.5", check=False)
     assert done.returncode == 1 and done.stderr.endswith("e.g. `technique=prune+gptq`.\n")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "sentence"),
     [
         (
             ["technique=gptq", "technique.gptq.bitz=3"],
-            " (did you mean `technique.gptq.bits`?): technique.gptq has bits,",
+            " (did you mean `technique.gptq.bits`?); technique.gptq has ",
         ),
         (
             ["-m", "technique=gptq", "technique.gptq.bitz=3,4"],
-            " (did you mean `technique.gptq.bits`?): technique.gptq has",
+            " (did you mean `technique.gptq.bits`?); technique.gptq has ",
         ),
         (["experiment=bert_semeval", "technique.gptq.bits=3"], "the chain `none` has no stage `gptq`"),
-        (["hardware.nowhere.x=1"], ", latency; `+hardware.nowhere.x=1` adds it.\n"),
-        (["task=sst3"], "`task=sst3` is no choice (did you mean `task=sst2`?): choose one of agnews, "),
+        (["hardware.nowhere.x=1"], ", latency. Type `+hardware.nowhere.x=1` to add it.\n"),
+        (["task=sst3"], "`task=sst3` is not a choice (did you mean `task=sst2`?); expected one of agnews, "),
         (["task=sst2,cola"], "To sweep over it, add --multirun"),
     ],
 )
-def test_what_there_is_none_of_is_told_with_what_there_is(words, told, tmp_path):
+def test_an_unknown_setting_or_choice_is_reported_with_the_known_ones(words, sentence, tmp_path):
     done = python("train.py", *words, f"hydra.sweep.dir={tmp_path}", check=False)
-    assert done.returncode == 1 and told in done.stderr
+    assert done.returncode == 1 and sentence in done.stderr
     assert "Traceback" not in done.stderr and "FULL_ERROR" not in done.stderr
 
 

@@ -13,27 +13,27 @@ def main(words: list[str] | None = None, program: str = "python -m compress.cach
     """Run the command line."""
     parser = argparse.ArgumentParser(program, description="Report on the cache of finished stages, or shrink it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{report,prune}")
-    for name, what in (
+    for name, purpose in (
         ("report", "list the entries and their sizes"),
-        ("prune", "remove what was used least recently"),
+        ("prune", "remove the least recently used entries"),
     ):
-        command = commands.add_parser(name, help=what, description=what[:1].upper() + what[1:] + ".")
+        command = commands.add_parser(name, help=purpose, description=purpose[:1].upper() + purpose[1:] + ".")
         command.add_argument("--dir", type=Path, default=Path("multirun/.cache"), help="default: %(default)s")
         if name == "prune":
-            command.add_argument("--max-gb", type=float, default=0.0, help="the size to leave, default: nothing")
-    given = parser.parse_args(words)
-    if not given.dir.is_dir():
-        parser.error(f"--dir is {given.dir}, which is no folder; the folder of a cache is expected.")
-    if given.command == "prune":
-        removed = prune_cache(given.dir, given.max_gb)
+            command.add_argument("--max-gb", type=float, default=0.0, help="size to keep, default: %(default)s")
+    arguments = parser.parse_args(words)
+    if not arguments.dir.is_dir():
+        parser.error(f"--dir is {arguments.dir}, which is not a folder; expected a cache. Set --dir=multirun/.cache.")
+    if arguments.command == "prune":
+        removed = prune_cache(arguments.dir, arguments.max_gb)
         print(f"removed {len(removed)} entries, {sum(entry.size_bytes for entry in removed) / 1e9:.3f} GB")
-    every = list_entries(given.dir)
-    for entry in every if given.command == "report" else ():
+    entries = list_entries(arguments.dir)
+    for entry in entries if arguments.command == "report" else ():
         with lock_if_unused(entry.path) as free:
             state = "" if free else "  in use"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(f"{entry.size_bytes / 1e9:9.3f} GB  {used}  {entry.path.parent.name:8}  {entry.name}{state}")
-    print(f"{sum(entry.size_bytes for entry in every) / 1e9:9.3f} GB in {len(every)} entries of {given.dir}")
+    print(f"{sum(entry.size_bytes for entry in entries) / 1e9:9.3f} GB in {len(entries)} entries of {arguments.dir}")
 
 
 if __name__ == "__main__":

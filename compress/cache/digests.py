@@ -1,4 +1,4 @@
-"""Compute the addresses and checksums by which results are kept."""
+"""Compute the addresses and checksums of stored results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "torchm
 
 
 def compute_digest(content: Any) -> str:
-    """The address of any JSON-like content."""
+    """Return the address of any JSON-like content."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 @memoised
 def digest_environment() -> dict[str, str]:
-    """What else decides a result: this package's own source and the libraries that train and save."""
+    """Return what every result depends on: this package's source and the versions of its libraries."""
     source = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
@@ -27,7 +27,7 @@ def digest_environment() -> dict[str, str]:
 
 
 def compute_checksum(file: Path) -> str:
-    """The digest of a file's content."""
+    """Return the digest of a file's content."""
     content = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -36,6 +36,6 @@ def compute_checksum(file: Path) -> str:
 
 
 def fingerprint_files(folder: Path) -> str:
-    """The content of a file, or of a folder of files."""
+    """Return the digest of a file's content, or of all files in a folder."""
     files = [file for file in sorted(folder.rglob("*")) or [folder] if file.is_file()]
     return compute_digest([(file.name, compute_checksum(file)) for file in files])

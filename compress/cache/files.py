@@ -1,4 +1,4 @@
-"""Write, flush and remove files so that a stopped process leaves none of them half done."""
+"""Write, flush and remove files so that a stopped process leaves none of them incomplete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def flush_folder(folder: Path) -> None:
-    """Have all files of a folder on the disk, so that a power cut takes none of them."""
+    """Flush all files of a folder to the disk, so that a power cut loses none of them."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -16,7 +16,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """A folder or a file, if it is there."""
+    """Remove a folder or a file, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -24,7 +24,7 @@ def remove_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, after a power cut as well."""
+    """Write a file completely or not at all, even if the power fails."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w") as file:
         file.write(text)

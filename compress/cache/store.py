@@ -1,7 +1,7 @@
 """A content-addressed store of finished folders: the fine-tuned baseline and every prefix of a chain.
 
-python -m compress.cache report                 # what it holds, and how much of it
-python -m compress.cache prune --max-gb 20      # least recently used first; what is in use stays
+python -m compress.cache report                 # its entries and their sizes
+python -m compress.cache prune --max-gb 20      # least recently used first; entries in use stay
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from compress.errors import PostconditionError, UserError
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RESUME = ("resume", "checkpoints", "tensorboard")
-"""What a stage that was stopped leaves for the process that goes on with it."""
+"""Folders that a stopped stage leaves for the process that resumes it."""
 BEGAN = time.time()
 
 
 class Cache:
-    """Folders by the digest of what they were made from.
+    """Stores folders under the digest of what they were made from.
 
-    An entry is written beside its place and moved there when it is whole, with a manifest of its files by which it is
-    checked whenever it is wanted. Of several processes that want it one makes it and the others wait. From what a
-    killed one left, the next takes over what is needed to go on with its training. An entry is in use, and not pruned,
-    until the cache is closed; locks are the operating system's and end with the process that holds them.
+    An entry is written beside its place and moved there when it is complete. A manifest of its files is checked at
+    every use. If several processes need an entry, one makes it and the others wait. After a killed process, the next
+    resumes its training. An entry is in use, and is not pruned, until the cache is closed. Locks are the operating
+    system's and end with their process.
 
         with Cache("multirun/.cache") as cache: folder = cache.get(key, make, "baseline")
 
     Args:
-        folder: where it lies.
-        since: take no entry that is older, in seconds since 1970.
+        folder: folder of the cache.
+        since: seconds since 1970; older entries are made again.
     """
 
     def __init__(self, folder: Path | str, since: float = 0.0) -> None:
@@ -59,7 +59,7 @@ class Cache:
             self.used.pop().close()
 
     def get(self, key: Any, make: Callable[[Path], None], name: str) -> Path:
-        """The folder of ``key``, made by ``make(folder)`` where there is none yet; says so under ``name``."""
+        """Return the folder of ``key``, made by ``make(folder)`` if it does not exist; ``name`` is for the log."""
         entry = self.folder / compute_digest([key, digest_environment()])
         with lock_entry(entry, name):
             self._mark_used(entry)
@@ -67,7 +67,7 @@ class Cache:
                 if not (damage := find_damage(entry)):
                     log.info(f"  {name}: from the cache")
                     return entry
-                log.warning(f"  {name}: the cache's entry {entry.name} is damaged ({damage}): it is made again")
+                log.warning(f"  {name}: the cache entry {entry.name} is damaged ({damage}) and is made again")
             begin = time.perf_counter()
             partial = entry.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
@@ -77,13 +77,13 @@ class Cache:
             try:
                 make(partial)
             except (UserError, PostconditionError):
-                remove_path(partial)  # it would end there again
+                remove_path(partial)  # it would fail again
                 raise
             for used_up in RESUME[:2]:
                 remove_path(partial / used_up)
             (partial / MANIFEST).write_text(json.dumps(make_manifest(partial)))
             old = entry.with_suffix(".old")
-            remove_path(old)  # of a process that was killed here
+            remove_path(old)  # left by a process that was killed here
             if entry.is_dir():
                 os.replace(entry, old)
             os.replace(partial, entry)
@@ -92,7 +92,7 @@ class Cache:
         return entry
 
     def _mark_used(self, entry: Path) -> None:
-        stream = entry.with_suffix(".used").open("a+")  # a shared lock on a network's disk asks for reading
+        stream = entry.with_suffix(".used").open("a+")  # a shared lock on a network file system needs read access
         self.used.append(stream)
         fcntl.flock(stream, fcntl.LOCK_SH)
         os.utime(stream.name)
@@ -100,12 +100,12 @@ class Cache:
 
 @contextmanager
 def lock_entry(entry: Path, name: str) -> Iterator[None]:
-    """Alone with an entry; says under ``name`` that another process has to be waited for."""
+    """Lock an entry; log under ``name`` if another process has to be waited for."""
     lock = FileLock(f"{entry}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info(f"  {name}: waiting for another process that makes it")
+        log.info(f"  {name}: waiting for another process to make it")
         lock.acquire()
     try:
         yield
@@ -114,32 +114,32 @@ def lock_entry(entry: Path, name: str) -> Iterator[None]:
 
 
 def make_manifest(folder: Path) -> dict[str, str]:
-    """The checksum of every file in ``folder``, by its path."""
+    """Return the checksum of every file in ``folder``, by its path."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
     return {str(file.relative_to(folder)): compute_checksum(file) for file in files}
 
 
 def find_damage(entry: Path) -> str:
-    """What is wrong with an entry; empty where it is as it was written."""
+    """Return what is wrong with an entry; empty if it is as it was written."""
     try:
         written = json.loads((entry / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
-    found = make_manifest(entry)
-    for file in sorted({*written, *found}):
-        if written.get(file) != found.get(file):
-            return f"{file} is {'not what was written' if file in found else 'missing'}"
+    current = make_manifest(entry)
+    for file in sorted({*written, *current}):
+        if written.get(file) != current.get(file):
+            return f"{file} {'has changed' if file in current else 'is missing'}"
     return ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache holds under one address."""
+    """A folder of the cache."""
 
     path: Path
     size_bytes: int
     used: float
-    """When it was last wanted, in seconds since 1970."""
+    """Time of the last use, in seconds since 1970."""
 
     @property
     def name(self) -> str:
@@ -152,22 +152,22 @@ class Entry:
 
 
 def list_entries(folder: Path) -> list[Entry]:
-    """Everything in the cache at ``folder``, the least recently used first: stages, tokens, teachers' answers."""
-    found = []
+    """Return all entries of a cache, the least recently used first: stages, tokens, teachers' answers."""
+    entries = []
     for path in folder.glob("*/*"):
-        with suppress(FileNotFoundError):  # removed meanwhile
+        with suppress(FileNotFoundError):  # removed in the meantime
             if path.is_dir():
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 used = path.with_suffix(".used")
-                found.append(Entry(path, size, (used if used.is_file() else path).stat().st_mtime))
-    return sorted(found, key=lambda entry: entry.used)
+                entries.append(Entry(path, size, (used if used.is_file() else path).stat().st_mtime))
+    return sorted(entries, key=lambda entry: entry.used)
 
 
 def prune_cache(folder: Path, max_gb: float) -> list[Entry]:
-    """Remove the least recently used entries that nobody uses until the cache takes less than ``max_gb``."""
-    every = list_entries(folder)
-    size, removed = sum(entry.size_bytes for entry in every), []
-    for entry in every:
+    """Remove the least recently used entries that no process uses until the cache is below ``max_gb``."""
+    entries = list_entries(folder)
+    size, removed = sum(entry.size_bytes for entry in entries), []
+    for entry in entries:
         if size <= max_gb * 1e9:
             break
         with lock_if_unused(entry.path) as free:
@@ -181,7 +181,7 @@ def prune_cache(folder: Path, max_gb: float) -> list[Entry]:
 
 @contextmanager
 def lock_if_unused(path: Path) -> Iterator[bool]:
-    """Whether nobody makes or uses an entry, which stays so meanwhile."""
+    """Yield True if no process makes or uses the entry, and lock it meanwhile."""
     path = path.with_suffix("")
     try:
         with FileLock(f"{path}.lock", timeout=0), path.with_suffix(".used").open("a") as stream:

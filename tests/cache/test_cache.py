@@ -37,24 +37,24 @@ def test_an_entry_is_made_once_and_found_again(tmp_path, make, calls):
     assert first == again != other and len(calls) == 2 and (first / "made").is_file()
 
 
-def test_of_what_was_interrupted_only_its_training_is_left(tmp_path):
+def test_an_interrupted_entry_keeps_only_its_training(tmp_path):
     def broken(folder):
         (folder / "half").write_text("")
         (folder / "resume").mkdir()
         (folder / "resume" / "3.ckpt").write_text("")
         raise KeyboardInterrupt
 
-    def goes_on(folder):
+    def resume(folder):
         assert sorted(path.name for path in folder.rglob("*")) == ["3.ckpt", "resume"]
         (folder / "whole").write_text("")
 
     with pytest.raises(KeyboardInterrupt):
         Cache(tmp_path).get("key", broken, "baseline")
-    entry = Cache(tmp_path).get("key", goes_on, "baseline")
+    entry = Cache(tmp_path).get("key", resume, "baseline")
     assert sorted(file.name for file in entry.iterdir()) == ["manifest.json", "whole"]
 
 
-def test_what_would_fail_again_leaves_nothing(tmp_path):
+def test_an_entry_that_would_fail_again_leaves_nothing(tmp_path):
     def fails(folder):
         (folder / "resume").mkdir()
         raise UserError("no")
@@ -65,28 +65,28 @@ def test_what_would_fail_again_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "reason"),
     [
-        (lambda entry: (entry / "made").write_bytes(b"xxy"), "made is not what was written"),
-        (lambda entry: (entry / "made").write_bytes(b"x"), "made is not what was written"),
+        (lambda entry: (entry / "made").write_bytes(b"xxy"), "made has changed"),
+        (lambda entry: (entry / "made").write_bytes(b"x"), "made has changed"),
         (lambda entry: (entry / "made").unlink(), "made is missing"),
         (lambda entry: (entry / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     ],
 )
-def test_a_damaged_entry_is_told_and_made_again(tmp_path, make, calls, caplog, damage, told):
+def test_a_damaged_entry_is_reported_and_made_again(tmp_path, make, calls, caplog, damage, reason):
     entry = Cache(tmp_path).get("key", make, "baseline")
     damage(entry)
     assert Cache(tmp_path).get("key", make, "baseline") == entry
     assert len(calls) == 2 and (entry / "made").read_bytes() == b"xxx"
-    assert f"is damaged ({told}): it is made again" in caplog.text
+    assert f"is damaged ({reason}) and is made again" in caplog.text
 
 
-def test_refresh_makes_anew_what_is_older(tmp_path, make, calls):
+def test_refresh_makes_older_entries_again(tmp_path, make, calls):
     entry = Cache(tmp_path).get("key", make, "baseline")
     Cache(tmp_path, since=store.BEGAN).get("key", make, "baseline")
     assert len(calls) == 1
     os.utime(entry, (0, store.BEGAN - 1))
-    (entry.with_suffix(".old") / "left").mkdir(parents=True)  # by a process that was killed
+    (entry.with_suffix(".old") / "left").mkdir(parents=True)  # left by a killed process
     for _ in range(2):
         Cache(tmp_path, since=store.BEGAN).get("key", make, "baseline")
     assert len(calls) == 2 and not entry.with_suffix(".old").exists()
@@ -99,7 +99,7 @@ def test_the_source_and_the_libraries_are_part_of_the_address(tmp_path, monkeypa
 
 
 def _chain(folder, log):
-    """The stages of a chain, each of which is slow enough for the others to come."""
+    """Make the stages of a chain, slowly enough for other processes to ask for the same stage."""
 
     def make(name):
         def make(into):
@@ -117,8 +117,8 @@ def _chain(folder, log):
 def test_eight_processes_at_once_make_every_stage_once(tmp_path):
     log = tmp_path / "log"
     with multiprocessing.get_context("spawn").Pool(8) as pool:
-        found = pool.starmap(_chain, [(tmp_path, log)] * 8, chunksize=1)
-    assert len({tuple(one) for one in found}) == 1
+        chains = pool.starmap(_chain, [(tmp_path, log)] * 8, chunksize=1)
+    assert len({tuple(entries) for entries in chains}) == 1
     assert log.read_text().split() == ["baseline", "prune", "gptq"]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -143,7 +143,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_prune_removes_the_least_recently_used_first_and_leaves_what_is_in_use(tmp_path, capsys):
+def test_prune_removes_the_least_recently_used_entries_first_and_keeps_those_in_use(tmp_path, capsys):
     for age, key in enumerate(("new", "old", "older")):
         entry = Cache(tmp_path).get(key, lambda folder: made(folder, 1_000_000), key)
         os.utime(entry.with_suffix(".used"), (0, time.time() - age))
