@@ -1,4 +1,4 @@
-"""The largest batch that training has the memory for, found by trying."""
+"""Find the largest training batch that fits into memory, by trying."""
 
 from __future__ import annotations
 
@@ -36,41 +36,46 @@ def fit_batch_size(
     hardware: Hardware,
     into: Path,
 ) -> Training:
-    """The training with batches that fit into memory, and their gradients accumulated to the batch that it asks for;
-    as it is where ``hardware.batch_size`` is not ``auto``. Training that goes on keeps the size that it began with."""
+    """Return the training with batches that fit into memory and gradients accumulated to the configured batch.
+
+    Unless ``hardware.batch_size`` is ``auto``, the training is unchanged. A resumed training keeps its batch size.
+    """
     if hardware.batch_size != "auto" or not training.epochs:
         return training
-    asked = training.batch_size * training.accumulate
-    kept = into / "resume" / KEPT
-    if kept.is_file():
-        size = int(kept.read_text())
+    requested = training.batch_size * training.accumulate
+    file = into / "resume" / KEPT
+    if file.is_file():
+        size = int(file.read_text())
     else:
-        size = find_largest_batch(asked, module, callbacks, data, hardware)
-        kept.parent.mkdir(exist_ok=True)
-        write_atomically(kept, str(size))
-    log.info(f"  batches of {size} texts fit into memory; of {asked // size} a step, {asked} texts")
+        size = find_largest_batch(requested, module, callbacks, data, hardware)
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, str(size))
+    log.info(f"  batches of {size} texts fit into memory; {requested // size} a step, {requested} texts")
     data.batch_size = size
-    return replace(training, batch_size=size, accumulate=asked // size)
+    return replace(training, batch_size=size, accumulate=requested // size)
 
 
 def find_largest_batch(
-    asked: int, module: pl.LightningModule, callbacks: list[pl.Callback], data: TaskData, hardware: Hardware
+    requested: int, module: pl.LightningModule, callbacks: list[pl.Callback], data: TaskData, hardware: Hardware
 ) -> int:
-    """The largest divisor of ``asked`` so many of the longest texts of which are trained on without running out of
-    memory; nothing that is given is changed.
+    """Return the largest divisor of ``requested`` for which a step on the longest texts fits into memory.
+
+    The arguments are not modified.
 
     Raises:
-        UserError: not even one fits.
+        UserError: not even one text fits.
     """
     before = get_random_state()
     module, callbacks = copy.deepcopy((module, callbacks))
-    unwrap_model(module).train()  # dropout keeps masks
+    unwrap_model(module).train()  # dropout keeps its masks in memory
     longest = Longest(
-        data.splits, data.tokenizer, data.max_length, asked, data.seed, data.tokens, data.calibration_text
+        data.splits, data.tokenizer, data.max_length, requested, data.seed, data.tokens, data.calibration_text
     )
-    most = asked
-    if hardware.device.type == "cpu":  # which ends a process that asks for too much, and tells it nothing
-        most = min(asked, estimate_capacity(unwrap_model(module), longest.text(), psutil.virtual_memory().available))
+    most = requested
+    if hardware.device.type == "cpu":  # the system kills a process that runs out of memory
+        most = min(
+            requested, estimate_capacity(unwrap_model(module), longest.text(), psutil.virtual_memory().available)
+        )
     finder = Finder(most)
     longest.batch_size, longest.rows = most, 2 * most
     with TemporaryDirectory() as folder:
@@ -88,41 +93,44 @@ def find_largest_batch(
         trainer.fit(module, datamodule=longest)
     set_random_state(before)
     fits = min(most, finder.optimal_batch_size or 1)
-    return max(size for size in range(1, fits + 1) if asked % size == 0)
+    return max(size for size in range(1, fits + 1) if requested % size == 0)
 
 
 def estimate_capacity(model: torch.nn.Module, text: Batch, free_bytes: int) -> int:
-    """How many texts like this one may be trained on at once, at least one: by what a forward pass keeps for the
-    backward one, in half of the memory that gradients and the optimizer's moments leave free."""
-    seen: dict[int, int] = {}
+    """Return how many texts like ``text`` one training step can take, at least 1.
+
+    The tensors that a forward pass saves for the backward pass must fit into half of the memory that gradients and
+    the optimizer's moments leave free.
+    """
+    saved_bytes: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(**text)  # noqa: F841  what it keeps lives as long as this does
+        output = model(**text)  # noqa: F841  keeps saved tensors alive
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return max(1, int((free_bytes - 3 * trained) / 2 / max(1, sum(seen.values()))))
+    return max(1, int((free_bytes - 3 * trained) / 2 / max(1, sum(saved_bytes.values()))))
 
 
 class Longest(TaskData):
-    """The longest texts of the training split, the same ones again where there are too few."""
+    """The longest texts of the training split, repeated if there are too few."""
 
     rows = 2
 
     def text(self) -> Batch:
-        """The longest one alone."""
+        """Return the longest text alone, as a batch."""
         return self.collate([self.tokenised("train")[self.in_order("train")[0]]])
 
     def train_dataloader(self) -> DataLoader:
         if self.batch_size < 1:
             raise UserError(
-                "Not even one of the longest texts fits into memory for training: set task.max_length lower, "
-                "hardware.precision=bf16-mixed, or choose a smaller model."
+                "Not even one of the longest texts fits into memory for training. Set task.max_length lower, "
+                "hardware.precision=bf16-mixed, or a smaller model."
             )
         order = self.in_order("train")
         picked = [order[i % len(order)] for i in range(self.rows)]
@@ -136,8 +144,10 @@ class Longest(TaskData):
 
 
 class Finder(BatchSizeFinder):
-    """Lightning's, which begins with the ``most`` that is asked for, is done where that fits, and halves it where it
-    does not; two steps each, as the optimizer takes its memory at the end of the first."""
+    """Lightning's finder, which starts with ``most`` texts, ends if they fit, and halves them if not.
+
+    A trial takes two steps, because the optimizer takes its memory at the end of the first.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__(mode="power", steps_per_trial=2, init_val=most, max_val=most + 1)

@@ -1,5 +1,4 @@
-"""Measure an artifact again, or any Hugging Face folder, with the code that measures every run; or report runs and
-sweeps again, together, or one against another."""
+"""Measure an artifact or any Hugging Face folder as a run does, or report and compare finished runs and sweeps."""
 
 from __future__ import annotations
 
@@ -37,14 +36,16 @@ from compress.tasks.task import Task
 
 
 def main(cfg: DictConfig) -> int:
-    """Measure what the command line names, write and show its figures; 1 where that failed, with the reason told."""
+    """Do what the command line asks and write the results. Return 1, after logging the reason, if it failed."""
     silence_libraries()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
 
     def work() -> None:
         if cfg.compare:
-            lines = describe_changes(*(gather_rows(find_results_folder(one)) for one in check_two_folders(cfg.compare)))
+            lines = describe_changes(
+                *(gather_rows(find_results_folder(path)) for path in check_two_folders(cfg.compare))
+            )
             write_atomically(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
             print(*lines, sep="\n")
         elif cfg.report:
@@ -65,7 +66,7 @@ def main(cfg: DictConfig) -> int:
 
 
 def choose_rows(cfg: DictConfig) -> list[Row]:
-    """The rows of the runs and sweeps in ``cfg.report``, those that ``cfg.where`` chooses.
+    """Return the rows of the runs and sweeps in ``cfg.report`` that ``cfg.where`` selects.
 
     Raises:
         UserError: a folder holds no results, or no row is left.
@@ -75,94 +76,103 @@ def choose_rows(cfg: DictConfig) -> list[Row]:
     chosen = {key: to_strings(value) for key, value in to_plain(cfg.where).items() if value is not None}
     left = [row for row in rows if all(str(row[key]) in values for key, values in chosen.items())]
     if not left:
-        there = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
-        told = "; ".join(f"where.{key} can be {values}" for key, values in there.items())
-        raise UserError(f"No row is left of {len(rows)}: {told}.")
+        known = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
+        allowed = "; ".join(f"where.{key} can be {values}" for key, values in known.items())
+        raise UserError(f"where selects none of the {len(rows)} rows; {allowed}.")
     return drop_repeated_baselines(left)
 
 
 def to_strings(value: Any) -> list[str]:
-    return [str(one) for one in (value if isinstance(value, list) else [value])]
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def check_two_folders(folders: Any) -> list[str]:
     if isinstance(folders, str) or len(folders) != 2:
-        raise UserError(f"compare is {folders}: name two folders of runs or sweeps, compare=[before,after].")
+        raise UserError(f"compare is {folders}; expected two folders of runs or sweeps. Set compare=[before,after].")
     return list(folders)
 
 
 def find_results_folder(folder: str) -> Path:
-    """The folder of a run or a sweep; that of a run's artifact stands for the run."""
+    """Return the folder of a run or a sweep; for a run's artifact, the run's folder."""
     path = Path(folder)
     if (path / artifact.DESCRIPTION).is_file():
         path = path.parent
     if not (path / jobs.RESULT).is_file() and not any(path.glob("*/.hydra")):
-        raise UserError(f"{folder} holds no results: name the folder of a run or a sweep, multirun/DATE/TIME.")
+        raise UserError(f"{folder} holds no results; expected the folder of a run or a sweep, multirun/DATE/TIME.")
     return path
 
 
 def evaluate_artifact(cfg: DictConfig, folder: Path) -> list[Row]:
-    """A row for ``cfg.artifact``, after one for ``cfg.baseline`` where that is given; what they answered is kept in
-    ``folder``.
+    """Return a row for ``cfg.artifact``, after a row for ``cfg.baseline`` if it is set; save predictions in ``folder``.
 
     Raises:
-        UserError: there is no such folder, or its model is not one for the task.
+        UserError: there is no such folder, or its model does not fit the task.
     """
+    # 1) Load the artifacts and the data
     if OmegaConf.is_missing(cfg, "artifact"):
-        raise UserError("No artifact is named: type artifact=FOLDER, the `artifact` folder of a run.")
-    read_description(cfg.artifact, kind="")  # a folder that is not there is told first
+        raise UserError("artifact is not set; expected the `artifact` folder of a run. Set artifact=FOLDER.")
+    read_description(cfg.artifact, kind="")  # reports a missing folder before anything else
     settings = read_settings(cfg)
     task = parse_values(Task, read_task(cfg), "task")
     folders = [Path(path) for path in (cfg.baseline, cfg.artifact) if path]
     loaded = {path: load_artifact(path, task.kind) for path in folders}
     splits = load_splits(task, settings.seed)
-    for path, one in loaded.items():
-        check_labels(path, one, splits.task)
-    vocabularies = {json.dumps(one.tokenizer.get_vocab(), sort_keys=True) for one in loaded.values()}
+
+    # 2) Check that they fit the task, and each other
+    for path, each in loaded.items():
+        check_labels(path, each, splits.task)
+    vocabularies = {json.dumps(each.tokenizer.get_vocab(), sort_keys=True) for each in loaded.values()}
     if KINDS[task.kind].in_blocks and len(vocabularies) > 1:
-        raise UserError("Perplexities over different vocabularies cannot be compared: leave baseline out.")
-    names = {path: one.description.method if one.description.history else path.name for path, one in loaded.items()}
+        raise UserError(
+            "baseline and artifact have different vocabularies, so their perplexities cannot be compared. "
+            "Set baseline=null."
+        )
+
+    # 3) Measure them, on another runtime if it is set
+    names = {path: each.description.method if each.description.history else path.name for path, each in loaded.items()}
     if len(set(names.values())) < len(folders):
         names = {path: str(path) for path in folders}
-    benches = {names[path]: make_split_bench(splits, path, one, settings) for path, one in loaded.items()}
+    benches = {names[path]: make_split_bench(splits, path, each, settings) for path, each in loaded.items()}
     hardware = settings.hardware
     with ExitStack() as stack:
         for name, ready in benches.items() if hardware.runtime else ():
             graph = Path(stack.enter_context(TemporaryDirectory()))
             moved = move_artifact(ready.artifact, str(hardware.runtime), ready.texts[0], graph)
             benches[name] = replace(ready, artifact=moved)
-        # A process of its own loads what is in the folder, on the runtime that it is for.
+        # Memory is measured in a process that loads the folder itself, on its own runtime.
         latency = replace(hardware.latency, memory=False) if hardware.runtime else hardware.latency
         measurements, predictions = measure_artifacts(benches, splits.task, latency, hardware.device)
-    descriptions = {names[path]: one.description for path, one in loaded.items()}
+
+    # 4) Collect their rows
+    descriptions = {names[path]: each.description for path, each in loaded.items()}
     outcome = Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
     model = loaded[folders[-1]].description.model
     return collect_rows(folder, Job("", model, task.name, settings.seed), outcome)
 
 
 def read_task(cfg: DictConfig) -> dict:
-    """The artifact's own task, with what the command line sets of it (``+task.path=...``), or the one it names."""
+    """Return the artifact's task with the settings of the command line (``+task.path=...``), or the task set there."""
     own = Path(cfg.artifact) / "config.yaml"
     given = cfg.get("task") or {}
     if "name" not in given and own.is_file():
         given = OmegaConf.merge(OmegaConf.load(own).task, given)
     if "name" not in given:
-        raise UserError(f"{cfg.artifact} says nothing of its task: name one as well (task=sst2).")
+        raise UserError(f"task is not set and {cfg.artifact} does not name its own. Set task=sst2 or another task.")
     return to_plain(OmegaConf.create(given))
 
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:
-    """Raise UserError where the model's head is not one for the task."""
+    """Raise UserError if the model's head does not fit the task."""
     if task.num_labels == 0:
         return
     config = loaded.model.config
     if config.num_labels != task.num_labels:
         raise UserError(
-            f"The model in {folder} tells {config.num_labels} labels apart and task `{task.name}` has "
-            f"{task.num_labels}: name the task that it was trained for (task=...)."
+            f"The model in {folder} has {config.num_labels} labels; task `{task.name}` has {task.num_labels}. "
+            "Set task= to the task that the model was trained for."
         )
     if not has_task_labels(config, task):
         raise UserError(
-            f"The model in {folder} calls its labels {', '.join(config.id2label.values())} and task `{task.name}` has "
-            f"{', '.join(task.labels or ())}, in this order: name the task that it was trained for (task=...)."
+            f"The model in {folder} has the labels {', '.join(config.id2label.values())}; task `{task.name}` has "
+            f"{', '.join(task.labels or ())}, in this order. Set task= to the task that the model was trained for."
         )

@@ -36,18 +36,21 @@ log = logging.getLogger(__name__)
 
 
 def run_experiment(cfg: DictConfig, folder: Path) -> Outcome:
-    """Carry out the experiment that ``cfg`` describes; its artifact and figures are written to ``folder``.
+    """Run the experiment that ``cfg`` describes; write its artifact and figures to ``folder``.
 
     Raises:
-        UserError: something in ``cfg`` cannot work, told before anything is loaded or trained.
-        PostconditionError: a stage did not do what it says.
+        UserError: a setting cannot work; raised before anything is loaded or trained.
+        PostconditionError: a stage broke one of its promises.
     """
     return execute_plan(cfg, *prepare_experiment(cfg), folder)
 
 
 def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan, Splits, list[Any]]:
-    """The experiment, checked, its data, and the addresses of its stages. A ``team`` trains with this process, its
-    first."""
+    """Return the checked experiment, its data and the addresses of its stages.
+
+    Args:
+        team: the processes that train with this one, which is the first of them.
+    """
     planned = make_plan(cfg)
     log.info(f"{planned.backbone.name} on {planned.task.name}: {planned.method}")
     splits = load_splits(planned.task, planned.settings.seed)
@@ -61,35 +64,37 @@ def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan,
 def execute_plan(
     cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], folder: Path, begun: float = BEGAN
 ) -> Outcome:
-    """The experiment with the cache that it asks for: to refresh it is to take nothing from before ``begun``."""
-    kept = planned.settings.cache
-    if kept.mode == "off":
-        kept = replace(kept, dir=str(folder / "cache"))
-        planned = replace(planned, settings=replace(planned.settings, cache=kept))
-    with Cache(kept.dir, since=begun if kept.mode == "refresh" else 0.0) as cache:
+    """Run the experiment with its cache; ``cache.mode=refresh`` makes entries from before ``begun`` again."""
+    caching = planned.settings.cache
+    if caching.mode == "off":
+        caching = replace(caching, dir=str(folder / "cache"))
+        planned = replace(planned, settings=replace(planned.settings, cache=caching))
+    with Cache(caching.dir, since=begun if caching.mode == "refresh" else 0.0) as cache:
         outcome = run_chain(cfg, planned, splits, addresses, cache, folder)
-    if kept.mode == "off":
-        remove_path(Path(kept.dir))
-    elif kept.max_gb is not None:
-        prune_cache(Path(kept.dir), kept.max_gb)
+    if caching.mode == "off":
+        remove_path(Path(caching.dir))
+    elif caching.max_gb is not None:
+        prune_cache(Path(caching.dir), caching.max_gb)
     return outcome
 
 
 def run_chain(
     cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], cache: Cache, folder: Path
 ) -> Outcome:
-    """The baseline, stage after stage, and what the artifact is worth."""
-    address = addresses[:2]  # of the baseline
-    running = partial(write_atomically, folder / jobs.STAGE)
-    running("baseline")
+    """Train the baseline, apply stage after stage, and measure the artifact."""
+    # 1) Train the baseline and apply the stages
+    address = addresses[:2]  # the baseline's
+    mark_stage = partial(write_atomically, folder / jobs.STAGE)
+    mark_stage("baseline")
     baseline = source = cache.get(address, partial(write_baseline, planned, splits), "baseline")
     entries = {"baseline": baseline}
-    for step, own in zip(planned.steps, addresses[2:]):
-        running(step.key)
-        address.append(own)
+    for step, step_address in zip(planned.steps, addresses[2:]):
+        mark_stage(step.key)
+        address.append(step_address)
         source = cache.get(address, partial(apply_stage, planned, splits, step, baseline, source), step.key)
         entries[step.key] = source
 
+    # 2) Copy the artifact, the logs and the stages' reports
     into = folder / "artifact"
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(source, into, ignore=shutil.ignore_patterns("tensorboard", "report", MANIFEST))
@@ -99,20 +104,23 @@ def run_chain(
         if (entry / "report").is_dir():
             shutil.copytree(entry / "report", folder / "report" / f"{number}_{name}", dirs_exist_ok=True)
 
+    # 3) Load what is measured: the baseline, teachers, the artifact
     teachers = [step.arguments["teacher"] for step in planned.steps if step.arguments.get("teacher")]
     measured = {
         "none": baseline,
-        **{"teacher" if len(teachers) == 1 else f"teacher {i}": Path(one) for i, one in enumerate(teachers, 1)},
+        **{"teacher" if len(teachers) == 1 else f"teacher {i}": Path(teacher) for i, teacher in enumerate(teachers, 1)},
         **({planned.method: into} if planned.steps else {}),
     }
-    running("measuring")
+    mark_stage("measuring")
     runtime, graph = read_description(into).runtime, None
-    if runtime != "torch":  # before what is measured takes memory
+    if runtime != "torch":  # before the loaded artifacts take memory
         key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
         graph = cache.get(key, partial(export_baseline, planned, splits, baseline, runtime), f"baseline for {runtime}")
     loaded = {name: load_artifact(path, planned.task.kind) for name, path in measured.items()}
-    benches = {name: make_split_bench(splits, measured[name], one, planned.settings) for name, one in loaded.items()}
+    benches = {name: make_split_bench(splits, measured[name], each, planned.settings) for name, each in loaded.items()}
     exported = load_exported_artifact(loaded["none"], runtime, graph) if graph else None
+
+    # 4) Measure, and write the results
     measurements, predictions = measure_artifacts(
         benches,
         splits.task,
@@ -122,7 +130,7 @@ def run_chain(
     )
     outcome = Outcome(
         primary=planned.task.primary,
-        descriptions={name: one.description for name, one in loaded.items()},
+        descriptions={name: each.description for name, each in loaded.items()},
         measurements=measurements,
         baseline=baseline.name,
         predictions=predictions,
@@ -136,14 +144,14 @@ def run_chain(
 
 
 def export_baseline(planned: Plan, splits: Splits, baseline: Path, runtime: str, into: Path) -> None:
-    """The baseline as another runtime runs it, what a chain that ends there is compared with besides."""
+    """Write the baseline for another runtime; a chain that ends on that runtime is compared with it too."""
     loaded = load_artifact(baseline, planned.task.kind)
     example = make_split_bench(splits, baseline, loaded, planned.settings).texts[0]
     export_artifact(loaded, runtime, example, into)
 
 
 def follow_first_process(cfg: DictConfig, team: Team) -> None:
-    """Train with the first process of the ``team`` whenever it trains; what comes of it is written by that one."""
+    """Train with the first process of the ``team`` whenever it trains; that process writes the results."""
     silence_libraries()
     logging.disable(logging.WARNING)
     planned = make_plan(cfg)
@@ -161,6 +169,6 @@ def follow_first_process(cfg: DictConfig, team: Team) -> None:
 
 
 def make_split_bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
-    """An artifact with the split that it is measured on in its own tokens."""
+    """Return an artifact with the split that it is measured on, encoded by its own tokenizer."""
     data = make_task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
     return build_bench(folder, loaded, data, settings.hardware.latency, settings.split)

@@ -1,4 +1,4 @@
-"""The story of a run: check the whole chain, fine-tune a baseline, apply stage after stage, measure, report."""
+"""Run one job: lock its folder, keep an earlier result, report a failure, return the exit status."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ from compress.running.team import gather_team
 log = logging.getLogger(__name__)
 
 FINISHED = "finished"
-"""The file of a finished job: what was asked for and what it was made of, so that it is not done again."""
+"""File of a finished job with the digests of its config and content, so that it is not repeated."""
 
 
 def main(cfg: DictConfig) -> int:
-    """Run one job of the command line, write what came of it; 1 where it failed, with the reason told. A job that an
-    earlier run into the same folder finished with the same config, data, models and code is left as it is."""
+    """Run one job and write its results. Return 1, after logging the reason, if it failed.
+
+    A job that an earlier run finished in the same folder with the same config, data, models and code is kept.
+    """
     silence_libraries()
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -49,28 +51,28 @@ def main(cfg: DictConfig) -> int:
 
     with open_dict(cfg):
         search = cfg.pop("search", None)
-    finished, asked = folder / FINISHED, compute_digest([resolve_config(cfg), digest_environment()])
+    finished, request = folder / FINISHED, compute_digest([resolve_config(cfg), digest_environment()])
     lock = FileLock(folder / ".job.lock", timeout=0)
-    done = finished.is_file() and finished.read_text().startswith(asked)  # and stays until it has to be done again
-    mine = os.environ.get("SLURM_PROCID", "0") == "0"
+    done = finished.is_file() and finished.read_text().startswith(request)  # its result is kept until it must be redone
+    owns_folder = os.environ.get("SLURM_PROCID", "0") == "0"
 
     def work() -> None:
-        nonlocal done, mine
+        nonlocal done, owns_folder
         if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
             command = f"{format_command('train')} -m search=latency ..."
-            raise UserError(f"A search tries many chains, a job each: {command}")
-        if mine:
+            raise UserError(f"search is set for a single run; it needs a sweep. Type {command}")
+        if owns_folder:
             try:
                 lock.acquire()
             except Timeout:
-                mine = False
-                raise UserError(f"Another process is at work on this job: wait for its end ({folder}).") from None
+                owns_folder = False
+                raise UserError(f"Another process is running this job in {folder}. Wait for its end.") from None
         drop_unused_settings(cfg.technique, hydra.overrides.task)
         with gather_team(cfg, read_settings(cfg).hardware, follow_first_process) as team:
             if team and team.rank:
                 return follow_first_process(cfg, team)
             planned, splits, addresses = prepare_experiment(cfg, team)
-            key = f"{asked} {compute_digest(addresses)}"
+            key = f"{request} {compute_digest(addresses)}"
             if finished.is_file() and finished.read_text() == key:
                 log.info(f"finished before: {folder}")
                 rows = json.loads((folder / jobs.RESULT).read_text())["rows"]
@@ -92,10 +94,10 @@ def main(cfg: DictConfig) -> int:
 
     def fail(reason: str) -> None:
         if done:
-            log.info(f"What the job found before is kept: {folder}")
-        elif mine:
-            for half in (finished, folder / "artifact"):
-                remove_path(half)
+            log.info(f"The earlier result of the job is kept: {folder}")
+        elif owns_folder:
+            for incomplete in (finished, folder / "artifact"):
+                remove_path(incomplete)
             report_failure(folder, job, reason)
 
     try:
@@ -105,13 +107,13 @@ def main(cfg: DictConfig) -> int:
 
 
 def find_start_time(hydra: Any) -> float:
-    """When the sweep of this job began, or else this process, in seconds since 1970."""
+    """Return when the sweep of this job began, or else this process, in seconds since 1970."""
     sweep = Path(hydra.sweep.dir) / "multirun.yaml"
     return sweep.stat().st_mtime if hydra.mode == RunMode.MULTIRUN and sweep.is_file() else BEGAN
 
 
 def resolve_config(cfg: DictConfig) -> Any:
-    """What decides the result of a job; None where a value is missing, which the job will tell."""
+    """Return everything that decides a job's result; None if a value is missing, which the job will report."""
     try:
         return {key: to_plain(cfg[key]) for key in cfg if key != "cache"}
     except OmegaConfBaseException:
@@ -119,10 +121,10 @@ def resolve_config(cfg: DictConfig) -> Any:
 
 
 def run_guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
-    """0, or 1 where ``work`` raised: one sentence for what a user can put right, a traceback for what is our fault.
+    """Return 0, or 1 if ``work`` raised; log a sentence for a mistake of the user, a traceback for a bug.
 
     Raises:
-        SystemExit: the process was asked to stop, or what came of the work could not be written.
+        SystemExit: the process was asked to stop, or the failure could not be written.
     """
     stop: BaseException | None = None
     try:
@@ -136,28 +138,28 @@ def run_guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
         sentence = explain_error(error)
         reason = sentence or f"{type(error).__name__}: {error}"
         (log.error if sentence else log.exception)(reason)
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns the first into the second
         kinds = tuple(map(type, iterate_causes(error)))
         by = "SIGTERM" if Terminated in kinds else "Ctrl-C" if KeyboardInterrupt in kinds else "a signal"
-        reason = f"stopped by {by}: the same command into the same folder goes on with it"
+        reason = f"stopped by {by}; repeat the command with the same folder to resume"
         log.error(reason)
-        stop = SystemExit(130) if by != "a signal" else error  # that of a cluster's handler
+        stop = SystemExit(130) if by != "a signal" else error  # raised by a cluster's handler
     try:
         fail(reason)
     except OSError as error:
-        sys.exit(f"What came of the job could not be written. {explain_error(error) or error}")
+        sys.exit(f"The result of the job could not be written. {explain_error(error) or error}")
     if stop:
         raise stop
     return 1
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nobody else has a use for it."""
+    """SIGTERM, if no other handler is set."""
 
 
 @contextmanager
 def catch_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that it is told; a cluster's own handler stays."""
+    """End the work on SIGTERM as on Ctrl-C, so that it is reported; keep a cluster's own handler."""
 
     def stop(number: int, frame: Any) -> None:
         raise Terminated

@@ -1,4 +1,4 @@
-"""Training that goes on where it was stopped, to the result that it would have had."""
+"""Resume a stopped training, with the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -27,48 +27,46 @@ from compress.planning.settings import Hardware
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""That ask a process to stop: Ctrl-C, whoever ends it, and a cluster that wants its machine back."""
-
-
+"""Signals that ask a process to stop: Ctrl-C, a request to end, a cluster that reclaims its machine."""
 NEW = "new.ckpt"
-"""A checkpoint until it has its name."""
+"""Name of a checkpoint until it is complete."""
 
 
 class Checkpoints(Checkpoint):
-    """Saves all that a fit needs to go on: at the end of every epoch but the last, every ``minutes``, and when the
-    process is asked to stop, which it then does.
+    """Saves everything that a training needs to resume.
 
-    Besides what Lightning saves (weights, optimizer, schedules, callbacks, progress) that is the state of the random
-    number generators of every process. Of several that train together the first decides when, and it alone is asked
+    It saves at the end of every epoch but the last, every ``minutes``, and before the process stops on request.
+    Besides Lightning's content (weights, optimizer, schedules, callbacks, progress), a checkpoint holds the random
+    state of every process. Of processes that train together, the first decides when to save, and it alone is asked
     to stop: the others end with it.
 
     Args:
-        folder: where they lie, the last one alone, under its step and the checksum of its content.
-        minutes: between two of them within an epoch.
+        folder: folder of the last checkpoint, which is named by its step and the checksum of its content.
+        minutes: time between two checkpoints within an epoch.
     """
 
     def __init__(self, folder: Path, minutes: float = 10.0) -> None:
         self.folder = folder
         self.minutes = minutes
         self.seconds = 0.0
-        """Of training before this process went on with it."""
+        """Training time before this process resumed it."""
         self.begun = self.saved = time.perf_counter()
         self.random: list[dict[str, Any]] = []
         self.asked: tuple[int, Any] | None = None
         self.handlers: dict[int, Any] = {}
 
     def last(self) -> Path | None:
-        """The checkpoint to go on from; one that is not as it was written is removed."""
+        """Return the checkpoint to resume from; remove a damaged checkpoint."""
         (self.folder / NEW).unlink(missing_ok=True)
         for path in self.folder.glob("*.ckpt"):
             if path.stem.partition("-")[2] == compute_checksum(path):
                 return path
-            log.warning("  the checkpoint of the stopped training is damaged: it starts again")
+            log.warning("  the checkpoint of the stopped training is damaged; the training starts again")
             path.unlink()
         return None
 
     def step(self, path: Path) -> int:
-        """At which optimizer step a checkpoint was saved."""
+        """Return the optimizer step of a checkpoint."""
         return int(path.stem.partition("-")[0])
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +78,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.begun = self.saved = time.perf_counter()
-        # Before Lightning has its own, which on SIGTERM waits for the other processes where they may not wait for it.
+        # Before Lightning sets its own, which on SIGTERM waits for processes that may not wait for this one.
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -94,7 +92,7 @@ class Checkpoints(Checkpoint):
         if self.random:
             set_random_state(self.random[trainer.global_rank])
             if batch_idx == 0:
-                torch.empty((), dtype=torch.int64).random_()  # which a DataLoader does when an epoch begins
+                torch.empty((), dtype=torch.int64).random_()  # as a DataLoader does when an epoch begins
             self.random = []
 
     def on_train_batch_end(
@@ -102,7 +100,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         batches, each = trainer.num_training_batches, trainer.accumulate_grad_batches
         if batch_idx + 1 == batches or (batch_idx + 1) % each:
-            return  # the epoch's end comes, or gradients would be lost
+            return  # the epoch ends now, or accumulated gradients would be lost
         due = self.asked is not None or time.perf_counter() - self.saved > 60 * self.minutes
         if trainer.world_size > 1:
             due = trainer.global_step % 10 == 0 and trainer.strategy.broadcast(due)
@@ -122,6 +120,7 @@ class Checkpoints(Checkpoint):
         self._handle_signal()
 
     def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint in place of the last one."""
         new = self.folder / NEW
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
@@ -143,17 +142,17 @@ class Checkpoints(Checkpoint):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:  # Ctrl-C twice: at once
+        if self.asked and number == signal.SIGINT:  # a second Ctrl-C stops at once
             self._handle_signal()
-        self.asked = self.asked or (number, frame)  # a cluster may say it several times
+        self.asked = self.asked or (number, frame)  # a cluster may repeat its signal
 
     def _handle_signal(self) -> None:
-        """Do with a signal that came what would have been done with it without us."""
+        """Pass a postponed signal to the handler that was set before ours."""
         if self.asked:
             (number, frame), self.asked = self.asked, None
             handler = self.handlers.get(number)
             if callable(handler):
-                signal.signal(number, signal.SIG_IGN)  # said again, it must not kill the command that requeues
+                signal.signal(number, signal.SIG_IGN)  # repeated, it must not kill the command that requeues the job
                 handler(number, frame)
             elif handler == signal.SIG_DFL:
                 signal.signal(number, handler)
@@ -161,16 +160,17 @@ class Checkpoints(Checkpoint):
 
 
 def gather_from_all(own: Any) -> list[Any]:
-    """What every process that trains together has for its ``own``."""
+    """Return the value ``own`` of every process that trains together."""
     if not torch.distributed.is_initialized():
         return [own]
-    content, every = io.BytesIO(), [b""] * torch.distributed.get_world_size()
-    torch.save(own, content)  # as tensors do not travel as objects
-    torch.distributed.all_gather_object(every, content.getvalue())
-    return [torch.load(io.BytesIO(one), weights_only=True) for one in every]
+    content, contents = io.BytesIO(), [b""] * torch.distributed.get_world_size()
+    torch.save(own, content)  # tensors cannot be gathered as objects
+    torch.distributed.all_gather_object(contents, content.getvalue())
+    return [torch.load(io.BytesIO(each), weights_only=True) for each in contents]
 
 
 def get_random_state() -> dict[str, Any]:
+    """Return the state of every random number generator of this process."""
     kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
     return {
         "python": random.getstate(),
@@ -181,21 +181,22 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Restore a state that :func:`get_random_state` returned."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"]:
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
 class Whole(TorchCheckpointIO):
-    """Writes a checkpoint so that it is there whole or not at all."""
+    """Writes a checkpoint completely or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         partial = f"{path}.partial"
-        with open(partial, "wb") as file:  # so that a full disk is told as such
+        with open(partial, "wb") as file:  # so that a full disk is reported as such
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -203,7 +204,7 @@ class Whole(TorchCheckpointIO):
 
 
 class Restored(Strategy):
-    """Restores a checkpoint after ``on_fit_start``, when a stage has given the model the shape that was saved."""
+    """Restores a checkpoint after ``on_fit_start``, once a stage has given the model its saved shape."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -219,9 +220,9 @@ class RestoredTogether(Restored, DDPStrategy):
 
 
 def make_trainer_options(hardware: Hardware, together: bool) -> dict[str, Any]:
-    """The Trainer's arguments to work on one device, or on as many as the hardware has."""
+    """Return the Trainer's arguments for one device, or for all devices of the hardware."""
     slurm = SLURMEnvironment.detect() and (together or hardware.processes == 1)
-    # On SLURM it is the launcher that requeues, not Lightning as well.
+    # On SLURM the launcher requeues, so Lightning must not.
     environment = SLURMEnvironment(auto_requeue=False) if slurm else LightningEnvironment()
     cuda = hardware.device.type == "cuda"
     return {
@@ -231,5 +232,5 @@ def make_trainer_options(hardware: Hardware, together: bool) -> dict[str, Any]:
         "strategy": RestoredTogether() if together else RestoredAlone(torch.device("cuda", 0) if cuda else "cpu"),
         "plugins": [Whole(), environment],
         "precision": hardware.precision,
-        "use_distributed_sampler": False,  # ours knows of the processes
+        "use_distributed_sampler": False,  # our data loader already splits the batches
     }

@@ -1,4 +1,4 @@
-"""What the baseline and every stage do: train, keep what they promise, write an artifact."""
+"""Run the baseline and every stage: train, check promises, write an artifact."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ log = logging.getLogger(__name__)
 
 
 def free_memory_after(work: Callable[..., None]) -> Callable[..., None]:
-    """Have all memory of ``work`` given back at its end: a Trainer and its model hold each other, and Python would keep
-    gigabytes until it has counted enough objects."""
+    """Free all memory of ``work`` at its end.
+
+    A Trainer and its model refer to each other, so Python would keep gigabytes until its next garbage collection.
+    """
 
     @functools.wraps(work)
-    def worked(*args: Any) -> None:
+    def wrapper(*args: Any) -> None:
         work(*args)
         gc.collect()
 
-    return worked
+    return wrapper
 
 
 @free_memory_after
@@ -48,14 +50,14 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     training = planned.training
     data = make_task_data(splits, model, tokenizer, training.batch_size, planned.settings)
     if data.max_length < planned.task.max_length:
-        log.info(f"  texts are cut to the {data.max_length} tokens that the model has positions for")
+        log.info(f"  texts are cut to {data.max_length} tokens because the model has no more positions")
     check_blocks(planned, data)
     seconds, losses = 0.0, dict[str, float]()
     if training.epochs:
         module = FineTune(model, TaskMetrics(planned.task), training)
         training, seconds, losses = fit_module(module, [], data, planned, training, into, "baseline")
     (into / "tensorboard").mkdir(exist_ok=True)
-    untrained = "baseline: some of its weights are random and were not trained, so its quality means nothing"
+    untrained = "baseline: some weights are random and were not trained, so the quality is meaningless"
     description = Description(
         kind=planned.task.kind,
         model=planned.backbone.name,
@@ -68,7 +70,8 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
 
 @free_memory_after
 def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
-    """Write what ``step`` makes of the artifact in ``source``, its promises checked."""
+    """Apply ``step`` to the artifact in ``source``, check its promises and write the new artifact."""
+    # 1) Load the artifact before the stage, and its data
     announce_training(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     model, tokenizer, description = load_artifact(source)
@@ -79,6 +82,8 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     text = step.calibration and step.calibration.rows
     data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
     scores = TaskMetrics(planned.task)
+
+    # 2) Build the stage, and train
     stage = step.build(
         model=model,
         metrics=scores,
@@ -94,13 +99,17 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
         callbacks.append(HoldZeros())
     training, seconds, losses = fit_module(module, callbacks, data, planned, step.training, into, step.key)
     model = unwrap_model(module)
+
+    # 3) Check the model, and compute logits to compare the saved artifact with
     check_model(step.key, stage, before, model)
 
-    if (cut := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made one of its own
-        tokenizer = cut
+    if (changed := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made its own tokenizer
+        tokenizer = changed
         data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings)
     probe = data.texts(4, "validation")
     expected = compute_logits(stage.exported or model, probe)
+
+    # 4) Write the artifact, and check what was written
     settings = {**step.settings, "train": to_plain(training)}
     done = Done(step.name, settings, seconds, step.training.epochs > 0, stage.shrinks, losses)
     description = replace(
@@ -113,12 +122,12 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     write_artifact(into, model, tokenizer, description, stage, packed if stage.leaves is None else None)
     write_stage_report(stage, into / "report")
     check_folder(step.key, stage, source, into, expected, compute_logits(load_artifact(into).model, probe))
-    if asked := stage.average_bits:
-        check_bits(step.key, asked, model, into)
+    if bits := stage.average_bits:
+        check_bits(step.key, bits, model, into)
 
 
 def write_stage_report(stage: Technique, folder: Path) -> None:
-    """Write what the stage found into ``folder``, which is not there where it found nothing."""
+    """Write the stage's own report into ``folder``; without a report there is no folder."""
     folder.mkdir()
     stage.report(folder)
     if not any(folder.iterdir()):
@@ -126,6 +135,6 @@ def write_stage_report(stage: Technique, folder: Path) -> None:
 
 
 def announce_training(planned: Plan, training: Training, **stage: str) -> None:
-    """Have the others take part in a stage's training."""
+    """Call the other processes of the team to a stage's training."""
     if planned.team and planned.team.rank == 0 and training.epochs:
         planned.team.share(stage)

@@ -1,5 +1,7 @@
-"""Processes that train together, a device each. The first of them does everything else alone, and tells the others
-when a training begins."""
+"""Run processes that train together, a device each.
+
+The first process does everything else alone, and calls the others when a training begins.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,20 @@ from compress.errors import UserError
 from compress.planning.settings import Hardware
 
 PATIENCE = timedelta(days=7)
-"""With the first process, which may be at work alone for long."""
+"""Time to wait for the first process, which may work alone for long."""
 FAILED = "failed"
-"""What another process says when it ends with an error."""
+"""Key under which another process reports its error."""
 
 
 class Team:
-    """What a process knows of the others: which of them it is, and the store through which they speak.
+    """The processes that train together, as one of them sees them, and the store through which they communicate.
 
     Args:
-        rank: of this process.
-        size: how many they are.
-        address: of the first one.
-        port: there.
-        alive: whether the others still run, as far as this process can see.
+        rank: rank of this process.
+        size: number of processes.
+        address: host of the first process.
+        port: port of the store on that host.
+        alive: returns False if this process can see that another process has ended.
     """
 
     def __init__(self, rank: int, size: int, address: str, port: int, alive: Callable[[], bool] = lambda: True) -> None:
@@ -47,7 +49,7 @@ class Team:
         self.store.set_timeout(PATIENCE)
 
     def share(self, value: Any) -> Any:
-        """The first process's value, for all."""
+        """Return the first process's value in every process."""
         self.said += 1
         key = str(self.said)
         if self.rank == 0:
@@ -55,21 +57,21 @@ class Team:
             return value
         try:
             return json.loads(self.store.get(key))
-        except RuntimeError:  # it has ended
+        except RuntimeError:  # the first process has ended
             return None
 
     def end(self) -> None:
-        """Tell the others that nothing more comes, and wait until they know."""
+        """Announce the end to the other processes, and wait for their answers."""
         if self.rank:
             self.store.set(f"{self.rank} knows", "")
             return
         self.share(None)
-        with suppress(RuntimeError):  # they are lost
+        with suppress(RuntimeError):  # they have ended
             self.store.wait([f"{rank} knows" for rank in range(1, self.size)], timedelta(seconds=30))
 
     @contextmanager
     def take_part(self) -> Iterator[Team]:
-        """Take part until all is over; the first process is told of an error."""
+        """Yield the team until the work ends; report an error to the first process."""
         try:
             yield self
         except Exception as error:
@@ -81,10 +83,10 @@ class Team:
 
     @contextmanager
     def training(self, hardware: Hardware) -> Iterator[None]:
-        """Together they are a process group, which metrics would take part in elsewhere as well.
+        """Form a process group for one training. Metrics would use it elsewhere too, so it ends with the training.
 
         Raises:
-            UserError: one of the others has failed, or is gone.
+            UserError: another process has failed or ended.
         """
         self.said += 1
         name = f"training {self.said}"
@@ -97,7 +99,7 @@ class Team:
         torch.distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
         try:
             yield
-        except RuntimeError:  # a connection was lost, for one
+        except RuntimeError:  # e.g. a lost connection
             if self.rank == 0:
                 self._check_failures()
             raise
@@ -105,41 +107,43 @@ class Team:
             torch.distributed.destroy_process_group()
 
     def _wait_for_keys(self, keys: list[str]) -> None:
-        """Until all are said, or somebody who had to say one fails."""
+        """Wait until every key is set; raise if another process fails first."""
         while True:
             self._check_failures()
-            with suppress(RuntimeError):  # not within a second
+            with suppress(RuntimeError):  # not set within a second
                 return self.store.wait(keys, timedelta(seconds=1))
 
     def _check_failures(self) -> None:
         if self.store.check([FAILED]):
             raise UserError(f"A process that trains with this one has failed: {self.store.get(FAILED).decode()}")
         if not self.alive():
-            raise UserError("A process that trains with this one has ended, for want of memory perhaps.")
+            raise UserError("A process that trains with this one has ended (out of memory?).")
 
 
 @contextmanager
 def gather_team(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Team | None]:
-    """The processes that ``hardware`` asks for, none where that is one: those that a cluster started, or new ones on
-    this machine, which run ``follow(cfg, team)``."""
+    """Yield the processes that ``hardware`` asks for, None for a single process.
+
+    On SLURM the cluster has started them; elsewhere they start on this machine and run ``follow(cfg, team)``.
+    """
     size = hardware.processes
     if size == 1:
         yield None
         return
     if SLURMEnvironment.detect():
-        there = SLURMEnvironment(auto_requeue=False)
-        if there.world_size() != size:
+        slurm = SLURMEnvironment(auto_requeue=False)
+        if slurm.world_size() != size:
             raise UserError(
-                f"hardware.devices={hardware.devices} and hardware.nodes={hardware.nodes} make {size} processes and "
-                f"SLURM started {there.world_size()}: start as many (hardware=slurm does)."
+                f"hardware.devices is {hardware.devices} and hardware.nodes is {hardware.nodes}, but SLURM started "
+                f"{slurm.world_size()} processes; expected {size}. Set hardware=slurm, which starts as many."
             )
-        with Team(there.global_rank(), size, there.main_address, there.main_port).take_part() as team:
+        with Team(slurm.global_rank(), size, slurm.main_address, slurm.main_port).take_part() as team:
             yield team
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Spawned, as a forked process cannot use the GPU.
+    # Spawned, because a forked process cannot use the GPU.
     others = torch.multiprocessing.start_processes(
         run_member, (cfg, follow, size, port), nprocs=size - 1, join=False, start_method="spawn"
     )
@@ -158,12 +162,12 @@ def gather_team(cfg: DictConfig, hardware: Hardware, follow: Any) -> Iterator[Te
 
 
 def run_member(index: int, cfg: DictConfig, follow: Any, size: int, port: int) -> None:
-    """One of the processes on this machine, but the first."""
+    """Run one of the other processes on this machine."""
     set_rank_variables(index + 1, size)
     with Team(index + 1, size, "127.0.0.1", port).take_part() as team:
         follow(cfg, team)
 
 
 def set_rank_variables(rank: int, size: int) -> None:
-    """Lightning takes it for one that is started already."""
+    """Set the variables by which Lightning recognises a process that is already started."""
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))

@@ -34,19 +34,23 @@ log = logging.getLogger(__name__)
 
 
 def list_limits(planned: Plan, step: Step, stage: Technique, before: Description) -> tuple[str, ...]:
-    """What the artifact cannot do for size or speed: in another runtime, nothing that earlier stages say of a format
-    of theirs."""
-    formats = {one.name for one in planned.steps if one.technique.leaves not in ("float", None)}
+    """Return what the artifact cannot do for size or speed.
+
+    On a new runtime, the limits of earlier stages' weight formats no longer apply.
+    """
+    formats = {other.name for other in planned.steps if other.technique.leaves not in ("float", None)}
     moved = stage.runtime != before.runtime
-    kept = [one for one in before.limits if not (moved and one.partition(":")[0] in formats)]
+    kept = [limit for limit in before.limits if not (moved and limit.partition(":")[0] in formats)]
     own = stage.limits
     return (*kept, *([f"{step.name}: {own}"] if own else []))
 
 
 class KeepBest(ModelCheckpoint):
-    """Of several epochs, end the training with the weights of the one that was best on the validation split; an epoch
-    in which a callback still prunes is none to end with. Of the two best, so that the better of those that a checkpoint
-    knows is there when the training goes on from it."""
+    """Ends a training of several epochs with the weights of the best epoch on the validation split.
+
+    Epochs in which a callback still prunes do not count. Two epochs are kept, so that a resumed run still finds the
+    best epoch that its checkpoint refers to.
+    """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if has_finished_pruning(trainer):
@@ -65,12 +69,12 @@ class KeepBest(ModelCheckpoint):
 
 
 def has_finished_pruning(trainer: pl.Trainer) -> bool:
-    """Whether no callback has anything left to prune."""
+    """Return whether no callback has anything left to prune."""
     return all(getattr(callback, "settled", True) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 class Finite(pl.Callback):
-    """Ends a training whose loss is no number any more."""
+    """Ends a training whose loss is not finite."""
 
     resumes = True
 
@@ -81,17 +85,17 @@ class Finite(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        seldom = batch_idx % 10 == 0 or batch_idx + 1 == trainer.num_training_batches  # a GPU has to be waited for
+        seldom = batch_idx % 10 == 0 or batch_idx + 1 == trainer.num_training_batches  # the check waits for a GPU
         if seldom and not torch.isfinite(outputs["loss"]):
             raise UserError(
-                f"The loss is {outputs['loss'].item()} after {trainer.global_step} steps of training: set "
-                f"{self.key}.learning_rate below {self.training.learning_rate:g}, or train in hardware.precision="
-                "32-true or bf16-mixed."
+                f"The loss is {outputs['loss'].item()} after {trainer.global_step} steps of training. Set "
+                f"{self.key}.learning_rate below {self.training.learning_rate:g}, or hardware.precision=32-true or "
+                "bf16-mixed."
             )
 
 
 class StageBar(TQDMProgressBar):
-    """Lightning's progress bar under the stage's name."""
+    """Lightning's progress bar with the stage's name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(leave=False)
@@ -106,7 +110,7 @@ class StageBar(TQDMProgressBar):
 def make_task_data(
     splits: Splits, model: Any, tokenizer: Any, batch_size: int, settings: Settings, text: Dataset | None = None
 ) -> TaskData:
-    """The splits, and other ``text`` to calibrate on, tokenised for ``model``."""
+    """Return the splits, and other ``text`` to calibrate on, tokenised for ``model``."""
     length = limit_length(model, tokenizer, splits.task.max_length)
     return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens", text)
 
@@ -120,26 +124,33 @@ def fit_module(
     into: Path,
     name: str,
 ) -> tuple[Training, float, dict[str, float]]:
-    """One Trainer run: the training as it was carried out, in batches that fit into memory, the seconds that it took,
-    tokenising left out, and the mean losses of its last epoch."""
+    """Run one training. Return its settings with batches that fit into memory, its seconds, and its last losses.
+
+    The seconds are without tokenisation. The losses are the means of the last epoch for each split.
+    """
+    # 1) Tokenise, and choose the batch size
     best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
     data.tokenised("train")
     data.tokenised("validation")
     training = fit_batch_size(training, module, callbacks, data, hardware, into)
+
+    # 2) Find the checkpoint to resume from
     checkpoints = Checkpoints(into / "resume")
     stages: list[Any] = [module, *callbacks]
-    resumes = training.epochs > 0 and all(one.resumes for one in stages)
+    resumes = training.epochs > 0 and all(each.resumes for each in stages)
     team = planned.team if training.epochs else None
     last = checkpoints.last() if resumes else None
     if team and (shared := team.share(str(last) if last else "")):
         last = Path(shared)
     if last:
-        log.info(f"  {name}: goes on after step {checkpoints.step(last):,} of its training")
+        log.info(f"  {name}: resumes after step {checkpoints.step(last):,} of its training")
     else:
         if training.epochs and not resumes and logs.exists():
-            log.info(f"  {name}: was stopped, cannot go on within its training and starts again")
+            log.info(f"  {name}: its training was stopped, cannot be resumed and starts again")
         for old in (best, logs):
             remove_path(old)
+
+    # 3) Train
     if training.epochs:
         callbacks = [*callbacks, Finite("baseline" if name == "baseline" else f"technique.{name}.train", training)]
     if training.epochs > 1:
@@ -160,21 +171,20 @@ def fit_module(
         enable_progress_bar=bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=min(10, len(data.train_dataloader())),  # of a small task as well
+        log_every_n_steps=min(10, len(data.train_dataloader())),  # small tasks too
     )
     begin = time.perf_counter()
     with team.training(hardware) if team else nullcontext():
         trainer.fit(module, datamodule=data, ckpt_path=last)
     if not trainer.state.finished or trainer.current_epoch < training.epochs:
-        raise KeyboardInterrupt  # which Lightning has taken for an end
+        raise KeyboardInterrupt  # Lightning has ended normally
     means = {"train": "train/epoch_loss", "validation": "validation/loss"}
     losses = {split: trainer.callback_metrics[name].item() for split, name in means.items()} if training.epochs else {}
     return training, checkpoints.seconds + time.perf_counter() - begin, losses
 
 
 class HoldZeros(pl.Callback):
-    """Keep the weights that are zero when the fit starts at zero through all of it: a later stage must not fill in
-    what an earlier one pruned."""
+    """Keeps weights at zero that are zero when the training starts: no stage may fill in pruned weights."""
 
     resumes = True
 

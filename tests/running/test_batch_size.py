@@ -1,4 +1,4 @@
-"""hardware.batch_size=auto, on a machine whose memory ends at so many texts."""
+"""hardware.batch_size=auto, on a machine with memory for only so many texts."""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ ROOM = 5
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """No more than ``ROOM`` texts are trained on at once."""
+    """Run out of memory with more than ``ROOM`` texts in a batch."""
     for stage in (FineTune, Distill):
         train = stage.training_step
 
@@ -52,7 +52,7 @@ def data(tmp_path_factory):
     return model, make_task_data(splits, model, tokenizer, 16, planned.settings), planned.settings.hardware
 
 
-def test_the_largest_batch_that_fits_divides_what_is_asked_and_leaves_the_model_as_it_was(data, narrow):
+def test_the_largest_batch_that_fits_divides_the_requested_batch_and_leaves_the_model_unchanged(data, narrow):
     model, texts, hardware = data
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_on_a_cpu_free_memory_is_the_bound_before_anything_is_tried(data, monkey
     assert find_largest_batch(64, FineTune(model), [], texts, hardware) == 8
 
 
-def test_where_not_one_text_fits_it_is_told(data, monkeypatch):
+def test_a_text_that_does_not_fit_is_reported(data, monkeypatch):
     monkeypatch.setattr("test_batch_size.ROOM", 0)
     model, texts, hardware = data
 
@@ -86,20 +86,20 @@ def test_where_not_one_text_fits_it_is_told(data, monkeypatch):
         raise RuntimeError("CUDA out of memory.")
 
     monkeypatch.setattr(FineTune, "training_step", step)
-    with pytest.raises(UserError, match="Not even one of the longest texts fits"):
+    with pytest.raises(UserError, match="Not even one of the longest texts fits.* Set task.max_length"):
         find_largest_batch(2, FineTune(model), [], texts, hardware)
 
 
-def test_a_chain_trains_with_what_fits_and_its_history_says_so(narrow, tmp_path):
+def test_a_chain_trains_with_batches_that_fit_and_its_history_records_them(narrow, tmp_path):
     cfg = config("technique=prune+distill", "hardware.batch_size=auto", "baseline.batch_size=8",
                  "baseline.accumulate=2", f"cache.dir={tmp_path}/cache")  # fmt: skip
     run_experiment(cfg, tmp_path)
     history = json.loads((tmp_path / "artifact" / "compress.json").read_text())["history"]
-    found = [one["settings"].get("train", one["settings"]) for one in history]
-    assert [(one["batch_size"], one["accumulate"]) for one in found] == [(4, 4), (8, 1), (4, 2)]
+    trainings = [stage["settings"].get("train", stage["settings"]) for stage in history]
+    assert [(training["batch_size"], training["accumulate"]) for training in trainings] == [(4, 4), (8, 1), (4, 2)]
 
 
-def test_training_that_goes_on_keeps_its_batch(data, tmp_path):
+def test_a_resumed_training_keeps_its_batch(data, tmp_path):
     _, texts, hardware = data
     (tmp_path / "resume").mkdir()
     (tmp_path / "resume" / batch_size.KEPT).write_text("2")

@@ -1,4 +1,4 @@
-"""`evaluate.py` measures what a run measured, again, and what others made."""
+"""`evaluate.py` measures the artifact of a run again, and models made elsewhere."""
 
 from dataclasses import replace
 from functools import partial
@@ -36,7 +36,7 @@ def measure_again(cache, tmp_path):  # noqa: F811
     return measure_again
 
 
-def test_an_artifact_is_worth_the_same_again(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_an_artifact_measured_again_has_the_same_figures(carry_out, measure_again, tmp_path):  # noqa: F811
     outcome = carry_out("technique=prune+gptq")
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}")
     first = outcome.measurements["prune+gptq"]
@@ -45,7 +45,7 @@ def test_an_artifact_is_worth_the_same_again(carry_out, measure_again, tmp_path)
     assert row["speedup"] is None
 
 
-def test_an_artifact_is_measured_on_the_runtime_that_is_asked_for(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_an_artifact_is_measured_on_the_configured_runtime(carry_out, measure_again, tmp_path):  # noqa: F811
     first = carry_out("technique=none").measurements["none"]
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}", "hardware.runtime=openvino")
     assert row["runtime"] == "openvino" and row["value"] == first.quality["accuracy"]
@@ -60,7 +60,7 @@ def loaded(runtime="torch", weights="float"):
 
 @pytest.mark.parametrize("runtime", ["torch_compile", "onnxruntime", "openvino"])
 def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # for no C++ compiler to run
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
     batch = select_inputs(tiny.batch())
     ours = loaded()
     expected = ours.model(**batch).logits
@@ -98,11 +98,11 @@ def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_
     folder = tmp_path / "artifact"
     for name in ("compress.json", "config.yaml"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"says nothing of its task: name one as well \(task=sst2\)"):
+    with pytest.raises(UserError, match=r"does not name its own\. Set task=sst2"):
         measure_again(f"artifact={folder}")
     (row,) = measure_again(f"artifact={folder}", "task=toy", "task.limit.test=100")
     assert row["method"] == "artifact" and row["examples"] == 100
-    with pytest.raises(UserError, match="tells 4 labels apart and task `augesc` has 8"):
+    with pytest.raises(UserError, match="has 4 labels; task `augesc` has 8"):
         check_labels(folder, load_artifact(folder, "multiclass"), task_named("augesc"))
 
 
@@ -119,7 +119,7 @@ def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure
 
 def test_labels_in_another_order_are_refused(carry_out, measure_again, tmp_path):  # noqa: F811
     carry_out("technique=none")
-    with pytest.raises(UserError, match=r"calls its labels awful, bad, good, great and task `toy` has great, good"):
+    with pytest.raises(UserError, match=r"has the labels awful, bad, good, great; task `toy` has great, good"):
         measure_again(f"artifact={tmp_path / 'artifact'}", "task=toy", "task.labels=[great,good,bad,awful]")
 
 
@@ -133,8 +133,8 @@ def task_named(name):
         return parse_values(Task, to_plain(compose("train", [f"task={name}"]).task), "task")
 
 
-def test_what_is_not_there_is_told(measure_again, tmp_path):
-    with pytest.raises(UserError, match="No artifact is named: type artifact=FOLDER"):
+def test_a_missing_artifact_is_reported(measure_again, tmp_path):
+    with pytest.raises(UserError, match="artifact is not set; expected .* Set artifact=FOLDER"):
         measure_again()
     with pytest.raises(UserError, match="There is no folder nowhere"):
         measure_again("artifact=nowhere")
@@ -149,14 +149,14 @@ def test_real_weights_are_measured_by_their_folder(measure_again, shared_models,
     assert row["parameters"] == 260_032
 
 
-def gathered(*overrides):
+def choose(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return choose_rows(compose("evaluate", list(overrides)))
 
 
 @pytest.fixture
 def sweeps(tmp_path):
-    """Two sweeps with one baseline: `first` prunes at two sparsities, `second` with other answers."""
+    """Two sweeps with the same baseline: `first` prunes at two sparsities, `second` predicts worse."""
     for name, job, outcome in (
         ("first/0_a", "technique.prune.sparsity=0.2", OUTCOME),
         ("first/1_b", "technique.prune.sparsity=0.5", OUTCOME),
@@ -169,15 +169,15 @@ def sweeps(tmp_path):
     return tmp_path / "first", tmp_path / "second"
 
 
-def test_several_sweeps_become_one_report_and_a_part_of_it_another(sweeps):
+def test_several_sweeps_or_a_part_of_one_become_a_report(sweeps):
     first, second = sweeps
-    rows = gathered(f"report=[{first},{second}]")
+    rows = choose(f"report=[{first},{second}]")
     assert [row["method"] for row in rows] == ["none", "prune", "prune", "prune"]
-    assert [row["overrides"][-3:] for row in gathered(f"report={first}", "where.method=prune")] == ["0.2", "0.5"]
-    with pytest.raises(UserError, match=r"No row is left of 4: where.model can be tiny\."):
-        gathered(f"report={first}", "where.model=[bert,llama]")
-    with pytest.raises(UserError, match="holds no results: name the folder of a run or a sweep"):
-        gathered(f"report={first.parent}")
+    assert [row["overrides"][-3:] for row in choose(f"report={first}", "where.method=prune")] == ["0.2", "0.5"]
+    with pytest.raises(UserError, match=r"where selects none of the 4 rows; where.model can be tiny\."):
+        choose(f"report={first}", "where.model=[bert,llama]")
+    with pytest.raises(UserError, match="holds no results; expected the folder of a run or a sweep"):
+        choose(f"report={first.parent}")
 
 
 def test_what_changed_between_two_sweeps_is_tested_on_the_same_examples(sweeps):

@@ -72,10 +72,10 @@ def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, mo
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == "prune+gptq" and loaded.description.weights == "packed"
     sparsity = measure_sparsity(linear.weight for _, linear in find_linears(loaded.model))
-    assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # integers that round to zero come on top
+    assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # more weights round to zero
 
 
-def test_calibration_on_other_text_changes_what_is_rounded(carry_out, tmp_path):
+def test_calibration_on_other_text_changes_the_rounded_weights(carry_out, tmp_path):
     (tmp_path / "other.txt").write_text("\n".join(f"a text of number {i}" for i in range(32)))
 
     def integers(*settings):
@@ -104,14 +104,15 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
 
 
 @pytest.mark.parametrize("stage", ["onnx", "openvino"])
-def test_integers_that_training_has_found_run_elsewhere(carry_out, tmp_path, stage):
+def test_integers_of_quantization_aware_training_run_on_other_runtimes(carry_out, tmp_path, stage):
     outcome = carry_out(f"technique=prune+qat+{stage}", "technique.qat.samples=16")
     none, exported = outcome.measurements.values()
     assert exported.size_bytes < 0.7 * none.size_bytes and exported.parameters == none.parameters
     assert exported.nonzeros < 0.95 * none.nonzeros
-    told = json.loads((tmp_path / f"report/3_{stage}/agreement.json").read_text())
-    # A sum in another order may round an input to the number beside, and turn a text that was undecided.
-    assert told["label_agreement"] >= 0.98 and told["max_logit_difference"] < 0.05 * told["largest_logit"]
+    agreement = json.loads((tmp_path / f"report/3_{stage}/agreement.json").read_text())
+    # A sum in another order may round an input to a neighbouring integer, and change a close decision.
+    assert agreement["label_agreement"] >= 0.98
+    assert agreement["max_logit_difference"] < 0.05 * agreement["largest_logit"]
 
 
 @pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy"), ("prune+nf4", "toy_lm"), ("int8", "toy")])
@@ -128,7 +129,7 @@ def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, tas
     assert packed.nonzeros == none.nonzeros - sum(int((weight == 0).sum()) for weight in weights)
 
 
-def test_the_metrics_are_scikit_learns_of_the_predictions_that_lie_with_the_artifact(carry_out, tmp_path):
+def test_the_metrics_are_scikit_learns_for_the_predictions_stored_with_the_artifact(carry_out, tmp_path):
     sklearn = pytest.importorskip("sklearn.metrics")
     outcome = carry_out("technique=prune", "technique.prune.sparsity=0.5", "task.metrics=[accuracy,f1_macro,matthews]")
     kept = Predictions.load(tmp_path / "artifact" / "predictions.npz")
@@ -141,7 +142,7 @@ def test_the_metrics_are_scikit_learns_of_the_predictions_that_lie_with_the_arti
         },
         abs=1e-5,
     )
-    # In the order of the split, whatever the order of the batches.
+    # The order is the split's, not that of the batches.
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["task=toy", *SMALL])
     test = parse_values(Task, to_plain(cfg.task), "task").load().test
@@ -170,7 +171,7 @@ def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeyp
     assert again.descriptions["prune+prune"].history[:2] == first.descriptions["prune"].history
 
 
-def test_without_a_cache_a_job_keeps_none_of_its_stages(carry_out, tmp_path):
+def test_without_a_cache_a_job_keeps_no_stages(carry_out, tmp_path):
     carry_out("technique=prune", "cache.mode=off")
     assert (tmp_path / "artifact" / "compress.json").is_file() and not (tmp_path / "cache").exists()
 
@@ -180,7 +181,7 @@ def test_the_seed_decides_every_weight(carry_out, tmp_path):
         cached = f"cache.dir={tmp_path / cache}"
         carry_out("technique=prune", "technique.prune.train.epochs=1", f"seed={seed}", cached)
         state = compress.load(tmp_path / "artifact").model.state_dict()
-        return {name: tensor.clone() for name, tensor in state.items()}  # the file under them is written again
+        return {name: tensor.clone() for name, tensor in state.items()}  # the file under the tensors is overwritten
 
     first, again, other = weights("one", 0), weights("two", 0), weights("one", 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -193,7 +194,7 @@ def test_of_several_epochs_the_best_on_validation_is_kept_with_its_zeros(carry_o
     assert measure_sparsity(linear.weight for _, linear in find_linears(model)) == pytest.approx(0.5, abs=1e-3)
 
 
-def test_a_baseline_that_nobody_trained_says_so(carry_out):
+def test_an_untrained_baseline_says_so(carry_out):
     outcome = carry_out("technique=none", "baseline.epochs=0")
     assert "random and were not trained" in outcome.descriptions["none"].limits[0]
 
@@ -245,14 +246,14 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
         "prune": ["technique.prune.sparsity=0.5"],
         "structured": ["technique.structured.target_ffn_size=128", "technique.structured.importance=activation"],
     }
-    carry_out(f"technique={chain}", *(one for name in chain.split("+") for one in settings.get(name, ())))
+    carry_out(f"technique={chain}", *(word for name in chain.split("+") for word in settings.get(name, ())))
     model = compress.load(tmp_path / "artifact").model
     if "prune" in chain:
         assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
 
 
 @pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
-def test_what_was_distilled_is_compressed_further(carry_out, tmp_path, chain):
+def test_a_student_is_compressed_further(carry_out, tmp_path, chain):
     none, student = carry_out(f"technique={chain}").measurements.values()
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == chain and loaded.description.weights == "bitsandbytes"
@@ -275,7 +276,7 @@ def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, t
 
 
 @pytest.mark.parametrize(("model", "task", "kept"), [("tiny", "toy", "all"), ("tiny_llama", "toy_lm", "2048")])
-def test_kept_logits_train_as_live_ones_do_and_are_kept_for_the_next_student(
+def test_kept_logits_train_like_live_ones_and_are_kept_for_the_next_student(
     carry_out, tmp_path, cache, monkeypatch, model, task, kept
 ):
     def weights(*overrides):
@@ -361,7 +362,7 @@ WITHOUT_US = "import sys; sys.modules['compress'] = None\n{lines}\nprint(logits.
 
 
 def without_us(folder):
-    """What the lines of the artifact's card answer where `compress` is not installed."""
+    """Return the logits of the code in the artifact's card, run without `compress`."""
     (lines,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)
     script = WITHOUT_US.format(lines=lines)
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
@@ -391,8 +392,8 @@ def test_an_export_loads_without_us_and_without_a_model_in_pytorch(
     assert loaded.description.weights == stage
     expected = loaded.model(**loaded.tokenizer("A text.", return_tensors="pt")).logits
     assert torch.allclose(without_us(tmp_path / "artifact"), expected, atol=1e-6)
-    told = json.loads(next((tmp_path / "report").glob(f"*_{stage}/agreement.json")).read_text())
-    assert told["label_agreement"] > 0.9
+    agreement = json.loads(next((tmp_path / "report").glob(f"*_{stage}/agreement.json")).read_text())
+    assert agreement["label_agreement"] > 0.9
 
 
 CHAINS = {
@@ -410,7 +411,7 @@ CHAINS = {
 @pytest.mark.parametrize("stage", ["onnx", "openvino"])
 @pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_whatever_a_classifier_has_become_an_export_answers_as_it_does(carry_out, tmp_path, chain, model, stage):
+def test_an_export_answers_like_the_classifier_of_any_chain(carry_out, tmp_path, chain, model, stage):
     words = [f"technique.{chain}.{setting}" for setting in CHAINS[chain]]
     if (chain, model) == ("awq", "tiny"):
         with pytest.raises(UserError, match="awq"):
@@ -419,7 +420,7 @@ def test_whatever_a_classifier_has_become_an_export_answers_as_it_does(carry_out
     method = stage if chain == "none" else f"{chain}+{stage}"
     outcome = carry_out(f"technique={method}", *words, model=model)
     (agreement,) = outcome.agreements.values()
-    rounded = chain in ("qat", "gptq", "awq")  # inputs too: by qat to the number beside, by ONNX Runtime's kernels
+    rounded = chain in ("qat", "gptq", "awq")  # inputs are rounded too: by qat, and by ONNX Runtime's kernels
     assert agreement.label_agreement >= (0.98 if rounded else 1)
     assert agreement.max_logit_difference < (0.05 if rounded else 1e-3) * agreement.largest_logit
     row = collect_rows(tmp_path, Job(method, model, "toy", 0), outcome)[-1]
@@ -443,11 +444,11 @@ class Drifts(Onnx):
         shutil.copy(Path(self.folder.name) / "traced/model.onnx", folder / "model.onnx")
 
 
-def test_an_export_in_lower_precision_must_reload_to_what_was_exported(carry_out):
+def test_an_export_in_lower_precision_must_reload_to_the_exported_model(carry_out):
     target = f"technique.onnx._target_={__name__}.Drifts"
     with pytest.raises(PostconditionError, match="the artifact of `onnx` reloads to other logits"):
         carry_out("technique=onnx", target, "technique.onnx.precision=int8_dynamic")
-    carry_out("technique=onnx", target)  # in full precision it is the model that it must be near to
+    carry_out("technique=onnx", target)  # in full precision it must agree with the model
 
 
 def test_without_a_stage_the_baseline_is_measured_alone(carry_out):
@@ -463,7 +464,7 @@ def test_labels_found_in_the_users_own_files(carry_out, tmp_path):
     assert outcome.measurements["prune"].examples == 12
 
 
-def test_prune_takes_what_sensitivity_found_and_the_report_lies_with_the_job(carry_out, tmp_path):
+def test_prune_uses_the_ratios_of_sensitivity_and_the_report_is_stored_with_the_job(carry_out, tmp_path):
     carry_out(
         "technique=sensitivity+prune",
         "technique.sensitivity.samples=64",
@@ -476,14 +477,14 @@ def test_prune_takes_what_sensitivity_found_and_the_report_lies_with_the_job(car
     assert {point.sparsity for point in points} == {0.5, 0.9}
     assert all(point.value + point.drop == pytest.approx(points[0].value + points[0].drop) for point in points)
     assert not (tmp_path / "artifact" / "report").exists()
-    found = {
+    sparsities = {
         name: measure_sparsity([linear.weight])
         for name, linear in find_linears(compress.load(tmp_path / "artifact").model)
     }
-    assert found == pytest.approx(allocate_sparsity(points, 0.6), abs=1e-3) and len(set(found.values())) > 1
+    assert sparsities == pytest.approx(allocate_sparsity(points, 0.6), abs=1e-3) and len(set(sparsities.values())) > 1
 
 
-def test_more_validation_texts_than_there_are_is_told_before_anything_is_trained(carry_out, monkeypatch):
+def test_too_many_validation_texts_are_reported_before_anything_is_trained(carry_out, monkeypatch):
     monkeypatch.setattr(experiment, "write_baseline", lambda *args: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"samples is 65 and task `toy` has 64 validation texts: set .*samples=64"):
         carry_out("technique=sensitivity", "technique.sensitivity.samples=65")

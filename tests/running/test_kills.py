@@ -1,4 +1,4 @@
-"""A sweep that is killed at any moment and started again ends as if nothing had happened."""
+"""A sweep that is killed at any moment and started again ends like an uninterrupted one."""
 
 import atexit
 import csv
@@ -26,20 +26,20 @@ SWEEP = [
     "baseline.epochs=3",
     "hardware.threads=1",
 ]
-FORK = multiprocessing.get_context("forkserver")  # imports what is heavy once, and no thread has run there yet
+FORK = multiprocessing.get_context("forkserver")  # imports the heavy libraries once, before any thread runs
 FORK.set_forkserver_preload(["compress.running.job", "test_command_line", "test_experiment"])
 
 
 def sweep(words, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: in the background it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; in the background it is ignored
     os.chdir(ROOT)
     sys.argv = ["train.py", "-m", *words]
     try:
         runpy.run_path("train.py", run_name="__main__")
     finally:
-        threading._shutdown()  # neither of which a forked process does by itself
+        threading._shutdown()  # a forked process does neither by itself
         atexit._run_exitfuncs()
 
 
@@ -50,8 +50,8 @@ def start(folder):
     return process
 
 
-def found(folder):
-    """Of every row what does not depend on the clock, and the weights of every job."""
+def read_results(folder):
+    """Return the figures of every row that do not depend on the clock, and the weights of every job."""
     with (folder / "sweep" / "results.csv").open() as file:
         rows = [{key: row[key] for key in ("method", "status", "accuracy", "f1_macro", "size_mb", "nonzeros")}
                 for row in csv.DictReader(file)]  # fmt: skip
@@ -67,10 +67,10 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_t
     process.join()
     seconds = time.perf_counter() - begin
     assert process.exitcode == 0, (whole / "log").read_text()
-    expected, moments = found(whole), random.Random(0)
+    expected, moments = read_results(whole), random.Random(0)
     assert [row["method"] for row in expected[0]] == ["none", "prune", "prune+gptq"] and len(expected[1]) == 3
 
-    while kills < KILLS:  # a sweep that has come to its end is followed by another one
+    while kills < KILLS:  # another sweep follows a sweep that has ended
         killed, rounds = tmp_path / f"killed {rounds}", rounds + 1
         killed.mkdir()
         ended = False
@@ -82,7 +82,7 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_t
             ended = process.exitcode != -signal.SIGKILL
             kills += not ended
         assert process.exitcode == 0, (killed / "log").read_text()
-        assert found(killed) == expected
+        assert read_results(killed) == expected
         assert not list(killed.rglob("*.partial"))
         for entry in list_entries(killed / "cache"):
             with lock_if_unused(entry.path) as free:

@@ -1,4 +1,4 @@
-"""Training that was stopped, at an epoch's end or within one, ends as if it had not been."""
+"""A training that was stopped, at the end of an epoch or within it, ends like an uninterrupted one."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("kind", [*CALLBACKS, "distill"])
 @pytest.mark.parametrize("minutes", [10, 0], ids=["at an epoch's end", "within an epoch"])
-def test_it_ends_bit_equal_to_what_was_not_stopped(fit, monkeypatch, kind, minutes):
+def test_it_ends_bit_equal_to_an_uninterrupted_training(fit, monkeypatch, kind, minutes):
     whole = fit(kind, "whole")
     save = resume.Checkpoints.save
 
@@ -83,7 +83,7 @@ def test_it_ends_bit_equal_to_what_was_not_stopped(fit, monkeypatch, kind, minut
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_process_that_is_asked_to_stop_saves_first_and_then_does_as_it_would_have(fit, monkeypatch, tmp_path, number):
+def test_a_process_that_is_asked_to_stop_saves_first_and_then_obeys_its_own_handler(fit, monkeypatch, tmp_path, number):
     whole, heard = fit("nothing", "whole"), []
 
     def ask(self, trainer, *_):
@@ -119,7 +119,7 @@ def test_a_process_that_is_asked_to_stop_when_training_has_ended_does_so(fit, mo
     assert signal.signal(signal.SIGTERM, before) == stop
 
 
-def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypatch, tmp_path, caplog):
+def test_a_truncated_checkpoint_is_reported_and_training_starts_again(fit, monkeypatch, tmp_path, caplog):
     whole = fit("nothing", "whole")
     with monkeypatch.context() as patch:
         patch.setattr(KeepBest, "on_train_end", lambda *_: (_ for _ in ()).throw(Killed))
@@ -128,27 +128,27 @@ def test_a_truncated_checkpoint_is_told_and_training_starts_again(fit, monkeypat
     (last,) = (tmp_path / "stopped" / "resume").glob("*.ckpt")
     last.write_bytes(last.read_bytes()[:1000])
     again = fit("nothing")
-    assert "checkpoint of the stopped training is damaged: it starts again" in caplog.text
+    assert "checkpoint of the stopped training is damaged; the training starts again" in caplog.text
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 class Counts(Technique, pl.Callback):
-    """Knows nothing of being stopped."""
+    """Keeps no state to resume from."""
 
     def __init__(self):
         self.count = 0
 
 
-def test_a_stage_that_cannot_go_on_starts_again_and_says_so(fit, monkeypatch, tmp_path, caplog):
+def test_a_stage_that_cannot_resume_starts_again_and_says_so(fit, monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO", "compress")
     monkeypatch.setitem(CALLBACKS, "nothing", lambda: [Counts()])
-    (tmp_path / "stopped" / "tensorboard").mkdir(parents=True)  # of the stopped one
+    (tmp_path / "stopped" / "tensorboard").mkdir(parents=True)  # left by the stopped training
     fit("nothing")
-    assert "cannot go on within its training and starts again" in caplog.text
+    assert "its training was stopped, cannot be resumed and starts again" in caplog.text
     assert not (tmp_path / "stopped" / "resume").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_training(fit):
+def test_a_loss_that_is_not_finite_ends_the_training(fit):
     with pytest.raises(
         UserError, match=r"loss is nan after \d+ steps.*technique.stage.train.learning_rate below 1e\+30"
     ):

@@ -1,4 +1,4 @@
-"""Processes of one machine that train together."""
+"""Processes that train together on one machine."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def train(folder):
     )
 
 
-def test_two_processes_that_were_stopped_end_as_two_that_were_not(tmp_path):
+def test_two_processes_that_were_stopped_end_like_two_uninterrupted_ones(tmp_path):
     weights = []
     for stopped in (False, True):
         folder = tmp_path / str(stopped)
@@ -46,7 +46,7 @@ def test_two_processes_that_were_stopped_end_as_two_that_were_not(tmp_path):
             process = train(folder)
         output, _ = process.communicate()
         assert process.returncode == 0, output
-        assert ("goes on after step" in output) == stopped
+        assert ("resumes after step" in output) == stopped
         weights.append(compute_checksum(folder / "run" / "artifact" / "model.safetensors"))
     assert weights[0] == weights[1]
 
@@ -79,7 +79,7 @@ def stopped_in_validation(rank, port, folder):
         trainer.fit(BoringModel())
 
 
-def test_the_first_stops_in_validation_without_waiting_for_the_others(port, tmp_path):
+def test_the_first_process_stops_in_validation_without_waiting_for_the_others(port, tmp_path):
     both = torch.multiprocessing.start_processes(
         stopped_in_validation, (port, tmp_path), nprocs=2, join=False, start_method="spawn"
     )
@@ -89,7 +89,7 @@ def test_the_first_stops_in_validation_without_waiting_for_the_others(port, tmp_
     assert both.processes[0].exitcode == -signal.SIGTERM
 
 
-def test_the_first_is_told_what_failed_in_another(port):
+def test_the_first_process_reports_the_failure_of_another(port):
     def other():
         with Team(1, 2, "127.0.0.1", port).take_part():
             raise UserError("The disk is full.")
@@ -109,7 +109,7 @@ def test_the_first_is_told_what_failed_in_another(port):
     thread.join()
 
 
-def test_the_first_does_not_wait_for_one_that_is_gone(port):
+def test_the_first_process_does_not_wait_for_a_process_that_has_ended(port):
     thread = threading.Thread(target=lambda: Team(1, 2, "127.0.0.1", port))
     thread.start()
     team = Team(0, 2, "127.0.0.1", port, alive=lambda: False)
