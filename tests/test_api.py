@@ -1,4 +1,4 @@
-"""The notebook API: the same figures, checks and errors as the command line's."""
+"""The notebook API: the same figures, checks and errors as on the command line."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A wheel in a new environment, away from the checkout: the commands that it brings, with the configs inside it."""
+"""A wheel in a new environment, away from the checkout: its commands, and the configs inside it."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An environment with the wheel alone; what it depends on is read from this one, whose checkout it does not see."""
+    """Install the wheel in an environment that reads its dependencies from this one, but not the checkout."""
     folder = tmp_path_factory.mktemp("installed")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)

@@ -1,6 +1,6 @@
-"""A run's own folder, and what is left of a sweep that did not end.
+"""Hydra's callbacks: lock a run's folder, and report a sweep, even if it did not end.
 
-Importing this module is cheap: Hydra does so before every job.
+Importing this module is cheap, because Hydra imports it before every job.
 """
 
 from __future__ import annotations
@@ -34,37 +34,38 @@ log = logging.getLogger(__name__)
 
 
 class SweepReport(Callback):
-    """Hydra's callback at the end of a sweep: one table of all its rows, and curves over the numbers that it varied;
-    exit status 1 if a job failed."""
+    """Reports a finished sweep: one table of all its rows, and curves over the numbers that it varied.
+
+    The exit status is 1 if a job failed.
+    """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        silence_logs()  # the jobs, which hush more, may have run elsewhere
+        silence_logs()  # jobs silence more libraries, but may have run elsewhere
         try:
             folder = Path(config.hydra.sweep.dir)
-            begun = (folder / "multirun.yaml").stat().st_mtime  # an earlier sweep into the folder is none of this one's
+            begun = (folder / "multirun.yaml").stat().st_mtime  # older jobs are another sweep's
             rows = publish_report(folder, drop_repeated_baselines(gather_rows(folder, begun)))
             if write_curves(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
             write_overlay(folder, rows, label_rows(rows))
             print(f"  TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
-        except Exception as error:  # which Hydra would turn into a warning, and the sweep into a success
+        except Exception as error:  # Hydra would log a warning, and the sweep would succeed
             reason = explain_error(error)
             (log.error if reason else log.exception)(f"The sweep's report could not be written. {reason or ''}")
             sys.exit(1)
-        if any(one["status"] == "failed" for one in rows):
+        if any(row["status"] == "failed" for row in rows):
             sys.exit(1)
 
 
-log = logging.getLogger(__name__)
-
 HELD: list[Any] = []
-"""Locks and live lines of this process. Hydra sends its callbacks to other processes, where these cannot go."""
+"""Locks and live lines of this process. Hydra pickles its callbacks, which therefore cannot hold them."""
 
 
 class Folder(Callback):
-    """Hydra's callback around a run or a sweep: nobody else writes into its folder meanwhile, and a sweep that ends
-    early (Ctrl-C, a job that was killed) leaves a table of what it finished all the same. In a terminal a sweep shows a
-    line for every job, and what the jobs say goes to the files in their folders alone."""
+    """Locks the folder of a run or a sweep, and reports a sweep that ends early (Ctrl-C, a killed job).
+
+    In a terminal, a sweep shows a line for every job; the jobs' output goes only to files in their folders.
+    """
 
     def __init__(self) -> None:
         self.ended = False
@@ -100,47 +101,49 @@ class Folder(Callback):
         close_live_lines()
 
     def _lock_folder(self, folder: Path, key: str) -> None:
-        """Hydra would turn an exception of ours into a warning, and ``SystemExit`` is none."""
+        """Lock ``folder`` or exit. Hydra would turn an exception into a warning, but not ``SystemExit``."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / ".lock", timeout=0)
             lock.acquire()
             HELD.append(lock)
         except Timeout:
-            sys.exit(f"Another run is writing into {folder}: wait for its end, or set {key} to another folder.")
+            sys.exit(f"{key} is {folder}, which another run uses. Wait for its end, or set {key} to another folder.")
         except OSError as error:
-            sys.exit(f"{folder} cannot be written ({error.strerror}): set {key} to a folder that can.")
+            sys.exit(f"{key} is {folder}, which cannot be written ({error.strerror}). Set {key} to another folder.")
 
     def _report_unfinished(self, folder: Path) -> None:
         close_live_lines()
-        if not self.ended and any(folder.rglob(".hydra")):  # a job was begun
+        if not self.ended and any(folder.rglob(".hydra")):  # a job has begun
             rows = drop_repeated_baselines(gather_rows(folder))
             if rows:
                 report.publish_report(folder, rows)
-            print(f"The sweep did not end: the same command with hydra.sweep.dir={folder} goes on with it.")
+            print(f"The sweep did not end. Repeat the command with hydra.sweep.dir={folder} to resume it.")
 
 
 def tolerate_lost_jobs() -> None:
-    """Have submitit give something for a job that is lost, killed for want of memory or with its machine: its error
-    would make Hydra leave the jobs that still run, and the report would miss them."""
+    """Make submitit return a result for a lost job, killed by the system or with its machine.
+
+    Submitit's error would make Hydra leave the jobs that still run, and the report would miss them.
+    """
     from hydra.core.utils import JobReturn, JobStatus
     from submitit import Job
     from submitit.core.utils import UncompletedJobError
 
-    waited = Job.results
+    wait_for_results = Job.results
 
     def results_of(job: Job) -> list[Any]:
         try:
-            return waited(job)
+            return wait_for_results(job)
         except UncompletedJobError as error:
             log.error(f"Job {job.job_id} is lost: {str(error).splitlines()[0]}")
-            return [JobReturn(status=JobStatus.COMPLETED)]  # its row says that it is not
+            return [JobReturn(status=JobStatus.COMPLETED)]  # its row says that it failed
 
     Job.results = results_of  # type: ignore[assignment,method-assign]
 
 
 def close_live_lines() -> None:
     """End the live lines, if there are any."""
-    for one in [one for one in HELD if isinstance(one, Lines)]:
-        HELD.remove(one)
-        one.close()
+    for lines in [held for held in HELD if isinstance(held, Lines)]:
+        HELD.remove(lines)
+        lines.close()

@@ -1,6 +1,6 @@
-"""A line for every job of a running sweep, read from what the jobs leave in their folders, wherever they run.
+"""Show a line for every job of a running sweep, read from files in the jobs' folders, wherever the jobs run.
 
-Importing this module is cheap: Hydra does so before every job.
+Importing this module is cheap, because Hydra imports it before every job.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class State:
-    """Where a job stands: ``queued``, ``running``, ``done`` or ``failed``; at which stage it runs or why it failed; and
-    for how long it has run."""
+    """The state of a job: ``queued``, ``running``, ``done`` or ``failed``.
+
+    ``what`` is the stage that runs, or the reason of a failure; ``seconds`` is the time that the job has run.
+    """
 
     name: str
     state: str
@@ -37,7 +39,7 @@ class State:
 
 
 def name_jobs(config: DictConfig) -> list[str]:
-    """What tells the jobs of a sweep apart, in their order; none where a sweeper makes them up as it goes."""
+    """Return what distinguishes each job of a sweep; nothing if the sweeper chooses jobs during the sweep."""
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".ChainSweeper"):
         return []
@@ -49,58 +51,60 @@ def name_jobs(config: DictConfig) -> list[str]:
 
 
 def read_job_states(folder: Path, jobs: list[str], begun: float) -> list[State]:
-    """Where the jobs of the sweep in ``folder`` stand that began at ``begun``, in seconds since 1970."""
-    there = {job_number(job)[0]: job for job in find_jobs(folder, begun)}
+    """Return the states of the jobs of the sweep in ``folder`` that began at ``begun``, in seconds since 1970."""
+    folders = {job_number(job)[0]: job for job in find_jobs(folder, begun)}
     return [
-        read_job_state(name, there[number]) if number in there else State(name, "queued")
+        read_job_state(name, folders[number]) if number in folders else State(name, "queued")
         for number, name in enumerate(jobs)
     ]
 
 
 def read_job_state(name: str, job: Path) -> State:
+    """Return the state of the job in the folder ``job``."""
     start, end = (job / CONFIG).stat().st_mtime, 0.0
     with suppress(FileNotFoundError):
         rows, end = (
             json.loads((job / jobs_reporting.RESULT).read_text())["rows"],
             (job / jobs_reporting.RESULT).stat().st_mtime,
         )
-    if end < start:  # what is there is of an earlier run
-        at = "starting"
+    if end < start:  # the result is of an earlier run
+        stage = "starting"
         with suppress(FileNotFoundError):
-            at = (job / STAGE).read_text()
-        return State(name, "running", at, time.time() - start)
+            stage = (job / STAGE).read_text()
+        return State(name, "running", stage, time.time() - start)
     failed = [row["reason"] for row in rows if row["status"] != "completed"]
     return State(name, "failed" if failed else "done", failed[0] if failed else "", end - start)
 
 
-def summarise_states(found: list[State]) -> str:
-    """How many jobs are done, and about how long the rest takes if it takes as long as those."""
-    over = [one for one in found if one.state in ("done", "failed")]
-    text = f"{len(over)} of {len(found)} jobs"
-    done = [one.seconds for one in over if one.state == "done" and one.seconds]  # and not before
-    running = [one.seconds for one in found if one.state == "running"]
-    if done and len(over) < len(found):
+def summarise_states(states: list[State]) -> str:
+    """Return how many jobs have ended, and the time left if each remaining job takes as long as they did."""
+    ended = [job for job in states if job.state in ("done", "failed")]
+    text = f"{len(ended)} of {len(states)} jobs"
+    done = [job.seconds for job in ended if job.state == "done" and job.seconds]  # not those of an earlier run
+    running = [job.seconds for job in states if job.state == "running"]
+    if done and len(ended) < len(states):
         each = sum(done) / len(done)
-        work = each * (len(found) - len(over)) - sum(min(each, seconds) for seconds in running)
+        work = each * (len(states) - len(ended)) - sum(min(each, seconds) for seconds in running)
         text += f", about {work / max(1, len(running)):.0f} s left"
     return text
 
 
-def draw_states(found: list[State]) -> Group:
+def draw_states(states: list[State]) -> Group:
+    """Return a line for every job, and a summary, for the terminal."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
     lines = Table.grid(padding=(0, 2))
     colours = {"queued": "dim", "running": "", "done": "green", "failed": "red"}
-    for one in found:
-        seconds = f"{one.seconds:.0f} s" if one.seconds else ""
-        lines.add_row(escape(one.name), one.state, seconds, escape(one.what), style=colours[one.state])
-    return Group(lines, summarise_states(found))
+    for job in states:
+        seconds = f"{job.seconds:.0f} s" if job.seconds else ""
+        lines.add_row(escape(job.name), job.state, seconds, escape(job.what), style=colours[job.state])
+    return Group(lines, summarise_states(states))
 
 
 class Lines:
-    """Draws the lines in the terminal until it is closed."""
+    """Draws the jobs' lines in the terminal until it is closed."""
 
     def __init__(self, folder: Path, jobs: list[str]) -> None:
         from rich.live import Live

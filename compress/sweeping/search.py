@@ -1,7 +1,7 @@
-"""A search over chains: what to try next, which of it training is worth its time for, and what to choose in the end.
+"""Search over chains: propose the next chain, select the chains worth training, and choose one in the end.
 
-It knows chains as the words that a command line sets them by, and learns of each what it costs and what quality it
-loses; who runs them is not its business (:mod:`compress.sweeping.sweeper` is).
+A chain is represented by the words of a command line that set it, and a trial by its cost and its loss of quality.
+:mod:`compress.sweeping.sweeper` runs the trials.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 NONE = "none"
 HALVING = 3
-"""Of as many trials one goes on to the next round."""
+"""Factor by which a round has fewer trials than the round before."""
 ESTIMATED = 10
-"""Proposals in a row that are no new chain, until they are drawn at random: an estimator repeats what it likes."""
+"""Proposals without a new chain before chains are drawn at random: an estimator repeats its favourites."""
 PATIENCE = 200
-"""And until there is taken to be none."""
+"""Proposals without a new chain before the space counts as used up."""
 OWN = ("recovery", "after")
-"""Names of what training adds to a chain."""
+"""Parameters that training adds to a chain."""
 Sizes = Mapping[str, int]
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Range:
-    """Numbers from ``low`` to ``high``, in steps or not; whole ones where all that is given is whole."""
+    """Numbers from ``low`` to ``high``, in steps of ``step`` if it is set; integers if all of these are integers."""
 
     low: int | float
     high: int | float
@@ -49,12 +49,14 @@ class Range:
 
     def __post_init__(self) -> None:
         if self.low > self.high:
-            raise UserError(f"search.settings: a range goes from {self.low:g} to {self.high:g}: exchange low and high.")
+            raise UserError(
+                f"search.settings has a range from {self.low:g} to {self.high:g}; low must not exceed high."
+            )
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Share:
-    """Shares of what the model has: its attention heads, FFN channels or layers."""
+    """Shares of the model's attention heads, FFN channels or layers."""
 
     of: Literal["heads", "ffn", "layers"]
     values: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
@@ -62,19 +64,19 @@ class Share:
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Settings:
-    """What is searched, for what, and for how long.
+    """What is searched, for which objective, and for how long.
 
     Args:
-        objective: what is to be small: ``latency_ms``, judged by the speed-up over the baseline, or ``size_mb``.
+        objective: quantity to minimise: ``latency_ms``, judged by the speed-up over the baseline, or ``size_mb``.
         max_drop: points of the task's metric (percent of a perplexity) that the chosen chain may lose.
-        minutes: after which no trial is started any more.
-        trials: that are started.
-        jobs: trials at once, as the launcher runs them side by side.
-        epochs: of the recovery, round by round; in a round of none chains are tried without it.
-        recovers: points beyond ``max_drop`` that training may win back: what loses more without is not trained.
-        slots: a chain is a stage of each, in this order; ``none`` is no stage.
-        recovery: stages that train, one of which a chain gets after one of its slots.
-        settings: of the stages, values to choose from, a :class:`Range` or a :class:`Share`.
+        minutes: time after which no trial starts.
+        trials: number of trials.
+        jobs: trials at once, as many as the launcher runs side by side.
+        epochs: epochs of the recovery, round by round; 0 for a round without recovery.
+        recovers: points beyond ``max_drop`` that training may win back; chains that lose more are not trained.
+        slots: a chain takes a stage from each slot, in this order; ``none`` is no stage.
+        recovery: stages that train; a chain gets one of them after one of its slots.
+        settings: choices for the stages' settings: a list of values, a :class:`Range` or a :class:`Share`.
     """
 
     objective: Literal["latency_ms", "size_mb"]
@@ -90,32 +92,40 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.trials is None:
-            raise UserError("The search has no budget: set search.minutes=60, search.trials=40 or both.")
+            raise UserError("The search has no budget. Set search.minutes=60, search.trials=40 or both.")
         if not self.stages:
-            raise UserError("The search has nothing to try: search.slots names no stage, e.g. search.slots=[[gptq]].")
+            raise UserError("search.slots names no stage; at least one is expected. Set search.slots=[[gptq]].")
         if list(self.epochs) != sorted(set(self.epochs)):
-            raise UserError(f"search.epochs is {list(self.epochs)}: let every round train for longer, e.g. [0, 1, 3].")
+            raise UserError(
+                f"search.epochs is {list(self.epochs)}; every round must train for longer. Set search.epochs=[0,1,3]."
+            )
         for key, value in self.values.items():
             if not isinstance(value, Range | Share | tuple) or value == ():
-                raise UserError(f"search.settings.{key} is {value!r}: give a list, {{low, high}} or {{of, values}}.")
+                raise UserError(
+                    f"search.settings.{key} is {value!r}; expected a list, {{low, high}} or {{of, values}}. "
+                    f"Set search.settings.{key}=[VALUE, ...]."
+                )
 
     @property
     def stages(self) -> list[str]:
-        """All that slots name."""
+        """All stages that the slots name."""
         return list(dict.fromkeys(name for slot in self.slots for name in slot if name != NONE))
 
     @property
     def values(self) -> dict[str, Range | Share | tuple[str, ...]]:
-        """What there is to choose from by ``stage.setting``, values as they are typed."""
+        """The choices for each ``stage.setting``, with values as they are typed."""
         return {key: parse_choices(value, f"search.settings.{key}") for key, value in flatten_settings(self.settings)}
 
     def over(self, minutes: float, trials: int) -> bool:
-        """Whether the budget is spent."""
+        """Return whether the budget is spent."""
         return (self.minutes or math.inf) <= minutes or (self.trials or math.inf) <= trials
 
     def round(self, minutes: float, trials: int) -> int:
-        """Rounds have the same time each (successive halving, arXiv:1502.07943), or every one a third of the trials
-        that the one before it had."""
+        """Return the number of the current round.
+
+        Every round has the same time, or a third of the trials of the round before (successive halving,
+        arXiv:1502.07943).
+        """
         rounds, now = len(self.epochs), 0
         if self.minutes:
             now = int(rounds * minutes / self.minutes)
@@ -127,7 +137,7 @@ class Settings:
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested settings by their dotted names; a range is a leaf."""
+    """Yield the leaves of nested settings with their dotted names; a range is a leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and not {"low", "of"} & set(value):
             yield from flatten_settings(value, f"{prefix}{key}.")
@@ -136,24 +146,25 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def parse_choices(value: Any, key: str) -> Any:
+    """Return the choices for a setting, with the values of a list as they are typed."""
     if isinstance(value, Mapping):
         return parse_values(Range if "low" in value else Share, dict(value), key)
     return tuple(map(format_value, value)) if isinstance(value, list | tuple) else value
 
 
 def format_value(value: Any) -> str:
-    """A value as a command line has it."""
+    """Return a value as it is typed on a command line."""
     plainly = isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value)
     return value if plainly else json.dumps(value)
 
 
 def suggest_value(trial: Trial, name: str, values: Range | Share | tuple[str, ...], sizes: Sizes) -> str:
-    """What Optuna chooses of them, as it is typed."""
+    """Return the value that Optuna chooses, as it is typed."""
     if isinstance(values, Share):
         share = trial.suggest_categorical(name, values.values)
         return str(max(1, round(share * sizes[values.of])))
     if isinstance(values, Range):
-        whole = all(isinstance(one, int) for one in (values.low, values.high, values.step or 1))
+        whole = all(isinstance(number, int) for number in (values.low, values.high, values.step or 1))
         suggest: Any = trial.suggest_int if whole else trial.suggest_float
         step = values.step or (1 if whole else None)
         return f"{suggest(name, values.low, values.high, step=step, log=values.log):g}"
@@ -161,8 +172,10 @@ def suggest_value(trial: Trial, name: str, values: Range | Share | tuple[str, ..
 
 
 def suggest_words(trial: Trial, settings: Settings, sizes: Sizes, epochs: int) -> tuple[str, ...]:
-    """The chain that Optuna chooses, recovered for so many epochs, as words of a command line; none where it names no
-    stage or one twice."""
+    """Return the chain that Optuna chooses, with ``epochs`` of recovery, as words of a command line.
+
+    There are no words if the chain has no stage or has a stage twice.
+    """
     names = [trial.suggest_categorical(f"slot {n}", slot) for n, slot in enumerate(settings.slots, 1)]
     if all(name == NONE for name in names):
         return ()
@@ -181,14 +194,16 @@ def suggest_words(trial: Trial, settings: Settings, sizes: Sizes, epochs: int) -
 
 
 def name_chain(words: Sequence[str]) -> str:
-    """A chain for people: ``structured+openvino structured.target_heads=6``."""
+    """Return a readable name: ``structured+openvino structured.target_heads=6``."""
     return " ".join(re.sub(r"^technique[.=]", "", word) for word in words)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial found: ``cost`` as a share of the baseline's, ``drop`` in points of the metric, and whether it is
-    ``cheaper`` than the baseline by more than chance."""
+    """The result of a trial: ``cost`` as a share of the baseline's, and ``drop`` in points of the metric.
+
+    ``cheaper`` is true if the cost is below the baseline's by more than chance.
+    """
 
     cost: float
     drop: float
@@ -197,7 +212,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Tried:
-    """A chain that was tried, in which job, recovered for how long; ``result`` is None where it failed."""
+    """A chain that was tried, its job and its epochs of recovery; ``result`` is None if it failed."""
 
     job: int
     words: tuple[str, ...]
@@ -206,25 +221,25 @@ class Tried:
     result: Result | None
 
     def untrained_params(self, recovery: Sequence[str]) -> frozenset:
-        """What it is but for its recovery."""
+        """Return the parameters of the chain without its recovery."""
         own = (*OWN, *recovery)
         return frozenset((key, value) for key, value in self.params.items() if key.partition(".")[0] not in own)
 
 
 class Search:
-    """Asks Optuna for chains and tells it what came of them.
+    """Asks Optuna for chains and reports their results to it.
 
-    First every stage alone, then whatever the tree-structured Parzen estimator expects to lose little and to cost
-    little (arXiv:2304.11127, under a constraint: arXiv:2211.14411), without training. Round by round, what would win
-    most for every point that training had to win back is trained, for longer in each.
+    First, every stage is tried alone. Then a tree-structured Parzen estimator proposes chains that should cost little
+    and lose little (arXiv:2304.11127, with a constraint: arXiv:2211.14411). Each later round trains chains that would
+    save most for every point that training must win back, for longer than the round before.
 
     Args:
-        settings: what is searched.
-        sizes: heads, FFN channels and layers of the model.
-        wrong: why a chain cannot work, empty where it can.
-        seed: of what is drawn.
-        file: where all trials are kept, so that a search that was stopped goes on; None to keep none.
-        name: by what decides the results; trials under another name are none of this search's.
+        settings: search space and budget.
+        sizes: numbers of heads, FFN channels and layers of the model.
+        wrong: returns why a chain cannot work, empty if it can.
+        seed: seed of the samplers.
+        file: file of all trials, from which a stopped search resumes; None to keep no trials.
+        name: digest of everything that decides the results; trials under another name do not count.
 
         search = Search(settings, sizes, wrong)
         search.tell(search.ask(minutes=0.0), Result(cost=0.5, drop=0.2, cheaper=True))
@@ -257,26 +272,25 @@ class Search:
         self.rejected: dict[tuple[str, ...], str] = {}
         self.given_up: set[frozenset] = set()
         self.left_out: dict[str, str] = {}
-        """Stages that no setting lets work alone, and why."""
+        """Stages that work alone with no setting, and why."""
         self.first: list[tuple[dict[str, Any], int]] = [
             ({f"slot {n}": name if n == at else NONE for n in range(1, len(settings.slots) + 1)}, settings.epochs[0])
             for at, slot in reversed(list(enumerate(settings.slots, 1)))
             for name in slot
             if name != NONE and all(NONE in other for i, other in enumerate(settings.slots, 1) if i != at)
         ][len(self._ended_trials) :]
-        for trial in self.begun:  # by a process that was stopped
+        for trial in self.begun:  # left by a process that was stopped
             self.study.tell(trial.number, state=self.states.FAIL)
             self.first.insert(0, (trial.params, trial.user_attrs["epochs"]))
         failed = [trial for trial in self._ended_trials if trial.user_attrs["result"] is None]
-        again = [
-            trial for trial in failed if trial.number not in self._retried_numbers
-        ]  # for what failed once may be mended
+        # The cause of a first failure may have been fixed.
+        again = [trial for trial in failed if trial.number not in self._retried_numbers]
         self.study.set_user_attr("again", [trial.number for trial in failed])
         self.first = [(trial.params, trial.user_attrs["epochs"]) for trial in again] + self.first
 
     @property
     def finished_trials(self) -> list[Tried]:
-        """Every trial that ended, in the order in which they began, but for those that an earlier process failed in."""
+        """Trials that ended, in the order in which they began, without failures that are tried again."""
         return [read_trial(trial) for trial in self._ended_trials if trial.number not in self._retried_numbers]
 
     @property
@@ -286,18 +300,18 @@ class Search:
 
     @property
     def _retried_numbers(self) -> list[int]:
-        """Trials to be tried again."""
+        """Numbers of failed trials that are tried again."""
         return self.study.user_attrs.get("again", [])
 
     @property
     def begun(self) -> list[FrozenTrial]:
-        """Trials that run."""
+        """Trials that are running."""
         running = self.study.get_trials(states=(self.states.RUNNING,), deepcopy=False)
         return [trial for trial in running if "words" in trial.user_attrs]
 
     @property
     def seconds(self) -> float:
-        """That earlier processes spent on the search."""
+        """Time that earlier processes spent on the search."""
         return self.study.user_attrs.get("seconds", 0.0)
 
     @seconds.setter
@@ -305,7 +319,7 @@ class Search:
         self.study.set_user_attr("seconds", value)
 
     def ask(self, minutes: float) -> Trial | None:
-        """The next chain to try after ``minutes``, or None where there is no new one left."""
+        """Return the next chain to try after ``minutes``, or None if no new chain is left."""
         now = self.settings.round(minutes, len(self.finished_trials) + len(self.begun))
         while self.first:
             fixed, epochs = self.first.pop(0)
@@ -324,8 +338,9 @@ class Search:
         return self._propose_trial({}, self.settings.epochs[0])
 
     def _propose_trial(self, fixed: dict[str, Any], epochs: int) -> Trial | None:
-        """A chain with what is ``fixed`` that can work and was not tried."""
-        known = {tuple(trial.user_attrs["words"]) for trial in self.begun} | {one.words for one in self.finished_trials}
+        """Return a new chain with the ``fixed`` parameters that can work, or None."""
+        known = {tuple(trial.user_attrs["words"]) for trial in self.begun}
+        known |= {tried.words for tried in self.finished_trials}
         for again in range(PATIENCE):
             self.study.sampler = self.samplers[again >= ESTIMATED]
             if fixed:
@@ -344,53 +359,59 @@ class Search:
         return None
 
     def tell(self, trial: Trial, result: Result | None, job: int = 0) -> None:
-        """What came of a trial; None where it failed."""
+        """Report the result of a trial; None if it failed."""
         trial.set_user_attr("job", job)
         trial.set_user_attr("result", result and [result.cost, result.drop, result.cheaper])
         if result is None:
             self.study.tell(trial, state=self.states.FAIL)
             return
-        may = self.settings.max_drop + (0.0 if trial.user_attrs["epochs"] else self.settings.recovers)
-        trial.set_constraint("drop", result.drop - may)
+        allowed = self.settings.max_drop + (0.0 if trial.user_attrs["epochs"] else self.settings.recovers)
+        trial.set_constraint("drop", result.drop - allowed)
         self.study.tell(trial, [result.cost, result.drop])
 
     def find_promising(self, now: int) -> Tried | None:
-        """What to train in round ``now``: of all that loses too much and would be cheaper than the chosen chain, that
-        which wins most for every point that training has to win back."""
+        """Return the chain to train in round ``now``, or None.
+
+        Candidates lose too much, but would be cheaper than the chosen chain. The best candidate saves most for every
+        point that training must win back.
+        """
         settings = self.settings
         longest: dict[frozenset, Tried] = {}
-        for one in self.finished_trials:
-            key = one.untrained_params(settings.recovery)
-            if key not in longest or one.epochs >= longest[key].epochs:
-                longest[key] = one
+        for tried in self.finished_trials:
+            key = tried.untrained_params(settings.recovery)
+            if key not in longest or tried.epochs >= longest[key].epochs:
+                longest[key] = tried
         limit = best.result.cost if (best := self.chosen()) and best.result else 1.0
         gains = {}
-        for key, one in longest.items():
-            found = one.result
-            if key in self.given_up or not found or one.epochs >= settings.epochs[now] or found.cost >= limit:
+        for key, tried in longest.items():
+            result = tried.result
+            if key in self.given_up or not result or tried.epochs >= settings.epochs[now] or result.cost >= limit:
                 continue
-            excess = found.drop - settings.max_drop
+            excess = result.drop - settings.max_drop
             if 0 < excess <= settings.recovers:
-                gains[math.log(limit / found.cost) / excess] = one
+                gains[math.log(limit / result.cost) / excess] = tried
         return gains[max(gains)] if gains else None
 
     def find_front(self) -> list[Tried]:
-        """Of the chains that lose no more than they may and are cheaper than the baseline those that no other beats in
-        both, the cheapest first."""
-        able = [
-            (one, one.result)
-            for one in self.finished_trials
-            if one.result and one.result.cheaper and one.result.drop <= self.settings.max_drop + 1e-9
+        """Return the Pareto front of cost and drop, the cheapest chain first.
+
+        Its chains lose no more than ``max_drop`` and are cheaper than the baseline.
+        """
+        candidates = [
+            (tried, tried.result)
+            for tried in self.finished_trials
+            if tried.result and tried.result.cheaper and tried.result.drop <= self.settings.max_drop + 1e-9
         ]
-        best = pareto_indices([found.cost for _, found in able], [-found.drop for _, found in able])
-        return [able[i][0] for i in best]
+        best = pareto_indices([result.cost for _, result in candidates], [-result.drop for _, result in candidates])
+        return [candidates[i][0] for i in best]
 
     def chosen(self) -> Tried | None:
-        """The cheapest of the front."""
+        """Return the cheapest chain of the front, or None."""
         return next(iter(self.find_front()), None)
 
 
 def read_trial(trial: FrozenTrial) -> Tried:
-    kept = trial.user_attrs
-    result = Result(*kept["result"]) if kept["result"] else None
-    return Tried(kept["job"], tuple(kept["words"]), kept["epochs"], trial.params, result)
+    """Return a trial as Optuna stores it."""
+    stored = trial.user_attrs
+    result = Result(*stored["result"]) if stored["result"] else None
+    return Tried(stored["job"], tuple(stored["words"]), stored["epochs"], trial.params, result)

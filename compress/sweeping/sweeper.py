@@ -1,8 +1,8 @@
-"""`python train.py -m search=latency`: Hydra's sweep over the chains that a search proposes, one job a trial.
+"""Sweep over the chains that a search proposes, one job a trial: `python train.py -m search=latency`.
 
-The trials lie in the sweep's folder `trials`, a sweep of its own that is measured on the validation split. The sweep
-itself are the chains of the Pareto front, measured on the test split once the choice is made. Importing this module is
-cheap, as every start of `train.py` does so.
+The trials are a sweep of their own in the sweep's folder `trials`, measured on the validation split. The sweep itself
+holds the chains of the Pareto front, measured on the test split after the choice. Importing this module is cheap,
+because every start of `train.py` imports it.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ log = logging.getLogger(__name__)
 TRIALS = "trials"
 STUDY = "study.log"
 ALIKE = 3
-"""Failures in a row for one reason, after which no more trials are started: a full disk, say."""
+"""Failures in a row for the same reason that end the search, e.g. on a full disk."""
 
 
 class ChainSweeper(BasicSweeper):
-    """Hydra's own, the jobs of which take the settings of their own stages alone."""
+    """Hydra's own sweeper, except that a job takes only the settings of its own stages."""
 
     def sweep(self, arguments: list[str]) -> Any:
         try:
@@ -77,7 +77,7 @@ class ChainSweeper(BasicSweeper):
 
 
 class SearchSweeper(Sweeper):
-    """Launches batches of trials until the budget is spent, and then what is to be chosen among."""
+    """Launches batches of trials until the budget is spent, and then the chains to choose from."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.cfg, self.context, self.task = config, hydra_context, task_function
@@ -89,14 +89,14 @@ class SearchSweeper(Sweeper):
             sys.exit(str(error))
 
     def _run_search(self, arguments: list[str]) -> None:
-        settings, given = self._parse_settings(), self._read_shared_words(arguments)
-        search = self._open_search(settings, given)
+        settings, shared = self._parse_settings(), self._read_shared_words(arguments)
+        search = self._open_search(settings, shared)
         folder = Path(self.cfg.hydra.sweep.dir)
         self._begin_folder(self.cfg)
-        trials = self._run_trials(settings, search, given)
+        trials = self._run_trials(settings, search, shared)
         front = search.find_front()
-        log.info(f"On the test split, of {len(search.finished_trials)} trials those that could be chosen:")
-        jobs = [[*given, *one.words] for one in front] or [[*given, "technique=none"]]
+        log.info(f"The best of {len(search.finished_trials)} trials, on the test split:")
+        jobs = [[*shared, *tried.words] for tried in front] or [[*shared, "technique=none"]]
         self._make_launcher(self.cfg).launch(jobs, initial_job_idx=0)
         lines = list_conclusions(settings, search, trials, folder)
         write_atomically(folder / findings.CONCLUSIONS, "".join(f"{line}\n" for line in lines))
@@ -108,53 +108,53 @@ class SearchSweeper(Sweeper):
 
         silence_libraries()
         if not find_spec("optuna"):
-            raise UserError(f"A search needs optuna, which is not installed: {format_install('search')}")
+            raise UserError(f"search needs optuna, which is not installed. Type {format_install('search')}")
         return parse_values(Settings, to_plain(self.cfg.get("search")), "search")
 
     def _read_shared_words(self, arguments: list[str]) -> list[str]:
-        """The words of the command line that all jobs share."""
-        given = []
-        for one in OverridesParser.create().parse_overrides(arguments):
-            key, word = one.key_or_group, str(one.input_line)
+        """Return the words of the command line that all jobs share."""
+        shared = []
+        for override in OverridesParser.create().parse_overrides(arguments):
+            key, word = override.key_or_group, str(override.input_line)
             if key.partition(".")[0] == "search":
                 continue
             if key.partition(".")[0] == chain.GROUP:
                 raise UserError(
-                    f"`{word}` sets a technique, which the search chooses: name stages in search.slots, and their "
+                    f"`{word}` sets a technique, which the search chooses. Set stages in search.slots and their "
                     "values in search.settings (+search.settings.prune.criterion=[wanda])."
                 )
-            if one.is_sweep_override():
-                raise UserError(f"`{word}` names several and a search is for one: start a search for each.")
-            given.append(word)
-        return given
+            if override.is_sweep_override():
+                raise UserError(f"`{word}` has several values; a search takes one. Start a search for each value.")
+            shared.append(word)
+        return shared
 
-    def _open_search(self, settings: Settings, given: list[str]) -> Search:
-        """The search, with its stages and their settings found, that an earlier process may have begun."""
+    def _open_search(self, settings: Settings, shared: list[str]) -> Search:
+        """Check the stages and settings of the search, and return it with the trials of earlier processes."""
         from compress.planning.plan import make_plan
         from compress.planning.settings import to_plain
         from compress.sweeping.search import Search, flatten_settings
 
         names = [*settings.stages, *settings.recovery]
         for name in names:
-            self._compose_config([*given, f"technique={name}"], "search.slots")
+            self._compose_config([*shared, f"technique={name}"], "search.slots")
         for key, _ in flatten_settings(settings.settings):
             if (name := key.partition(".")[0]) in names:
-                self._compose_config([*given, f"technique={name}", f"technique.{key}=null"], f"search.settings.{key}")
-        planned = make_plan(self._compose_config([*given, "technique=none"], "search"))
+                self._compose_config([*shared, f"technique={name}", f"technique.{key}=null"], f"search.settings.{key}")
+        planned = make_plan(self._compose_config([*shared, "technique=none"], "search"))
         decides = {**to_plain(settings), "minutes": None, "trials": None, "jobs": None}
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         return Search(
             settings,
             read_sizes(planned.backbone.skeleton(planned.task)),
-            lambda words: self._explain_fault([*given, *words]),
+            lambda words: self._explain_fault([*shared, *words]),
             planned.settings.seed,
             folder / STUDY,
-            compute_digest([decides, given, digest_environment()]),
+            compute_digest([decides, shared, digest_environment()]),
         )
 
     def _compose_config(self, words: list[str], key: str) -> DictConfig:
-        """The config of a job."""
+        """Return the config of a job."""
         try:
             config = self.context.config_loader.load_sweep_config(self.cfg, words)
         except HydraException as error:
@@ -166,7 +166,7 @@ class SearchSweeper(Sweeper):
         return config
 
     def _explain_fault(self, words: list[str]) -> str:
-        """Why a chain cannot work; empty where it can."""
+        """Return why a chain cannot work; empty if it can."""
         from compress.planning.plan import make_plan
 
         try:
@@ -176,7 +176,7 @@ class SearchSweeper(Sweeper):
         return ""
 
     def _begin_folder(self, config: DictConfig) -> Path:
-        """The folder of a sweep, as Hydra's own sweeper begins one."""
+        """Make the folder of a sweep as Hydra's own sweeper does."""
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "multirun.yaml")
@@ -185,10 +185,11 @@ class SearchSweeper(Sweeper):
     def _make_launcher(self, config: DictConfig) -> Launcher:
         return Plugins.instance().instantiate_launcher(self.context, self.task, config)
 
-    def _run_trials(self, settings: Settings, search: Search, given: list[str]) -> Path:
-        """Try chains until the budget is spent; the folder of the trials."""
+    def _run_trials(self, settings: Settings, search: Search, shared: list[str]) -> Path:
+        """Try chains until the budget is spent. Return the folder of the trials."""
         from compress.sweeping.search import name_chain
 
+        # 1) Begin a sweep for the trials, or resume it
         config = copy.deepcopy(self.cfg)
         with open_dict(config):
             config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir) / TRIALS)
@@ -199,11 +200,12 @@ class SearchSweeper(Sweeper):
         def minutes() -> float:
             return (before + time.monotonic() - begin) / 60
 
-        number = 1 + max((one.job for one in search.finished_trials), default=-1)
+        number = 1 + max((tried.job for tried in search.finished_trials), default=-1)
         if number:
-            log.info(f"The search goes on after {number} trials and {minutes():.0f} minutes.")
+            log.info(f"The search resumes after {number} trials and {minutes():.0f} minutes.")
         failures: list[str] = []
         while True:
+            # 2) Propose a batch of trials
             batch: list[Any] = []
             while len(batch) < settings.jobs and not settings.over(minutes(), len(search.finished_trials) + len(batch)):
                 if (trial := search.ask(minutes())) is None:
@@ -211,13 +213,17 @@ class SearchSweeper(Sweeper):
                 batch.append(trial)
             if not batch:
                 break
-            words = [[*given, "split=validation", *trial.user_attrs["words"]] for trial in batch]
+
+            # 3) Run the batch
+            words = [[*shared, "split=validation", *trial.user_attrs["words"]] for trial in batch]
             for stopped in (path for job in range(number, number + len(batch)) for path in folder.glob(f"{job}_*")):
                 remove_path(stopped)
             try:
                 launcher.launch(words, initial_job_idx=number)
-            except Exception as error:  # a cluster lost a job, say: what the others found is there
+            except Exception as error:  # e.g. a cluster lost a job; the other jobs have written their rows
                 log.error(f"{type(error).__name__}: {error}")
+
+            # 4) Report the results to the search
             for job, trial in enumerate(batch, number):
                 row = read_job_row(folder, job)
                 failures.append(row["reason"])
@@ -225,28 +231,30 @@ class SearchSweeper(Sweeper):
                 log.info(
                     f"trial {job}: {name_chain(trial.user_attrs['words'])}: {describe_outcome(row, settings.objective)}"
                 )
-                remove_path(Path(row["folder"]) / "artifact")  # which the cache makes again
+                remove_path(Path(row["folder"]) / "artifact")  # the cache can restore it
             number += len(batch)
             search.seconds = 60 * minutes()
             last = failures[-ALIKE:]
             if len(last) == ALIKE and last[0] and len(set(last)) == 1:
                 raise UserError(
-                    f"The last {ALIKE} trials failed for one reason, so the search was stopped: {last[0]} The same "
-                    f"command with hydra.sweep.dir={self.cfg.hydra.sweep.dir} goes on with it."
+                    f"The search was stopped because the last {ALIKE} trials failed for the same reason: {last[0]} "
+                    f"Repeat the command with hydra.sweep.dir={self.cfg.hydra.sweep.dir} to resume it."
                 )
+
+        # 5) Write the report of the trials
         if not search.finished_trials:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in search.left_out.items())
-            raise UserError(f"No chain of search.slots can work here: {reasons or 'name other stages.'}")
+            raise UserError(f"No chain of search.slots can work here: {reasons or 'set other stages.'}")
         for name, reason in search.left_out.items():
             log.info(f"{name} was left out: {reason}")
-        jobs = {one.job for one in search.finished_trials}  # and not those of another search into the folder
+        jobs = {tried.job for tried in search.finished_trials}  # the folder may hold another search's jobs too
         rows = [row for row in gather_rows(folder) if job_number(Path(row["folder"]))[0] in jobs]
         write_report(folder, drop_repeated_baselines(rows))
         return folder
 
 
 def read_sizes(skeleton: Any) -> dict[str, int]:
-    """What shares of a model are of."""
+    """Return the sizes of a model that a search takes shares of."""
     from compress.models.families import find_conventions
 
     config = skeleton.config
@@ -258,16 +266,16 @@ def read_sizes(skeleton: Any) -> dict[str, int]:
 
 
 def read_job_row(folder: Path, job: int) -> Row:
-    """What a job found out of its chain; of several of its number the one that began last."""
+    """Return the row of a job's chain; of several jobs with its number, the last to begin counts."""
     begun = sorted(folder.glob(f"{job}_*/.hydra/config.yaml"), key=lambda path: path.stat().st_mtime)
     if begun:
         return read_job_rows(begun[-1].parents[1])[-1]
-    lost = build_failed_row(Job("", "", "", 0), f"it left no result: see {folder}")
+    lost = build_failed_row(Job("", "", "", 0), f"it wrote no result; see {folder}")
     return {**lost, "folder": str(folder / str(job))}
 
 
 def read_result(row: Row, objective: str) -> Result | None:
-    """What the search wants to know of a row; None where the trial failed."""
+    """Return the result of a trial from its row; None if the trial failed."""
     from compress.sweeping.search import Result
 
     if row["status"] != "completed":
@@ -278,7 +286,7 @@ def read_result(row: Row, objective: str) -> Result | None:
 
 
 def describe_outcome(row: Row, objective: str) -> str:
-    """What a chain is worth, or why it failed."""
+    """Return the gain and the change of quality of a chain, or why it failed."""
     if row["status"] != "completed":
         return f"failed: {row['reason']}"
     gain = describe_speedup(row) if objective == "latency_ms" else describe_size_ratio(row)
@@ -286,10 +294,10 @@ def describe_outcome(row: Row, objective: str) -> str:
 
 
 def list_conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:
-    """The choice, and what it was made from."""
+    """Return the choice and its basis, a line each."""
     from compress.sweeping.search import name_chain
 
-    failed = sum(one.result is None for one in search.finished_trials)
+    failed = sum(tried.result is None for tried in search.finished_trials)
     failures = f"{failed} of which failed, " if failed else ""
     made = f"{len(search.finished_trials)} trials, {failures}in {search.seconds / 60:.0f} min"
     word = "fastest" if settings.objective == "latency_ms" else "smallest"
@@ -304,11 +312,11 @@ def list_conclusions(settings: Settings, search: Search, trials: Path, folder: P
     )
     return [
         f"chosen: {name_chain(chosen.words)}, the {word} {within}: {there} there; on the test split: {here}",
-        f"every row is on the Pareto front by validation, and was measured on the test split once; {made}: {trials}",
+        f"all rows are on the Pareto front of the validation split, measured once on the test split; {made}: {trials}",
     ]
 
 
-ConfigStore.instance().store(  # in place of Hydra's own
+ConfigStore.instance().store(  # replaces Hydra's own sweeper
     group="hydra/sweeper",
     name="basic",
     node={"_target_": f"{PACKAGE}.ChainSweeper", "max_batch_size": None, "params": None},

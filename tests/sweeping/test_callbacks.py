@@ -1,4 +1,4 @@
-"""What can go wrong with a run or a sweep around the jobs themselves: a sentence each, and nothing finished is lost."""
+"""Failures around the jobs of a run or a sweep: each is one sentence, and no finished work is lost."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from test_command_line import python
 from test_experiment import SMALL
-from test_kills import FORK, found, sweep
+from test_kills import FORK, read_results, sweep
 
 from compress.errors import explain_error
 from compress.reporting.jobs import gather_rows
@@ -31,13 +31,13 @@ def start(tmp_path):
 
 @pytest.fixture
 def jobs(tmp_path):
-    """The rows of the sweep's table by method, as they lie in the jobs' folders."""
+    """Read the rows in the jobs' folders by method."""
     return lambda: {row["method"]: row for row in gather_rows(tmp_path / "sweep")}
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own."""
+    """Mount a small disk."""
     mounted = []
 
     def disk(name, options):
@@ -60,23 +60,25 @@ def test_two_runs_into_one_folder_at_once_are_refused(tmp_path, flags, key):
         done = python("train.py", *flags, f"{key}={tmp_path}", check=False)
     assert done.returncode == 1 and not (tmp_path / "results.csv").exists()
     assert done.stderr == (
-        f"Another run is writing into {tmp_path}: wait for its end, or set {key} to another folder.\n"
+        f"{key} is {tmp_path}, which another run uses. Wait for its end, or set {key} to another folder.\n"
     )
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(disk):
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_done(disk):
     folder = disk("read-only", "ro")
     done = python("train.py", f"hydra.run.dir={folder}/run", check=False)
     assert done.returncode == 1
-    expected = f"{folder}/run cannot be written (Read-only file system): set hydra.run.dir to a folder that can.\n"
-    assert done.stderr == expected
+    assert done.stderr == (
+        f"hydra.run.dir is {folder}/run, which cannot be written (Read-only file system). "
+        "Set hydra.run.dir to another folder.\n"
+    )
 
 
-def test_a_job_that_another_process_is_at_work_on_is_left_alone(tmp_path):
+def test_a_job_that_another_process_runs_is_left_alone(tmp_path):
     with FileLock(tmp_path / ".job.lock"):
         done = python("train.py", f"hydra.run.dir={tmp_path}", check=False)
     assert done.returncode == 1 and not (tmp_path / "result.json").exists()
-    assert f"Another process is at work on this job: wait for its end ({tmp_path})." in done.stdout + done.stderr
+    assert f"Another process is running this job in {tmp_path}. Wait for its end." in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
@@ -92,7 +94,7 @@ def test_a_failed_job_leaves_the_others_running_and_the_table_says_why(start, jo
     assert "gptq failed: technique.gptq.bits is 5" in (tmp_path / "sweep" / "results.md").read_text()
 
 
-def test_a_full_disk_is_told_and_with_more_space_the_sweep_goes_on(start, jobs, disk):
+def test_a_full_disk_is_reported_and_with_more_space_the_sweep_resumes(start, jobs, disk):
     cache = disk("cache", "size=2m")
     process = start("technique=none,prune")
     process.join()
@@ -105,7 +107,7 @@ def test_a_full_disk_is_told_and_with_more_space_the_sweep_goes_on(start, jobs, 
     assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
 
 
-def test_a_full_folder_of_results_is_told(start, jobs, disk, tmp_path):
+def test_a_full_folder_of_results_is_reported(start, jobs, disk, tmp_path):
     disk("sweep", "size=2m")
     process = start("technique=none")
     process.join()
@@ -113,36 +115,37 @@ def test_a_full_folder_of_results_is_told(start, jobs, disk, tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_job_without_memory_is_told_and_the_others_are_kept(start, jobs, tmp_path):
+def test_a_job_without_memory_is_reported_and_the_others_are_kept(start, jobs, tmp_path):
     process = start("model.config.hidden_size=128,268435456", "technique=none")
     process.join()
     assert process.exitcode == 1 and "Traceback" not in (tmp_path / "log").read_text()
     first, second = gather_rows(tmp_path / "sweep")
-    assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory: choose")
+    assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory. Set a")
 
 
-def test_a_worker_that_is_killed_as_for_want_of_memory_is_told_and_the_sweep_goes_on(start, jobs, tmp_path):
+def test_a_worker_that_is_killed_is_reported_and_the_sweep_resumes(start, jobs, tmp_path):
     if not find_spec("hydra_plugins.hydra_joblib_launcher"):
         pytest.skip("hydra-joblib-launcher is not installed")
     words = ["technique=none,prune", "baseline.epochs=10", "hardware.threads=1"]
     process = start(*words, "hydra/launcher=joblib")
     while process.is_alive() and not list(tmp_path.glob("cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
-    workers = [one for one in psutil.Process(process.pid).children() if "LokyProcess" in " ".join(one.cmdline())]
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "LokyProcess" in " ".join(child.cmdline())]
     workers[0].kill()
     process.join()
     assert process.exitcode == 1 and {row["status"] for row in jobs().values()} == {"failed"}
     assert all(
         row["reason"].startswith("it left no result; its process was probably killed") for row in jobs().values()
     )
-    assert "goes on with it" in (tmp_path / "log").read_text()
+    assert "to resume it" in (tmp_path / "log").read_text()
     process = start(*words)
     process.join()
     assert process.exitcode == 0 and {row["status"] for row in jobs().values()} == {"completed"}
     whole = tmp_path / "whole"
     process = start(*words, f"cache.dir={whole}/cache", f"hydra.sweep.dir={whole}/sweep")
     process.join()
-    assert process.exitcode == 0 and found(whole) == found(tmp_path)
+    assert process.exitcode == 0 and read_results(whole) == read_results(tmp_path)
 
 
 def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(start, tmp_path):
@@ -151,13 +154,13 @@ def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(s
     process = start("technique=none,prune", "baseline.epochs=10", "hydra/launcher=submitit_local", "cache.mode=off")
     while process.is_alive() and not list(tmp_path.glob("sweep/0_*/cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
-    for one in psutil.Process(process.pid).children(recursive=True):
-        if "submitit.core._submit" in one.cmdline() and f"{tmp_path}/sweep/0_" in str(one.open_files()):
-            one.kill()
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "submitit.core._submit" in child.cmdline() and f"{tmp_path}/sweep/0_" in str(child.open_files()):
+            child.kill()
     process.join()
     assert process.exitcode == 1
-    found = [(row["method"], row["status"]) for row in gather_rows(tmp_path / "sweep")]
-    assert found == [("none", "failed"), ("none", "completed"), ("prune", "completed")]
+    rows = [(row["method"], row["status"]) for row in gather_rows(tmp_path / "sweep")]
+    assert rows == [("none", "failed"), ("none", "completed"), ("prune", "completed")]
     assert "it left no result" in (tmp_path / "sweep" / "results.md").read_text()
 
 
@@ -170,7 +173,7 @@ def test_a_stopped_job_says_so_and_the_sweep_leaves_its_table(start, jobs, tmp_p
     process.join()
     assert process.exitcode == 130 and f"stopped by {by}" in jobs()["none"]["reason"]
     assert f"stopped by {by}" in (tmp_path / "sweep" / "results.md").read_text()
-    assert "goes on with it" in (tmp_path / "log").read_text()
+    assert "to resume it" in (tmp_path / "log").read_text()
 
 
 def test_a_rerun_leaves_out_the_jobs_of_another_sweep(start, tmp_path):
@@ -182,7 +185,7 @@ def test_a_rerun_leaves_out_the_jobs_of_another_sweep(start, tmp_path):
         assert [row["method"] for row in csv.DictReader(table)] == ["none", "prune"]
 
 
-def test_a_rerun_leaves_what_is_finished_and_redoes_what_changed(start, jobs, tmp_path):
+def test_a_rerun_keeps_finished_jobs_and_repeats_changed_ones(start, jobs, tmp_path):
     data = tmp_path / "data"
 
     def write(word):
@@ -201,13 +204,13 @@ def test_a_rerun_leaves_what_is_finished_and_redoes_what_changed(start, jobs, tm
     assert (code, statuses, len(first)) == (0, {"completed"}, 2)
     assert rerun() == (0, {"completed"}, first)
     (data / "train.csv").rename(data / "away")
-    assert rerun()[1:] == ({"completed"}, first)  # what was found is not lost
+    assert rerun()[1:] == ({"completed"}, first)  # the earlier result is not lost
     write("great")
     code, statuses, again = rerun()
     assert (code, statuses) == (0, {"completed"}) and all(again[job] > first[job] for job in first)
 
 
-def test_what_is_no_fault_of_the_disk_is_not_told_as_one():
+def test_other_errors_are_not_reported_as_a_fault_of_the_disk():
     assert not explain_error(ValueError("no"))
     assert explain_error(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
     assert json.dumps(explain_error(PermissionError(13, "Permission denied", "/x"))).startswith(

@@ -1,4 +1,4 @@
-"""What is said of the jobs of a sweep while it runs."""
+"""The lines for the jobs of a running sweep."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from test_conf import CONF
 
-import compress.sweeping.sweeper  # noqa: F401  whose jobs they are
+import compress.sweeping.sweeper  # noqa: F401  registers the sweeper of the jobs
 from compress.reporting.jobs import mark_as_reused
 from compress.sweeping.live import draw_states, name_jobs, read_job_states, summarise_states
 
@@ -33,7 +33,7 @@ def job(tmp_path):
     return job
 
 
-def test_the_jobs_are_told_apart_by_what_varies():
+def test_jobs_are_named_by_the_values_that_vary():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", ["model=tiny"], return_hydra_config=True)
         config.hydra.overrides.task = ["technique=none,prune", "seed=1,2", "task=toy", "technique.prune.sparsity=0.2"]
@@ -51,8 +51,8 @@ def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
     job(4, begun=128, ended=70, reason="of an earlier run")
     job(5, begun=128, ended=70)
     mark_as_reused(tmp_path / "5_x")
-    found = read_job_states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
-    assert [(one.state, one.what, one.seconds) for one in found] == [
+    states = read_job_states(tmp_path, ["none", "prune", "gptq", "awq", "int8", "nf4"], begun=100)
+    assert [(job.state, job.what, job.seconds) for job in states] == [
         ("done", "", 10),
         ("failed", "no [space] left", 20),
         ("running", "gptq", 6),
@@ -60,7 +60,7 @@ def test_every_job_is_queued_running_done_or_failed(job, tmp_path, monkeypatch):
         ("running", "starting", 2),
         ("done", "", 0),
     ]
-    assert summarise_states(found) == "3 of 6 jobs, about 11 s left"
+    assert summarise_states(states) == "3 of 6 jobs, about 11 s left"
     console = Console(width=80, file=io.StringIO())
-    console.print(draw_states(found))
+    console.print(draw_states(states))
     assert "prune  failed   20 s  no [space] left" in console.file.getvalue()

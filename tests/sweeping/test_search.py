@@ -1,4 +1,4 @@
-"""A search whose every chain has a known worth, so that its optimum is known too, and nothing is trained."""
+"""A search over chains whose cost and drop are known, so its optimum is known without training."""
 
 from itertools import product
 
@@ -33,7 +33,7 @@ def settings(**changes):
 
 
 def worth(words):
-    """Costs multiply, drops add up, an epoch wins back half of the drop and three win back four fifths."""
+    """Return a chain's result: costs multiply, drops add up, 1 epoch recovers half of the drop and 3 recover 80 %."""
     cost, drop = 1.0, 0.0
     for word in words:
         cost *= next((value for end, value in COST.items() if word.endswith(end)), 1.0)
@@ -49,7 +49,7 @@ def wrong(words):
 
 
 def searched(search, minutes=lambda trial: 0.0, fails=lambda words: False):
-    """The words of all trials in their order."""
+    """Run the search; return the words of all trials in order."""
     begun = []
     while not search.settings.over(minutes(len(begun)), len(begun)) and (trial := search.ask(minutes(len(begun)))):
         words = trial.user_attrs["words"]
@@ -62,7 +62,7 @@ def best_without_training(limit):
     reduce = [(), ("drop=1",), ("drop=2",), ("drop=3",), ("heads=9",), ("heads=6",), ("heads=3",)]
     chains = ([*a, *b, *c] for a, b, c in product(reduce, reduce, [(), ("fp32",), ("int8",)])
               if not a or not b or a[0][:4] != b[0][:4])  # fmt: skip
-    return min(one.cost for one in map(worth, chains) if one.drop <= limit)
+    return min(result.cost for result in map(worth, chains) if result.drop <= limit)
 
 
 def test_the_best_chain_that_loses_little_enough_is_found():
@@ -70,10 +70,10 @@ def test_the_best_chain_that_loses_little_enough_is_found():
     begun = searched(search)
     assert len(begun) == len(set(begun)) == 50
     assert search.chosen().result.cost == pytest.approx(best_without_training(1.0))
-    assert search.find_front()[0] == search.chosen() and all(one.result.drop <= 1.0 for one in search.find_front())
+    assert search.find_front()[0] == search.chosen() and all(tried.result.drop <= 1.0 for tried in search.find_front())
 
 
-def test_what_training_wins_back_is_chosen_over_what_needs_none():
+def test_a_chain_that_training_recovers_is_chosen_over_one_without_training():
     search = Search(settings(), SIZES, wrong)
     begun = searched(search)
     trained = [words[-1][-1] if "train.epochs" in words[-1] else "0" for words in begun]
@@ -82,7 +82,7 @@ def test_what_training_wins_back_is_chosen_over_what_needs_none():
     assert len({words[0] for words in begun if "finetune" in words[0] or "distill" in words[0]}) > 2, "order is tried"
 
 
-def test_no_chain_is_begun_that_cannot_work_and_a_stage_that_never_can_is_told():
+def test_no_chain_is_begun_that_cannot_work_and_a_stage_that_never_can_is_reported():
     def none_can(words):
         return "openvino is not installed" if "openvino" in words[0] else ""
 
@@ -110,21 +110,21 @@ def test_failed_trials_end_nothing_and_are_not_tried_again():
     search = Search(settings(trials=20), SIZES, wrong)
     begun = searched(search, fails=lambda words: "drop_layers" in words[0])
     assert len(begun) == len(set(begun)) == 20
-    lost = [one for one in search.finished_trials if one.result is None]
-    assert lost and all("drop_layers" in one.words[0] for one in lost) and search.chosen()
+    lost = [tried for tried in search.finished_trials if tried.result is None]
+    assert lost and all("drop_layers" in tried.words[0] for tried in lost) and search.chosen()
 
 
-def test_a_search_that_goes_on_tries_again_what_failed(tmp_path):
+def test_a_resumed_search_tries_failed_trials_again(tmp_path):
     first = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
     lost = searched(first, fails=lambda words: "drop_layers" in words[0])[:4]
-    failed = [one.words for one in first.finished_trials if one.result is None]
+    failed = [tried.words for tried in first.finished_trials if tried.result is None]
     again = Search(settings(trials=4), SIZES, wrong, file=tmp_path / "study.log")
     assert failed and len(again.finished_trials) == len(lost) - len(failed)
     technique, *_ = again.ask(0.0).user_attrs["words"]
     assert technique == failed[0][0]
 
 
-def test_a_search_that_was_stopped_goes_on_with_what_it_had_begun(tmp_path):
+def test_a_stopped_search_resumes_the_trials_that_it_had_begun(tmp_path):
     first = Search(settings(), SIZES, wrong, file=tmp_path / "study.log")
     for _ in range(3):
         first.tell(trial := first.ask(0.0), worth(trial.user_attrs["words"]))
@@ -146,18 +146,18 @@ def test_trials_at_once_differ():
     ("changes", "sentence"),
     [
         ({"objective": "speed"}, r"search.objective is 'speed': input should be 'latency_ms' or 'size_mb'\.$"),
-        ({"trials": None}, r"no budget: set search.minutes=60"),
+        ({"trials": None}, r"no budget\. Set search.minutes=60"),
         ({"max_drop": -1}, r"search.max_drop is -1: input should be greater than or equal to 0"),
         ({"slots": [["none"]]}, r"search.slots names no stage"),
         ({"slots": []}, r"search.slots names no stage"),
-        ({"epochs": [1, 0]}, r"search.epochs is \[1, 0\]: let every round train for longer"),
-        ({"settings": {"prune": {"sparsity": 0.5}}}, r"search.settings.prune.sparsity is 0.5: give a list"),
+        ({"epochs": [1, 0]}, r"search.epochs is \[1, 0\]; every round must train for longer"),
+        ({"settings": {"prune": {"sparsity": 0.5}}}, r"search.settings.prune.sparsity is 0.5; expected a list"),
         ({"settings": {"prune": {"sparsity": {"low": 1}}}}, r"search.settings.prune.sparsity"),
         ({"settings": {"drop_layers": {"drop": {"of": "words", "values": [1]}}}}, r"drop.of is 'words'"),
         ({"trails": 3}, r"search.trails is no setting"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence(changes, sentence):
+def test_a_mistake_is_reported_in_one_line(changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         settings(**changes)
     assert "\n" not in str(error.value)

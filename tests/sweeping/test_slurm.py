@@ -1,4 +1,4 @@
-"""A sweep and a training of two processes on a SLURM of two nodes, which is started for these tests alone."""
+"""A sweep, and a training of two processes, on a SLURM of two nodes that only these tests use."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def cluster(tmp_path_factory):
     yield env
     end = time.monotonic() + 60
     while subprocess.run(["squeue", "-h"], env=env, capture_output=True, check=True).stdout and time.monotonic() < end:
-        time.sleep(0.2)  # or its last steps wait for ever for somebody to report to
+        time.sleep(0.2)  # otherwise the last steps wait for ever for a controller
     subprocess.run([SCRIPTS / "down.sh", folder], check=True, env=env)
 
 
@@ -50,12 +50,12 @@ def control(cluster, *words):
 
 
 def until(condition, process):
-    """What ``condition()`` finds while the sweep is running."""
-    while not (found := condition()):
+    """Return the result of ``condition()`` once it is true; fail if the sweep has ended."""
+    while not (result := condition()):
         if process.poll() is not None:
             pytest.fail(process.stdout.read())
         time.sleep(0.2)
-    return found
+    return result
 
 
 def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_complete(cluster, tmp_path):
@@ -67,12 +67,12 @@ def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_compl
         f"cache.dir={tmp_path}/cache",
         f"hydra.sweep.dir={sweep}",
     )
-    # Four run at once. Of them the first alone gets to ten steps, and it has long to go then.
+    # Four jobs run at once. Only the first of them reaches ten steps, and it still has long to go.
     until(lambda: list(tmp_path.glob("cache/stages/*.partial/resume/[1-9][0-9]*-*.ckpt")), process)
     (running,) = re.findall(r"^\S+_0$", control(cluster, "squeue", "-h", "-t", "R", "-o", "%i"), re.M)
     control(cluster, "scancel", "--signal=USR2", running)
     until(lambda: "BeginTime" in control(cluster, "squeue", "-h", "-j", running, "-o", "%r"), process)
-    update = ["scontrol", "update", f"jobid={running}", "StartTime=now"]  # in place of the two minutes that it waits
+    update = ["scontrol", "update", f"jobid={running}", "StartTime=now"]  # instead of a wait of two minutes
     until(lambda: control(cluster, *update) or control(cluster, "squeue", "-h", "-t", "R", "-j", running), process)
     output, _ = process.communicate()
     rows = gather_rows(sweep)
@@ -81,7 +81,7 @@ def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_compl
     assert "baseline.epochs is -1" in rows[-1]["reason"]
     assert "No path found" not in output
     assert not list(tmp_path.rglob("*.partial"))
-    assert "goes on after step" in next(sweep.glob("0_*/train.log")).read_text()
+    assert "resumes after step" in next(sweep.glob("0_*/train.log")).read_text()
     nodes = {
         line for line in control(cluster, "scontrol", "-o", "show", "jobs").split() if line.startswith("NodeList=")
     }
@@ -89,12 +89,12 @@ def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_compl
 
 
 def losses(folder):
-    """The training's losses, and those on validation text."""
+    """Return the losses on training and on validation text."""
     events = EventAccumulator(str(next(folder.glob("**/tensorboard/0_baseline")))).Reload()
     return [event.value for name in ("train/loss", "validation/loss") for event in events.Scalars(name)]
 
 
-def test_two_nodes_train_as_one_process_does_with_the_same_batch(cluster, tmp_path):
+def test_two_nodes_train_like_one_process_with_the_same_batch(cluster, tmp_path):
     words = [
         "technique=none",
         "baseline.epochs=2",

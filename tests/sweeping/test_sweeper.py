@@ -1,4 +1,4 @@
-"""A search from its command to its report: once with jobs that only say what they are worth, once with real ones."""
+"""A search from its command to its report, with jobs that only write known figures and with real jobs."""
 
 import atexit
 import json
@@ -34,7 +34,7 @@ DROP = {"prune": 0.002, "gptq": 0.009, "onnx": 0.0}
 
 
 def stand_in(cfg):
-    """A job that knows what its chain is worth; on the test split it is a point worse than on the validation split."""
+    """Write a chain's known figures; on the test split it is a point worse than on the validation split."""
     folder, chain = Path(HydraConfig.get().runtime.output_dir), cfg.technique.name
     job = Job(chain, "tiny", "toy", 0, ())
     if chain == "prune+onnx":
@@ -44,12 +44,13 @@ def stand_in(cfg):
     accuracy, speed = 0.9 - 0.01 * (cfg.split == "test"), 1.0
     for stage in stages:
         accuracy, speed = accuracy - DROP[stage], speed * SPEED[stage]
-    found = {"none": measured(0.9, 4_000_000)}
+    measurements = {"none": measured(0.9, 4_000_000)}
     if stages:
-        found[chain] = measured(accuracy, 1_000_000, Interval(speed, speed - 0.1, speed + 0.1))
-    found = {name: replace(one, split=cfg.split) for name, one in found.items()}
-    told = {name: OUTCOME.descriptions["prune" if stages and name != "none" else "none"] for name in found}
-    rows = collect_rows(folder, job, replace(OUTCOME, measurements=found, descriptions=told, predictions={}))
+        measurements[chain] = measured(accuracy, 1_000_000, Interval(speed, speed - 0.1, speed + 0.1))
+    measurements = {name: replace(each, split=cfg.split) for name, each in measurements.items()}
+    descriptions = {name: OUTCOME.descriptions["none" if name == "none" else "prune"] for name in measurements}
+    outcome = replace(OUTCOME, measurements=measurements, descriptions=descriptions, predictions={})
+    rows = collect_rows(folder, job, outcome)
     write_atomically(folder / jobs.RESULT, json.dumps({"rows": rows, "environment": {}}))
     return 0
 
@@ -100,9 +101,9 @@ def test_trials_are_judged_on_validation_text_and_the_choice_on_the_test_split(s
 
     begun = len(list((tmp_path / "sweep" / "trials").glob("*/result.json")))
     code, said = search("search=latency", "search.trials=9", "search.jobs=2", *SPACE)
-    assert code == 0  # and what failed was tried again, nothing else
+    assert code == 0  # only the failed trial was tried again
     assert len(list((tmp_path / "sweep" / "trials").glob("*/result.json"))) == begun + 1
-    assert "goes on after" in said
+    assert "The search resumes after" in said
 
 
 def test_where_no_chain_is_good_enough_the_baseline_is_chosen(search, tmp_path):
@@ -116,17 +117,17 @@ def test_where_no_chain_is_good_enough_the_baseline_is_chosen(search, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "The search has no budget: set search.minutes=60, search.trials=40 or both."),
+        ([], "The search has no budget. Set search.minutes=60, search.trials=40 or both."),
         (["search.trials=1", "technique=prune"], "`technique=prune` sets a technique, which the search chooses"),
-        (["search.trials=1", "seed=1,2"], "`seed=1,2` names several and a search is for one"),
+        (["search.trials=1", "seed=1,2"], "`seed=1,2` has several values; a search takes one"),
         (["search.trials=1", "search.slots=[[prunne]]"], "did you mean `prune`?"),
         (["search.trials=1", "+search.settings.nf4.bitts=[2]"], "search.settings.nf4.bitts cannot be used"),
         (["search.trials=1", "search.slots=[[awq]]"], "No chain of search.slots can work here: awq:"),
     ],
 )
-def test_a_mistake_is_told_in_a_sentence_and_nothing_is_begun(search, tmp_path, words, sentence):
+def test_a_mistake_is_reported_in_one_line_and_nothing_is_begun(search, tmp_path, words, sentence):
     code, said = search("search=latency", *words)
-    assert code == 1 and sentence in said and "Traceback" not in said and "goes on with it" not in said
+    assert code == 1 and sentence in said and "Traceback" not in said and "to resume it" not in said
     assert not list(tmp_path.glob("sweep/**/result.json"))
 
 
