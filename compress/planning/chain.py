@@ -13,13 +13,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from itertools import chain as flatten
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,6 +32,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress.errors import UserError
+from compress.install import CONF, format_command
 
 if TYPE_CHECKING:
     pass
@@ -145,10 +148,23 @@ def drop_unused_settings(technique: DictConfig, typed: Sequence[str]) -> None:
     on the command line stays, for `stages` to refuse, and so does what is no stage at all."""
     keyed = _assign_keys(technique.name.split("+"))
     for key in [str(key) for key in technique if key != "name" and key not in keyed]:
-        stage = find_spec(f"compress.techniques.{re.sub(r'_[0-9]+$', '', key)}")
-        if stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
+        is_stage = re.sub(r"_[0-9]+$", "", key) in list_choices(STAGES)
+        if is_stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
             with open_dict(technique):
                 del technique[key]
+
+
+def list_config_folders() -> list[Path]:
+    """Return the folders of configs of this run, that of ``--config-dir`` first; outside of a run ours alone."""
+    if not HydraConfig.initialized():
+        return [CONF]
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(one.path.removeprefix("file://")) for one in sources if one.schema in ("file", ChainSource.scheme())]
+
+
+def list_choices(group: str) -> Names:
+    """Return the names of the YAMLs of a group in the folders of configs; no fragments, which an underscore begins."""
+    return sorted({file.stem for folder in list_config_folders() for file in (folder / group).glob("[!_]*.yaml")})
 
 
 def make_slug(number: int, overrides: str) -> str:
@@ -182,6 +198,7 @@ class ChainSource(ConfigSource):
         self.folder = SourcesRegistry.instance().resolve(scheme)(provider, self.path)
         # Somebody else's config folder, in a program that imports us: leave it as it is.
         self.has_stages = self.folder.is_group(STAGES)
+        self.sources: Sequence[ConfigSource] = [self.folder]
 
     @staticmethod
     def scheme() -> str:
@@ -215,7 +232,11 @@ class ChainSource(ConfigSource):
         return [] if results_filter == ObjectType.GROUP else [*self._list_stages(), *self._list_completions()]
 
     def _list_stages(self) -> Names:
-        return self._list_choices(STAGES, ObjectType.CONFIG)
+        """Return the stages of every source of configs that Hydra reads."""
+        if GlobalHydra.instance().is_initialized():  # not in a launcher's process, which got this source by pickle
+            self.sources = GlobalHydra.instance().config_loader().get_sources()
+        stages = (source.list(STAGES, ObjectType.CONFIG) for source in self.sources if source.is_group(STAGES))
+        return sorted(name for name in set(flatten.from_iterable(stages)) if not name.startswith("_"))
 
     def _list_choices(self, config_path: str, results_filter: ObjectType | None) -> Names:
         """What a folder offers; a file whose name begins with an underscore is a fragment, for defaults lists alone."""
@@ -281,6 +302,7 @@ def _assign_keys(names: list[str]) -> dict[str, str]:
 
 Plugins.instance().register(ChainSource)
 Plugins.instance().register(ChainSearchPath)
+OmegaConf.register_new_resolver("command", format_command, replace=True)
 OmegaConf.register_new_resolver("slug", make_slug, replace=True)
 OmegaConf.register_new_resolver("model_name", name_model, replace=True)
 OmegaConf.register_new_resolver("scaled", choose_by_scale, replace=True)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from compress.cache.digests import compute_digest, fingerprint_files
 from compress.errors import UserError
 from compress.models.backbone import Backbone
-from compress.planning.chain import Stage, read_stages
+from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
 from compress.tasks.kinds import KINDS
 from compress.tasks.sources import read_file, split_documents
@@ -29,8 +29,6 @@ from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
 from compress.tasks.tokens import TaskData
 from compress.technique import Technique, Training
-
-CONF = Path(__file__).parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def parse_calibration(asked: Any, key: str) -> Calibration | None:
         return Calibration(asked, file)
     settings = dict(asked) if isinstance(asked, dict) else {"task": asked}
     name = str(settings.pop("task", None))
-    tasks = sorted(path.stem for path in (CONF / "task").glob("[!_]*.yaml"))
+    tasks = list_choices("task")
     if name not in tasks:
         near = get_close_matches(name, tasks, 1)
         raise UserError(
@@ -235,8 +233,10 @@ def parse_calibration(asked: Any, key: str) -> Calibration | None:
 
 
 def read_choice(group: str, name: str) -> dict[str, Any]:
-    """Return the values of ``conf/GROUP/NAME.yaml``, on top of those that its defaults list names beside it."""
-    own = to_plain(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    """Return the values of ``GROUP/NAME.yaml`` in the first folder of configs that has it, on top of those that its
+    defaults list names."""
+    files = (folder / group / f"{name}.yaml" for folder in list_config_folders())
+    own = to_plain(OmegaConf.load(next(file for file in files if file.is_file())))
     bases = [base for base in own.pop("defaults", []) if base != "_self_"]
     return to_plain(OmegaConf.merge(*(read_choice(group, base) for base in bases), own))
 
