@@ -174,8 +174,8 @@ def choose_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Itera
     """
     if isinstance(model, str | Path | Mapping):
         known = isinstance(model, str) and (CONF / "model" / f"{model}.yaml").is_file()
-        settings = model if known or isinstance(model, Mapping) else {"model": "pretrained", "path": str(model)}
-        yield choose_group("model", settings)
+        choice: Any = model if known or isinstance(model, Mapping) else {"model": "pretrained", "path": str(model)}
+        yield choose_group("model", choice)
         return
     if tokenizer is None:
         raise UserError(f"model is a {type(model).__name__} in memory; its tokenizer is needed too. Set tokenizer=...")

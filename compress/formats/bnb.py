@@ -1,4 +1,4 @@
-"""bitsandbytes' layers in place of plain ones, in memory and on disk, in the format that transformers loads."""
+"""Replace layers by bitsandbytes' own, in memory and on disk, in the format that transformers loads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from compress.quiet import hide_progress_bars
 def replace_layers(
     model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn.Linear], nn.Linear]
 ) -> dict[str, Any]:
-    """Put ``packed(layer)``, without its bias, in the place of each of the ``layers``; the model's state, to be saved.
+    """Replace each of the ``layers`` by ``packed(layer)``, which has no bias, and return the model's state to save.
 
-    It is taken here because the first forward pass arranges 4-bit weights anew for a CPU with bfloat16 instructions,
-    and casts biases: what is read afterwards is not what was quantized. It takes no memory of its own until then.
+    The state is taken here because the first forward pass casts biases and, on a CPU with bfloat16 instructions,
+    rearranges 4-bit weights: later reads would differ from what was quantized. Until then it takes no extra memory.
     """
     for name, linear in layers.items():
         layer = packed(linear).train(linear.training)
@@ -33,7 +33,7 @@ def replace_layers(
 
 
 def save_model(model: nn.Module, state: dict[str, Any], layers: Iterable[str], folder: Path, **settings: Any) -> None:
-    """Write the ``state`` of ``model``, whose ``layers`` are bitsandbytes' own, to ``folder``, with these ``settings``
+    """Write the ``state`` of ``model``, whose ``layers`` are bitsandbytes' own, to ``folder``; ``settings`` are those
     of transformers' ``BitsAndBytesConfig``."""
     from transformers import BitsAndBytesConfig
 
@@ -44,10 +44,10 @@ def save_model(model: nn.Module, state: dict[str, Any], layers: Iterable[str], f
 
 
 def list_unconverted(model: nn.Module, layers: set[str]) -> list[str]:
-    """What transformers must be told so that it makes bitsandbytes' layers of ``layers`` and of no other Linear layer.
+    """Return the names that keep transformers from converting any Linear layer but ``layers``.
 
-    It leaves out whatever starts or ends with a name: where that would be one of the ``layers`` too (``classifier`` and
-    ``pre_classifier``), a regular expression, which it knows as well, says the name and no more.
+    transformers skips every layer whose name starts or ends with a given name. Where that would skip one of the
+    ``layers`` too (``classifier`` and ``pre_classifier``), the name is given as a regular expression.
     """
     kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     catches = {name: any(layer.startswith(name) or layer.endswith(name) for layer in layers) for name in kept}
@@ -55,32 +55,32 @@ def list_unconverted(model: nn.Module, layers: set[str]) -> list[str]:
 
 
 def extract_weights(model: nn.Module) -> dict[str, Weight]:
-    """Put plain layers in the place of bitsandbytes' own; what their weights were stored as, by layer.
+    """Replace bitsandbytes' layers by plain ones and return their stored weights, by layer.
 
     Raises:
-        ValueError: as :func:`values`.
+        ValueError: as :func:`~compress.models.layers.dequantize_weight`.
     """
-    found: dict[str, Weight] = {}
+    stored: dict[str, Weight] = {}
     for name, layer in list(model.named_modules()):
         weight: Any = getattr(layer, "weight", None)
         if hasattr(layer, "init_8bit_state"):
             scale = (weight.SCB if layer.state.SCB is None else layer.state.SCB).float()[:, None] / 127
-            found[name] = Integers(Scheme(8), weight.data, Grid(scale, torch.zeros_like(scale, dtype=torch.int8)))
+            stored[name] = Integers(Scheme(8), weight.data, Grid(scale, torch.zeros_like(scale, dtype=torch.int8)))
             plain = weight.data * scale
         elif state := getattr(weight, "quant_state", None):
             state.dtype = torch.float32
             plain = dequantize_weight(weight)
-            found[name] = Floats(weight.data.view(torch.uint8), read_scales(state), state.blocksize, state.quant_type)
+            stored[name] = Floats(weight.data.view(torch.uint8), read_scales(state), state.blocksize, state.quant_type)
         else:
             continue
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False).train(layer.training)  # type: ignore[arg-type]
         linear.weight.data, linear.bias = plain, layer.bias  # type: ignore[assignment]
         model.set_submodule(name, linear)
-    return found
+    return stored
 
 
 def read_scales(state: Any) -> Tensor:
-    """Those of the blocks of 4-bit weights, which may be quantized themselves."""
+    """Return the scales of the blocks of 4-bit weights, dequantized where they are quantized themselves."""
     if not state.nested:
         return state.absmax
     from bitsandbytes.functional import dequantize_blockwise
@@ -89,8 +89,7 @@ def read_scales(state: Any) -> Tensor:
 
 
 def move_model(model: Any, device: torch.device) -> None:
-    """``model.to(device)``, and what 8-bit layers keep beside their weights, which they move only when told so
-    themselves."""
+    """Move the model, including the 8-bit state that moves only when its own layer is moved."""
     model.to(device)
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if hasattr(module, "init_8bit_state"):

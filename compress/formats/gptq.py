@@ -1,4 +1,4 @@
-"""Quantized layers on disk in GPTQ's own format, which GPTQModel, transformers by it, vLLM and SGLang load."""
+"""Store quantized layers in GPTQ's own format, which GPTQModel, transformers with GPTQModel, vLLM and SGLang load."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 def check_format(
     key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Scheme, skip: tuple[str, ...]
 ) -> None:
-    """Raise UserError where the format, or what reads it, has no place for the layers or for what the stage ``key``
-    asks for."""
-    instead = f"set {key}.format=compressed-tensors."
+    """Raise UserError if the format or its readers cannot represent the layers or the settings of the stage ``key``."""
+    instead = f"Set {key}.format=compressed-tensors."
     if not KINDS[detect_task_kind(model)].generates:
-        raise UserError(f"{key}.format=gptq is read as a language model, without a classification head: {instead}")
+        raise UserError(
+            f"{key}.format is gptq, whose readers know language models only, without a classification head. {instead}"
+        )
     if hasattr(model.config, "compress"):
-        raise UserError(f"{key}.format=gptq has no place for blocks that were cut to shapes of their own: {instead}")
+        raise UserError(f"{key}.format is gptq, which cannot store blocks of different shapes. {instead}")
     if set(skip) != {"embeddings", "head"}:
         raise UserError(
-            f"{key}.format=gptq takes all layers of the blocks and no other and {key}.skip is {list(skip)}: set "
-            f"{key}.skip=[embeddings,head], or {instead.removeprefix('set ')}"
+            f"{key}.skip is {list(skip)}; {key}.format=gptq stores all layers of the blocks and no others. Set "
+            f"{key}.skip=[embeddings,head], or {instead.removeprefix('Set ')}"
         )
     if scheme.group_size not in GROUPS:
         raise UserError(
-            f"{key}.group_size={scheme.group_size} is none that readers of {key}.format=gptq know: set one of "
-            f"{', '.join(map(str, GROUPS))}, or {instead.removeprefix('set ')}"
+            f"{key}.group_size is {scheme.group_size}; readers of {key}.format=gptq know "
+            f"{', '.join(map(str, GROUPS))}. Set one of these, or {instead.removeprefix('Set ')}"
         )
     for name, layer in layers.items():
         if layer.in_features % WORD or layer.out_features % WORD:
             raise UserError(
-                f"{key}.format=gptq packs {WORD} numbers together and `{name}` is {layer.out_features} by "
-                f"{layer.in_features}: {instead}"
+                f"{key}.format is gptq, which packs {WORD} numbers together, and `{name}` is {layer.out_features} by "
+                f"{layer.in_features}. {instead}"
             )
 
 
 def pack_words(integers: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to ``2**bits - 1``, ``[n, columns]``, as words of 32 bits, ``[n * bits / 32, columns]``: the bits
-    of a column one after the other, the lowest first."""
+    """Return integers from 0 to ``2**bits - 1``, ``[n, columns]``, as words of 32 bits, ``[n * bits / 32, columns]``:
+    the bits of a column in sequence, the lowest first."""
     n, columns = integers.shape
     each = (integers.numpy().astype(np.uint8)[:, None] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
     packed = np.packbits(each.reshape(n * bits, columns), axis=0, bitorder="little")  # [bytes, columns]
@@ -61,7 +62,7 @@ def pack_words(integers: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """The integers that :func:`pack` has packed, ``[n, columns]``."""
+    """Return the integers ``[n, columns]`` that :func:`pack_words` packed."""
     columns = words.shape[1]
     packed = np.ascontiguousarray(words.numpy().astype("<i4")[..., None]).view(np.uint8)  # [words, columns, 4]
     each = np.unpackbits(packed.transpose(0, 2, 1).reshape(-1, columns), axis=0, bitorder="little")
@@ -70,8 +71,11 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_layer(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
-    """The tensors of a layer whose ``weight`` ``[rows, inputs]`` is on the layer's grid: integers from 0 on, inputs
-    along the words, and zero points likewise, rows along the words, in the first version of the format one less."""
+    """Return the tensors of a layer whose ``weight`` ``[rows, inputs]`` is on the layer's grid.
+
+    Integers start at 0 and are packed along the inputs, zero points along the rows. The first version of the format
+    stores zero points minus one.
+    """
     scheme, grid, _ = layer
     group = torch.arange(weight.shape[1]) // scheme.group(weight.shape[1])
     zeros = grid.zero.int() - scheme.lowest
@@ -85,7 +89,7 @@ def pack_layer(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
 
 
 def unpack_layer(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
-    """The weight ``[rows, inputs]`` of a layer's tensors, of the ``first`` version of the format or the second."""
+    """Return the weight ``[rows, inputs]`` of a layer's tensors, in the ``first`` or second version of the format."""
     group = tensors["g_idx"].long()
     zeros = unpack_words(tensors["qzeros"].T.contiguous(), bits) + int(first)  # [rows, groups]
     integers = unpack_words(tensors["qweight"], bits).T - zeros[:, group]
@@ -93,7 +97,7 @@ def unpack_layer(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
 
 
 class Layer(nn.Module):
-    """What is stored in the place of a Linear layer."""
+    """The stored tensors in place of a Linear layer."""
 
     def __init__(self, linear: nn.Linear, layer: Quantized) -> None:
         super().__init__()
@@ -104,9 +108,9 @@ class Layer(nn.Module):
             self.bias = linear.bias
 
 
-def save_model(model: Any, layers: dict[str, Quantized], folder: Path, **how: Any) -> None:
-    """Write ``model`` to ``folder``, its ``layers`` packed; ``how`` they were quantized is told to readers. The model
-    is of no use afterwards."""
+def save_model(model: Any, layers: dict[str, Quantized], folder: Path, **settings: Any) -> None:
+    """Write ``model`` to ``folder`` with its ``layers`` packed; ``settings`` are added to the config for readers. The
+    model cannot be used afterwards."""
     for name, layer in layers.items():
         model.set_submodule(name, Layer(model.get_submodule(name), layer))
     scheme = next(iter(layers.values())).scheme
@@ -115,20 +119,20 @@ def save_model(model: Any, layers: dict[str, Quantized], folder: Path, **how: An
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
-        "desc_act": False,  # groups are of consecutive inputs, in whatever order they were rounded
+        "desc_act": False,  # groups hold consecutive inputs, in whatever order they were rounded
         "lm_head": False,
         "pack_dtype": "int32",
-        # Of the first version zero points are one less, and of those that are 0 nobody can say what they become.
+        # The first version stores zero points minus one, and readers disagree on what a stored zero point of 0 becomes.
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
-        **how,
+        **settings,
     }
     with hide_progress_bars():
         model.save_pretrained(folder)
 
 
 def load_model(auto: Any, config: Any, folder: Path) -> Any:
-    """The model of the class ``auto`` in ``folder``, all of it floats, in PyTorch's own operators: those of GPTQModel
-    need float16, and are made for a GPU.
+    """Return the model of the class ``auto`` in ``folder`` as floats with PyTorch's own operators; those of GPTQModel
+    need float16 and a GPU.
 
     Raises:
         UserError: ``folder`` lacks some of its weights.
@@ -137,25 +141,25 @@ def load_model(auto: Any, config: Any, folder: Path) -> Any:
     missing, _ = model.load_state_dict(load_floats(folder, config.quantization_config), strict=False)
     model.tie_weights()
     if lacking := set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()):
-        raise UserError(f"{folder} holds no weights for {', '.join(sorted(lacking)[:4])}: name another folder.")
+        raise UserError(f"{folder} holds no weights for {', '.join(sorted(lacking)[:4])}. Name another folder.")
     return model
 
 
 def load_floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in ``folder`` of a model with this quantization ``config``, the weights of all layers as floats."""
-    found: dict[str, Tensor] = {}
+    """Return the tensors in ``folder`` of a model with this quantization ``config``, all weights as floats."""
+    tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
+        tensors |= load_file(path)
     first = config.get("checkpoint_format", config.get("format", "gptq")) == "gptq"
-    for name in [key.removesuffix(".qweight") for key in found if key.endswith(".qweight")]:
-        tensors = {part: found.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-        found[f"{name}.weight"] = unpack_layer(tensors, config["bits"], first)
-    return found
+    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+        parts = {part: tensors.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors[f"{name}.weight"] = unpack_layer(parts, config["bits"], first)
+    return tensors
 
 
 def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:
-    """Bits that every weight of each layer should take: its own, those of its group's scale and zero point, and an
-    index for every input."""
+    """Return the bits that a weight of each layer should take: its own, its share of the group's scale and zero point,
+    and of an index for every input."""
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     return {
         name: layer.scheme.bits

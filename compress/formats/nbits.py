@@ -1,4 +1,4 @@
-"""Weights of few bits as ONNX Runtime's operators hold them: written into a graph, and read back."""
+"""Write weights of few bits into ONNX Runtime's operators, and read them back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compress.formats.packed import Integers
 from compress.maths.rounding import Grid, Scheme, minmax_grid, round_to_integers
 
 BLOCKS = (16, 32, 64, 128, 256)
-"""How many consecutive inputs may share a scale in these operators."""
+"""Numbers of consecutive inputs that may share a scale in these operators."""
 WORDS = (2, 4, 8)
 """Bits of an integer in MatMulNBits."""
 OPERATORS = ("MatMulNBits", "MatMulBnb4")
@@ -25,8 +25,8 @@ INT8_ACTIVATIONS = 4
 
 
 class Floats(NamedTuple):
-    """bitsandbytes' 4-bit floats, row after row: two to a byte the indices of their values in the ``kind`` (nf4 or
-    fp4), and the scale of every ``blocksize`` of them."""
+    """bitsandbytes' 4-bit floats, row after row: indices into the values of the ``kind`` (nf4 or fp4), two to a byte,
+    and a scale for every ``blocksize`` of them."""
 
     packed: Tensor
     scale: Tensor
@@ -38,46 +38,46 @@ Weight = Integers | Floats
 
 
 def word_size(scheme: Scheme) -> int:
-    """The bits in which MatMulNBits holds the integers of ``scheme``."""
+    """Return the bits in which MatMulNBits stores the integers of ``scheme``."""
     return next(bits for bits in WORDS if bits >= scheme.bits)
 
 
 def block_size(scheme: Scheme, inputs: int) -> int | None:
-    """The most of a row's ``inputs`` that can share a scale in MatMulNBits as they do in ``scheme``, or where a whole
-    row shares one, so many that it takes the fewest bytes; None where groups are not made up of whole blocks."""
+    """Return the largest block of MatMulNBits that divides the groups of ``scheme``, or None if none does. Where a row
+    of ``inputs`` shares one scale, return the block that takes the fewest bytes."""
     if scheme.group(inputs) == inputs:
         return min(BLOCKS, key=lambda size: (math.ceil(inputs / size) * (size * word_size(scheme) + 32), -size))
     return max((size for size in BLOCKS if scheme.group_size % size == 0), default=None)
 
 
 def round_weight(weight: Tensor, scheme: Scheme) -> Integers:
-    """``weight`` ``[rows, inputs]`` rounded to the nearest; the last group may hold fewer inputs than the others."""
+    """Return ``weight`` ``[rows, inputs]`` rounded to the nearest integers; the last group may be smaller."""
     filled = F.pad(weight.float(), (0, -weight.shape[1] % scheme.group(weight.shape[1])))
     grid = minmax_grid(filled, scheme, torch.float32)
     return Integers(scheme, round_to_integers(filled, grid, scheme)[:, : weight.shape[1]].char(), grid)
 
 
 def round_rows(weight: Tensor) -> Integers:
-    """``weight`` in 8 bits with a scale a row, rounded as ONNX Runtime's quantizer rounds the outputs of a layer."""
+    """Return ``weight`` in 8 bits with a scale a row, rounded as ONNX Runtime's quantizer rounds a layer."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     grid = Grid(scale.masked_fill(scale == 0, 1), torch.zeros_like(scale, dtype=torch.int8))
     return Integers(Scheme(8), round_to_integers(weight, grid, Scheme(8)).char(), grid)
 
 
 def pack_bytes(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers from 0 to ``2**bits - 1`` in bytes along the last dimension, the first in the lowest bits."""
+    """Return numbers from 0 to ``2**bits - 1`` packed into bytes along the last dimension, low bits first."""
     each = 8 // bits
     parts = F.pad(numbers.to(torch.uint8), (0, -numbers.shape[-1] % each)).unflatten(-1, (-1, each))
     return sum(parts[..., i] << bits * i for i in range(each))  # type: ignore[return-value]
 
 
 def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
-    """The numbers in the bytes along the last dimension."""
+    """Return the numbers packed into the bytes along the last dimension."""
     return torch.stack([packed >> bits * i & 2**bits - 1 for i in range(8 // bits)], -1).flatten(-2)
 
 
 def build_product(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """What multiplies by ``weight``, of rows of so many ``inputs``, in place of a MatMul or Gemm: nodes and tensors."""
+    """Return nodes and tensors that multiply by ``weight``, of rows of ``inputs``, for a MatMul or Gemm."""
     from onnx import helper
 
     name, source, into = node.name, node.input[1], list(node.output)
@@ -99,14 +99,13 @@ def build_product(node: Any, weight: Weight, inputs: int, activations: str) -> t
 
 
 def integer_product(weight: Integers, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """MatMulNBits with ``weight``: its name, attributes and tensors. A scale is repeated for every block of its
-    group."""
+    """Return MatMulNBits with ``weight``: its name, attributes and tensors. Every block of a group repeats its scale."""
     scheme, numbers, grid = weight
     bits, size = word_size(scheme), block_size(scheme, inputs)
     assert size is not None
     blocks = math.ceil(inputs / size)
     group = torch.arange(blocks) * size // scheme.group(inputs)
-    above = 2 ** (bits - 1)  # what the operator takes away again where it has no zero points
+    above = 2 ** (bits - 1)  # the operator subtracts it again where there are no zero points
     filled = F.pad(numbers.to(torch.int16) + above, (0, blocks * size - inputs)).unflatten(1, (blocks, size))
     tensors = {"weight": pack_bytes(filled, bits), "scale": grid.scale.float()[:, group].contiguous()}
     if not scheme.symmetric:
@@ -115,14 +114,14 @@ def integer_product(weight: Integers, inputs: int) -> tuple[str, dict[str, Any],
 
 
 def float_product(weight: Floats, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """MatMulBnb4 with ``weight``: its name, attributes and tensors."""
+    """Return MatMulBnb4 with ``weight``: its name, attributes and tensors."""
     rows = weight.packed.numel() * 2 // inputs
     settings = {"K": inputs, "N": rows, "block_size": weight.blocksize, "quant_type": int(weight.kind == "nf4")}
     return "MatMulBnb4", settings, {"weight": weight.packed.flatten(), "scale": weight.scale.float()}
 
 
 def build_lookup(node: Any, rows: Integers) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """What looks up ``rows``, with a scale for each, in place of a Gather: nodes and tensors."""
+    """Return nodes and tensors that look up ``rows``, each with a scale, in place of a Gather."""
     from onnx import TensorProto, helper
 
     table, indices = node.input
@@ -139,8 +138,8 @@ def build_lookup(node: Any, rows: Integers) -> tuple[list[Any], dict[str, np.nda
 def share_table(
     table: str, nodes: list[Any], tensors: dict[str, np.ndarray]
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """The same as ``nodes`` and ``tensors``, which multiply by the rows that are looked up in ``table``, without a
-    stored copy of them: it is made when the graph is loaded. Where rows had to be filled up, it stays."""
+    """Return ``nodes`` and ``tensors`` that multiply by the rows of ``table`` without a stored copy of them: the graph
+    computes it when it is loaded. Where rows were padded, the copy stays."""
     from onnx import TensorProto, helper
 
     blocks = nodes[0].input[1]
@@ -159,14 +158,14 @@ def share_table(
 
 
 def read_integers(node: Any, values: Callable[[str], Tensor]) -> Tensor:
-    """The integers that the weight of a MatMulNBits or MatMulBnb4 is stored as, ``[rows, inputs]``, zero at 0, given
-    the ``values`` of tensors by name."""
+    """Return the stored integers ``[rows, inputs]`` of a MatMulNBits or MatMulBnb4, shifted so that 0 means zero;
+    ``values`` returns a tensor by its name."""
     has = {one.name: one.i for one in node.attribute}
     rows, inputs = has["N"], has["K"]
     packed = values(node.input[1])
     if node.op_type == "MatMulBnb4":
         indices = unpack_bytes(packed, 4).view(rows, inputs).short()
-        return indices - 7 if has["quant_type"] else indices % 8  # where nf4 has its zero, and fp4 two of them
+        return indices - 7 if has["quant_type"] else indices % 8  # the index of zero in nf4; fp4 has two
     bits, size = has["bits"], has["block_size"]
     numbers = unpack_bytes(packed, bits).short()
     zero = torch.tensor(2 ** (bits - 1))

@@ -1,6 +1,6 @@
-"""ONNX graphs on disk: read, changed and written, the tensors of large ones beside them.
+"""Read, change and write ONNX graphs; the tensors of a large graph are in a file beside it.
 
-Runtimes load this too, in the process whose memory is measured: nothing is imported here that trains.
+Runtimes import this module in the process whose memory is measured: it imports nothing that trains.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 2**20
-"""Bytes that a file in ONNX's format holds; the tensors of a larger model lie beside it."""
+"""Largest size of a file in ONNX's format, in bytes; the tensors of a larger model are in a second file."""
 
 
 class Graph:
-    """A graph at ``path`` to be changed. Tensors that lie beside it, those of a large one, stay there until they are
-    asked for: the graph and its changes would hold them several times over."""
+    """A graph at ``path`` to change. Tensors in a second file stay there until they are read: the graph and its changes
+    would hold them several times."""
 
     def __init__(self, path: Path) -> None:
         import onnx
@@ -40,12 +40,12 @@ class Graph:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        return {one.name: one for one in self.initializer}
+        return {tensor.name: tensor for tensor in self.initializer}
 
     @property
     def too_large(self) -> bool:
-        """Whether a file cannot hold the tensors that do not lie beside it."""
-        return sum(one.ByteSize() for one in self.initializer) > LARGEST
+        """Whether one file cannot hold the tensors in memory."""
+        return sum(tensor.ByteSize() for tensor in self.initializer) > LARGEST
 
     def values(self, tensor: Any) -> np.ndarray:
         import onnx
@@ -53,26 +53,26 @@ class Graph:
         return onnx.numpy_helper.to_array(tensor, str(self.beside))
 
     def read_tensor(self, tensor: Any) -> Tensor:
-        """The values for PyTorch, which takes none that cannot be written to."""
+        """Return a writable copy of the values for PyTorch."""
         return torch.from_numpy(self.values(tensor).copy())
 
     def load(self, most: float) -> None:
-        """Take in the tensors of no more than so many numbers that lie beside the graph."""
+        """Read the tensors of at most ``most`` numbers from the second file."""
         import onnx
 
-        for one in self.initializer:
-            if onnx.external_data_helper.uses_external_data(one) and math.prod(one.dims) <= most:
-                one.CopyFrom(onnx.numpy_helper.from_array(self.values(one), one.name))
+        for tensor in self.initializer:
+            if onnx.external_data_helper.uses_external_data(tensor) and math.prod(tensor.dims) <= most:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(self.values(tensor), tensor.name))
 
     def declare_domain(self, domain: str) -> None:
-        """Let its nodes be operators of the ``domain``."""
+        """Allow nodes with operators of the ``domain``."""
         import onnx
 
-        if not any(one.domain == domain for one in self.proto.opset_import):
+        if not any(opset.domain == domain for opset in self.proto.opset_import):
             self.proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 
     def write(self, path: Path) -> None:
-        """Write it in place of what is at ``path``, the tensors of a large one beside it."""
+        """Write the graph to ``path``, in place of what is there; a large one puts its tensors into a second file."""
         import onnx
 
         self.load(math.inf)

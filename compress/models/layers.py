@@ -15,16 +15,16 @@ from compress.tasks.kinds import KINDS
 
 
 def dequantize_weight(weight: Tensor) -> Tensor:
-    """The numbers that a weight stands for: 4-bit ones lie two to a byte, in another shape.
+    """Return a weight as floats; bitsandbytes packs 4-bit weights two to a byte, in another shape.
 
     Raises:
-        ValueError: a forward pass has arranged them for the CPU, in an order that cannot be read.
+        ValueError: a forward pass has rearranged the weight for the CPU, in an order that cannot be read.
     """
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
     if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("4-bit weights can be read before the first forward pass alone: load the model again.")
+        raise ValueError("4-bit weights can be read only before the first forward pass. Load the model again.")
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data, state)
@@ -34,36 +34,36 @@ Layer = nn.Linear | nn.Embedding
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the transformer blocks: the longest ``ModuleList`` of the model.
+    """Return the name and the list of the transformer blocks: the longest ``ModuleList`` of the model.
 
     Raises:
-        UserError: the model has no list of blocks.
+        UserError: the model has no ``ModuleList``.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UserError(
-            f"`{type(model).__name__}` has no list of transformer blocks (a torch.nn.ModuleList): compression works "
-            "on transformers from the Hugging Face library and modules shaped like them."
+            f"`{type(model).__name__}` has no list of transformer blocks; a torch.nn.ModuleList is expected. Choose a "
+            "model of the Hugging Face library, or a module of the same shape."
         )
     return max(lists, key=lambda item: len(item[1]))
 
 
 def find_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that compression works on: every ``Linear`` inside a transformer block.
+    """Return the layers that compression works on: every ``Linear`` inside a transformer block.
 
-    Embeddings, the pooler and the head stand outside the blocks and keep full precision.
+    Embeddings, the pooler and the head are outside the blocks and keep full precision.
 
     Raises:
-        UserError: there is none.
+        UserError: the blocks hold no ``Linear``.
     """
     prefix, stack = find_blocks(model)
-    found = [(f"{prefix}.{name}", module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
-    if not found:
+    linears = [(f"{prefix}.{name}", module) for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
         raise UserError(
-            f"The blocks of `{type(model).__name__}` hold no torch.nn.Linear, which is what compression works on "
-            "(GPT-2's are Conv1D): choose another model."
+            f"The blocks of `{type(model).__name__}` hold no torch.nn.Linear, the layers that compression works on "
+            "(GPT-2's are Conv1D). Choose another model."
         )
-    return iter(found)
+    return iter(linears)
 
 
 def detect_task_kind(model: nn.Module) -> str:
@@ -76,7 +76,7 @@ def detect_task_kind(model: nn.Module) -> str:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and afterwards every module in the mode that it was in."""
+    """Put the model into eval mode, and every module back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -87,16 +87,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap_model(module: nn.Module) -> nn.Module:
-    """The model that a callback works on: the ``model`` of a LightningModule that names one, or all of it."""
+    """Return the model that a callback works on: a LightningModule's ``model``, or the whole module."""
     model = getattr(module, "model", module)
     return model if isinstance(model, nn.Module) else module
 
 
 def find_prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, Layer]:
-    """The layers whose weights can be pruned, by name: those of :func:`linears`, and if asked for the embeddings and
-    the Linear layers outside the blocks (pooler and head). An output layer tied to the embeddings counts as those."""
-    every = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    tied = {id(module.weight) for _, module in every if isinstance(module, nn.Embedding)}
+    """Return the layers whose weights can be pruned, by name: those of :func:`find_linears`, with the ``embeddings``
+    and the Linear layers outside the blocks (pooler and ``head``) on request. An output layer that is tied to the
+    embeddings counts as embeddings."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    tied = {id(module.weight) for _, module in layers if isinstance(module, nn.Embedding)}
     inside = dict(find_linears(model))
 
     def wanted(name: str, module: nn.Module) -> bool:
@@ -104,47 +105,48 @@ def find_prunable(model: nn.Module, embeddings: bool, head: bool) -> dict[str, L
             return embeddings
         return name in inside or (head and id(module.weight) not in tied)
 
-    return {name: module for name, module in every if wanted(name, module)}
+    return {name: module for name, module in layers if wanted(name, module)}
 
 
 def select_layers(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Layer]:
-    """The layers that ``skip``, the setting ``key``, leaves of all, by name: ``embeddings``, ``head`` (every Linear
-    outside the transformer blocks) or a pattern of names leaves out what it says.
+    """Return the layers that ``skip``, the setting ``key``, does not exclude, by name.
+
+    ``skip`` holds ``embeddings``, ``head`` (every Linear outside the transformer blocks) and patterns of names.
 
     Raises:
-        UserError: a pattern fits no layer, or no layer is left.
+        UserError: a pattern matches no layer, or no layer is left.
     """
     patterns = [word for word in skip if word not in ("embeddings", "head")]
-    found = find_prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
+    layers = find_prunable(model, embeddings="embeddings" not in skip, head="head" not in skip)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in found):
-            raise UserError(describe_unmatched(key, pattern, found))
-    kept = {name: one for name, one in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise UserError(describe_unmatched(key, pattern, layers))
+    kept = {name: layer for name, layer in layers.items() if not any(fnmatchcase(name, p) for p in patterns)}
     if not kept:
-        raise UserError(f"{key}={list(skip)} leaves no layer to work on: skip fewer.")
+        raise UserError(f"{key} is {list(skip)}, which leaves no layer to work on. Skip fewer layers.")
     return kept
 
 
 def find_quantizable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, nn.Linear]:
-    """The Linear layers that the setting ``key.skip`` leaves to be quantized, by name.
+    """Return the Linear layers to quantize, by name: those that the setting ``key.skip`` does not exclude.
 
     Raises:
-        UserError: it leaves the embeddings as well.
+        UserError: ``skip`` does not exclude the embeddings.
     """
     if "embeddings" not in skip:
-        raise UserError(f"{key}.skip={list(skip)} leaves the embeddings, which stay floats: add `embeddings` to it.")
+        raise UserError(f"{key}.skip is {list(skip)}; embeddings stay floats here. Add `embeddings` to {key}.skip.")
     return {
         name: layer for name, layer in select_layers(model, skip, f"{key}.skip").items() if isinstance(layer, nn.Linear)
     }
 
 
 def describe_unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
-    return f"{key}: `{pattern}` fits none of the model's layers, which are named like `{next(iter(names))}`."
+    return f"{key} has the pattern `{pattern}`, which matches no layer; a layer is named like `{next(iter(names))}`."
 
 
 def find_zeros(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Where each pruned layer is exactly zero (bool, the weight's shape). An exact zero *is* the mask: nothing else is
-    kept beside the weights. (The embedding of padding is zero by itself.)"""
+    """Return the zeros of every pruned layer (bool, in the weight's shape). An exact zero *is* the mask, and
+    nothing else is stored. The embedding of padding is zero by itself and does not count."""
     masks = {
         name: dequantize_weight(layer.weight) == 0
         for name, layer in find_prunable(model, embeddings=True, head=True).items()
@@ -168,6 +170,6 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 
 def measure_sparsity(weights: Iterable[Tensor]) -> float:
-    """Fraction of exact zeros."""
+    """Return the fraction of exact zeros."""
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
     return sum(zero for zero, _ in counts) / sum(size for _, size in counts)

@@ -96,22 +96,22 @@ def test_transformers_loads_it_by_gptqmodel(bits, symmetric, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["model=tiny", "task=toy"], "is read as a language model, without a classification head: set .*compressed-"),
-        (["technique.gptq.skip=[embeddings]"], r"takes all layers of the blocks and no other and .*skip is \['embed"),
-        (["technique.gptq.group_size=8"], "group_size=8 is none that readers of technique.gptq.format=gptq know"),
+        (["model=tiny", "task=toy"], "whose readers know language models only, without a classification head. Set .*compressed-"),
+        (["technique.gptq.skip=[embeddings]"], r"skip is \['embeddings'\]; .*stores all layers of the blocks and no others"),
+        (["technique.gptq.group_size=8"], "group_size is 8; readers of technique.gptq.format=gptq know"),
         (
             ["model.config.num_key_value_heads=1", "+model.config.head_dim=16", "technique.gptq.group_size=32"],
             "packs 32 numbers together and .* is 16 ",
         ),
     ],
 )
-def test_what_the_format_has_no_place_for_is_told_before_anything_is_loaded(overrides, sentence):
+def test_what_the_format_cannot_store_is_refused_before_anything_is_loaded(overrides, sentence):
     chosen = ["technique=gptq", "technique.gptq.format=gptq", "model=tiny_llama", "task=toy_lm", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(UserError, match=sentence):
         make_plan(compose("train", chosen))
 
 
-def test_a_folder_without_all_weights_is_told(tmp_path):
+def test_a_folder_without_all_weights_is_refused(tmp_path):
     quantized(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))

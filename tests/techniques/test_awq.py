@@ -310,9 +310,9 @@ def test_groups_and_skips_that_do_not_fit_are_told_from_the_shapes_alone():
     with torch.device("meta"):
         skeleton = tiny.llama()
     awq().check(skeleton, [])
-    with pytest.raises(UserError, match=r"technique.awq.group_size=48 does not divide the 32 inputs of `model.layers"):
+    with pytest.raises(UserError, match=r"technique.awq.group_size is 48, which does not divide the 32 inputs of `model.layers"):
         awq(group_size=48).check(skeleton, [])
-    with pytest.raises(UserError, match=r"skip=\['head'\] leaves the embeddings, which stay floats: add"):
+    with pytest.raises(UserError, match=r"skip is \['head'\]; embeddings stay floats here. Add"):
         awq(skip=("head",)).check(skeleton, [])
     with pytest.raises(UserError, match=r"technique.awq.skip: `\*.fc1` fits none"):
         awq(skip=("embeddings", "*.fc1")).check(skeleton, [])

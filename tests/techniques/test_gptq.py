@@ -162,7 +162,7 @@ def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tm
 
 
 def test_embeddings_are_refused():
-    with pytest.raises(UserError, match=r"skip=\['head'\] leaves the embeddings, which stay floats: add"):
+    with pytest.raises(UserError, match=r"skip is \['head'\]; embeddings stay floats here. Add"):
         GPTQ(skip=("head",)).check(tiny.bert(), [])
 
 
@@ -183,7 +183,7 @@ def test_bfloat16_weights_reload_exactly(bits, tmp_path):
 def test_a_group_that_does_not_divide_a_width_is_told_from_the_shapes_alone():
     with torch.device("meta"):
         skeleton = tiny.bert()
-    with pytest.raises(UserError, match=r"group_size=48 does not divide the 32 inputs of `bert.encoder.layer.0"):
+    with pytest.raises(UserError, match=r"group_size is 48, which does not divide the 32 inputs of `bert.encoder.layer.0"):
         GPTQ(group_size=48).check(skeleton, [])
     GPTQ(group_size=-1).check(skeleton, [])
 

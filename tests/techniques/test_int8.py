@@ -183,5 +183,5 @@ def test_it_runs_on_a_gpu(technique, tmp_path):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Int8(**wrong)
-    with pytest.raises(UserError, match=r"skip: `nothing` fits none of the model's layers"):
+    with pytest.raises(UserError, match=r"skip has the pattern `nothing`, which matches no layer"):
         Int8(skip=("embeddings", "head", "nothing")).check(tiny.bert(), [])

@@ -142,9 +142,9 @@ def test_settings_that_contradict_are_told(wrong, told):
     ("wrong", "told"),
     [
         ({"pattern": "2:5"}, r"the 32 inputs of `bert.encoder.layer.0.attention.self.query` are no multiple of 5"),
-        ({"skip": ["embeddings", "head", "*mlp*"]}, r"`\*mlp\*` fits none of the model's layers"),
+        ({"skip": ["embeddings", "head", "*mlp*"]}, r"the pattern `\*mlp\*`, which matches no layer"),
         ({"skip": ["*"]}, r"leaves no layer to work on"),
-        ({"ratios": {"*mlp*": 0.3}}, r"`\*mlp\*` fits none of the model's layers"),
+        ({"ratios": {"*mlp*": 0.3}}, r"the pattern `\*mlp\*`, which matches no layer"),
         ({"ratios": "sensitivity"}, r"technique=sensitivity\+prune"),
         ({"ratios": "nowhere.csv"}, r"nowhere.csv, which is no file"),
         ({"criterion": "wanda", "skip": ["embeddings"]}, r"`bert.pooler.dense` lies outside"),

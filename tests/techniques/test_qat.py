@@ -242,9 +242,9 @@ def test_without_training_it_is_refused():
 def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded():
     with torch.device("meta"):
         skeleton = tiny.bert()
-    with pytest.raises(UserError, match=r"technique.qat.group_size=48 does not divide the 32 inputs of `bert"):
+    with pytest.raises(UserError, match=r"technique.qat.group_size is 48, which does not divide the 32 inputs of `bert"):
         QAT(bits=4, group_size=48).check(skeleton, [])
-    with pytest.raises(UserError, match=r"`\*mlp\*` fits none of the model's layers"):
+    with pytest.raises(UserError, match=r"the pattern `\*mlp\*`, which matches no layer"):
         QAT(skip=("embeddings", "*mlp*")).check(skeleton, [])
     QAT(bits=4, group_size=16).check(skeleton, [])
 
