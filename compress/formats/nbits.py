@@ -77,7 +77,7 @@ def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
 
 
 def build_product(node: Any, weight: Weight, inputs: int, activations: str) -> tuple[list[Any], dict[str, np.ndarray]]:
-    """Return nodes and tensors that multiply by ``weight``, of rows of ``inputs``, for a MatMul or Gemm."""
+    """Return nodes and tensors that multiply by ``weight``, rows of ``inputs``, for a MatMul or Gemm."""
     from onnx import helper
 
     name, source, into = node.name, node.input[1], list(node.output)

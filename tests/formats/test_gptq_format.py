@@ -96,12 +96,15 @@ def test_transformers_loads_it_by_gptqmodel(bits, symmetric, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["model=tiny", "task=toy"], "whose readers know language models only, without a classification head. Set .*compressed-"),
-        (["technique.gptq.skip=[embeddings]"], r"skip is \['embeddings'\]; .*stores all layers of the blocks and no others"),
+        (["model=tiny", "task=toy"], "whose readers know language models only, .*Set .*compressed-"),
+        (
+            ["technique.gptq.skip=[embeddings]"],
+            r"skip is \['embeddings'\]; .*stores all layers of the blocks and no others",
+        ),
         (["technique.gptq.group_size=8"], "group_size is 8; readers of technique.gptq.format=gptq know"),
         (
             ["model.config.num_key_value_heads=1", "+model.config.head_dim=16", "technique.gptq.group_size=32"],
-            "packs 32 numbers together and .* is 16 ",
+            "packs 32 numbers together, and .* is 16 ",
         ),
     ],
 )
