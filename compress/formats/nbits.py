@@ -99,7 +99,7 @@ def build_product(node: Any, weight: Weight, inputs: int, activations: str) -> t
 
 
 def integer_product(weight: Integers, inputs: int) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Return MatMulNBits with ``weight``: its name, attributes and tensors. Every block of a group repeats its scale."""
+    """Return MatMulNBits with ``weight``: its name, attributes and tensors. The blocks of a group repeat its scale."""
     scheme, numbers, grid = weight
     bits, size = word_size(scheme), block_size(scheme, inputs)
     assert size is not None
