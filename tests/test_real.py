@@ -6,6 +6,7 @@ from test_experiment import cache, carry_out  # noqa: F401
 import compress
 from compress.models.layers import find_linears, find_zeros
 
+pytestmark = pytest.mark.slow
 FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
 
 

@@ -273,7 +273,8 @@ def test_in_a_script_of_ones_own_it_refuses_before_it_trains():
         tiny.trainer(awq(), Trained(), epochs=1).fit(tiny.Theirs(tiny.bert()), tiny.loader())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 def test_it_works_on_a_gpu():
     model = salient()
     tiny.trainer(awq(), accelerator="gpu").fit(tiny.Theirs(model), tiny.loader())

@@ -163,6 +163,7 @@ def test_a_format_without_its_library_is_told(tmp_path, monkeypatch):
         runtime.load(tmp_path, "multiclass")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("technique", [Int8, NF4])
 def test_it_runs_on_a_gpu(technique, tmp_path):
