@@ -11,10 +11,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import compress
-import compress.sweeping.sweeper  # registers the sweepers; the chain registers `technique=a+b`
 from compress.install import CONF
 from compress.planning import chain
 from compress.planning.advice import report_user_errors
+from compress.planning.recorded import resume_words
+from compress.sweeping import sweeper  # noqa: F401  registers the sweepers, after the chain has had Hydra find its own
 
 
 def run_train_job(cfg: DictConfig) -> None:
@@ -40,7 +41,7 @@ def train(words: list[str] | None = None) -> None:
     with report_user_errors():
         if words is not None:
             sys.argv = ["train.py", *words]
-        sys.argv[1:] = chain.prepare_overrides(sys.argv[1:])
+        sys.argv[1:] = chain.prepare_overrides(resume_words(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_train_job)()
 
 

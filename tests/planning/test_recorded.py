@@ -1,0 +1,88 @@
+"""`resume=FOLDER` continues a run or a sweep with its own words, and refuses what is not one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from test_experiment import SMALL
+
+from compress.errors import UserError
+from compress.install import CONF
+from compress.planning.recorded import resume_words
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(*words):
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def record(folder, file="multirun.yaml", conf=CONF, cwd=None, name="train"):
+    """What Hydra records of a sweep or a run."""
+    sources = [{"provider": "main", "path": str(conf)}]
+    hydra = {
+        "job": {"config_name": name},
+        "runtime": {"cwd": str(cwd or os.getcwd()), "config_sources": sources},
+        "overrides": {"task": ["technique=none,prune", "task.epochs=${scaled:1,2}"], "hydra": ["hydra.mode=MULTIRUN"]},
+    }
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save({"hydra": hydra}, folder / file)
+    return folder
+
+
+def test_a_sweep_is_resumed_with_its_words_into_its_folder(tmp_path):
+    folder = record(tmp_path / "it's a sweep")
+    assert resume_words([f"resume={folder}"]) == [
+        "--multirun",
+        "technique=none,prune",
+        "task.epochs=${scaled:1,2}",
+        f"hydra.sweep.dir='{tmp_path}/it\\'s a sweep'",
+    ]
+    assert resume_words(["technique=none", "seed=1"]) == ["technique=none", "seed=1"]
+
+
+def test_what_cannot_be_resumed_is_told_in_a_sentence(tmp_path):
+    def refused(*words):
+        with pytest.raises(UserError) as error:
+            resume_words(list(words))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no folder of a run or a sweep. Set resume=multirun/" in refused(f"resume={tmp_path}")
+    sweep = record(tmp_path / "sweep")
+    assert "`seed=2` is beside resume=" in refused(f"resume={sweep}", "seed=2")
+    job = record(sweep / "0_seed-1", ".hydra/hydra.yaml")
+    assert refused(f"resume={job}").endswith(f"Set resume={sweep}.")
+    evaluation = record(tmp_path / "evaluation", ".hydra/hydra.yaml", name="evaluate")
+    assert "is an evaluation" in refused(f"resume={evaluation}")
+
+
+def test_a_run_of_another_checkout_or_folder_is_refused_unless_it_was_moved(tmp_path):
+    for place in ("conf", "cwd"):
+        (tmp_path / place).mkdir()
+        folder = record(tmp_path / f"run_{place}", **{place: tmp_path / place})
+        with pytest.raises(UserError, match=rf"{tmp_path / place}.*Resume it from there\.$"):
+            resume_words([f"resume={folder}"])
+        (tmp_path / place).rmdir()
+        assert resume_words([f"resume={folder}"])[0] == "--multirun"
+
+
+def test_a_finished_run_and_the_finished_jobs_of_a_sweep_are_left_as_they_are(tmp_path):
+    words = [*SMALL, f"cache.dir={tmp_path / 'cache'}", "technique=prune"]
+    run, sweep = tmp_path / "run", tmp_path / "a sweep"
+    train(*words, f"hydra.run.dir={run}")
+    assert "finished before" in train(f"resume={run}")
+    train("-m", *words, "technique.prune.sparsity=0.2,0.5", f"hydra.sweep.dir='{sweep}'")
+    done, lost = sorted(sweep.glob("*_*"))
+    before = (done / "artifact" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(lost)
+    told = train(f"resume={sweep}")
+    assert told.count("finished before") == 1 and sorted(sweep.glob("*_*")) == [done, lost]
+    assert (done / "artifact" / "model.safetensors").stat().st_mtime_ns == before
+    assert (lost / "result.json").is_file()
