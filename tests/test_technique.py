@@ -90,11 +90,11 @@ def build(**settings):
         ({"sparsity": 2}, "technique.prune_2.sparsity is 2: "),
         ({"sparsty": 0.5}, "technique.prune_2.sparsty is no setting of `technique.prune_2`: it has sparsity, "),
         ({"pattern": "4:4"}, "technique.prune_2.pattern is 4:4"),
-        ({"criterion": "wanda", "scope": "global"}, "set technique.prune_2.scope=row"),
+        ({"criterion": "wanda", "scope": "global"}, "Set technique.prune_2.scope=row"),
         ({"skip": ["*mlp*"]}, "technique.prune_2.skip"),
         ({"ratios": {"*mlp*": 0.3}}, "technique.prune_2.ratios"),
         ({"sparsity": 0.0}, "technique.prune_2.sparsity is 0"),
-        ({"sparsity": 0.4}, "technique.prune_2 was asked for a sparsity of 0.4 and the model's is 0.5 already"),
+        ({"sparsity": 0.4}, "technique.prune_2 has a target sparsity of 0.4 and the model's is 0.5 already"),
     ],
 )
 def test_whatever_prune_raises_names_its_key(settings, sentence):
