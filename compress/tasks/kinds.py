@@ -1,7 +1,7 @@
-"""The kinds of task, an object each: what a label is, what a model answers, and which metrics judge it.
+"""Define the kinds of task: what a label is, what a model answers, and which metrics judge the answers.
 
-A new kind is a subclass of :class:`Kind` in ``KINDS``. Naming a task must stay cheap, so torch is imported by the
-methods that need it alone.
+A new kind is a subclass of :class:`Kind` in ``KINDS``. Reading a task's config must stay cheap, so only the methods
+that need torch import it.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that judges a model, from arrays with an example a row, as :meth:`Kind.keep_answers` makes them."""
+    """A number that judges a model, from the arrays of :meth:`Kind.keep_answers` with one example a row."""
 
     score: Callable[[np.ndarray, np.ndarray], float]
     higher_is_better: bool = True
     counts_examples: bool = False
-    """Whether the score is the share of the examples that are right, for which McNemar's test is exact."""
+    """Whether the score is the share of correct examples, for which McNemar's test is exact."""
 
 
 class Kind:
-    """A kind of task; the defaults are those of a text with labels that have names."""
+    """A kind of task; the defaults describe a text with named labels."""
 
     name: str
     metrics: Mapping[str, Metric]
-    """The metrics that may judge a model, by their names in ``task.metrics``."""
+    """Metrics that may judge a model, by their names in ``task.metrics``."""
     auto_class = "AutoModelForSequenceClassification"
-    """The class of transformers that puts the head on any architecture."""
+    """Class of transformers that puts the head on any architecture."""
     pipeline = "text-classification"
-    """The pipeline of transformers, and the tag on the hub."""
+    """Pipeline of transformers, and the tag on the hub."""
     problem_type: str | None = None
-    """The value in the model's config by which transformers chooses the loss."""
+    """Value in the model's config by which transformers chooses the loss."""
     num_labels: int | None = None
-    """The numbers that a model gives for a text; None for a number for each label, 0 for a head without labels."""
+    """Number of outputs for a text; None: one for each label, 0: a head without labels."""
     probabilities: Literal["softmax", "sigmoid"] | None = None
-    """The function that makes probabilities of logits; None if there are none."""
+    """Function that turns logits into probabilities; None if there are no probabilities."""
     flag_columns = False
-    """Whether a 0/1 column for each label may take the place of a column of labels."""
+    """Whether 0/1 columns, one for each label, may replace a column of labels."""
     in_blocks = False
     """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
     generates = False
@@ -59,13 +59,13 @@ class Kind:
 
     @property
     def unit(self) -> str:
-        """The name of what a model reads at once."""
+        """Return the plural name of a model's input."""
         return "blocks" if self.in_blocks else "texts"
 
     # From a data set to labels
 
     def is_missing(self, label: Any) -> bool:
-        """Return whether a row has no label, and so is left out."""
+        """Return whether a row has no label and is therefore left out."""
         return label is None or label == ""
 
     def find_label_names(self, labels: list[Any]) -> tuple[str, ...]:
@@ -73,42 +73,42 @@ class Kind:
         return sort_label_names(labels)
 
     def encode(self, task: Task, labels: list[Any], split: str) -> list[Any]:
-        """Return what a model learns: an index, a number or a list for every row.
+        """Return the training targets: an index, a number or a list for every row.
 
         Raises:
-            UserError: a label is none of the task's.
+            UserError: the task lacks a label.
         """
         raise NotImplementedError
 
     # From texts to batches
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        """Return the columns that a model reads, and ``labels`` where the rows have labels."""
+        """Return the model's input columns, and ``labels`` if the rows have labels."""
         encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
         return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor | None:
-        """Return the labels of a padded batch, None where its rows have none."""
+        """Return the labels of a padded batch; None if its rows have no labels."""
         import torch
 
         return None if labels is None else torch.tensor(labels)
 
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the labels of a batch by a model's own answers, as a loss takes them."""
+        """Return a model's predictions on a batch as labels for a loss."""
         return logits.argmax(-1)
 
     # From a model's answers to scores
 
     def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs and the labels, an example a row, from which every metric is computed."""
+        """Return the outputs and labels that every metric is computed from, one example a row."""
         return logits.float(), labels
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray | None:
-        """Return the labels that a model chose, None where there are no labels to choose from."""
+        """Return the labels that a model chose; None if there are no labels to choose from."""
         return None
 
     def find_correct(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-        """Return whether a model chose all of an example's labels and no other, None where it chooses none."""
+        """Return whether a model chose exactly an example's labels; None if the kind has no labels to choose from."""
         predicted = self.predict_labels(outputs)
         if predicted is None:
             return None
@@ -116,7 +116,7 @@ class Kind:
         return same if same.ndim == 1 else same.all(1)
 
     def slice_labels(self, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Return the examples of each label, as masks by the label's name."""
+        """Return a mask of the examples of each label, by the label's name."""
         return {}
 
 
@@ -165,15 +165,15 @@ class Multilabel(Kind):
     flag_columns = True
 
     def is_missing(self, label: Any) -> bool:
-        return label is None  # an empty one is an answer: the text has no label at all
+        return label is None  # an empty label is an answer: the text has no label at all
 
     def find_label_names(self, labels: list[Any]) -> tuple[str, ...]:
         return sort_label_names(chain.from_iterable(map(split_labels, labels)))
 
     def encode(self, task: Task, labels: list[Any], split: str) -> list[list[float]]:
         find_index = build_label_index(task, split)
-        there = [{find_index(label) for label in split_labels(each)} for each in labels]
-        return [[float(i in indices) for i in range(task.num_labels)] for indices in there]
+        rows = [{find_index(label) for label in split_labels(row)} for row in labels]
+        return [[float(i in indices) for i in range(task.num_labels)] for indices in rows]
 
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return (logits > 0).float()
@@ -229,22 +229,22 @@ class LanguageModel(Kind):
         return labels.masked_fill(inputs["attention_mask"] == 0, -100) if "attention_mask" in inputs else labels
 
     def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, of every block, the sum of its tokens' losses in nats beside how many tokens are predicted right,
-        ``[blocks, 2]``, and how many there are to predict. Position t of the logits predicts token t + 1."""
+        """Return two arrays: ``[blocks, 2]`` with the sum of the tokens' losses in nats and the number of correctly
+        predicted tokens, and ``[blocks]`` with the number of tokens to predict. Position t predicts token t + 1."""
         import torch
         from torch.nn.functional import cross_entropy
 
         logits, labels = logits[:, :-1].float(), labels[:, 1:]
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        there = labels != -100
-        right = ((logits.argmax(-1) == labels) & there).sum(1)
-        return torch.stack([losses.view_as(labels).sum(1), right.float()], dim=1), there.sum(1)
+        predicted = labels != -100
+        right = ((logits.argmax(-1) == labels) & predicted).sum(1)
+        return torch.stack([losses.view_as(labels).sum(1), right.float()], dim=1), predicted.sum(1)
 
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (Multiclass(), Multilabel(), Regression(), LanguageModel())}
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return whether more of the metric of that name, or of a model's ``loss``, is better."""
-    lower = (name for kind in KINDS.values() for name, one in kind.metrics.items() if not one.higher_is_better)
+    """Return whether a higher value of ``metric``, a metric's name or ``loss``, is better."""
+    lower = (name for kind in KINDS.values() for name, entry in kind.metrics.items() if not entry.higher_is_better)
     return metric not in ("loss", *lower)

@@ -1,4 +1,4 @@
-"""Read labels as data sets spell them, and encode them as a model learns them."""
+"""Read labels as data sets spell them, and encode them for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sort_label_names(labels: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names of all labels, each once, in order: as numbers if all of them are."""
+    """Return the distinct names of all labels in order; in numeric order if all are numbers."""
     names = {label_text(label) for label in labels}
     numbers = all(name.lstrip("-").isdigit() for name in names)
     return tuple(sorted(names, key=int if numbers else None))
@@ -23,9 +23,9 @@ def sort_label_names(labels: Iterable[Any]) -> tuple[str, ...]:
 def build_label_index(task: Task, split: str) -> Callable[[Any], int]:
     """Return the function that maps a label's name, or its index, to its index.
 
-    The function raises UserError for a label that the task does not have.
+    The function raises UserError for a label that the task lacks.
     """
-    names: tuple[str, ...] = task.labels  # type: ignore[assignment]  # given, or found in train
+    names: tuple[str, ...] = task.labels  # type: ignore[assignment]  # set, or found in train
     index = {name: i for i, name in enumerate(names)}
 
     @functools.cache
@@ -35,7 +35,7 @@ def build_label_index(task: Task, split: str) -> Callable[[Any], int]:
         if name.isdigit() and int(name) < len(index):
             return int(name)
         raise UserError(
-            f"Task `{task.name}` met the label `{name}` in {split} and knows {', '.join(names[:30])}: set "
+            f"Task `{task.name}` has the label `{name}` in {split}; {', '.join(names[:30])} are known. Set "
             "task.labels to the names of all labels, or task.columns.label to another column."
         )
 
@@ -55,13 +55,13 @@ def parse_numbers(task: Task, labels: list[Any], split: str) -> list[float]:
         return numbers
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"Task `{task.name}` is {task.kind} and {split} has labels that are no numbers ({error}): set "
+            f"Task `{task.name}` is {task.kind} and {split} has labels that are not numbers ({error}). Set "
             "task.kind=multiclass, or task.columns.label to a column of numbers."
         ) from error
 
 
 def label_text(label: Any) -> str:
-    """Return a label as text: booleans and whole floats, as parquet and json have them, as whole numbers."""
+    """Return a label as text; booleans and whole floats, as in parquet and json, become whole numbers."""
     whole = isinstance(label, bool) or (isinstance(label, float) and label.is_integer())
     return str(int(label) if whole else label).strip()
 
@@ -84,11 +84,11 @@ def parse_flag(value: Any) -> bool:
     if str(value).lower() in ("0", "0.0", "false"):
         return False
     raise UserError(
-        f"A column of one label must hold 0 or 1 and holds `{value}`: set task.columns.label or task.labels."
+        f"A column of one label holds `{value}`; 0 or 1 is expected. Set task.columns.label or task.labels."
     )
 
 
 def shift_label(label: Any, base: int, labels: tuple[str, ...] | None) -> Any:
-    """Return a number that counts from ``base`` as a number that counts from 0, and a name as it is."""
+    """Return a label that is numbered from ``base`` as numbered from 0; return a name unchanged."""
     name = label_text(label)
     return str(int(name) - base) if name.lstrip("-").isdigit() and name not in (labels or ()) else label

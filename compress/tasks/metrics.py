@@ -14,10 +14,10 @@ Batch = dict[str, Tensor]
 
 
 class TaskMetrics(Metric):
-    """The task's metrics by their names, as fractions (perplexity apart), over all examples since the last reset.
+    """Compute the task's metrics by name over all examples since the last reset; all but perplexity are fractions.
 
-    Every example's answer is kept, as :meth:`compress.tasks.kinds.Kind.keep_answers` has it, on all processes that
-    train together; ``update(logits, labels)`` takes the logits and the labels of a batch as the model has them.
+    Every example's answer is kept, as :meth:`compress.tasks.kinds.Kind.keep_answers` returns it, on all processes that
+    train together. ``update(logits, labels)`` takes the model's logits and labels of a batch.
 
         scores = TaskMetrics(task)
         scores.update(model(**batch).logits, batch["labels"])
@@ -47,7 +47,7 @@ class TaskMetrics(Metric):
 
 @torch.inference_mode()
 def evaluate_metric(model: nn.Module, batches: list[Batch], metrics: TaskMetrics | None, metric: str) -> float:
-    """Return the metric of that name over the batches, or without ``metrics`` the mean loss of an example."""
+    """Return the value of ``metric`` over the batches; without ``metrics``, the mean loss of an example."""
     loss, examples = 0.0, 0
     for batch in batches:
         output = model(**batch)

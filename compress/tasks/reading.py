@@ -23,21 +23,21 @@ from compress.tasks.task import SPLITS, Task
 
 
 def read_tables(task: Task) -> dict[str, Table]:
-    """The splits that the data set has, as columns text, text_pair, label and group."""
+    """Return the data set's splits as tables with the columns text, text_pair, label and group."""
     if task.generate:
         from compress.tasks.toy import generate_splits
 
         texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
         return {
-            s: _select_columns(task, {name: t[name] for name in texts}, task.columns, s)
-            for s, t in generate_splits().items()
+            split: _select_columns(task, {name: table[name] for name in texts}, task.columns, split)
+            for split, table in generate_splits().items()
         }
     if task.path is not None:
         return _read_folder(task)
     if task.hub is not None:
         return _read_hub(task)
     raise UserError(
-        f"Task `{task.name}` has no data yet: set task.path to a folder with {_describe_expected_files(task)}, or "
+        f"Task `{task.name}` has no data. Set task.path to a folder with {_describe_expected_files(task)}, or "
         "task.hub to '{id: owner/name, train: train, test: test}'."
     )
 
@@ -48,9 +48,9 @@ def _read_folder(task: Task) -> dict[str, Table]:
     files = layout.files()
     missing = set(layout.find_missing(folder))
     if "train" in missing:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         raise UserError(
-            f"Task `{task.name}` needs {_describe_expected_files(task)} and {folder} has {found}: set task.path, "
+            f"Task `{task.name}` needs {_describe_expected_files(task)} and {folder} has {names}. Set task.path, "
             "or name the files in task.files."
         )
     present = {split: file for split, file in files.items() if split not in missing}
@@ -73,7 +73,7 @@ def _read_hub(task: Task) -> dict[str, Table]:
     for split, name in named.items():
         try:
             table = read_hub(task.hub, name)
-        except ConnectionError as error:  # what datasets makes of every failed download
+        except ConnectionError as error:  # raised by datasets for every failed download
             raise UserError(_describe_missing_data(task, "the hub could not be reached for")) from error
         except (OSError, ValueError) as error:  # no such data set, split, configuration or revision
             reason = str(error).strip().splitlines()[0]
@@ -87,7 +87,7 @@ def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: di
         if split not in present and getattr(task.holdout, split) is None:
             file = f" ({expected[split].file})" if expected and split in expected else ""
             raise UserError(
-                f"Task `{task.name}` found no {split} split{file} in {where}: add it, or cut it from train with "
+                f"Task `{task.name}` has no {split} split{file} in {where}. Add the split, or cut it from train with "
                 f"task.holdout.{split}=0.1."
             )
 
@@ -97,19 +97,19 @@ def _parse_table(task: Task, table: Table) -> Table:
         return {"table": dict, "dialogues": parse_dialogues, "articles": split_articles}[task.rows](table)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"Task `{task.name}` expected {task.rows} and found columns {', '.join(table)} that do not hold them: "
-            "set task.path to other data, or task.rows=table."
+            f"Task `{task.name}` expects {task.rows}, which the columns {', '.join(table)} do not hold. Set task.path "
+            "to other data, or task.rows=table."
         ) from error
 
 
 def _select_columns(task: Task, table: Table, columns: Columns, where: str, label_base: int = 0) -> Table:
-    """The columns that the task uses, under our names."""
+    """Return the columns that the task uses, renamed to text, text_pair, label and group."""
 
     def column(name: str, key: str) -> list[Any]:
         if name not in table:
             raise UserError(
-                f"Task `{task.name}` found no column `{name}` in {where}, which has {', '.join(table) or 'none'}: "
-                f"set {key} to one of them."
+                f"Task `{task.name}` has no column `{name}` in {where}, which has {', '.join(table) or 'none'}. "
+                f"Set {key} to one of these."
             )
         return table[name]
 
@@ -124,7 +124,7 @@ def _select_columns(task: Task, table: Table, columns: Columns, where: str, labe
         filled = [i for i, text in enumerate(selected["text"]) if text.strip()]
         return take_rows(selected, filled)
     if columns.label is None and kind.flag_columns:
-        assert task.labels is not None  # the constructor has checked it
+        assert task.labels is not None  # checked by the constructor
         flags = [column(label, "task.labels") for label in task.labels]
         selected["label"] = [
             [label for label, flag in zip(task.labels, row) if parse_flag(flag)] for row in zip(*flags)
@@ -139,7 +139,7 @@ def _select_columns(task: Task, table: Table, columns: Columns, where: str, labe
 
 def _describe_missing_data(task: Task, why: str) -> str:
     return (
-        f"Task `{task.name}` is not at hand: {why} {task.hub.id}; set task.path=FOLDER to a folder with "
+        f"The data of task `{task.name}` is not available: {why} {task.hub.id}. Set task.path=FOLDER to a folder with "
         f"{_describe_expected_files(task)}."
     )
 
@@ -149,4 +149,5 @@ def _describe_expected_files(task: Task) -> str:
 
 
 def take_rows(table: Table, rows: Sequence[int]) -> Table:
+    """Return the table with these rows only."""
     return {name: [column[i] for i in rows] for name, column in table.items()}

@@ -1,6 +1,6 @@
-"""Where a task's rows come from: a data set of the Hugging Face hub, or a folder of files.
+"""Read rows from a data set of the Hugging Face hub, or from a folder of files.
 
-Every reader gives a table, a dict of columns; nothing here knows splits, labels or models.
+Every reader returns a table, a dict of columns. This module knows no splits, labels or models.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Table = dict[str, list[Any]]
 
 @dataclass(frozen=True, config=STRICT)
 class Columns:
-    """Which columns are the text, its pair, its label, and the group whose rows no split may part.
+    """The columns of the text, its pair and its label, and of the group whose rows stay in one split.
 
-    Several text columns are joined by a space. Without a ``label``, a multi-label task reads one 0/1 column for each of
-    its labels.
+    Several text columns are joined by a space. Without a ``label``, a multi-label task reads a 0/1 column for each
+    label.
     """
 
     text: str | tuple[str, ...] = "text"
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True, config=STRICT)
 class Hub:
-    """A data set of the hub and which of its splits is what; a split may be a slice such as ``train[:1%]``."""
+    """A data set of the hub and its names for the splits; a split may be a slice such as ``train[:1%]``."""
 
     id: str
     train: str = "train"
@@ -54,7 +54,7 @@ class File:
     """A file of a split, or several by a pattern (``*_dev.tsv``).
 
     ``names`` are the columns of a file without a header, ``columns`` replaces the task's, and ``label_base`` is the
-    number that the first label goes by.
+    number of the first label.
     """
 
     file: str
@@ -71,7 +71,7 @@ class File:
 
 @dataclass(frozen=True, config=STRICT)
 class Layout:
-    """The files of one way in which a data set comes; what is null is held out of train."""
+    """The files of one published form of a data set; a split that is null is held out of train."""
 
     train: str | File
     validation: str | File | None = None
@@ -86,20 +86,20 @@ class Layout:
 
 
 def choose_layout(layouts: tuple[Layout, ...], path: Path) -> tuple[Path, Layout]:
-    """The folder, and the layout with the fewest files missing from it; a path to one file is all of train."""
+    """Return the folder, and the layout with the fewest files missing from it; a path to one file is all of train."""
     if path.is_file():
-        # How to read it is learned from the layout that names it, if one does.
+        # A layout that names the file also describes how to read it.
         named = (f for layout in layouts for f in layout.files().values() if path in f.find_paths(path.parent))
         first = next(named, File(file=path.name))
         file = File(file=path.name, names=first.names, columns=first.columns, label_base=first.label_base)
         return path.parent, Layout(train=file)
     if not path.is_dir():
-        raise UserError(f"There is no folder {path}: set task.path to one that exists.")
+        raise UserError(f"There is no folder {path}. Set task.path to an existing folder.")
     return path, min(layouts, key=lambda layout: len(layout.find_missing(path)))
 
 
 def read_hub(hub: Hub, split: str) -> Table:
-    """One split by ``datasets.load_dataset``; from its cache where the hub cannot be reached."""
+    """Return one split by ``datasets.load_dataset``, from its cache if the hub cannot be reached."""
     import datasets
 
     with offline_if_unreachable():
@@ -108,25 +108,32 @@ def read_hub(hub: Hub, split: str) -> Table:
 
 
 def read_files(folder: Path, file: File, txt: str) -> Table:
-    """The rows of all files that ``file`` names; ``txt`` is what a ``.txt`` holds: tsv, jsonl or text."""
+    """Return the rows of all files that ``file`` names; ``txt`` is the format of ``.txt`` files: tsv, jsonl or text."""
     paths = file.find_paths(folder)
     if len({path.suffix for path in paths}) > 1:
-        found = " and ".join(path.name for path in paths)
-        raise UserError(f"{folder} has {found}: name the one to read in task.files, or move the other away.")
+        names = " and ".join(path.name for path in paths)
+        raise UserError(f"{folder} has {names}. Name the file to read in task.files, or move the other away.")
     tables = [read_file(path, file.names, txt) for path in paths]
     return {name: [value for table in tables for value in table.get(name, [])] for name in tables[0]}
 
 
 def read_file(path: Path, names: tuple[str, ...] | None, txt: str) -> Table:
+    """Return the rows of one file; its columns are ``names`` if it has no header.
+
+    Raises:
+        UserError: the file has an unknown or a broken format.
+    """
     suffix = path.suffix.lower().lstrip(".")
     kind = txt if suffix in ("txt", "raw", "tokens") else suffix
     if kind not in READERS:
-        raise UserError(f"{path.name} ends in .{suffix}: expected csv, tsv, jsonl, json, parquet or txt.")
+        raise UserError(f"{path.name} ends in .{suffix}; expected csv, tsv, jsonl, json, parquet or txt.")
     try:
         return READERS[kind](path, names)
     except (ValueError, KeyError, TypeError, OSError) as error:  # pandas, pyarrow and json errors are ValueErrors
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path.name} could not be read as {kind} ({reason}): mend it, or set task.path.") from error
+        raise UserError(
+            f"{path.name} could not be read as {kind} ({reason}). Fix the file, or set task.path."
+        ) from error
 
 
 def _read_csv(path: Path, names: tuple[str, ...] | None) -> Table:
@@ -134,7 +141,7 @@ def _read_csv(path: Path, names: tuple[str, ...] | None) -> Table:
 
 
 def _read_tsv(path: Path, names: tuple[str, ...] | None) -> Table:
-    # Quotation marks are text in GLUE's files, and a lone carriage return is no end of line.
+    # In GLUE's files quotation marks are text, and a lone carriage return does not end a line.
     return _read_separated(path, names, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
 
 
@@ -142,14 +149,14 @@ def _read_separated(path: Path, names: tuple[str, ...] | None, **options: Any) -
     import pandas as pd
 
     options |= {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    frame = pd.read_csv(path, **options)  # the first line says how many fields a line has
+    frame = pd.read_csv(path, **options)  # pandas takes the number of fields from the first line
     last = frame.columns[-1]
     frame[last] = frame[last].str.rstrip("\r")
     first = frame.iloc[0]
     if names and len(names) != len(first):
         raise UserError(
-            f"{path.name} has {len(first)} columns in its first line and {len(names)} are named ({', '.join(names)}): "
-            "set task.files."
+            f"{path.name} has {len(first)} columns in its first line and {len(names)} are named ({', '.join(names)}). "
+            "Set task.files."
         )
     frame.columns = list(names or first)
     if not names:
@@ -194,9 +201,9 @@ READERS = {
 
 
 def parse_dialogues(table: Table) -> Table:
-    """Utterances that carry a strategy, each with the number of its dialogue.
+    """Return the utterances with a strategy, each with the number of its dialogue.
 
-    Records are ``{dialog: [{text, speaker, strategy?}]}``, or lines of text that hold such records as JSON.
+    Records are ``{dialog: [{text, speaker, strategy?}]}``, or lines of text with such records as JSON.
     """
     records = table["dialog"] if "dialog" in table else [json.loads(line)["dialog"] for line in table["text"]]
     rows = [(u["text"], u["strategy"], i) for i, record in enumerate(records) for u in record if u.get("strategy")]
@@ -205,17 +212,17 @@ def parse_dialogues(table: Table) -> Table:
 
 
 def split_articles(table: Table) -> Table:
-    """WikiText's articles: from one line `` = Title = `` to the next."""
+    """Return WikiText's articles: from one line `` = Title = `` to the next."""
     text = "\n".join(line.rstrip("\n") for line in table["text"])
-    # A title stands alone; a formula's `` = k = `` inside a paragraph, which looks the same, does not.
+    # An empty line follows a title, but no formula such as `` = k = `` inside a paragraph.
     return {"text": _drop_empty_texts(re.split(r"^(?= = (?!=).+(?<!=) = *\n\s*\n)", text, flags=re.MULTILINE))}
 
 
 def split_documents(table: Table, piece_chars: int = 2000) -> Table:
-    """Documents end at ``<|endoftext|>``; text without it is cut at empty lines into pieces of some 2,000 characters,
-    and text without those has a document a line.
+    """Return the documents, which end at ``<|endoftext|>``.
 
-    Pieces follow one another, so that a story may end in the next piece, and none is lost.
+    Text without this mark is cut at empty lines into pieces of at least ``piece_chars`` characters; text without empty
+    lines has a document a line. Pieces keep their order and no text is lost; a story may continue in the next piece.
     """
     text = "\n".join(table["text"])
     if "<|endoftext|>" in text:

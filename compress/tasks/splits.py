@@ -1,4 +1,4 @@
-"""Make a task's splits: read, held out, limited, with encoded labels."""
+"""Make a task's splits: read the rows, hold out, limit, and encode the labels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
-    """A task's rows: columns ``text``, ``text_pair`` (of pairs) and ``label`` (but for ``lm``).
+    """A task's rows: columns ``text``, ``text_pair`` (of pairs) and ``label`` (except for ``lm``).
 
-    ``label`` is an index, a float for regression, or a vector of 0.0 and 1.0 for multi-label. ``task`` is the task that
-    was loaded, with the labels that were found; ``notes`` tell what was held out, limited and left out.
+    ``label`` is an index, a float for regression, or a vector of 0.0 and 1.0 for multi-label. ``task`` is the loaded
+    task with its labels; ``notes`` report the rows that were held out, limited and left out.
     """
 
     train: Dataset
@@ -36,23 +36,24 @@ class Splits:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of all rows and the names of the labels."""
+        """Return a digest of all rows and the names of the labels."""
         parts = [*(self.task.labels or ()), *(hash_rows(getattr(self, split)) for split in SPLITS)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def load_splits(task: Task, seed: int = 0) -> Splits:
-    """Read, hold out, cut to the limits and encode the labels.
+    """Read the rows, hold out missing splits, apply the limits and encode the labels.
 
-    ``seed`` draws what is held out for validation and which rows a limit leaves in train. Test and validation
+    ``seed`` draws the rows held out for validation and the rows that a limit leaves in train. Test and validation
     limits, and a test split held out of train, are drawn the same way for every seed, so that runs with different
     seeds are measured on the same rows.
 
     Raises:
-        UserError: the data is not at hand, or is not what the task says it is.
+        UserError: the data is not available, or does not match the task.
     """
     from datasets import Dataset
 
+    # 1) Read the rows and leave out those without a label
     tables, kind = read_tables(task), KINDS[task.kind]
     notes = []
     if not kind.in_blocks:
@@ -61,19 +62,24 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
             if dropped := len(table["label"]) - len(labelled):
                 notes.append(f"{split}: {dropped:,} rows without a label left out")
                 tables[split] = take_rows(table, labelled)
+
+    # 2) Hold out the splits that the data set lacks
     for split, draw in (("test", 0), ("validation", seed)):
         if split not in tables:
             tables["train"], tables[split] = _hold_out(task, tables["train"], split, draw)
             size = len(tables[split]["text"])
             notes.append(f"{split}: {size:,} rows held out of train (task.holdout.{split})")
+
+    # 3) Limit the rows
     for split, draw in (("train", seed), ("validation", 0), ("test", 0)):
         limit, size = getattr(task.limit, split), len(tables[split]["text"])
         if not size:
-            raise UserError(f"Task `{task.name}` has no rows in {split}: set task.path to other data.")
+            raise UserError(f"Task `{task.name}` has no rows in {split}. Set task.path to other data.")
         if limit and limit < size:
             tables[split] = take_rows(tables[split], sorted(random.Random(draw).sample(range(size), limit)))
             notes.append(f"{split}: {limit:,} of {size:,} rows (task.limit.{split})")
 
+    # 4) Encode the labels
     task = _find_labels(task, tables["train"])
     encoded = {}
     for split in SPLITS:
@@ -90,11 +96,11 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
     size = share if isinstance(share, int) else max(1, round(share * total))
     if size >= total:
         raise UserError(
-            f"Task `{task.name}` has {total:,} rows and {size:,} of them are to be held out for {split}: set "
+            f"Task `{task.name}` has {total:,} rows and {size:,} of them are to be held out for {split}. Set "
             f"task.holdout.{split} to less."
         )
     if KINDS[task.kind].in_blocks and "group" not in table:
-        # Neighbouring documents may tell one story, so that only the end of train is sure not to be known.
+        # Neighbouring documents may belong to one story. Only the end of train is sure to be unseen in training.
         held: Sequence[int] = range(total - size, total)
     else:
         held = draw_held_out_rows(table.get("group", table["text"]), size, seed)
@@ -112,7 +118,7 @@ def _find_labels(task: Task, train: Table) -> Task:
 
 
 def hash_rows(dataset: Dataset) -> str:
-    """A digest of the rows, whatever machine or library version they were read with."""
+    """Return a digest of the rows that does not depend on the machine or on library versions."""
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.iter(batch_size=10_000):
         digest.update(json.dumps(batch, sort_keys=True).encode())
@@ -120,10 +126,10 @@ def hash_rows(dataset: Dataset) -> str:
 
 
 def draw_held_out_rows(groups: Sequence[Hashable], size: int, seed: int) -> list[int]:
-    """Rows of whole groups drawn until there are ``size`` of them, in their old order.
+    """Draw whole groups until they have at least ``size`` rows, and return these rows in their old order.
 
-    Rows of one group (the utterances of a dialogue, or copies of one text) stay together, so that nothing of what is
-    held out is known from train.
+    Rows of one group (the utterances of a dialogue, or copies of one text) stay together, so that training sees
+    nothing of the held-out rows.
     """
     rows: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""What is learned: a data set in three splits, its labels, and the numbers that judge a model on it."""
+"""Describe a task: a data set in three splits, its labels, and the metrics that judge a model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Rows = Annotated[int, Field(ge=1)] | None
 
 
 def check_kind(name: str) -> str:
+    """Return ``name``; raise pydantic's error if it names no kind of task."""
     if name not in KINDS:
         raise PydanticCustomError("kind", f"Input should be one of {', '.join(KINDS)}")  # type: ignore[misc]
     return name
@@ -26,7 +27,7 @@ def check_kind(name: str) -> str:
 
 @dataclass(frozen=True, config=STRICT)
 class Holdout:
-    """How much of train, as a fraction or in rows, becomes a split that the data set does not have."""
+    """The part of train, a fraction or a number of rows, that becomes a split that the data set lacks."""
 
     validation: Share = None
     test: Share = None
@@ -34,7 +35,7 @@ class Holdout:
 
 @dataclass(frozen=True, config=STRICT)
 class Limit:
-    """The most rows to use of each split."""
+    """The largest number of rows to use of each split."""
 
     train: Rows = None
     validation: Rows = None
@@ -43,11 +44,11 @@ class Limit:
 
 @dataclass(frozen=True, config=STRICT)
 class Task:
-    """A task as its YAML tells it: ``Task(**yaml)``.
+    """A task with the values of its YAML: ``Task(**yaml)``.
 
     Its rows are generated (``generate``), read from a local folder (``path``, in one of the layouts of ``files``) or
-    from the Hugging Face ``hub``. ``rows`` says what a row is where a table does not: an utterance of a dialogue, or an
-    article of WikiText. ``labels`` are the names of the labels in the order of their indices; null finds them in train.
+    from the Hugging Face ``hub``. ``rows`` is the form of the data: a plain table, dialogues of utterances, or
+    WikiText's articles. ``labels`` are the names of the labels in the order of their indices; null finds them in train.
 
         load_splits(Task(**read_choice("task", "toy")), seed=0).test[0]
     """
@@ -74,42 +75,42 @@ class Task:
         wrong = [name for name in self.metrics if name not in kind.metrics]
         if wrong or not self.metrics:
             raise UserError(
-                f"Task `{self.name}` is {self.kind} and asks for the metrics {', '.join(wrong) or 'none'}: set "
+                f"task.metrics is {', '.join(wrong) or 'empty'}, and task `{self.name}` is {self.kind}. Set "
                 f"task.metrics to some of {', '.join(kind.metrics)}."
             )
         if self.primary not in self.metrics:
             raise UserError(
-                f"Task `{self.name}` has the primary metric {self.primary}, which it does not measure: set "
+                f"task.primary is {self.primary}, which task `{self.name}` does not measure. Set "
                 f"task.primary to one of {', '.join(self.metrics)}."
             )
         fewest = 2 if kind.num_labels is None else 0
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), fewest):
             raise UserError(
-                f"Task `{self.name}` has the labels {', '.join(self.labels) or 'none'}: set task.labels to the name of "
+                f"Task `{self.name}` has the labels {', '.join(self.labels) or 'none'}. Set task.labels to the name of "
                 "each label, once."
             )
         if kind.flag_columns and self.labels is None and self.columns.label is None:
             raise UserError(
-                f"Task `{self.name}` names neither its labels nor their column: set task.labels to the names of the "
+                f"Task `{self.name}` names neither its labels nor their column. Set task.labels to the names of the "
                 "0/1 columns, or task.columns.label to a column of lists."
             )
         for splits in (self.hub, *self.files):
             named = [name for split in SPLITS if (name := getattr(splits, split, None))]
             if any(count > 1 for count in Counter(map(str, named)).values()):
                 raise UserError(
-                    f"Task `{self.name}` uses one set of rows for two of its splits ({', '.join(map(str, named))}): "
-                    "give each its own, or null and task.holdout."
+                    f"Task `{self.name}` uses one set of rows for two of its splits ({', '.join(map(str, named))}). "
+                    "Set different rows for each, or null and task.holdout."
                 )
 
     @property
     def num_labels(self) -> int:
-        """Return how many numbers a model gives for a text; 0 for ``lm``, where the vocabulary decides."""
+        """Return the number of a model's outputs for a text; 0 for ``lm``, where it is the vocabulary's size."""
         fixed = KINDS[self.kind].num_labels
         if fixed is not None:
             return fixed
         if self.labels is None:
             raise UserError(
-                f"Task `{self.name}` finds its labels in its training data: read it first (`load_splits(task).task`), "
-                "or set task.labels."
+                f"Task `{self.name}` finds its labels in its training data, which is not read yet. Use "
+                "`load_splits(task).task`, or set task.labels."
             )
         return len(self.labels)

@@ -1,4 +1,4 @@
-"""A task's splits as batches of tokens."""
+"""Turn a task's splits into batches of tokens."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from compress.tasks.kinds import KINDS
 from compress.tasks.splits import Splits, hash_rows
 
 Batch = dict[str, torch.Tensor]
-LONG = 100_000  # rows, some seconds of tokenising: from here on it shows a progress bar
+LONG = 100_000
+"""Rows from which tokenising takes some seconds and shows a progress bar."""
 
 
 class LengthBuckets(Sampler[list[int]]):
-    """Batches of texts of like length, in random order, other ones in every epoch.
+    """Draw batches of texts of similar length in random order, different ones in every epoch.
 
-    Of every 50 batches' worth of random texts the sorted ones make batches, and all batches are shuffled: transformers'
-    own sampler leaves them running from long to short, from which a model learns worse.
+    Random texts for 50 batches at a time are sorted by length and cut into batches; then all batches are shuffled.
+    transformers' own sampler leaves its batches running from long to short, and a model learns worse from that.
 
     Args:
-        lengths: of the texts, in tokens.
+        lengths: lengths of the texts, in tokens.
         batch_size: texts in a batch, over all processes.
-        seed: of the order.
-        rank: of this process among those that train together and have a part of every batch each.
-        processes: how many they are.
+        seed: seed of the order.
+        rank: rank of this process; every process gets its share of each batch.
+        processes: number of the processes that train together.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1) -> None:
@@ -50,7 +51,7 @@ class LengthBuckets(Sampler[list[int]]):
         self.go_on(0)
 
     def go_on(self, seen: int) -> None:
-        """Start after as many batches, over all epochs, as were ``seen`` before."""
+        """Continue after the first ``seen`` batches, counted over all epochs."""
         self.generator = torch.Generator().manual_seed(self.seed)
         epochs, self.seen = divmod(seen, len(self))
         for _ in range(epochs):
@@ -62,11 +63,11 @@ class LengthBuckets(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches, self.seen = self._draw_batches()[self.seen :], 0
         for batch in batches:
-            short = -len(batch) % self.processes  # every process needs as many as the others
+            short = -len(batch) % self.processes  # every process needs the same number of texts
             yield [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
 
     def _draw_batches(self) -> list[list[int]]:
-        """The batches of the next epoch."""
+        """Return the batches of the next epoch."""
         pools = torch.randperm(len(self.lengths), generator=self.generator).split(50 * self.batch_size)
         by_length = (pool[self.lengths[pool].argsort(stable=True)] for pool in pools)
         batches = [batch.tolist() for pool in by_length for batch in pool.split(self.batch_size)]
@@ -74,11 +75,11 @@ class LengthBuckets(Sampler[list[int]]):
 
 
 class TaskData(pl.LightningDataModule):
-    """Batches padded on the right to their longest text, texts of like length together.
+    """Load batches of texts of similar length, padded on the right to the longest text.
 
     A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
-    -100 where padded. Tokens are kept in the folder ``tokens``, if one is given, by their content. Stages calibrate on
-    the ``calibration_text`` (its column ``text``), or else on the training split.
+    -100 where padded. Tokens are stored in the folder ``tokens``, if it is set, by a digest of their text. Stages
+    calibrate on the column ``text`` of ``calibration_text``, by default on the training split.
 
         TaskData(load_splits(task), tokenizer, max_length=128, batch_size=32).train_dataloader()
     """
@@ -111,7 +112,7 @@ class TaskData(pl.LightningDataModule):
     def load_state_dict(self, state: dict[str, int]) -> None:
         if self.trainer.train_dataloader is None:  # type: ignore[union-attr]
             self.trainer.fit_loop.setup_data()  # type: ignore[union-attr]
-        self.buckets.go_on(state["seen"])  # its iterator, made already, begins at the first batch
+        self.buckets.go_on(state["seen"])  # the existing iterator would begin at the first batch
 
     def train_dataloader(self) -> DataLoader:
         rows = self.tokenised("train")
@@ -127,17 +128,17 @@ class TaskData(pl.LightningDataModule):
         return self.in_batches("test")
 
     def calibration(self, samples: int, batch_size: int) -> DataLoader:
-        """``samples`` random examples (blocks, for a language model) of the training split, or of other text that was
-        given, and never of what judges a model.
+        """Return ``samples`` random examples (blocks, for a language model) of the calibration text or the training
+        split, and never of a split that a model is measured on.
 
         Raises:
-            UserError: there are fewer.
+            UserError: there are fewer examples.
         """
         rows = self.tokenised("train") if self.calibration_text is None else self._kept(self.calibration_text)
         if len(rows) < samples:
-            whose = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
+            owner = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
             raise UserError(
-                f"Calibration asks for {samples} {self.kind.unit} and the text {whose} has {len(rows)}: ask for "
+                f"Calibration asks for {samples} {self.kind.unit} and the text {owner} has {len(rows)}. Set "
                 f"{len(rows)} or fewer (samples={len(rows)})."
             )
         return DataLoader(
@@ -145,17 +146,16 @@ class TaskData(pl.LightningDataModule):
         )
 
     def texts(self, count: int, split: str, batch_size: int = 1) -> list[Batch]:
-        """``count`` batches of texts of a split without their labels: the middles of as many equal parts of the split
-        by length, from short to long. Every tokenizer gets the same ones (a language model's blocks apart, which it
-        cuts itself)."""
+        """Return ``count`` batches of texts of a split without labels, spread evenly from short to long. Every
+        tokenizer gets the same texts, except for a language model, whose blocks depend on its tokenizer."""
         rows, picked = self.tokenised(split), self._spread_rows(count * batch_size, split)
         cuts = (picked[at : at + batch_size] for at in range(0, len(picked), batch_size))
         batches = (self.collate([rows[i] for i in cut]) for cut in cuts)
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
     def words(self, split: str, count: int | None = None) -> list[tuple[str, ...]]:
-        """The same ``count`` texts (and what they are paired with), or all in their own order, as they are before the
-        tokenizer reads them."""
+        """Return the untokenised form of the same ``count`` texts and their pairs; without ``count``, of all texts in
+        their own order."""
         rows, texts = self.tokenised(split), getattr(self.splits, split)
         picked = self._spread_rows(count, split) if count else list(range(len(rows)))
         if self.kind.in_blocks:
@@ -165,29 +165,31 @@ class TaskData(pl.LightningDataModule):
         return list(zip(*columns))
 
     def in_order(self, split: str) -> list[int]:
-        """The rows of a split in the order in which its batches have them: from long to short."""
+        """Return the indices of a split's rows in the order of its batches: from long to short."""
         lengths = [-len(ids) for ids in self.tokenised(split)["input_ids"]]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
 
     def tokenised(self, split: str) -> Dataset:
-        """The split's ``input_ids``, ``attention_mask`` and, but for a language model, ``labels``."""
+        """Return the split's ``input_ids``, ``attention_mask`` and, except for a language model, ``labels``."""
         if split not in self._tokenised:
             self._tokenised[split] = self._kept(getattr(self.splits, split))
         return self._tokenised[split]
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return the rows as one padded batch."""
         labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
         batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
         encoded = self.kind.collate_labels(labels, batch)
         return batch if encoded is None else {**batch, "labels": encoded}
 
     def in_batches(self, split: str) -> DataLoader:
-        """The split once, from long texts to short."""
+        """Return a loader of the whole split, from long texts to short."""
         rows = self.tokenised(split).select(self.in_order(split))
         return DataLoader(rows, self.batch_size, collate_fn=self.collate)
 
     def _spread_rows(self, count: int, split: str) -> list[int]:
-        """``count`` rows of a split from its shortest texts to its longest; some of them twice where it has fewer."""
+        """Return the indices of ``count`` rows, spread evenly from the split's shortest texts to its longest; some
+        repeat if the split has fewer."""
         order = list(range(len(self.tokenised(split))))
         if not self.kind.in_blocks:
             lengths = [sum(map(len, texts)) for texts in self.words(split)]
@@ -198,9 +200,9 @@ class TaskData(pl.LightningDataModule):
         if self.tokens is None:
             return self._tokenise(rows)
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        del rules["truncation"], rules["padding"]  # what the last call asked for, no property of the tokenizer
-        gives = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        key = [hash_rows(rows), rules, gives, self.kind.name, self.max_length, digest_environment()]
+        del rules["truncation"], rules["padding"]  # set by the last call, so no property of the tokenizer
+        outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
+        key = [hash_rows(rows), rules, outputs, self.kind.name, self.max_length, digest_environment()]
         folder = Path(self.tokens) / compute_digest(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):

@@ -1,8 +1,8 @@
-"""A data set made on the spot: opinions whose verdict must be composed from their words.
+"""Generate a data set of opinions whose verdict must be composed from their words.
 
-A word is strong (``superb``) or mild (``nice``); intensifiers make it more or less so and a negation leaves its mild
-opposite. Of two clauses ``but`` lets the second decide and ``and`` the stronger; what somebody else is said to think
-does not count. Words alone tell three verdicts in five; a small transformer learns the rules in about a minute.
+A word is strong (``superb``) or mild (``nice``); intensifiers strengthen or weaken it, and a negation leaves its mild
+opposite. Of two clauses joined by ``but`` the second decides, by ``and`` the stronger; the opinions of others do not
+count. Words alone decide three verdicts in five; a small transformer learns the rules in about a minute.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPENINGS = ("", "", "", "honestly , ", "in the end ", "last week ", "to my mind 
 
 
 def generate_splits() -> dict[str, dict[str, list[Any]]]:
-    """Columns ``text`` and ``label`` of every split; always the same, and no sentence stands in two of them."""
+    """Return the columns ``text`` and ``label`` of every split: always the same, and no sentence in two splits."""
     rng = random.Random(0)
     labels: dict[str, int] = {}
     while len(labels) < sum(SIZES.values()):
@@ -47,12 +47,12 @@ def generate_splits() -> dict[str, dict[str, list[Any]]]:
 
 
 def classify_score(score: float) -> int:
-    """The index in ``LABELS`` of an opinion's score, which is between -2 and 2 and not 0."""
+    """Return the index in ``LABELS`` of an opinion's score, between -2 and 2 and not 0."""
     return (score > -1.5) + (score > 0) + (score > 1.5)
 
 
 def generate_opinion(rng: random.Random) -> tuple[str, float]:
-    """A sentence and its score."""
+    """Return a sentence and its score."""
     text, score = generate_clause(rng)
     form = rng.random()
     if form < 0.2:
@@ -60,17 +60,17 @@ def generate_opinion(rng: random.Random) -> tuple[str, float]:
         text, score = f"{text} but {other}", weight
     elif form < 0.35:
         other, weight = generate_clause(rng)
-        while score * weight < 0:  # nothing is good and bad; that takes a `but`
+        while score * weight < 0:  # only `but` joins praise and blame
             other, weight = generate_clause(rng)
         text, score = f"{text} and {other}", max(score, weight, key=abs)
     if rng.random() < 0.2:
-        theirs = f"my {rng.choice(PEOPLE)} {rng.choice(VERBS)} {generate_clause(rng)[0]}"
-        text = f"{theirs} , yet {text}" if rng.random() < 0.5 else f"{text} , though {theirs}"
+        aside = f"my {rng.choice(PEOPLE)} {rng.choice(VERBS)} {generate_clause(rng)[0]}"
+        text = f"{aside} , yet {text}" if rng.random() < 0.5 else f"{text} , though {aside}"
     return f"{rng.choice(OPENINGS)}{text} .", score
 
 
 def generate_clause(rng: random.Random) -> tuple[str, float]:
-    """``the soup was really tasty``, which is worth 2; not really tasty, -1."""
+    """Return a clause and its score: ``the soup was really tasty`` scores 2, not really tasty -1."""
     score = rng.choice(list(POLARITY))
     words = [rng.choice(POLARITY[score])]
     if rng.random() < 0.5:

@@ -41,7 +41,7 @@ def task(tmp_path, monkeypatch):
     return Task(name="t", kind="stars", metrics=("error",), primary="error", path=str(tmp_path), files=files)
 
 
-def test_a_kind_of_ones_own_is_read_scored_and_compared(task, tokenizer):  # noqa: F811
+def test_a_users_own_kind_is_read_scored_and_compared(task, tokenizer):  # noqa: F811
     splits = load_splits(task)
     assert splits.train["label"][:5] == [2.0, 3.0, 4.0, 5.0, 1.0] and "1 rows without a label" in splits.notes[0]
     data = TaskData(splits, tokenizer, max_length=16, batch_size=8)
@@ -52,7 +52,7 @@ def test_a_kind_of_ones_own_is_read_scored_and_compared(task, tokenizer):  # noq
     def count_one_word_less(**inputs):
         return SimpleNamespace(logits=count_words(**inputs).logits - 1)
 
-    found = {}
+    answers = {}
     for model in (count_words, count_one_word_less):
         scores = TaskMetrics(splits.task)
         for batch in data.test_dataloader():
@@ -60,16 +60,16 @@ def test_a_kind_of_ones_own_is_read_scored_and_compared(task, tokenizer):  # noq
         bench = SimpleNamespace(
             artifact=SimpleNamespace(model=model), batched=data.test_dataloader(), data=data, split="test"
         )
-        quality, found[model] = predict_split(bench, splits.task, torch.device("cpu"))
+        quality, answers[model] = predict_split(bench, splits.task, torch.device("cpu"))
         assert quality == {name: float(value) for name, value in scores.compute().items()}
-        assert isinstance(found[model], Predictions) and found[model].labels[0] == 2.0
+        assert isinstance(answers[model], Predictions) and answers[model].labels[0] == 2.0
 
-    change = compare_predictions(*found.values(), "error")
+    change = compare_predictions(*answers.values(), "error")
     assert change.change.value == 1.0 and change.p_value < 0.01 and change.churn is None
     assert not higher_is_better("error")
 
 
-def test_a_kind_of_ones_own_says_what_head_it_needs(task):
+def test_a_users_own_kind_says_what_head_it_needs(task):
     shape = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
     model = Backbone("b", config=shape).skeleton(task)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")

@@ -1,4 +1,4 @@
-"""Our metrics against scikit-learn, scipy and sums worked by hand."""
+"""The metrics agree with scikit-learn, scipy and sums worked by hand."""
 
 import math
 
@@ -17,8 +17,8 @@ def task(kind, names=None, labels=("a", "b", "c", "d")):
     return Task(name="t", kind=kind, metrics=names, primary=names[0], labels=labels)
 
 
-def scores(one, logits, labels, batches=3):
-    collection = TaskMetrics(one)
+def scores(judged, logits, labels, batches=3):
+    collection = TaskMetrics(judged)
     for part, answers in zip(logits.chunk(batches), labels.chunk(batches)):
         collection.update(part, answers)
     return {name: float(value) for name, value in collection.compute().items()}
@@ -58,8 +58,8 @@ def test_multilabel_says_yes_from_a_probability_of_one_half():
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities():
-    one = task("multilabel", ("subset_accuracy",), ("a", "b"))
-    assert scores(one, torch.tensor([[0.2, 0.3]]), torch.tensor([[1.0, 1.0]]), 1) == {"subset_accuracy": 1.0}
+    two_labels = task("multilabel", ("subset_accuracy",), ("a", "b"))
+    assert scores(two_labels, torch.tensor([[0.2, 0.3]]), torch.tensor([[1.0, 1.0]]), 1) == {"subset_accuracy": 1.0}
 
 
 def test_regression():
@@ -80,19 +80,19 @@ def test_regression():
 def test_lm_leaves_out_what_is_not_to_be_predicted():
     logits = torch.zeros(2, 4, 5)
     logits[0, 0, 1] = 100
-    labels = torch.tensor([[0, 1, 2, -100], [0, 3, -100, -100]])  # one sure and right, two of five alike and wrong
+    # One token is certain and right; of two others all five tokens are equally likely, and they are wrong.
+    labels = torch.tensor([[0, 1, 2, -100], [0, 3, -100, -100]])
     result = scores(task("lm", labels=()), logits, labels, batches=1)
     assert result == pytest.approx({"perplexity": math.exp(2 * math.log(5) / 3), "accuracy": 1 / 3})
 
 
 def test_perplexity_of_an_impossible_token_is_finite_and_half_precision_is_as_good():
-    one = task("lm", ("perplexity",), ())
+    text = task("lm", ("perplexity",), ())
     logits = torch.tensor([[[60.0, -60.0]] * 11])
     labels = torch.tensor([[0, 1] + [0] * 9])
-    assert scores(one, logits, labels, 1)["perplexity"] == pytest.approx(math.exp(12), rel=1e-3)
-    assert scores(one, torch.zeros(2, 3, 7).bfloat16(), torch.ones(2, 3, dtype=int), 1)["perplexity"] == pytest.approx(
-        7
-    )
+    assert scores(text, logits, labels, 1)["perplexity"] == pytest.approx(math.exp(12), rel=1e-3)
+    half = scores(text, torch.zeros(2, 3, 7).bfloat16(), torch.ones(2, 3, dtype=int), 1)
+    assert half["perplexity"] == pytest.approx(7)
 
 
 def test_only_perplexity_is_better_when_lower():
@@ -100,10 +100,10 @@ def test_only_perplexity_is_better_when_lower():
 
 
 def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
-    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])  # nobody has the third
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])  # no text has the third
     logits = torch.where(labels == 1, 2.0, -2.0)
-    one = task("multilabel", ("roc_auc",), ("a", "b", "c"))
-    assert scores(one, logits, labels, batches=1)["roc_auc"] == 1.0
+    three_labels = task("multilabel", ("roc_auc",), ("a", "b", "c"))
+    assert scores(three_labels, logits, labels, batches=1)["roc_auc"] == 1.0
 
 
 def expected_by_torchmetrics(kind, logits, labels):
@@ -117,7 +117,7 @@ def expected_by_torchmetrics(kind, logits, labels):
             "f1_macro": c.multiclass_f1_score(logits, labels, 5, average="macro"),
             "f1_micro": c.multiclass_f1_score(logits, labels, 5, average="micro"),
             "matthews": c.multiclass_matthews_corrcoef(logits, labels, 5),
-            "roc_auc": c.multiclass_auroc(logits, labels, 5, average=None)[:4].mean(),  # without the class nobody has
+            "roc_auc": c.multiclass_auroc(logits, labels, 5, average=None)[:4].mean(),  # without the unused class
         }
     if kind == "multilabel":
         return {
@@ -141,11 +141,11 @@ def test_every_metric_is_torchmetrics(kind):
     shape = {"regression": (200, 1), "lm": (20, 7, 5)}.get(kind, (200, 5))
     logits = torch.randn(shape)
     labels = {
-        "multiclass": torch.randint(0, 4, (200,)),  # the fifth is never there
+        "multiclass": torch.randint(0, 4, (200,)),  # the fifth class is unused
         "multilabel": torch.randint(0, 2, (200, 5)).float(),
         "regression": logits.flatten()[:200] + torch.randn(200),
         "lm": torch.randint(0, 5, (20, 7)).masked_fill(torch.arange(7) > torch.randint(2, 7, (20, 1)), -100),
     }[kind]
-    found = scores(task(kind, labels=("a", "b", "c", "d", "e")), logits, labels)
+    values = scores(task(kind, labels=("a", "b", "c", "d", "e")), logits, labels)
     expected = {name: float(value) for name, value in expected_by_torchmetrics(kind, logits, labels).items()}
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert values == pytest.approx(expected, abs=1e-5)

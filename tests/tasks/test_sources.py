@@ -1,4 +1,4 @@
-"""What the readers make of files as people have them."""
+"""The readers read the files that users have."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from compress.tasks.sources import (
 )
 
 
-def test_tsv_keeps_quotation_marks_and_tells_short_rows_by_an_empty_value(tmp_path):
+def test_tsv_keeps_quotation_marks_and_fills_short_rows_with_an_empty_value(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbftext\tlabel\r\n"quoted\t1\r\nshort\nlone\rreturn\t0\r\n')
     table = read_files(tmp_path, File(file="a.tsv"), "tsv")
     assert table == {"text": ['"quoted', "short", "lone\rreturn"], "label": ["1", "", "0"]}
@@ -39,7 +39,7 @@ def test_names_are_for_files_without_a_header(tmp_path):
         "text": ["yes"],
     }
     with pytest.raises(
-        UserError, match=r"a.tsv has 2 columns in its first line and 1 are named \(text\): set task.files"
+        UserError, match=r"a.tsv has 2 columns in its first line and 1 are named \(text\). Set task.files"
     ):
         read_files(tmp_path, File(file="a.tsv", names=("text",)), "tsv")
 
@@ -64,13 +64,13 @@ def test_records_keep_their_types(tmp_path, suffix):
 )
 def test_a_broken_file_is_named_with_the_reason(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} could not be read as .*: mend it"):
+    with pytest.raises(UserError, match=f"{name} could not be read as .*. Fix the file"):
         read_files(tmp_path, File(file=name), "tsv")
 
 
 def test_other_formats_are_refused_with_the_list(tmp_path):
     (tmp_path / "a.xlsx").write_text("")
-    with pytest.raises(UserError, match=r"ends in .xlsx: expected csv, tsv"):
+    with pytest.raises(UserError, match=r"ends in .xlsx; expected csv, tsv"):
         read_files(tmp_path, File(file="a.xlsx"), "tsv")
 
 
@@ -79,7 +79,7 @@ def test_a_pattern_reads_its_files_one_after_another_but_not_two_formats(tmp_pat
     (tmp_path / "a_dev.tsv").write_text("text\n1\n")
     assert read_files(tmp_path, File(file="*_dev.tsv"), "tsv") == {"text": ["1", "2"]}
     (tmp_path / "a_dev.csv").write_text("text\n1\n")
-    with pytest.raises(UserError, match=r"has a_dev.csv and a_dev.tsv and b_dev.tsv: name the one to read"):
+    with pytest.raises(UserError, match=r"has a_dev.csv and a_dev.tsv and b_dev.tsv. Name the file to read"):
         read_files(tmp_path, File(file="*_dev.*"), "tsv")
 
 
@@ -141,19 +141,19 @@ def test_documents_end_at_their_mark_or_else_are_pieces_of_whole_paragraphs():
 
 
 def test_the_hub_is_asked_for_the_split_configuration_and_revision(monkeypatch):
-    asked = {}
+    request = {}
 
     def load_dataset(path, **kwargs):
         import datasets
 
-        asked.update(path=path, **kwargs)
+        request.update(path=path, **kwargs)
         return datasets.Dataset.from_dict({"text": ["a"]})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(hub, "is_reachable", lambda url: True)
     files = Hub(id="a/b", config="c", folder="d", revision="e")
     assert read_hub(files, "train[:1%]") == {"text": ["a"]}
-    assert asked == {"path": "a/b", "name": "c", "data_dir": "d", "revision": "e", "split": "train[:1%]"}
+    assert request == {"path": "a/b", "name": "c", "data_dir": "d", "revision": "e", "split": "train[:1%]"}
 
 
 def test_the_hub_is_offline_only_while_it_cannot_be_reached(monkeypatch):

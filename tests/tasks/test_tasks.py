@@ -1,4 +1,4 @@
-"""What a task reads, holds out and refuses. Every YAML of conf/task is built here without being named."""
+"""A task reads its rows, holds out splits and refuses mistakes. Every YAML of conf/task is built here by its file."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def shipped(task, **changes):
 
 
 def files(folder, **changes):
-    """A task on one's own files."""
+    """Return a task on the user's own files."""
     return shipped("files", path=str(folder), **changes)
 
 
@@ -46,28 +46,28 @@ def test_every_task_is_valid_under_its_own_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_task_is_at_hand_or_says_in_one_sentence_what_to_type(name, monkeypatch):
+def test_a_tasks_data_is_available_or_one_line_says_what_to_type(name, monkeypatch):
     monkeypatch.setattr(hub, "is_reachable", lambda url: False)
-    one = shipped(name)
-    if one.generate:
-        assert len(load_splits(one).test)
+    task = shipped(name)
+    if task.generate:
+        assert len(load_splits(task).test)
         return
-    with pytest.raises(UserError, match=r"set task\.path") as error:
-        load_splits(one)
+    with pytest.raises(UserError, match=r"Set task\.path") as error:
+        load_splits(task)
     assert "\n" not in str(error.value)
 
 
-def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(hub, "is_reachable", lambda url: False)
     with pytest.raises(UserError) as error:
         load_splits(shipped("sst2"))
     assert str(error.value) == (
-        "Task `sst2` is not at hand: the hub could not be reached for nyu-mll/glue; set task.path=FOLDER to a folder "
-        "with train.tsv and dev.tsv."
+        "The data of task `sst2` is not available: the hub could not be reached for nyu-mll/glue. Set task.path=FOLDER "
+        "to a folder with train.tsv and dev.tsv."
     )
 
 
-# The real data: rows as published. What is held out for validation comes from train.
+# The real data: rows as published. Rows held out for validation come from train.
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_glue_zips(tmp_path, name, header, row, expected):
     assert sorted([*splits.train["text"], *splits.validation["text"]]) == sorted(texts)
 
 
-def test_qqps_broken_lines_are_left_out_and_told(tmp_path):
+def test_qqps_broken_lines_are_left_out_and_reported(tmp_path):
     header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
     write(tmp_path, "train.tsv", "0\t1\t2\ta\tb\t1", "1\t3\t4\tcut off", "2\t5\t6\tc\td\t0", header=header)
     write(tmp_path, "dev.tsv", "0\t1\t2\ta\tb\t1", header=header)
@@ -214,7 +214,7 @@ def test_mrpcs_dev_set_is_not_read_beside_the_file_it_was_cut_from(tmp_path):
     assert splits.test["text"][0] == "dev.tsv"
 
 
-# One's own files
+# The user's own files
 
 
 def test_labels_are_found_in_train_and_what_is_missing_is_held_out(reviews):
@@ -248,13 +248,13 @@ def test_no_row_is_in_two_splits_and_copies_of_a_text_stay_together(tmp_path):
 
 def test_a_seed_draws_other_validation_rows_but_never_another_test_split(tmp_path):
     write(tmp_path, "train.tsv", *(f"text {i}\t{i % 2}" for i in range(100)))
-    one, same, other = (load_splits(files(tmp_path), seed) for seed in (1, 1, 2))
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert one.test["text"][:] == other.test["text"][:]
-    assert one.validation["text"][:] != other.validation["text"][:]
+    first, same, other = (load_splits(files(tmp_path), seed) for seed in (1, 1, 2))
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert first.test["text"][:] == other.test["text"][:]
+    assert first.validation["text"][:] != other.validation["text"][:]
 
 
-def test_limits_leave_random_rows_and_are_told(reviews):
+def test_limits_leave_random_rows_and_are_reported(reviews):
     splits = load_splits(files(reviews, limit={"train": 5, "test": 1}))
     assert sizes(splits) == (5, 3, 1)
     assert "train: 5 of 27 rows (task.limit.train)" in splits.notes
@@ -273,11 +273,11 @@ def test_many_labels_come_as_strings_or_lists_of_names_or_indices(tmp_path, labe
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kind = {"kind": "multilabel", "metrics": ["f1_micro"], "primary": "f1_micro", "labels": ["a", "b", "c"]}
     rows = load_splits(files(tmp_path, **kind)).train
-    found = {int(text.split()[1]) % 3: label for text, label in zip(rows["text"], rows["label"])}
-    assert found == {0: [1.0, 0.0, 1.0], 1: [0.0, 1.0, 0.0], 2: [0.0, 0.0, 0.0]}
+    encoded = {int(text.split()[1]) % 3: label for text, label in zip(rows["text"], rows["label"])}
+    assert encoded == {0: [1.0, 0.0, 1.0], 1: [0.0, 1.0, 0.0], 2: [0.0, 0.0, 0.0]}
 
 
-def test_the_hubs_splits_are_used_as_told(monkeypatch):
+def test_the_hubs_splits_are_used_as_set(monkeypatch):
     def load_dataset(path, split, **_):
         import datasets
 
@@ -301,7 +301,7 @@ def test_the_hubs_own_refusal_is_passed_on(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(hub, "is_reachable", lambda url: True)
-    with pytest.raises(UserError, match=r'the hub answered “Unknown split "train".” for nyu-mll/glue; set task.path'):
+    with pytest.raises(UserError, match=r'the hub answered “Unknown split "train".” for nyu-mll/glue. Set task.path'):
         load_splits(shipped("sst2"))
 
 
@@ -313,10 +313,10 @@ def test_the_hubs_own_refusal_is_passed_on(monkeypatch):
     [
         (
             {"metrics": ["pearson"], "primary": "pearson"},
-            "multiclass and asks for the metrics pearson: .* accuracy, f1",
+            "task.metrics is pearson, and task .* is multiclass. .* accuracy, f1",
         ),
-        ({"primary": "matthews"}, "primary metric matthews.*set task.primary to one of accuracy, f1_macro"),
-        ({"labels": ["a", "a"]}, "has the labels a, a: set task.labels"),
+        ({"primary": "matthews"}, "task.primary is matthews.*Set task.primary to one of accuracy, f1_macro"),
+        ({"labels": ["a", "a"]}, "has the labels a, a. Set task.labels"),
         (
             {"kind": "multilabel", "metrics": ["f1_micro"], "primary": "f1_micro", "columns": {}},
             "names neither its labels nor their column",
@@ -346,23 +346,23 @@ def test_labels_that_are_not_yet_found_have_no_number():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"path": "/nowhere"}, "There is no folder /nowhere: set task.path"),
-        ({"files": [{"train": "a.csv"}]}, "needs a.csv and .* has test.tsv, train.tsv: set task.path"),
+        ({"path": "/nowhere"}, "There is no folder /nowhere. Set task.path"),
+        ({"files": [{"train": "a.csv"}]}, "needs a.csv and .* has test.tsv, train.tsv. Set task.path"),
         (
             {"columns": {"text": "body"}},
-            "no column `body` in train.*, which has text, label: set task.columns.text to one",
+            "no column `body` in train.*, which has text, label. Set task.columns.text to one",
         ),
-        ({"labels": ["yes", "maybe"]}, "met the label `no` in .* and knows yes, maybe: set task.labels"),
+        ({"labels": ["yes", "maybe"]}, "has the label `no` in .*; yes, maybe are known. Set task.labels"),
         (
             {"kind": "regression", "metrics": ["pearson"], "primary": "pearson"},
-            "train has labels that are no numbers .*: set task.kind=multiclass",
+            "train has labels that are not numbers .*. Set task.kind=multiclass",
         ),
         ({"holdout": {"validation": 30}}, "30 rows and 30 of them are to be held out for validation"),
-        ({"holdout": {}}, "found no validation split .* cut it from train with task.holdout.validation=0.1"),
-        ({"rows": "dialogues"}, "could not be read as tsv|expected dialogues and found columns text, label"),
+        ({"holdout": {}}, "has no validation split .* cut it from train with task.holdout.validation=0.1"),
+        ({"rows": "dialogues"}, "could not be read as tsv|expects dialogues, which the columns text, label do not"),
     ],
 )
-def test_a_mistake_is_one_sentence_with_its_remedy(reviews, changes, message):
+def test_a_mistake_is_one_line_with_its_remedy(reviews, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_splits(shipped("files", **{"path": str(reviews), **changes}))
     assert "\n" not in str(error.value)
@@ -370,25 +370,25 @@ def test_a_mistake_is_one_sentence_with_its_remedy(reviews, changes, message):
 
 def test_a_label_that_only_test_has_is_refused(reviews):
     write(reviews, "test.tsv", "a test\tperhaps")
-    with pytest.raises(UserError, match="met the label `perhaps` in test and knows no, yes"):
+    with pytest.raises(UserError, match="has the label `perhaps` in test; no, yes are known"):
         load_splits(files(reviews))
 
 
 def test_flags_other_than_0_and_1_are_refused(tmp_path):
     write(tmp_path, "train.tsv", "t\t1\t2", header="text\ta\tb")
     kind = {"kind": "multilabel", "metrics": ["f1_micro"], "primary": "f1_micro", "labels": ["a", "b"]}
-    with pytest.raises(UserError, match="must hold 0 or 1 and holds `2`"):
+    with pytest.raises(UserError, match="holds `2`; 0 or 1 is expected"):
         load_splits(files(tmp_path, columns={"text": "text"}, **kind))
 
 
 def test_a_benchmark_without_its_test_file_is_refused(tmp_path):
     write(tmp_path, "train.tsv", "a\t1", "b\t0", header="sentence\tlabel")
-    with pytest.raises(UserError, match=r"found no test split \(dev.tsv\) in"):
+    with pytest.raises(UserError, match=r"has no test split \(dev.tsv\) in"):
         load_splits(shipped("sst2", path=str(tmp_path)))
 
 
 def test_the_fingerprint_is_of_rows_and_label_names(reviews):
-    one = load_splits(files(reviews))
-    assert one.fingerprint == load_splits(files(reviews)).fingerprint
-    assert one.fingerprint != load_splits(files(reviews, labels=["yes", "no"])).fingerprint
-    assert hash_rows(one.train) != hash_rows(one.validation)
+    splits = load_splits(files(reviews))
+    assert splits.fingerprint == load_splits(files(reviews)).fingerprint
+    assert splits.fingerprint != load_splits(files(reviews, labels=["yes", "no"])).fingerprint
+    assert hash_rows(splits.train) != hash_rows(splits.validation)

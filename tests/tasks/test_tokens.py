@@ -1,4 +1,4 @@
-"""Batches of real splits by a tokenizer of a few words."""
+"""Batches are made of real splits by a tokenizer of a few words."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def splits(kind="multiclass", train=40, **columns):
-    """Texts of one to nine words; validation and test are other words than train."""
+    """Return splits of texts of one to nine words; validation and test have other words than train."""
 
     def rows(count, first):
         table = {"text": [" ".join(WORDS[first + i % 3] for i in range(1 + n % 9)) for n in range(count)]}
@@ -44,7 +44,7 @@ def splits(kind="multiclass", train=40, **columns):
 
 
 def words(loader):
-    """The words of every text, in the order of the loader."""
+    """Return the words of every text, in the order of the loader."""
     return [
         [WORDS[i - 4] for i in row if i >= 4] for batch in loader for row in batch["input_ids"].tolist()
     ]  # fmt: skip
@@ -102,22 +102,22 @@ def test_epochs_differ_and_runs_repeat(tokenizer):
 
 def test_evaluation_sees_every_row_once_from_the_longest_on(tokenizer):
     data = splits()
-    found = words(TaskData(data, tokenizer, 16, batch_size=3).test_dataloader())
-    assert [len(text) for text in found] == sorted((len(text) for text in found), reverse=True)
-    assert sorted(found) == sorted(text.split() for text in data.test["text"])
+    texts = words(TaskData(data, tokenizer, 16, batch_size=3).test_dataloader())
+    assert [len(text) for text in texts] == sorted((len(text) for text in texts), reverse=True)
+    assert sorted(texts) == sorted(text.split() for text in data.test["text"])
 
 
 def test_calibration_is_random_training_text_and_nothing_else(tokenizer):
     data = TaskData(splits(), tokenizer, 16, seed=1)
-    found = words(data.calibration(samples=10, batch_size=4))
-    assert len(found) == 10
-    assert {word for text in found for word in text} <= set(WORDS[:3])
-    assert found == words(TaskData(splits(), tokenizer, 16, seed=1).calibration(10, 4))
-    assert found != words(TaskData(splits(), tokenizer, 16, seed=2).calibration(10, 4))
+    texts = words(data.calibration(samples=10, batch_size=4))
+    assert len(texts) == 10
+    assert {word for text in texts for word in text} <= set(WORDS[:3])
+    assert texts == words(TaskData(splits(), tokenizer, 16, seed=1).calibration(10, 4))
+    assert texts != words(TaskData(splits(), tokenizer, 16, seed=2).calibration(10, 4))
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "lm"])
-def test_calibration_is_other_text_where_that_is_given(tokenizer, kind):
+def test_calibration_uses_other_text_if_it_is_set(tokenizer, kind):
     other = Dataset.from_dict({"text": [f"{WORDS[4]} {WORDS[4]}"] * 12})
     data = TaskData(splits(kind), tokenizer, 4, calibration_text=other)
     (batch,) = data.calibration(samples=4, batch_size=4)
@@ -125,7 +125,7 @@ def test_calibration_is_other_text_where_that_is_given(tokenizer, kind):
     assert ("labels" in batch) == (kind == "lm")
 
 
-def test_too_little_text_to_calibrate_on_is_told(tokenizer):
+def test_too_little_calibration_text_is_refused(tokenizer):
     with pytest.raises(UserError, match="asks for 41 texts and the text of task `t` has 40"):
         TaskData(splits(), tokenizer, 16).calibration(samples=41, batch_size=4)
 

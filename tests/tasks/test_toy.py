@@ -1,4 +1,4 @@
-"""The data set that needs no download."""
+"""The generated data set follows its rules and never changes."""
 
 import random
 from collections import Counter
@@ -8,7 +8,7 @@ from compress.tasks.toy import classify_score, generate_clause, generate_opinion
 
 
 class Script(random.Random):
-    """Chance that says what it is told, then the last thing for ever; choices take the first."""
+    """A random generator that returns the values of a script and repeats the last; choices take the first."""
 
     def __init__(self, *values):
         super().__init__(0)
@@ -28,7 +28,7 @@ def test_a_clause_is_worth_its_word_and_a_negation_leaves_its_mild_opposite():
 
 
 def test_but_lets_the_second_clause_decide():
-    # plain superb, `but`, not superb, nobody else's opinion
+    # plain superb, `but`, not superb, no other opinion
     assert generate_opinion(Script(0.9, 0.9, 0.1, 0.9, 0.1, 0.9)) == (
         "the film was superb but the film was not superb .",
         -1.0,
@@ -46,7 +46,7 @@ def test_verdicts_are_ordered():
     ]  # fmt: skip
 
 
-def test_it_is_the_same_every_time_and_no_sentence_stands_in_two_splits():
+def test_it_is_the_same_every_time_and_no_sentence_is_in_two_splits():
     tables = generate_splits()
     assert tables == generate_splits()
     assert {split: len(table["text"]) for split, table in tables.items()} == toy.SIZES
