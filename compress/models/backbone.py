@@ -1,4 +1,4 @@
-"""Where a model comes from, and which of its layers compression may touch."""
+"""Build a model and its tokenizer from pretrained weights, or from an architecture at random weights."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Backbone:
-    """A model before a task's head is put on it.
+    """A model without a task's head.
 
-    With a ``path`` (Hugging Face id or local folder) weights and tokenizer are the pretrained ones. With ``path=None``
-    the architecture is built from ``config`` at random weights and its tokenizer is trained on the task's own text, so
-    that nothing is downloaded.
+    With a ``path`` (Hugging Face id or local folder) weights and tokenizer are pretrained. With ``path=None`` the
+    architecture is built from ``config`` at random weights, its tokenizer is trained on the task's own text, and
+    nothing is downloaded.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Backbone:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     learning_rate: float = 5e-5
     from_scratch: bool = False
-    """Weights are always random: there is no ``path`` to set."""
+    """Whether weights are always random, so that ``path`` cannot be set."""
 
     def __post_init__(self) -> None:
         if self.from_scratch and self.path is not None:
@@ -63,23 +63,23 @@ class Backbone:
             )
         if self.path is None and self.config is None:
             raise UserError(
-                f"Model `{self.name}` has neither weights nor an architecture: set model.path to a Hugging Face id or "
+                f"Model `{self.name}` has neither weights nor an architecture. Set model.path to a Hugging Face id or "
                 "a local folder, or model.config to an architecture that is built at random weights."
             )
 
     def configuration(self, task: Task) -> PretrainedConfig:
-        """The architecture with the head that ``task`` needs; nothing but ``config.json`` is read."""
+        """Return the architecture with the head that ``task`` needs; only ``config.json`` is read."""
         config = self._pretrained(AutoConfig) if self.path else self._from_config()
         kind = KINDS[task.kind]
         if kind.generates and not is_decoder(config):
             raise UserError(
-                f"Task `{task.name}` is language modelling and `{config.model_type}` is an encoder: choose a "
+                f"Task `{task.name}` is language modelling and `{config.model_type}` is an encoder. Choose a "
                 "decoder (model=tiny_llama) or a classification task (task=toy)."
             )
         if type(config) not in getattr(transformers, kind.auto_class)._model_mapping:
             raise UserError(
                 f"Task `{task.name}` needs a classification head and transformers has none for "
-                f"`{config.model_type}`: choose another model."
+                f"`{config.model_type}`. Choose another model."
             )
         if kind.num_labels == 0:
             return config
@@ -91,8 +91,8 @@ class Backbone:
         return config
 
     def skeleton(self, task: Task) -> PreTrainedModel:
-        """The model's shapes on the meta device: no weights are read, no memory is taken. Labels that only the data
-        will tell are taken for two."""
+        """Return the model on the meta device, without reading weights or taking memory. Two labels stand in for
+        labels that only the data knows."""
         if task.labels is None and KINDS[task.kind].num_labels is None:
             task = dataclasses.replace(task, labels=("0", "1"))
         config = self.configuration(task)
@@ -100,31 +100,33 @@ class Backbone:
             with torch.device("meta"):
                 return find_auto_class(task.kind, config).from_config(config)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model.config cannot be built ({join_lines(error)[:200]}): mend it.") from error
+            raise UserError(
+                f"model.config is not a valid architecture ({join_lines(error)[:200]}). Correct it, or set model.path."
+            ) from error
 
     def fingerprint(self, task: Task) -> str | None:
-        """What the weights are known by: the content of a folder, or the hub's id and commit."""
+        """Return an identity of the weights: a digest of the folder's content, or the hub's id and commit."""
         if self.path is None:
             return None
         folder = Path(self.path).expanduser()
         return fingerprint_files(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that comes with the weights at ``path``."""
+        """Return the tokenizer stored with the weights at ``path``."""
         return self._pretrained(AutoTokenizer)
 
     def build(self, task: Task, texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-        """Model, tokenizer, and whether all the weights that ``task`` needs were trained, its head included; ``texts``
-        train a tokenizer where the model has none.
+        """Return the model, its tokenizer, and whether all weights, including the head for ``task``, are trained.
+        ``texts`` train a tokenizer if the model has none.
 
         Raises:
-            UserError: there are no such weights, or they leave transformer blocks without their own.
+            UserError: the weights cannot be read, or lack tensors of the transformer blocks.
         """
         config = self.configuration(task)
         dtype = getattr(torch, self.dtype)
         trained = False
         if self.path:
-            theirs = has_task_labels(self._pretrained(AutoConfig), task)
+            same_labels = has_task_labels(self._pretrained(AutoConfig), task)
             tokenizer = self.tokenizer()
             model, missing = load_weights(
                 find_auto_class(task.kind, config),
@@ -138,9 +140,9 @@ class Backbone:
             if inside := [name for name in missing if name.startswith(find_blocks(model)[0])]:
                 raise UserError(
                     f"Model `{self.name}`: {self.path} holds no weights for {len(inside)} tensors of the transformer "
-                    f"blocks ({inside[0]}...): set model.path to a checkpoint of this architecture."
+                    f"blocks ({inside[0]}...). Set model.path to a checkpoint of this architecture."
                 )
-            trained = theirs and not missing
+            trained = same_labels and not missing
         else:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
@@ -154,7 +156,9 @@ class Backbone:
             return AutoConfig.for_model(**(self.config or {}))
         except (ValueError, TypeError) as error:
             reason = join_lines(error)[:200]
-            raise UserError(f"model.config is no architecture that transformers knows ({reason}): mend it.") from error
+            raise UserError(
+                f"model.config is not an architecture of transformers ({reason}). Correct it, or set model.path."
+            ) from error
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         assert self.path is not None
@@ -162,15 +166,15 @@ class Backbone:
 
 
 def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained(path)``, its many ways to fail told as one sentence.
+    """Return ``auto.from_pretrained(path)``; ``what`` and ``key`` name the model and its setting in errors.
 
     Raises:
-        UserError: ``path`` is no readable model folder and no model on a hub that can be reached.
+        UserError: ``path`` is neither a readable model folder nor an available model of the hub.
     """
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{what}: the folder {path} holds no config.json: set {key} to a folder in Hugging Face format "
+            f"{what}: the folder {path} holds no config.json. Set {key} to a folder in Hugging Face format "
             "(config.json, tokenizer files, *.safetensors)."
         )
     try:
@@ -179,28 +183,30 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = join_lines(error)[:300]
         if folder.is_dir():
-            raise UserError(f"{what}: the folder {path} could not be loaded ({reason}).") from error
+            raise UserError(
+                f"{what}: the folder {path} could not be loaded ({reason}). Set {key} to another folder."
+            ) from error
         raise UserError(
-            f"{what}: `{path}` is neither a local folder nor a model that the Hugging Face hub gives out from here: "
-            f"set {key} to a folder with its files (config.json, tokenizer, *.safetensors), or to null to build the "
-            f"architecture at random weights. (The library says: {reason[:160]})"
+            f"{what}: `{path}` is neither a local folder nor available on the Hugging Face hub ({reason[:160]}). "
+            f"Set {key} to a folder with the model's files (config.json, tokenizer, *.safetensors), or to null to "
+            "build the architecture at random weights."
         ) from error
 
 
 def join_lines(error: Exception) -> str:
-    """A library's message without its line breaks, to be quoted in a sentence."""
+    """Return a library's message on one line, to be quoted in a sentence."""
     return " ".join(str(error).split())
 
 
 def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of its tensors that the checkpoint held no weights for: those are random."""
-    model, found = from_pretrained(auto, path, what, key, output_loading_info=True, **kwargs)
-    mismatched = [name if isinstance(name, str) else name[0] for name in found["mismatched_keys"]]
-    return model, sorted({*found["missing_keys"], *mismatched})
+    """Return the model, and the names of the tensors that the checkpoint lacks, which are random."""
+    model, info = from_pretrained(auto, path, what, key, output_loading_info=True, **kwargs)
+    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
+    return model, sorted({*info["missing_keys"], *mismatched})
 
 
 def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
-    """Whether a classifier's labels are the task's, in its order; labels without names are taken on trust."""
+    """Return whether a classifier's labels are the task's, in the same order; unnamed labels are trusted."""
     if task.num_labels == 0:
         return True
     names = [str(name).lower() for name in config.id2label.values()]
@@ -209,24 +215,24 @@ def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
 
 
 def find_auto_class(kind: str, config: PretrainedConfig) -> Any:
-    """The transformers class that puts the head of a task of this ``kind`` on any architecture, one that was cut to
-    other shapes than its config can say included."""
+    """Return the transformers class that builds an architecture with the head of a task of this ``kind``. It also
+    builds models that were cut to shapes that a plain config cannot describe."""
     auto: Any = getattr(transformers, KINDS[kind].auto_class)
     return build_cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the architecture reads left to right. BERT can be built as a causal model too, so that a causal head
-    exists decides nothing; that it was made for masked language modelling does."""
+    """Return whether the architecture reads left to right. A causal head does not decide this, because BERT has one
+    too; a head for masked language modelling does."""
     name = config.model_type
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokenizer and model one pad token, on the right.
+    """Set the same pad token in tokenizer and model, and padding on the right.
 
-    A decoder's classification head reads the last token that is not padding, so the pad token must not occur in texts:
-    the end-of-sequence token serves where there is none of its own, as texts are tokenised without it.
+    A decoder's classification head reads the last token that is not padding, so the pad token must not occur in texts.
+    A tokenizer without a pad token uses the end-of-sequence token, because texts are tokenised without it.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -235,7 +241,7 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def limit_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """``wanted`` tokens, or as many as the model has positions for."""
+    """Return ``wanted``, or the number of the model's positions if that is smaller."""
     positions = getattr(model.config, "max_position_embeddings", None) or wanted
     if find_conventions(model).positions_after_padding:
         positions -= model.config.pad_token_id + 1
@@ -243,8 +249,8 @@ def limit_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: i
 
 
 def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most ``config.vocab_size`` tokens, with BERT's special tokens for an encoder and Llama's for
-    a decoder. (WordPiece training gives other tokens every time, and a run could not be repeated.)"""
+    """Train byte-level BPE of at most ``config.vocab_size`` tokens, with BERT's special tokens for an encoder and
+    Llama's for a decoder. (WordPiece training gives different tokens every time, so runs could not be repeated.)"""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     if is_decoder(config):

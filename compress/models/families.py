@@ -1,8 +1,8 @@
-"""What compression has to know of a family of models: one record each, as data.
+"""Describe what compression must know of a family of models, as one record for each family.
 
-All else is read off a model itself, or has one name in every config of transformers: width, depth, heads. To add a
-family, add its entry to ``FAMILIES``; ``tests/models`` then cut its heads and channels, fold random scales into its
-blocks and compare the outputs.
+Everything else is read from the model, or has the same name in every config of transformers: width, depth, heads. To
+add a family, add an entry to ``FAMILIES``; ``tests/models`` then cut its heads and channels, fold random scales into
+its blocks and compare the outputs.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from compress.errors import UserError
 
 @dataclass(frozen=True)
 class Fold:
-    """Layers of a block that alone read the outputs of ``before``, so that scales can move from it to them."""
+    """Layers of a block that are the only readers of ``before``, so that scales can move from ``before`` to them."""
 
     before: str
     """Norm or layer whose outputs are divided by the scales."""
     layers: tuple[str, ...]
     """Layers whose inputs are multiplied by the scales."""
     within: str | None = None
-    """Module that several layers work for together; None for a layer by itself."""
+    """Module that contains the layers; None for a single layer."""
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """Facts about a family beside the names of its layers. The defaults hold for most families, and are assumed of a
-    family without a record."""
+    """Facts about a family other than the names of its layers. The defaults hold for most families, and are assumed
+    for a family without a record."""
 
     ffn_size: str = "intermediate_size"
     """Key of the FFN's width in the config."""
     positions_after_padding: bool = False
-    """Whether positions are counted from the id of the padding token on."""
+    """Whether positions are counted from the id of the padding token."""
     fusion: str = "bert"
-    """Type of model as which ONNX Runtime's optimizer fuses the graph."""
+    """Model type by which ONNX Runtime's optimizer fuses the graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +43,23 @@ class Family(Conventions):
     """Names inside a block, and all other facts about a family."""
 
     query: str
-    """Layer of the queries; its parent is the module of attention."""
+    """Layer of the queries; its parent is the attention module."""
     key: str
     """Layer of the keys."""
     value: str
     """Layer of the values."""
     attention_out: str
-    """Layer that reads what all heads give out."""
+    """Layer that reads the outputs of all heads."""
     ffn_in: tuple[str, ...]
-    """Layers whose outputs are the FFN's channels; two of a gated FFN."""
+    """Layers whose outputs are the FFN's channels; a gated FFN has two."""
     ffn_out: str
     """Layer that reads the FFN's channels."""
     head_size: str
-    """Attribute of the module of attention that holds a head's dimensions."""
+    """Attribute of the attention module that holds a head's dimensions."""
     head_size_in_config: bool = False
-    """Whether the config has ``head_dim``, so that it can describe fewer heads of the same size."""
+    """Whether the config has ``head_dim`` and can therefore describe fewer heads of the same size."""
     folds: tuple[Fold, ...] = ()
-    """Places where scales can be folded; none where the outputs of norms feed the residual branch as well."""
+    """Places where scales can be folded; none if the outputs of norms also feed the residual branch."""
 
 
 BERT = Family(
@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
 }
-"""Records by ``model_type``, as transformers calls an architecture in its config."""
+"""Records by ``model_type``, the name of an architecture in transformers' configs."""
 
 
 def name_family(model: Any) -> str:
@@ -126,7 +126,7 @@ def find_family(model: Any) -> Family:
     name = name_family(model)
     if name not in FAMILIES:
         raise UserError(
-            f"`compress` knows the layers of {', '.join(FAMILIES)} and not those of `{name}`: choose such a model, or "
+            f"The model is a `{name}`; the layers of {', '.join(FAMILIES)} are known. Choose one of these, or "
             "stages that need no names of layers (prune, gptq, drop_layers), or add a record of the family to "
             "compress/models/families.py."
         )
@@ -134,5 +134,5 @@ def find_family(model: Any) -> Family:
 
 
 def find_conventions(model: Any) -> Conventions:
-    """Return the conventions of a model's or config's family, or those of most families where it has no record."""
+    """Return the conventions of a model's or config's family; the defaults if it has no record."""
     return FAMILIES.get(name_family(model), Conventions())

@@ -1,4 +1,4 @@
-"""Scale what enters a layer where it comes from: the model computes what it did, from activations of other sizes."""
+"""Fold scales of a layer's inputs into the module before it: activations change and the model's outputs do not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 def find_sources(before: Any, layer: nn.Linear, head_size: int) -> Tensor:
-    """Return which output of ``before`` each input of ``layer`` is made of, ``[inputs]``: query heads that share a key
-    and value head read the same values."""
+    """Return the index of the output of ``before`` that feeds each input of ``layer``, ``[inputs]``. Query heads that
+    share a key and value head read the same values."""
     channels = torch.arange(before.weight.shape[0], device=layer.weight.device)
     if len(channels) == layer.in_features:
         return channels
@@ -20,7 +20,7 @@ def find_sources(before: Any, layer: nn.Linear, head_size: int) -> Tensor:
 
 @torch.no_grad()
 def fold_scale(before: nn.Module, layers: list[nn.Linear], scale: Tensor, source: Tensor) -> None:
-    """Have ``before`` give out ``1 / scale`` of each of its outputs, and the weights of the layers make up for it."""
+    """Divide the outputs of ``before`` by ``scale``, and multiply the weights of the layers to compensate."""
     for parameter in before.parameters():
         parameter.copy_(parameter.float() / scale.view(-1, *[1] * (parameter.ndim - 1)))
     for layer in layers:

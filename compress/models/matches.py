@@ -19,15 +19,17 @@ LOSSES = {
     "attention": ("attention_mse", "attention_mse_sum", "attention_ce", "attention_ce_mean"),
     "relation": ("minilm",),
 }
-"""Of every feature, in TextBrewer's names and MiniLM's."""
+"""Losses of every feature, by the names of TextBrewer and MiniLM."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Match:
-    """An intermediate feature of the student to be like one of the teacher's, in TextBrewer's vocabulary: layers are
-    counted from 0, which for ``hidden`` are the embeddings; ``fsp`` and ``mmd`` take two of each; ``proj`` is
-    ``[linear, width of the student, width of the teacher]``. Beyond TextBrewer: the feature ``relation`` with the loss
-    ``minilm``, over queries, keys and values, in ``heads`` relation heads."""
+    """A pair of features that a loss brings together: one of the student and one of the teacher.
+
+    The names are TextBrewer's. Layers are counted from 0; for ``hidden``, 0 is the embeddings. ``fsp`` and ``mmd``
+    take two layers of each model. ``proj`` is ``[linear, width of the student, width of the teacher]``. TextBrewer
+    lacks the feature ``relation`` with the loss ``minilm``, over queries, keys and values in ``heads`` relation heads.
+    """
 
     layer_T: int | tuple[int, int]
     layer_S: int | tuple[int, int]
@@ -38,48 +40,53 @@ class Match:
     heads: Annotated[int, Field(ge=1)] = 12
 
     def check_settings(self, key: str) -> None:
-        """Raise UserError where the settings of the match, one of those at ``key``, contradict."""
+        """Raise UserError if the settings of a match in the list at ``key`` contradict each other."""
         if self.loss not in LOSSES[self.feature]:
             raise UserError(
-                f"{key}: the feature `{self.feature}` has no loss `{self.loss}`: choose of "
+                f"{key}: the feature `{self.feature}` has no loss `{self.loss}`. Set one of "
                 f"{', '.join(LOSSES[self.feature])}."
             )
         if self.proj and (len(self.proj) != 3 or self.proj[0] not in losses.PROJECTIONS):
             raise UserError(
-                f"{key}: proj is {list(self.proj)}, which should be one of "
-                f"{', '.join(losses.PROJECTIONS)}, the student's width and the teacher's: [linear,192,384]."
+                f"{key}: proj is {list(self.proj)}; expected one of {', '.join(losses.PROJECTIONS)}, "
+                "the student's width and the teacher's. Set for example proj=[linear,192,384]."
             )
 
     def check(self, student: PretrainedConfig, teacher: PretrainedConfig, key: str) -> None:
-        """Raise UserError where a layer is not there, or widths differ and nothing projects them."""
+        """Raise UserError if a layer does not exist, or if the widths differ and ``proj`` is not set."""
         for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
             last = config.num_hidden_layers - (self.feature != "hidden")
             if max(layer if isinstance(layer, tuple) else (layer,)) > last:
-                raise UserError(f"{key}: {side} is {layer} and the last `{self.feature}`, counted from 0, is {last}.")
+                raise UserError(
+                    f"{key}: {side} is {layer} and the last `{self.feature}`, counted from 0, is {last}. Set {last} or "
+                    "less."
+                )
             if isinstance(layer, tuple) != (self.loss in losses.PAIRS):
-                many = "two layers" if self.loss in losses.PAIRS else "one layer"
-                raise UserError(f"{key}: {side} is {layer} and `{self.loss}` takes {many}.")
+                count, example = ("two layers", "[0,1]") if self.loss in losses.PAIRS else ("one layer", "1")
+                raise UserError(
+                    f"{key}: {side} is {layer} and `{self.loss}` takes {count}. Set for example {side}={example}."
+                )
         widths = student.hidden_size, teacher.hidden_size
         narrower = widths[0] != widths[1] and not self.proj
         if self.feature == "hidden" and self.loss not in ("mmd", "nst") and narrower:
             raise UserError(
-                f"{key}: the student is {widths[0]} wide and the teacher {widths[1]}: give the match "
-                f"proj=[linear,{widths[0]},{widths[1]}]."
+                f"{key}: the student's width is {widths[0]} and the teacher's {widths[1]}. Set "
+                f"proj=[linear,{widths[0]},{widths[1]}] in the match."
             )
 
     def select_features(self, seen: dict[str, Any], layer: int | tuple[int, int]) -> Any:
-        """What of a model's features the loss compares."""
-        found = seen[self.feature]
-        return [found[i] for i in layer] if isinstance(layer, tuple) else found[layer]
+        """Return those of a model's features that the loss compares."""
+        features = seen[self.feature]
+        return [features[i] for i in layer] if isinstance(layer, tuple) else features[layer]
 
 
 def collect_features(output: Any, relations: Relations) -> dict[str, Any]:
-    """Of a forward pass what a match may compare, by the name of the feature."""
+    """Return the features of a forward pass that a match may compare, by name."""
     return {"hidden": output.hidden_states, "attention": output.attentions, "relation": relations}
 
 
 class Relations:
-    """Queries, keys and values of the blocks, seen by hooks while a model runs, if a match wants them."""
+    """Queries, keys and values of the blocks, recorded by hooks while a model runs, if a match compares them."""
 
     def __init__(self, model: nn.Module, matches: tuple[Match, ...]) -> None:
         self.model, self.wanted = model, any(match.feature == "relation" for match in matches)
@@ -103,5 +110,5 @@ class Relations:
             hook.remove()
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.seen[layer]
-        return found["query"], found["key"], found["value"]
+        outputs = self.seen[layer]
+        return outputs["query"], outputs["key"], outputs["value"]

@@ -1,8 +1,9 @@
-"""Models whose blocks have fewer heads and narrower FFNs than they were made with: cut them, save and load them.
+"""Cut heads, FFN channels and blocks out of models, and save and load the smaller models.
 
-A plain transformers config gives all blocks one shape, and takes BERT's head size for its width over its heads. What it
-cannot say stands in its entry ``compress``, ``{"heads": [of every block], "ffn": [of every block]}``, and such a model
-is built by a subclass of its transformers class (:func:`cut_class`), which serves ``from_pretrained`` in every format.
+A plain transformers config describes one shape for all blocks, and computes BERT's head size from width and heads. Its
+entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``. Such a model is
+built by a subclass of its transformers class (:func:`build_cut_class`), which serves ``from_pretrained`` in every
+format.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from compress.models.layers import find_blocks
 
 @dataclass(frozen=True)
 class Block:
-    """The layers of a block. Query heads that share a key and value head make a group, which is cut as one; where
-    every head has its own, a group is a head."""
+    """The layers of a block. Query heads that share a key and value head form a group, which is cut as a whole; if
+    every query head has its own key and value head, a group is one head."""
 
     attention: nn.Module
     query: nn.Linear
@@ -52,7 +53,7 @@ class Block:
 
 
 def read_blocks(model: nn.Module) -> list[Block]:
-    """Return the model's blocks, the first first."""
+    """Return the model's blocks in order."""
     family = find_family(model)
     return [read_block(block, family) for block in find_blocks(model)[1]]
 
@@ -77,9 +78,9 @@ def read_block(block: nn.Module, family: Family) -> Block:
 
 
 def remove_units(model: nn.Module, groups: list[Tensor] | None = None, ffn: list[Tensor] | None = None) -> None:
-    """Remove from every block the head groups and FFN channels that its mask (True: kept) leaves out.
+    """Remove the head groups and FFN channels that a block's mask (True: kept) leaves out, from every block.
 
-    The Parameters stay the same objects with less in them, so that an optimizer that was made before trains on.
+    The Parameters shrink and stay the same objects, so an existing optimizer can continue to train them.
     """
     for i, block in enumerate(read_blocks(model)):
         if groups is not None:
@@ -102,7 +103,7 @@ def remove_units(model: nn.Module, groups: list[Tensor] | None = None, ffn: list
 
 
 def keep_units(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None:
-    """Leave the layer the outputs (``dim`` 0) or inputs (1) of the ``kept`` units, of ``size`` features each."""
+    """Keep only the outputs (``dim`` 0) or inputs (1) of the ``kept`` units, of ``size`` features each."""
     index = kept.cpu().repeat_interleave(size).nonzero().flatten().to(linear.weight.device)
     linear.weight.data = linear.weight.data.index_select(dim, index)
     linear.weight.grad = None
@@ -116,30 +117,32 @@ def keep_units(linear: nn.Linear, dim: int, kept: Tensor, size: int = 1) -> None
 
 
 def shape_blocks(model: nn.Module, heads: list[int] | None = None, ffn: list[int] | None = None) -> None:
-    """Give every block this many query heads and FFN channels, the first ones."""
+    """Keep the first ``heads[i]`` query heads and ``ffn[i]`` FFN channels of every block ``i``."""
 
-    def first(count: int, of: int) -> Tensor:
-        return torch.arange(of, device="cpu") < count
+    def first(count: int, total: int) -> Tensor:
+        return torch.arange(total, device="cpu") < count
 
-    each = read_blocks(model)
+    blocks = read_blocks(model)
     remove_units(
         model,
-        groups=[first(n // b.group_size, b.groups) for n, b in zip(heads, each)] if heads else None,
-        ffn=[first(n, b.ffn) for n, b in zip(ffn, each)] if ffn else None,
+        groups=[first(count // block.group_size, block.groups) for count, block in zip(heads, blocks)]
+        if heads
+        else None,
+        ffn=[first(count, block.ffn) for count, block in zip(ffn, blocks)] if ffn else None,
     )
 
 
 def record_shapes(model: PreTrainedModel) -> None:
-    """Say the model's shapes in its config, where they can be said there in the config's own words, or else in its
-    entry ``compress``."""
-    family, config, each = find_family(model), model.config, read_blocks(model)
-    heads, ffn = [block.heads for block in each], [block.ffn for block in each]
+    """Write the model's shapes to its config: under the config's own keys if they suffice, otherwise in the entry
+    ``compress``."""
+    family, config, blocks = find_family(model), model.config, read_blocks(model)
+    heads, ffn = [block.heads for block in blocks], [block.ffn for block in blocks]
     extra = {}
     if len(set(ffn)) == 1:
         setattr(config, family.ffn_size, ffn[0])
     else:
         extra["ffn"] = ffn
-    plain = {"num_attention_heads": heads[0], "num_key_value_heads": each[0].groups, "head_dim": each[0].head_size}
+    plain = {"num_attention_heads": heads[0], "num_key_value_heads": blocks[0].groups, "head_dim": blocks[0].head_size}
     if family.head_size_in_config and len(set(heads)) == 1 and is_valid_config(config, plain):
         config.update(plain)
     elif set(heads) != {config.num_attention_heads}:
@@ -151,7 +154,7 @@ def record_shapes(model: PreTrainedModel) -> None:
 
 
 def is_valid_config(config: PretrainedConfig, values: dict[str, Any]) -> bool:
-    """Whether the config can be made with these values: Llama's refuses heads that do not divide the width."""
+    """Return whether the config accepts these values: Llama's refuses heads that do not divide the width."""
     try:
         type(config).from_dict({**config.to_dict(), **values})
     except StrictDataclassError:
@@ -160,33 +163,33 @@ def is_valid_config(config: PretrainedConfig, values: dict[str, Any]) -> bool:
 
 
 def build_cut_class(base: type[PreTrainedModel]) -> Any:
-    """``base`` for a config with the entry ``compress``: its models are built in those shapes, on whatever device, and
-    are then plain models of ``base``."""
+    """Return a subclass of ``base`` for a config with the entry ``compress``: it builds models in these shapes, on any
+    device, that are afterwards plain models of ``base``."""
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         shape_blocks(self, **config.compress)
-        self.__class__ = base  # what is left to tell them apart is in the config
+        self.__class__ = base  # only the config still shows the difference
 
-    made: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
-    made.from_config = made._from_config  # as the Auto classes call it
-    return made
+    subclass: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+    subclass.from_config = subclass._from_config  # the name in the Auto classes
+    return subclass
 
 
 def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
-    """Take blocks out of the model and out of what its configs say of every block."""
+    """Remove blocks from the model, and their entries from the lists in its configs."""
     _, stack = find_blocks(model)
-    total, gone = len(stack), set(dropped)
-    for index in sorted(gone, reverse=True):
+    total, removed = len(stack), set(dropped)
+    for index in sorted(removed, reverse=True):
         del stack[index]
     for index, block in enumerate(stack):
         for module in block.modules():
             if getattr(module, "layer_idx", None) is not None:
-                vars(module)["layer_idx"] = index  # where it keeps its keys and values in a cache
+                vars(module)["layer_idx"] = index  # the place of its keys and values in a cache
 
-    def rest(value: Any) -> Any:
+    def keep_rest(value: Any) -> Any:
         if isinstance(value, list) and len(value) == total:
-            return [entry for index, entry in enumerate(value) if index not in gone]
+            return [entry for index, entry in enumerate(value) if index not in removed]
         return value
 
     for config in collect_configs(model):
@@ -194,12 +197,12 @@ def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
         config.num_hidden_layers = len(stack)
         for key, value in lists.items():
             if not key.endswith("_token_id"):  # a few models have several end-of-text tokens
-                setattr(config, key, rest(value))
+                setattr(config, key, keep_rest(value))
         if isinstance(own := getattr(config, "compress", None), dict):
-            config.compress = {key: rest(value) for key, value in own.items()}
+            config.compress = {key: keep_rest(value) for key, value in own.items()}
 
 
 def collect_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """The configs of a model's modules, each once: mostly one that they share."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
+    """Return the distinct configs of a model's modules; mostly they share one."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())

@@ -1,4 +1,4 @@
-"""What a teacher says of a batch: asked anew every time, or once and kept on disk."""
+"""Compute a teacher's logits in lower precision, or store them on disk once for all epochs."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Batch = dict[str, Tensor]
 
 @torch.inference_mode()
 def round_teacher(teacher: nn.Module, batch: Batch) -> nn.Module:
-    """A copy of the teacher in bfloat16, if it answers ``batch`` as before: every prediction the same, and the
-    probabilities within one in a hundred. Or else the teacher itself."""
+    """Return a copy of the teacher in bfloat16 if its answers to ``batch`` agree: the same predictions, and
+    probabilities within 0.01. Otherwise return the teacher itself."""
     copied = copy.deepcopy(teacher).to(torch.bfloat16)
-    exact, found = teacher(**batch).logits.float(), copied(**batch).logits.float()
-    same = torch.equal(exact.argmax(-1), found.argmax(-1))
-    close = (exact.softmax(-1) - found.softmax(-1)).abs().max() < 0.01
+    exact, rounded = teacher(**batch).logits.float(), copied(**batch).logits.float()
+    same = torch.equal(exact.argmax(-1), rounded.argmax(-1))
+    close = (exact.softmax(-1) - rounded.softmax(-1)).abs().max() < 0.01
     return copied if same and close else teacher
 
 
 class KeptLogits:
-    """A teacher's logits on every row of a dataset of tokens, in half precision in a folder: of a classifier
-    ``[rows, labels]``; of a language model ``[tokens of all rows, vocabulary]``, or with ``k`` the log-probabilities of
-    the k most likely tokens and which they are.
+    """A teacher's logits on every row of a dataset of tokens, in a folder and in half precision.
 
-    A row is known again by its tokens, so that any batch of the dataset can be looked up.
+    A classifier's logits are ``[rows, labels]``, a language model's ``[tokens of all rows, vocabulary]``. With ``k``,
+    a language model's are the log-probabilities and the ids of the k most likely tokens. A row is identified by its
+    tokens, so any batch of the dataset can be looked up.
     """
 
     def __init__(self, folder: Path, rows: Dataset, k: int | None = None) -> None:
@@ -46,10 +46,10 @@ class KeptLogits:
         self.places = {np.asarray(ids, dtype=np.int64).tobytes(): row for row, ids in enumerate(tokens)}
         self.kept: dict[str, np.ndarray] = {}
         self.labels = 0
-        """Labels of a classifier, tokens of a vocabulary."""
+        """Number of a classifier's labels, or of the vocabulary's tokens."""
 
     def fill(self, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int) -> None:
-        """Read the logits; where nobody has written them yet, first have them told by ``ask(batch)``."""
+        """Read the logits from the folder; if it does not exist, first compute and write them with ``ask(batch)``."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.folder}.lock"):
             if not self.folder.is_dir():
@@ -91,7 +91,7 @@ class KeptLogits:
         return (slice(start, stop) if by_token else row), stop - start
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The teacher's logits on ``batch`` in float32, 0 where padded."""
+        """Return the teacher's logits on ``batch`` in float32, 0 where padded."""
         mask, device = batch["attention_mask"].bool(), batch["input_ids"].device
         tokens = batch["input_ids"].to(torch.int64).cpu().numpy()
         rows = [self.places[ids[keep].tobytes()] for ids, keep in zip(tokens, mask.cpu().numpy())]

@@ -1,8 +1,8 @@
-"""TextPruner, as it works on today's encoders: which heads and FFN channels to keep, told by masks.
+"""Run TextPruner on current encoders to find masks of the heads and FFN channels to keep.
 
-Yang, Cui and Chen, "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996. It
-scores and iterates, with the weights zeroed in place; the cut is ours (``compress.models.shapes``), as
-transformers 5 has no ``prune_heads`` for it to call.
+Yang, Cui and Chen, "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996.
+TextPruner scores and iterates with weights zeroed in place. ``compress.models.shapes`` cuts the model, because
+TextPruner's own cut calls ``prune_heads``, which transformers 5 removed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Ranking = Callable[[list[Tensor], int, bool, int], list[Tensor]]
 
 
 def require_textpruner() -> None:
-    """Raise UserError where TextPruner is not installed."""
+    """Raise UserError if TextPruner is not installed."""
     if importlib.util.find_spec("textpruner") is None:
         raise UserError(
-            "`structured` scores an encoder with TextPruner, which is not installed: pip install --no-deps textpruner "
-            "(without --no-deps pip looks for a numpy before 1.22), or set technique.structured.importance=activation."
+            "`structured` scores an encoder with TextPruner, which is not installed. Type pip install --no-deps "
+            "textpruner (without --no-deps pip looks for a numpy before 1.22), or set "
+            "technique.structured.importance=activation."
         )
 
 
 def find_masks(
     model: Any, batches: list[dict[str, Tensor]], ranking: Ranking, **settings: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The heads and the FFN channels to keep (True), by layer, as TextPruner finds them with these ``settings`` of its
-    ``TransformerPruningConfig``; the model stays as it is.
+    """Return TextPruner's masks of the heads and FFN channels to keep (True), by layer; the model is not changed.
 
-    ``ranking`` turns scores into masks in the place of TextPruner's own function, which gives a layer that would lose
-    everything one unit on top of the number that was asked for.
+    ``settings`` are those of its ``TransformerPruningConfig``. ``ranking`` turns scores into masks and replaces
+    TextPruner's own function, which adds a unit to the requested number for every layer that would lose all units.
     """
-    logging.getLogger("textpruner").setLevel(logging.ERROR)  # of sentencepiece, and how to save what we save
+    logging.getLogger("textpruner").setLevel(logging.ERROR)  # silences notes on sentencepiece and on saving
     import textpruner
     from textpruner.model_map import MODEL_MAP
     from textpruner.pruners import transformer_pruner
@@ -55,7 +55,7 @@ def find_masks(
     config, width = model.config, getattr(model.config, find_family(model).ffn_size)
     MODEL_MAP.setdefault(config.model_type, {"structure": describe_structure(model)})
     with (
-        tempfile.TemporaryDirectory() as folder,  # for the scores, which it writes to files
+        tempfile.TemporaryDirectory() as folder,  # TextPruner writes its scores to files
         patch.object(transformer_pruner, "generate_mask", generate_mask),
         patch.object(config, "intermediate_size", width, create=True),  # DistilBERT's has another name
         restore_parameters(model),
@@ -71,7 +71,7 @@ def find_masks(
 
 
 def describe_structure(model: nn.Module) -> type:
-    """TextPruner's description of a family that it has none for."""
+    """Return a description of the model's family for TextPruner, which knows few families."""
     from textpruner.model_utils.model_structure import ModelStructure
 
     family = find_family(model)
@@ -93,8 +93,8 @@ def describe_structure(model: nn.Module) -> type:
 
 @contextmanager
 def restore_parameters(model: nn.Module) -> Iterator[None]:
-    """Put the model's Parameters back afterwards, the very objects: TextPruner replaces those that it zeroes, and an
-    optimizer would be left with the old ones."""
+    """Restore the model's original Parameter objects afterwards. TextPruner replaces Parameters that it zeroes, and an
+    optimizer would keep the old ones."""
     before = [(module, dict(module._parameters)) for module in model.modules()]
     try:
         yield

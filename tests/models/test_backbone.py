@@ -1,3 +1,5 @@
+"""Models are built for a task, from weights or at random; mistakes are refused."""
+
 import dataclasses
 
 import pytest
@@ -39,7 +41,7 @@ def test_a_decoder_gets_a_language_modelling_head():
 
 
 def test_an_encoder_is_refused_for_language_modelling():
-    with pytest.raises(UserError, match="`bert` is an encoder: choose a decoder"):
+    with pytest.raises(UserError, match="`bert` is an encoder. Choose a decoder"):
         BERT.skeleton(TEXT)
 
 
@@ -79,11 +81,11 @@ def test_a_skeleton_takes_no_memory():
 
 
 def test_without_weights_and_architecture_there_is_nothing_to_build():
-    with pytest.raises(UserError, match=r"set model.path .* or model.config"):
+    with pytest.raises(UserError, match=r"Set model.path .* or model.config"):
         Backbone(name="mine")
 
 
-def test_a_saved_head_is_known_by_its_labels(tmp_path):
+def test_a_saved_head_is_recognised_by_its_labels(tmp_path):
     model, tokenizer, _ = BERT.build(CLASSES, TEXTS)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -111,22 +113,22 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"model_type": "foo"}, {"model_type": "bert", **SMALL, "hidden_size": 33}])
-def test_an_architecture_that_cannot_be_is_told(wrong):
+def test_an_impossible_architecture_is_refused(wrong):
     with pytest.raises(UserError, match="model.config"):
         Backbone(name="mine", config=wrong).skeleton(CLASSES)
 
 
-def test_blocks_without_linear_layers_are_told():
+def test_blocks_without_linear_layers_are_refused():
     gpt2 = Backbone(name="gpt2", config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9})
     with pytest.raises(UserError, match="hold no torch.nn.Linear"):
         find_linears(gpt2.skeleton(TEXT))
 
 
-def test_a_missing_folder_or_hub_is_told_in_one_sentence(monkeypatch, tmp_path):
+def test_a_missing_folder_or_hub_is_reported_with_the_setting(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"Model `bert`: `nobody/nothing` is neither a local folder .* set model.path"):
+    with pytest.raises(UserError, match=r"Model `bert`: `nobody/nothing` is neither a local folder .* Set model.path"):
         Backbone(name="bert", path="nobody/nothing").skeleton(CLASSES)
-    with pytest.raises(UserError, match=r"holds no config.json: set model.path"):
+    with pytest.raises(UserError, match=r"holds no config.json. Set model.path"):
         Backbone(name="bert", path=str(tmp_path)).skeleton(CLASSES)
 
 
@@ -154,7 +156,7 @@ def test_a_module_without_blocks_is_refused():
 
 def test_real_weights_load_with_a_new_head(shared_models):
     model, _, trained = Backbone(name="minilm", path=str(shared_models("minilm-l6"))).build(CLASSES, [])
-    assert not trained  # its head is new
+    assert not trained  # the head is new
     assert model.config.num_hidden_layers == 6 and model.num_labels == 3
     assert sum(p.numel() for p in model.bert.encoder.parameters()) == pytest.approx(10.65e6, rel=1e-3)
 

@@ -1,3 +1,5 @@
+"""Calibration streams batches through the blocks and sees the inputs of every layer."""
+
 import pytest
 import tiny
 import torch
@@ -19,25 +21,24 @@ def test_calibration_sees_every_layer_once_and_no_padding(build):
         for name, layer in first.items()
     ]
     with torch.no_grad():
-        for one in batches:
-            model(**one)
+        for batch in batches:
+            model(**batch)
     for hook in hooks:
         hook.remove()
     for layers, hessian in calibrate_layers(model, batches, second_moment):
         assert not set(layers) & set(seen)
         seen.update(dict.fromkeys(layers, hessian))
     assert set(seen) == set(first) and all(name.startswith(stack) for name in seen)
-    for name, hessian in seen.items():  # nothing was changed, so the streamed inputs are the model's own
-        tokens = torch.cat([x[one["attention_mask"].bool()] for x, one in zip(inputs[name], batches)])
+    for name, hessian in seen.items():  # no layer was changed, so the streamed inputs are the model's own
+        tokens = torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(inputs[name], batches)])
         assert torch.allclose(hessian, tokens.T @ tokens, rtol=1e-3, atol=1e-3), name
 
 
 def test_batches_can_be_combined_by_other_than_their_sum():
     model = tiny.llama()
     batches = [{k: v for k, v in tiny.batch(seed=s).items() if k != "labels"} for s in range(3)]
-    found = [
-        next(calibrate_layers(model, some, lambda x: x.abs().amax(0), combine=torch.maximum))[1]
-        for some in ([one] for one in batches)
+    each = [
+        next(calibrate_layers(model, [batch], lambda x: x.abs().amax(0), combine=torch.maximum))[1] for batch in batches
     ]
     _, largest = next(calibrate_layers(model, batches, lambda x: x.abs().amax(0), combine=torch.maximum))
-    assert torch.equal(largest, torch.stack(found).amax(0))
+    assert torch.equal(largest, torch.stack(each).amax(0))

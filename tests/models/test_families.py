@@ -1,4 +1,4 @@
-"""A family of models is one record, and nothing else in the tree knows it."""
+"""A family of models is one record, and no other module knows its name."""
 
 import re
 from dataclasses import replace
@@ -48,9 +48,9 @@ def build(name, **shape):
 
 @pytest.fixture(params=NEW)
 def name(request, monkeypatch):
-    """A family that is not known, made known by its record alone."""
+    """Return an unknown family, after adding its record."""
     assert request.param not in FAMILIES
-    with pytest.raises(UserError, match=f"not those of `{request.param}`: choose"):
+    with pytest.raises(UserError, match=f"The model is a `{request.param}`; .* are known. Choose"):
         find_family(build(request.param))
     monkeypatch.setitem(FAMILIES, request.param, NEW[request.param])
     return request.param
@@ -91,5 +91,5 @@ def test_its_positions_are_counted_as_its_record_says(name, monkeypatch):
 
 
 def test_no_module_asks_for_a_family_by_its_name():
-    asked = re.compile(r"model_type\b.*(==|!=|\bin [(\[{])")
-    assert not [path for path in Path(compress.__file__).parent.rglob("*.py") if asked.search(path.read_text())]
+    comparison = re.compile(r"model_type\b.*(==|!=|\bin [(\[{])")
+    assert not [path for path in Path(compress.__file__).parent.rglob("*.py") if comparison.search(path.read_text())]

@@ -1,3 +1,5 @@
+"""Folded scales change the weights of a model and leave its outputs as they are."""
+
 import pytest
 import tiny
 import torch
@@ -10,10 +12,10 @@ from compress.models.shapes import read_block
 
 
 def check_fold(model, record, place):
-    """Random scales change weights of every block, and none of its outputs."""
+    """Check that random scales change weights of every block and leave the model's outputs as they are."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # biases too, which are zeros at first
+            parameter.add_(0.1 * torch.randn_like(parameter))  # also biases, which are zero in a new model
     expected = logits(model)
     for block in find_blocks(model)[1]:
         before = block.get_submodule(place.before)
@@ -25,9 +27,11 @@ def check_fold(model, record, place):
     assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "place"), [(name, place) for name, one in FAMILIES.items() for place in one.folds])
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, fold) for name, record in FAMILIES.items() for fold in record.folds]
+)
 def test_any_scales_leave_the_function_as_it_is(name, place):
-    check_fold(family(name), FAMILIES[name], place)  # two query heads to every key and value head
+    check_fold(family(name), FAMILIES[name], place)  # two query heads share a key and value head
 
 
 def test_query_heads_read_the_values_of_their_group():

@@ -1,4 +1,4 @@
-"""Models with fewer heads and narrower FFNs save, load and export as any other."""
+"""Models with fewer heads and narrower FFNs save, load and export like any other."""
 
 import json
 
@@ -18,11 +18,12 @@ from compress.techniques.gptq import GPTQ
 
 INPUTS = {key: value for key, value in tiny.batch().items() if key != "labels"}
 TASK = Task(name="t", kind="multiclass", metrics=("accuracy",), primary="accuracy", labels=("no", "maybe", "yes"))
-PLAIN = [name for name, one in FAMILIES.items() if one.head_size_in_config]
+PLAIN = [name for name, record in FAMILIES.items() if record.head_size_in_config]
 
 
 def family(name):
-    """A random classifier of two blocks of 4 heads (in 2 groups, where there are groups) and 64 FFN channels."""
+    """Return a random classifier of two blocks with 4 heads (in 2 groups, if the family has groups) and 64 FFN
+    channels."""
     torch.manual_seed(0)
     shape = {**tiny.SHAPE, "max_position_embeddings": 42, "num_labels": 3, "pad_token_id": 0}
     if name in PLAIN:
@@ -33,7 +34,7 @@ def family(name):
 
 
 def uneven(model):
-    """3 or 2 of the 4 heads of the first block, 32 and 48 of 64 channels."""
+    """Cut the model to 3 or 2 of the 4 heads of the first block, and to 32 and 48 of 64 channels."""
     first, second = ([1, 0], [1, 1]) if read_blocks(model)[0].groups == 2 else ([1, 0, 1, 1], [1, 1, 1, 1])
     ffn = [torch.arange(64) % 2 == 0, torch.arange(64) % 4 > 0]
     remove_units(model, [torch.tensor(first).bool(), torch.tensor(second).bool()], ffn)
@@ -47,7 +48,7 @@ def logits(model):
 
 
 def zeroed(model):
-    """What :func:`uneven` removes, as zeros in a model of full shape."""
+    """Set the weights that :func:`uneven` removes to zero, in a model of full shape."""
     groups = read_blocks(model)[0].groups
     head = slice(16, 32) if groups == 2 else slice(8, 16)
     for block, removed in zip(read_blocks(model), (torch.arange(64) % 2 > 0, torch.arange(64) % 4 == 0)):
@@ -65,15 +66,15 @@ def test_what_is_cut_away_counts_as_zero(name):
 def test_an_uneven_model_reloads_bit_for_bit_as_a_plain_model_of_its_class(name, tmp_path):
     model = uneven(family(name))
     model.save_pretrained(tmp_path)
-    said = json.loads((tmp_path / "config.json").read_text())
-    assert said["compress"] == {"heads": [2 if name in PLAIN else 3, 4], "ffn": [32, 48]}
-    assert said["architectures"] == [type(model).__name__]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["compress"] == {"heads": [2 if name in PLAIN else 3, 4], "ffn": [32, 48]}
+    assert config["architectures"] == [type(model).__name__]
     loaded = runtime.load(tmp_path, "multiclass")
     assert type(loaded) is type(model) and torch.equal(logits(loaded), logits(model))
     assert [(block.query.out_features, block.ffn_out.in_features) for block in read_blocks(loaded)] == [
-        (8 * heads, ffn) for heads, ffn in zip(said["compress"]["heads"], (32, 48))
+        (8 * heads, ffn) for heads, ffn in zip(config["compress"]["heads"], (32, 48))
     ]
-    with pytest.raises(RuntimeError, match="mismatch"):  # never in silence
+    with pytest.raises(RuntimeError, match="mismatch"):  # transformers alone refuses it and never loads it silently
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
@@ -110,7 +111,7 @@ def test_a_language_model_is_cut_and_reloaded_and_generates(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_even_ffns_are_said_in_the_plain_config(name, tmp_path):
+def test_even_ffns_are_written_to_the_plain_config(name, tmp_path):
     model = family(name)
     shape_blocks(model, ffn=[40, 40])
     record_shapes(model)
@@ -120,7 +121,7 @@ def test_even_ffns_are_said_in_the_plain_config(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_even_heads_are_said_in_the_plain_config_where_it_knows_their_size(name, tmp_path):
+def test_even_heads_are_written_to_the_plain_config_if_it_has_their_size(name, tmp_path):
     model = family(name)
     shape_blocks(model, heads=[2, 2])
     record_shapes(model)
@@ -129,7 +130,7 @@ def test_even_heads_are_said_in_the_plain_config_where_it_knows_their_size(name,
     assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
 
 
-def test_heads_that_llamas_config_refuses_are_said_in_ours(tmp_path):
+def test_heads_that_llamas_config_refuses_are_written_to_the_extra_entry(tmp_path):
     config = AutoConfig.for_model("llama", **tiny.SHAPE, num_labels=3, pad_token_id=0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     shape_blocks(model, heads=[3, 3])
@@ -158,13 +159,13 @@ def test_a_cut_model_is_a_model_to_start_from(tmp_path):
 
 def test_other_families_are_refused():
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9))
-    with pytest.raises(UserError, match=r"knows the layers of bert, .* qwen2 and not those of `gpt2`"):
+    with pytest.raises(UserError, match=r"is a `gpt2`; the layers of bert, .* qwen2 are known"):
         read_blocks(gpt2)
-    with pytest.raises(UserError, match="those of `Linear`"):
+    with pytest.raises(UserError, match="is a `Linear`"):
         read_blocks(torch.nn.Linear(2, 2))
 
 
-# RoBERTa-large with a head for two labels as TextPruner's `summary` counts it: parameters, and the ids of the 514
+# Counts of RoBERTa-large with a head for two labels by TextPruner's `summary`: parameters, and the ids of the 514
 # positions, a buffer that transformers no longer saves.
 COUNTS = {
     (16, 4096): 355_362_308,
@@ -179,7 +180,7 @@ COUNTS = {
 
 
 def masks(average, of, even):
-    """Of 24 blocks by turns ``average`` plus and minus a third units, or the average alike."""
+    """Return masks for 24 blocks that keep ``average`` units, or by turns a third more and a third fewer."""
     sizes = [average + (0 if even else average // 3) * (-1) ** i for i in range(24)]
     return [torch.randperm(of, generator=torch.Generator().manual_seed(i)) < size for i, size in enumerate(sizes)]
 
