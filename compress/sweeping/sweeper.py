@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
     from hydra.types import HydraContext, TaskFunction
 
-    from compress.sweeping.search import Result, Search, Settings
+    from compress.sweeping.search import Result, Search
+    from compress.sweeping.space import Settings
 
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class SearchSweeper(Sweeper):
     def _parse_settings(self) -> Settings:
         from compress.planning.settings import parse_values, to_plain
         from compress.quiet import silence_libraries
-        from compress.sweeping.search import Settings
+        from compress.sweeping.space import Settings
 
         silence_libraries()
         if not find_spec("optuna"):
@@ -132,7 +133,8 @@ class SearchSweeper(Sweeper):
         """Check the stages and settings of the search, and return it with the trials of earlier processes."""
         from compress.planning.plan import make_plan
         from compress.planning.settings import to_plain
-        from compress.sweeping.search import Search, flatten_settings
+        from compress.sweeping.search import Search
+        from compress.sweeping.space import flatten_settings
 
         names = [*settings.stages, *settings.recovery]
         for name in names:
@@ -187,7 +189,7 @@ class SearchSweeper(Sweeper):
 
     def _run_trials(self, settings: Settings, search: Search, shared: list[str]) -> Path:
         """Try chains until the budget is spent. Return the folder of the trials."""
-        from compress.sweeping.search import name_chain
+        from compress.sweeping.space import name_chain
 
         # 1) Begin a sweep for the trials, or resume it
         config = copy.deepcopy(self.cfg)
@@ -270,7 +272,7 @@ def read_job_row(folder: Path, job: int) -> Row:
     begun = sorted(folder.glob(f"{job}_*/.hydra/config.yaml"), key=lambda path: path.stat().st_mtime)
     if begun:
         return read_job_rows(begun[-1].parents[1])[-1]
-    lost = build_failed_row(Job("", "", "", 0), f"it wrote no result; see {folder}")
+    lost = build_failed_row(Job("", "", "", 0), f"it left no result; see {folder}")
     return {**lost, "folder": str(folder / str(job))}
 
 
@@ -295,7 +297,7 @@ def describe_outcome(row: Row, objective: str) -> str:
 
 def list_conclusions(settings: Settings, search: Search, trials: Path, folder: Path) -> list[str]:
     """Return the choice and its basis, a line each."""
-    from compress.sweeping.search import name_chain
+    from compress.sweeping.space import name_chain
 
     failed = sum(tried.result is None for tried in search.finished_trials)
     failures = f"{failed} of which failed, " if failed else ""

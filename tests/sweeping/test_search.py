@@ -6,7 +6,8 @@ import pytest
 
 from compress.errors import UserError
 from compress.planning.settings import parse_values
-from compress.sweeping.search import Result, Search, Settings
+from compress.sweeping.search import Result, Search
+from compress.sweeping.space import Settings
 
 SPACE = {
     "objective": "latency_ms",
@@ -145,9 +146,9 @@ def test_trials_at_once_differ():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"objective": "speed"}, r"search.objective is 'speed': input should be 'latency_ms' or 'size_mb'\.$"),
+        ({"objective": "speed"}, r"search.objective is 'speed'; input should be 'latency_ms' or 'size_mb'\.$"),
         ({"trials": None}, r"no budget\. Set search.minutes=60"),
-        ({"max_drop": -1}, r"search.max_drop is -1: input should be greater than or equal to 0"),
+        ({"max_drop": -1}, r"search.max_drop is -1; input should be greater than or equal to 0"),
         ({"slots": [["none"]]}, r"search.slots names no stage"),
         ({"slots": []}, r"search.slots names no stage"),
         ({"epochs": [1, 0]}, r"search.epochs is \[1, 0\]; every round must train for longer"),
