@@ -1,4 +1,4 @@
-"""Distillation: into a smaller student, or to recover what compression lost."""
+"""Distillation: train a smaller student, or recover the quality that compression lost."""
 
 from __future__ import annotations
 
@@ -35,33 +35,35 @@ from compress.techniques.prune_vocab import PruneVocab
 
 
 class Distill(FineTune):
-    """Train a student to answer as its teacher does.
+    """Train a student to reproduce its teacher's answers.
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531. The losses are TextBrewer's
-    (Yang et al., 2020, arXiv:2002.12620) where it has them; the others name theirs in :mod:`compress.maths.losses`.
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531. The losses come from
+    TextBrewer (Yang et al., 2020, arXiv:2002.12620) if it has them; :mod:`compress.maths.losses` names the papers of
+    the others.
 
-    Without a ``student`` the chain's model is the student, and what its compression lost is recovered from its own
-    dense baseline; as the first stage, where that would teach a model itself, half of its layers are.
+    Without a ``student`` the chain's model is the student, and its own dense baseline is the teacher that recovers the
+    loss of compression. As the first stage this model would teach itself, so the student gets half of its layers.
 
     Args:
-        model: the student, or what it is cut from.
-        student: another student than the model itself.
-        teacher: the chain's fine-tuned baseline, or the folder of an artifact or a model, or a model.
-        loss: between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` where the task is a
-            regression and ``ce`` elsewhere. Labels of a multi-label task are compared one by one.
-        temperature: that both logits are divided by; null for 1 for a language model and 4 elsewhere.
-        temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around it.
-        beta: of ``js``: towards 0 it is KL, towards 1 reverse KL.
-        soft_weight: of that loss.
-        soft_schedule: ``linear_decay`` or ``linear_growth`` of its weight over the training.
-        hard_weight: of the loss on the task's labels.
-        hard_schedule: of its weight.
-        intermediate_matches: features inside of the models to be matched as well, as :class:`Match` has them.
-        kept_logits: ``all``, or how many of a vocabulary, to ask the teacher once and keep its logits on disk, for
-            later epochs, seeds and students; null to ask it at every step.
-        teacher_dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where a training batch is answered the same.
-        masking: probability of each token to be replaced by the mask token, for both.
-        extra_text: a file of unlabelled text, a line each, of which every step adds a batch.
+        model: the student, or the model that it is cut from.
+        student: a student other than the model itself.
+        teacher: a model, or the folder of an artifact or a model; null for the chain's fine-tuned baseline.
+        loss: the loss between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` for a
+            regression and ``ce`` for other tasks. Labels of a multi-label task are compared one by one.
+        temperature: divisor of both logits; null for 1 for a language model and 4 for other tasks.
+        temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around the temperature.
+        beta: mixing weight of ``js``: near 0 it is KL, near 1 reverse KL.
+        soft_weight: weight of the loss between the logits.
+        soft_schedule: ``linear_decay`` or ``linear_growth`` of ``soft_weight`` over the training.
+        hard_weight: weight of the loss on the task's labels.
+        hard_schedule: schedule of ``hard_weight``.
+        intermediate_matches: inner features of the models to match as well, each a :class:`Match`.
+        kept_logits: ``all``, or the number of logits of a vocabulary to keep: the teacher runs once and its logits are
+            stored on disk for later epochs, seeds and students; null to run it at every step.
+        teacher_dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 if the answers to a training batch stay the
+            same.
+        masking: probability of each token to be replaced by the mask token, for student and teacher.
+        extra_text: a file of unlabelled text, one text a line; every step adds a batch of it.
 
     Raises:
         UserError: teacher, student and task do not fit together.
@@ -98,15 +100,15 @@ class Distill(FineTune):
         baseline: Path | None = None,
         source: Path | None = None,
         keep_in: Path | None = None,
-        baseline_config: Any = None,  # a PretrainedConfig, which pydantic would take apart
+        baseline_config: Any = None,  # a PretrainedConfig, which pydantic would convert
     ) -> None:
         super().__init__(model, metrics, training)
         self.student = student
         self.kind = KINDS[task.kind if task else detect_task_kind(model)]
         self.labels_known = task is None or task.labels is not None
         self.loss = loss or ("ce" if self.kind.probabilities else "mse")
-        # Tokens have many right continuations and are learnt as they are; labels have one, and what the teacher thinks
-        # of the others is in its softened answers (TextBrewer's default).
+        # A text has many right continuations, so the teacher's probabilities are informative as they are. It has one
+        # right label, so what the teacher knows of the others only shows in softened answers (TextBrewer's default).
         self.temperature = temperature or (1.0 if self.kind.generates else 4.0)
         self.temperature_schedule, self.beta = temperature_schedule, beta
         self.soft_weight, self.soft_schedule = soft_weight, soft_schedule
@@ -119,12 +121,12 @@ class Distill(FineTune):
         self.tokenizer = tokenizer
         self.baseline = baseline
         self.keep_in = keep_in
-        self.resumes = self.together = extra_text is None  # where its reader stands is neither saved nor shared
+        self.resumes = self.together = extra_text is None  # the reader's position is neither saved nor shared
         self.baseline_config = baseline_config
         self.alone = source is not None and source == baseline and not teacher
         self.keeps_zeros = student == Student() and not self.alone
         self.shrinks = not self.keeps_zeros
-        # In lists, so that they are no part of the module: not trained, not saved.
+        # Lists hide these models from the module: they are neither trained nor saved.
         self._named: list[str | nn.Module] = [teacher] if teacher else []
         self._teacher: list[nn.Module] = []
         self._kept: list[KeptLogits] = []
@@ -142,45 +144,51 @@ class Distill(FineTune):
             match.check_settings(f"{self.key}.intermediate_matches")
         if not self.kind.probabilities and self.loss != "mse":
             raise UserError(
-                f"{self.key}.loss is {self.loss}, which compares probabilities, and a regression has none: set "
+                f"{self.key}.loss is {self.loss}, which compares probabilities, and a regression has none. Set "
                 f"{self.key}.loss=mse."
             )
         schedule, *arguments = self.temperature_schedule or ("constant",)
         if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
             raise UserError(
-                f"{self.key}.temperature_schedule is {list(self.temperature_schedule or ())}: set it to null, "
+                f"{self.key}.temperature_schedule is {list(self.temperature_schedule or ())}. Set it to null, "
                 "[flsw,1,2] (beta, gamma) or [cwsm,1] (beta)."
             )
         if not (self.soft_weight or self.matches):
-            raise UserError(f"{self.key}.soft_weight is 0 and nothing is matched, so that the teacher teaches nothing.")
+            raise UserError(
+                f"{self.key}.soft_weight is 0 and no features are matched, so the teacher teaches nothing. Set "
+                f"{self.key}.soft_weight=1, or {self.key}.intermediate_matches."
+            )
         if self.kept_logits and (self.matches or self.masking):
             other = "intermediate_matches" if self.matches else "masking"
             raise UserError(
-                f"{self.key}.kept_logits keeps the teacher's logits on the training text as it is, and "
-                f"{self.key}.{other} needs the teacher at every step: leave one of them out."
+                f"{self.key}.kept_logits stores the teacher's logits on the unchanged training text, and "
+                f"{self.key}.{other} needs the teacher at every step. Remove one of them."
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         if not self.training_settings.epochs:
-            raise UserError(f"{self.key}.train.epochs is 0, so that nothing is distilled: set it to 1 or more.")
+            raise UserError(
+                f"{self.key}.train.epochs is 0, so nothing is distilled. Set {self.key}.train.epochs=1 or more."
+            )
         if self.extra_text and not self.extra_text.is_file():
             raise UserError(
-                f"{self.key}.extra_text: there is no file {self.extra_text}: give a text file, a line a text."
+                f"{self.key}.extra_text is {self.extra_text}, which is no file. Set it to a text file, one text a line."
             )
         if isinstance(self.teacher, str) and not Path(self.teacher).is_dir():
             raise UserError(
-                f"{self.key}.teacher: there is no folder {self.teacher}: name that of an artifact or a model."
+                f"{self.key}.teacher is {self.teacher}, which is no folder. Set it to the folder of an artifact or a "
+                "model."
             )
         if any(isinstance(stage, PruneVocab) for stage in before) and not self.teacher:
             raise UserError(
-                "`distill` follows `prune_vocab`, after which the baseline, its teacher, reads other tokens than the "
-                "student: distil first (technique=distill+prune_vocab)."
+                "`distill` follows `prune_vocab`, so the tokens of its teacher, the baseline, differ from the "
+                "student's. Set technique=distill+prune_vocab to distil first."
             )
         packed = next((stage for stage in before if stage.leaves == "packed"), None)
         if packed and self.student != Student():
             raise UserError(
-                f"{self.key}.student asks for another model and the chain's is quantized already: distil first, and "
-                "quantize what was learnt."
+                f"{self.key}.student sets another model and the chain's model is quantized already. Distil first and "
+                "quantize afterwards."
             )
         self.alone = not before and not self.teacher
         student = self.preview(skeleton)
@@ -197,7 +205,7 @@ class Distill(FineTune):
         return skeleton if student == Student() else build_student(skeleton, student, f"{self.key}.student")
 
     def _choose_student(self) -> Student:
-        """The student asked for; of the baseline alone, half of its layers."""
+        """Return the settings of the student: the requested one, or half of the layers of a first stage's model."""
         if self.alone and self.student == Student():
             return Student(layers=max(1, len(find_blocks(self.model)[1]) // 2))
         return self.student
@@ -208,9 +216,10 @@ class Distill(FineTune):
         return getattr(self.teacher, "config", None)
 
     def configure_model(self) -> None:
-        """Make teacher and student when the fit begins, before the optimizer is made."""
+        """Create teacher and student when the fit starts, before the optimizer is created."""
         if self._teacher:
             return
+        # 1) Load the teacher
         if isinstance(self.teacher, nn.Module):
             self._teacher = [self.teacher]
         elif folder := self.teacher or self.baseline:
@@ -219,20 +228,22 @@ class Distill(FineTune):
             if self.tokenizer is not None:
                 check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{self.key}.teacher")
         else:
-            raise UserError(f"{self.key}.teacher is not set and there is no baseline to take its place: give a model.")
+            raise UserError(f"{self.key}.teacher is not set and there is no baseline. Set {self.key}.teacher.")
+        # 2) Build the student
         student, model = self._choose_student(), cast(PreTrainedModel, self.model)
         if student.path:
             self.model = load_student(student.path, model, f"{self.key}.student.path", self.tokenizer)
         elif student != Student():
             self.model = build_student(model, student, f"{self.key}.student")
         check_same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{self.key}.teacher")
+        # 3) Prepare the matching of inner features
         self.projections = nn.ModuleList(
             build_projection(match.proj) if match.proj else nn.Identity() for match in self.matches
         )
         if any(match.feature == "attention" for match in self.matches):
             for either in (self.model, *self._teacher):
-                cast(PreTrainedModel, either).set_attn_implementation("eager")  # the others compute no attention matrix
-            for block in read_blocks(self.model):  # what is given out has been through dropout
+                cast(PreTrainedModel, either).set_attn_implementation("eager")  # others return no attention matrix
+            for block in read_blocks(self.model):  # the returned matrix is the one after dropout
                 vars(block.attention)["attention_dropout"] = 0.0
                 for module in block.attention.modules():
                     if isinstance(module, nn.Dropout):
@@ -254,12 +265,12 @@ class Distill(FineTune):
             self._extra = self._extra_batches(data)
 
     def _check_lengths(self, data: Any) -> None:
-        """Raise UserError where texts are longer than one of the models reads."""
+        """Raise UserError if texts are longer than the inputs of student or teacher."""
         for name, model in (("student", self.model), ("teacher", self._teacher[0])):
             tokens = getattr(data, "max_length", 0)
             if data is not None and (positions := limit_length(model, data.tokenizer, tokens)) < tokens:
                 raise UserError(
-                    f"The {name} reads {positions} tokens and the task's texts have up to {tokens}: set "
+                    f"The {name} reads {positions} tokens and the task's texts have up to {tokens}. Set "
                     f"task.max_length={positions}."
                 )
 
@@ -267,7 +278,8 @@ class Distill(FineTune):
         folder = self.teacher or self.baseline
         if data is None or self.keep_in is None or not isinstance(folder, str | Path):
             raise UserError(
-                f"{self.key}.kept_logits needs a datamodule, keep_in and the folder of a teacher: set it to null."
+                f"{self.key}.kept_logits needs a datamodule, keep_in and the folder of a teacher. Set "
+                f"{self.key}.kept_logits=null."
             )
         rows = data.tokenised("train")
         k = None if self.kept_logits == "all" else self.kept_logits
@@ -278,12 +290,13 @@ class Distill(FineTune):
         return kept
 
     def _extra_batches(self, data: Any) -> Iterator[Batch]:
-        """Batches of the unlabelled text without end, in another order every time round."""
+        """Yield batches of the unlabelled text without end, in a new order every time."""
         lines = self.extra_text.read_text().splitlines() if self.extra_text else []
         texts = [line.strip() for line in lines if line.strip()]
         if data is None or not texts:
             raise UserError(
-                f"{self.key}.extra_text: {self.extra_text} holds no text, or the fit has no datamodule to read it."
+                f"{self.key}.extra_text is {self.extra_text}, which holds no text, or the fit has no datamodule. Set "
+                "another file, or null."
             )
         ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
         rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
@@ -311,7 +324,8 @@ class Distill(FineTune):
     def _imitation_loss(
         self, inputs: Batch, progress: float, labels: Tensor | None = None, hard_weight: float = 0.0, prefix: str = ""
     ) -> Tensor:
-        """The weighted sum of all losses on a batch, each of which is logged."""
+        """Return the weighted sum of all losses on a batch, and log each of them."""
+        # 1) Run student and teacher
         if self.masking:
             inputs = self._mask_tokens(inputs)
         kept = self._kept[0](inputs) if self._kept and not prefix else None
@@ -322,6 +336,7 @@ class Distill(FineTune):
         with Relations(self.model, self.matches) as ours, Relations(self._teacher[0], self.matches) as theirs:
             student = self.model(**inputs, labels=labels, **wanted)
             teacher = self._ask(inputs, **wanted) if kept is None else None
+        # 2) Compute every loss with its weight
         logits: Tensor = teacher.logits.float() if kept is None else kept
         mask = inputs["attention_mask"]
         terms: dict[str, tuple[float, Tensor]] = {}
@@ -341,14 +356,14 @@ class Distill(FineTune):
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
 
     def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """The loss between the logits, of tokens or of texts."""
+        """Return the loss between the logits, of tokens or of texts."""
         tokens = mask if teacher.ndim == 3 else None
         schedule, *arguments = self.temperature_schedule or ("constant",)
         tau = logit_temperature(schedule, self.temperature, arguments, student, teacher, tokens)
         return soft_loss(self.loss, student, teacher, tau, tokens, self.kind.probabilities, self.beta)
 
     def _mask_tokens(self, inputs: Batch) -> Batch:
-        """Some tokens replaced by the mask token; never special ones."""
+        """Return the inputs with some tokens replaced by the mask token, but never special tokens."""
         ids = inputs["input_ids"]
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
         chosen = (torch.rand(ids.shape, device=ids.device) < self.masking) & ~special

@@ -1,4 +1,4 @@
-"""Depth pruning: whole transformer blocks are left out."""
+"""Depth pruning: remove whole transformer blocks."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from compress.technique import Technique
 
 
 class DropLayers(Technique, pl.Callback):
-    """Leave out whole transformer blocks, by how little they do to their input or by where they stand.
+    """Remove whole transformer blocks: those that change their input least, or those at given positions.
 
     Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv:2403.03853
     (``influence``); Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2020,
     arXiv:2004.03844 (by position).
 
-    Blocks go when the fit starts, once; epochs of that fit retrain what is left. The rest keeps its order, and
-    ``from_pretrained`` loads it as a shallower model of the same architecture.
+    Blocks are removed once, when the fit starts; the epochs of that fit retrain the others. The others keep their
+    order, and ``from_pretrained`` loads them as a shallower model of the same architecture.
 
     Args:
-        drop: how many blocks go, or the list of those that do (from 0; -1 is the last).
-        by: which ones, where ``drop`` is a number: ``influence`` those that turn the hidden state least on training
-            text, ``spread`` at even distances (of half of them every second one), ``last`` those next to the head.
+        drop: number of blocks to remove, or the list of their indices (from 0; -1 is the last).
+        by: choice of the blocks if ``drop`` is a number: ``influence`` those that turn the hidden state least on
+            training text, ``spread`` at even distances (for half of them every second block), ``last`` those next to
+            the head.
         samples: training examples (for a language model, blocks of tokens) to measure the influence on.
-        batch_size: of them run at a time.
+        batch_size: examples in a batch.
 
     Raises:
-        UserError: no block would be left, or the list names one that is not there, or one twice.
+        UserError: no block would be left, or the list names a block twice or an index out of range.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=1)]).fit(module, loader)
     """
 
     resumes = True
-    keeps_zeros = False  # those of the blocks that stay are kept under new names
+    keeps_zeros = False  # the zeros of the other blocks stay, under new names
     shrinks = True
 
     @validate_call
@@ -55,8 +56,8 @@ class DropLayers(Technique, pl.Callback):
     ) -> None:
         if not drop or (isinstance(drop, int) and drop < 0):
             raise UserError(
-                f"{self.key}.drop is {drop}: give how many blocks go (2), or the list of them ([1,3], or "
-                "[-1] for the last)."
+                f"{self.key}.drop is {drop}; a number of blocks above 0 or a list of them is expected. Set "
+                f"{self.key}.drop=1, or [1,3], or [-1] for the last."
             )
         self.drop = drop
         self.by = by
@@ -69,8 +70,8 @@ class DropLayers(Technique, pl.Callback):
         for config in collect_configs(skeleton):
             if config.is_encoder_decoder or config.num_hidden_layers != total:
                 raise UserError(
-                    f"`drop_layers` works on models that are one stack of blocks, each with its own weights, and "
-                    f"`{config.model_type}` is none: choose another model."
+                    f"`drop_layers` needs a model that is one stack of blocks, each with its own weights, and "
+                    f"`{config.model_type}` is none. Choose another model."
                 )
         self.choose_positions(total)
 
@@ -79,7 +80,8 @@ class DropLayers(Technique, pl.Callback):
         return skeleton
 
     def choose_positions(self, total: int) -> list[int]:
-        """The blocks that go, of ``total``; where their influence decides, as many others."""
+        """Return the indices of the blocks to remove from ``total``. If influence decides, they only have the right
+        number."""
         if isinstance(self.drop, int):
             return pick_positions(total, self.drop, "spread" if self.by == "spread" else "last", self.key)
         return resolve_indices(total, self.drop, self.key)
@@ -92,19 +94,19 @@ class DropLayers(Technique, pl.Callback):
             influence = measure_influences(model, draw_calibration_batches(trainer, self.samples, self.batch_size))
             dropped = influence.argsort(stable=True)[: self.drop].tolist()
         drop_blocks(model, dropped)
-        trainer.strategy.setup_optimizers(trainer)  # which held the weights of all blocks
+        trainer.strategy.setup_optimizers(trainer)  # the old ones held the weights of all blocks
 
 
 def pick_positions(total: int, count: int, by: Literal["spread", "last"], key: str) -> list[int]:
-    """``count`` of ``total`` blocks: the last ones, or the last of every ``total / count`` blocks.
+    """Return the indices of ``count`` of ``total`` blocks: the last blocks, or the last of every ``total / count``.
 
     Raises:
-        UserError: none would be left.
+        UserError: no block would be left.
     """
     if count >= total:
         raise UserError(
-            f"{key}.drop is {count} and the model has {total} blocks, of which one must stay: drop "
-            f"{total - 1} or fewer."
+            f"{key}.drop is {count} and the model has {total} blocks; at least one block must stay. Set "
+            f"{key}.drop to {total - 1} or less."
         )
     if by == "last":
         return list(range(total - count, total))
@@ -112,27 +114,27 @@ def pick_positions(total: int, count: int, by: Literal["spread", "last"], key: s
 
 
 def resolve_indices(total: int, indices: list[int], key: str) -> list[int]:
-    """``indices`` counted from the start.
+    """Return ``indices`` counted from the start.
 
     Raises:
-        UserError: one is out of range or named twice, or no block would be left.
+        UserError: an index is out of range or repeated, or no block would be left.
     """
     if outside := [index for index in indices if not -total <= index < total]:
         raise UserError(
-            f"{key}.drop names block {outside[0]} and the model has {total}: they are 0 to "
+            f"{key}.drop names block {outside[0]} and the model has {total} blocks. Choose from 0 to "
             f"{total - 1}, or -{total} to -1 from the end."
         )
-    found = [index % total for index in indices]
-    if twice := [index for index in found if found.count(index) > 1]:
-        raise UserError(f"{key}.drop is {indices} and names block {twice[0]} twice: name it once.")
-    if len(found) == total:
-        raise UserError(f"{key}.drop names all {total} blocks of the model: leave one out.")
-    return found
+    resolved = [index % total for index in indices]
+    if twice := [index for index in resolved if resolved.count(index) > 1]:
+        raise UserError(f"{key}.drop is {indices} and names block {twice[0]} twice. Name it once.")
+    if len(resolved) == total:
+        raise UserError(f"{key}.drop names all {total} blocks of the model. Leave at least one of them out.")
+    return resolved
 
 
 @torch.no_grad()
 def measure_influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The Block Influence of every block over all tokens of ``batches`` that are no padding; ``[blocks]``."""
+    """Return the Block Influence of every block over all tokens of ``batches`` except padding, ``[blocks]``."""
     _, stack = find_blocks(model)
     totals = torch.zeros(len(stack), dtype=torch.float64)
     mask: Tensor | None = None
@@ -160,7 +162,7 @@ def measure_influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def block_influence(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
-    """How far a block turns every token's hidden state (``[batch, tokens, width]``) that ``mask`` (``[batch,
-    tokens]``) keeps: 1 minus the cosine, ``[kept]``. Its mean over a text is the Block Influence."""
+    """Return 1 minus the cosine between the hidden states (``[batch, tokens, width]``) before and after a block, for
+    every token that ``mask`` (``[batch, tokens]``) keeps, ``[kept]``. Its mean over a text is the Block Influence."""
     turned = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
     return turned.flatten() if mask is None else turned[mask.bool()]

@@ -14,16 +14,17 @@ from compress.technique import Technique, Training
 
 
 class FineTune(Technique, pl.LightningModule):
-    """AdamW with linear warm-up and decay, no weight decay on biases and norms (Devlin et al., 2019, arXiv:1810.04805).
+    """Train with AdamW, linear warm-up and decay, and no weight decay on biases and norms (Devlin et al., 2019,
+    arXiv:1810.04805).
 
-    ``model`` is a Hugging Face model that returns its own loss when it is given labels; ``metrics`` takes
+    ``model`` is a Hugging Face model, which returns its loss if the batch has labels. ``metrics`` takes
     ``(logits, labels)`` and is computed on every validation epoch.
 
     Example:
         >>> pl.Trainer(max_epochs=3).fit(FineTune(model, training=Training(learning_rate=3e-5)), loader)
     """
 
-    needs = ("float", "packed")  # of which all but the packed weights is trained
+    needs = ("float", "packed")  # packed weights stay frozen; everything else is trained
     leaves = None
     resumes = True
     together = True
@@ -35,7 +36,7 @@ class FineTune(Technique, pl.LightningModule):
         self.training_settings = training or Training()
 
     def on_fit_start(self) -> None:
-        self.model.train()  # from_pretrained leaves a model in eval mode, and Lightning keeps what it finds
+        self.model.train()  # from_pretrained leaves a model in eval mode, and Lightning keeps that mode
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         loss = self.model(**batch).loss
@@ -61,7 +62,7 @@ class FineTune(Technique, pl.LightningModule):
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=settings.learning_rate,
-            fused=True,  # on two CPU cores five times faster where most weights are embeddings
+            fused=True,  # five times faster on two CPU cores if most weights are embeddings
         )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * steps), steps)

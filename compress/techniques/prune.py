@@ -48,36 +48,37 @@ CALIBRATED = ("wanda", "sparsegpt")
 
 
 class Prune(Technique, pl.Callback):
-    """Set the least important weights to zero, and keep them zero while training goes on.
+    """Set the least important weights to zero, and hold them at zero during further training.
 
     Criteria, each with its paper in :mod:`compress.maths.sparsity`: ``magnitude``; ``wanda`` (magnitude times the
     norm of the input); ``sparsegpt`` (joint choice and update of the other weights); ``movement`` (weights that
     training moves towards zero: Sanh et al., "Movement Pruning", 2020, arXiv:2005.07683); ``random``, the control.
 
-    Schedules: ``one_shot`` prunes when the fit starts, and epochs of that fit retrain what is left; ``gradual`` prunes
-    more and more during training; ``iterative`` prunes and retrains in equal rounds.
+    Schedules: ``one_shot`` prunes when the fit starts, and the epochs of that fit retrain the other weights;
+    ``gradual`` raises the sparsity during training; ``iterative`` prunes and retrains in equal rounds.
 
     Args:
-        sparsity: fraction of the weights that are zero afterwards, counted over all layers that are not skipped.
-        pattern: ``"2:4"`` leaves at most 2 of every 4 consecutive inputs of a row, in place of a sparsity.
-        criterion: what makes a weight important.
-        scope: over what weights are ranked: ``global``, ``layer`` or ``row``; null for what the criterion's paper does.
-        ratios: ``uniform``; ``sensitivity`` for what the stage of that name before this one found, or the path of its
-            csv; or the sparsity of the layers of a name, ``{"*attention*": 0.3}``, the first pattern that fits.
-        skip: ``embeddings``, ``head`` (all else outside the transformer blocks) and patterns of layers' names.
+        sparsity: fraction of zero weights afterwards, over all layers that are not skipped.
+        pattern: ``"2:4"`` leaves at most 2 of every 4 consecutive inputs of a row; it replaces the sparsity.
+        criterion: the score that makes a weight important.
+        scope: the weights that are ranked together: ``global``, ``layer`` or ``row``; null for the scope of the
+            criterion's paper.
+        ratios: ``uniform``; ``sensitivity`` to use the results of that stage before this one, or the path of its csv;
+            or sparsities by layer name, ``{"*attention*": 0.3}``, where the first matching pattern counts.
+        skip: ``embeddings``, ``head`` (all else outside the transformer blocks) and patterns of layer names.
         schedule: ``one_shot``, ``gradual`` or ``iterative``.
         begin: fraction of the training steps at which ``gradual`` starts.
-        end: fraction of the training steps at which ``gradual`` has reached the sparsity.
-        every: training steps from one pruning to the next of ``gradual``.
-        rounds: of ``iterative``.
-        damping: of SparseGPT's Hessian, as a fraction of its mean diagonal.
+        end: fraction of the training steps at which ``gradual`` reaches the sparsity.
+        every: training steps between two prunings of ``gradual``.
+        rounds: number of prunings of ``iterative``.
+        damping: damping of SparseGPT's Hessian, as a fraction of its mean diagonal.
         samples: training examples that ``wanda`` and ``sparsegpt`` calibrate on.
-        batch_size: of them run at a time.
-        training: how the fit trains, as far as it is known; the schedules are checked against it.
+        batch_size: calibration examples in a batch.
+        training: settings of the fit, if known; the schedules are checked against them.
         source: folder of the artifact that the stage starts from.
 
     Raises:
-        UserError: the model is that sparse already, a pattern fits no layer or no width, or settings contradict.
+        UserError: the model is already that sparse, a pattern matches no layer or width, or settings contradict.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[Prune(sparsity=0.5)]).fit(module, loader)
@@ -122,7 +123,7 @@ class Prune(Technique, pl.Callback):
         self.source = source
         self.layers: dict[str, Layer] = {}
         self.due: dict[int, float] = {}
-        """What is still to be pruned: at which step, and how much of the way from ``start`` to ``targets``."""
+        """The prunings that are still due: training step and fraction of the way from ``start`` to ``targets``."""
         self.start: dict[str, float] = {}
         self.targets: dict[str, float] = {}
         self.masks: dict[str, Tensor] = {}
@@ -134,27 +135,30 @@ class Prune(Technique, pl.Callback):
         key, criterion, schedule = self.key, self.criterion, self.schedule
         if self.scope not in SCOPES[criterion]:
             raise UserError(
-                f"{key}.scope is {self.scope} and `{criterion}` ranks weights by {' or '.join(SCOPES[criterion])}: set "
+                f"{key}.scope is {self.scope}; `{criterion}` ranks weights by {' or '.join(SCOPES[criterion])}. Set "
                 f"{key}.scope={SCOPES[criterion][0]}."
             )
         if self.ratios != "uniform" and (pattern or self.scope == "global"):
             other = f"pattern={pattern}" if pattern else "scope=global"
             raise UserError(
-                f"{key}.ratios gives every layer its own sparsity, which contradicts {key}.{other}: leave one out."
+                f"{key}.ratios gives every layer its own sparsity, which contradicts {key}.{other}. Remove one of them."
             )
         if pattern and scope:
-            raise UserError(f"{key}.pattern={pattern} prunes in groups, so that {key}.scope={scope} means nothing.")
+            raise UserError(
+                f"{key}.pattern={pattern} always prunes in groups, which contradicts {key}.scope={scope}. Remove one "
+                "of them."
+            )
         if criterion == "movement" and schedule != "gradual":
             raise UserError(
-                f"`movement` learns during training what to prune and {key}.schedule is {schedule}: set "
+                f"{key}.schedule is {schedule}; `movement` learns its scores during training. Set "
                 f"{key}.schedule=gradual and {key}.train.epochs=1 or more."
             )
         if schedule == "gradual" and self.begin >= self.end:
-            raise UserError(f"{key}.begin={self.begin:g} is not before {key}.end={self.end:g}: set it lower.")
+            raise UserError(f"{key}.begin={self.begin:g} is not before {key}.end={self.end:g}. Set {key}.begin lower.")
         if schedule != "one_shot" and training and not training.epochs:
             raise UserError(
-                f"{key}.schedule={schedule} prunes during training and {key}.train.epochs is 0: set it to 1 or more, "
-                f"or {key}.schedule=one_shot."
+                f"{key}.train.epochs is 0; {key}.schedule={schedule} prunes during training. Set {key}.train.epochs=1 "
+                f"or more, or {key}.schedule=one_shot."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,11 +167,12 @@ class Prune(Technique, pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.due, self.start = state["due"], state["start"]
         for kind in ("masks", "movement", "dense"):
-            setattr(self, kind, {name: one.to(self.layers[name].weight.device) for name, one in state[kind].items()})
+            tensors = {name: tensor.to(self.layers[name].weight.device) for name, tensor in state[kind].items()}
+            setattr(self, kind, tensors)
 
     @property
     def settled(self) -> bool:
-        """Whether all of the pruning is done."""
+        """True if no pruning is due."""
         return not self.due
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
@@ -175,21 +180,24 @@ class Prune(Technique, pl.Callback):
         for name, layer in layers.items():
             if self.pattern and layer.weight.shape[1] % self.pattern[1]:
                 raise UserError(
-                    f"{self.key}.pattern: the {layer.weight.shape[1]} inputs of `{name}` are no multiple of "
-                    f"{self.pattern[1]}: leave the layer out with {self.key}.skip, or choose another pattern."
+                    f"{self.key}.pattern needs groups of {self.pattern[1]}, and the {layer.weight.shape[1]} inputs of "
+                    f"`{name}` are no multiple of {self.pattern[1]}. Set another pattern, or {self.key}.skip to leave "
+                    "the layer out."
                 )
         self._check_ratios(layers, before[-1] if before else None)
         if self.ratios == "uniform" and not self.sparsity:
-            raise UserError(f"{self.key}.sparsity is 0, which prunes nothing: ask for more, or leave the stage out.")
+            raise UserError(
+                f"{self.key}.sparsity is 0, which prunes nothing. Set {self.key}.sparsity=0.2, or remove the stage."
+            )
         for stage in reversed(before):
             if type(stage).preview is not Technique.preview:
-                break  # what is left after a cut may be denser
+                break  # after a removal of weights, the others may be denser
             if not isinstance(stage, Prune) or stage.skip != self.skip or stage.pattern != self.pattern:
                 continue
             if stage.ratios == self.ratios == "uniform" and stage.sparsity >= self.sparsity:
                 raise UserError(
-                    f"A `prune` to a sparsity of {self.sparsity:g} follows one to {stage.sparsity:g} and has nothing "
-                    f"left to prune: ask the later one for more ({self.key}.sparsity=0.5)."
+                    f"{self.key}.sparsity of {self.sparsity:g} follows {stage.key}.sparsity of {stage.sparsity:g} and "
+                    f"has nothing left to prune. Set {self.key}.sparsity higher."
                 )
 
     def _check_ratios(self, layers: dict[str, Layer], previous: Any) -> None:
@@ -199,58 +207,62 @@ class Prune(Technique, pl.Callback):
             measured = getattr(previous, "sparsities", None)
             if measured is None:
                 raise UserError(
-                    f"{self.key}.ratios=sensitivity takes what the stage before found and that is no "
-                    f"`sensitivity`: set technique=sensitivity+prune, or {self.key}.ratios to a sensitivity.csv."
+                    f"{self.key}.ratios is sensitivity, and the stage before is no `sensitivity`. Set "
+                    f"technique=sensitivity+prune, or {self.key}.ratios to a sensitivity.csv."
                 )
             if self.sparsity > max(measured):
                 raise UserError(
                     f"{self.key}.sparsity is {self.sparsity:g} and `sensitivity` before it measures up to "
-                    f"{max(measured):g}: ask for less, or set {previous.key}.sparsities=[...,{self.sparsity:g}]."
+                    f"{max(measured):g}. Set a lower sparsity, or {previous.key}.sparsities=[...,{self.sparsity:g}]."
                 )
             if set(self.skip) & {"embeddings", "head"} != {"embeddings", "head"}:
                 raise UserError(
-                    f"{self.key}.ratios=sensitivity has measured the layers of the blocks alone: leave embeddings "
+                    f"{self.key}.ratios is sensitivity, which measures only the layers of the blocks. Leave embeddings "
                     f"and head in {self.key}.skip."
                 )
         elif self.ratios != "uniform":
             if not Path(self.ratios).is_file():
                 raise UserError(
-                    f"{self.key}.ratios is {self.ratios}, which is no file: set it to uniform, sensitivity, a "
-                    "sensitivity.csv, or sparsities by pattern ({*attention*:0.3})."
+                    f"{self.key}.ratios is {self.ratios}, which is no file. Set {self.key}.ratios to uniform, "
+                    "sensitivity, a sensitivity.csv, or sparsities by pattern ({*attention*:0.3})."
                 )
             self._allocate_sparsity(Path(self.ratios), layers)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # 1) Compare the sparsity of the model with the target
         model = unwrap_model(pl_module)
         self.layers = self._select_layers(model)
         self.start = {name: measure_sparsity([layer.weight]) for name, layer in self.layers.items()}
         self.targets = self._choose_targets()
         before = measure_sparsity(layer.weight for layer in self.layers.values())
-        asked = self._total_target()
-        if before >= asked and not self.pattern:
+        target = self._total_target()
+        if before >= target and not self.pattern:
             raise UserError(
-                f"{self.key} was asked for a sparsity of {asked:g} and the model's is {before:.4g} already: "
-                f"ask for more with {self.key}.sparsity, or leave the stage out."
+                f"{self.key} has a target sparsity of {target:g} and the model's is {before:.4g} already. Set "
+                f"{self.key}.sparsity higher, or remove the stage."
             )
+        # 2) Prepare the scores of movement pruning
         if self.criterion == "movement":
             if str(trainer.precision).startswith("16"):
                 raise UserError(
-                    f"`movement` sums up gradients and precision {trainer.precision} scales them: set "
+                    f"`movement` sums gradients and precision {trainer.precision} scales them. Set "
                     "hardware.precision=bf16-mixed or 32-true."
                 )
             self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
             self.movement = {
-                # Pruned before: never to come back.
+                # Weights that an earlier stage pruned never return.
                 name: torch.zeros_like(layer.weight, dtype=torch.float32).masked_fill(layer.weight == 0, -torch.inf)
                 for name, layer in self.layers.items()
             }
+        # 3) Prune now, or schedule the steps of training at which to prune
         if self.schedule == "one_shot":
             self._prune_layers(trainer, model, 1.0)
             return
         steps = int(trainer.estimated_stepping_batches) if trainer.max_epochs else 0
         if steps < 2:
             raise UserError(
-                f"{self.key}.schedule={self.schedule} prunes during training and the Trainer has {steps} steps."
+                f"{self.key}.schedule={self.schedule} prunes during training and the Trainer has {steps} steps. Set "
+                f"more epochs, or {self.key}.schedule=one_shot."
             )
         self.due = (
             gradual_schedule(steps, self.begin, self.end, self.every)
@@ -263,8 +275,8 @@ class Prune(Technique, pl.Callback):
             self._prune_layers(trainer, unwrap_model(pl_module), way)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Movement: a weight whose gradient pushes it away from zero gains, pruned ones among them, which may so come
-        back with the value that they had."""
+        """Update the movement scores: a weight scores when its gradient pushes it away from zero. Pruned weights score
+        too and can return with their last value."""
         for name, score in self.movement.items():
             if (gradient := self.layers[name].weight.grad) is not None:
                 score.sub_(gradient.float() * self._update_dense(name).float())
@@ -274,10 +286,10 @@ class Prune(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         weights = [layer.weight for layer in self.layers.values()]
-        found, count = measure_sparsity(weights), sum(weight.numel() for weight in weights)
-        if self.due or found < self._total_target() - len(weights) / count:  # each layer may round by one weight
+        reached, count = measure_sparsity(weights), sum(weight.numel() for weight in weights)
+        if self.due or reached < self._total_target() - len(weights) / count:  # each layer may round by one weight
             raise PostconditionError(
-                f"{self.key} was asked for a sparsity of {self._total_target():.4g} and the model's is {found:.4g}"
+                f"{self.key} has a target sparsity of {self._total_target():.4g} and the model's is {reached:.4g}"
                 + (": training ended before the schedule did." if self.due else ".")
             )
 
@@ -286,13 +298,13 @@ class Prune(Technique, pl.Callback):
         inside = {name for name, _ in find_linears(model)}
         if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
             raise UserError(
-                f"`{self.criterion}` sees the inputs of the transformer blocks and `{outside[0]}` lies outside of "
-                f"them: skip embeddings and head, or set {self.key}.criterion=magnitude."
+                f"`{self.criterion}` needs inputs recorded in the transformer blocks, and `{outside[0]}` is outside of "
+                f"them. Set {self.key}.skip=[embeddings,head], or {self.key}.criterion=magnitude."
             )
         return kept
 
     def _choose_targets(self) -> dict[str, float]:
-        """The sparsity of every layer, in scopes other than global."""
+        """Return the target sparsity of every layer. The scope ``global`` uses only their total."""
         if isinstance(self.ratios, dict):
             return match_ratios(self.ratios, self.layers, self.sparsity, f"{self.key}.ratios")
         if self.ratios == "uniform":
@@ -306,16 +318,16 @@ class Prune(Technique, pl.Callback):
 
         points = [point for point in read_points(path) if point.layer in layers]
         if missing := sorted(set(layers) - {point.layer for point in points}):
-            raise UserError(f"{path} says nothing of `{missing[0]}`: measure the sensitivity of this model.")
+            raise UserError(f"{path} has no row for `{missing[0]}`. Run technique=sensitivity on this model.")
         return allocate_sparsity(points, self.sparsity)
 
     def _total_target(self) -> float:
-        """The sparsity of all layers together."""
+        """Return the target sparsity of all layers together."""
         sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
         return sum(self.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def _prune_layers(self, trainer: pl.Trainer, model: nn.Module, way: float) -> None:
-        """Prune to the part ``way`` of the way from where the model started to the sparsity asked for."""
+        """Prune to the fraction ``way`` of the way from the model's initial sparsity to the target."""
         now = {name: self.start[name] + way * (target - self.start[name]) for name, target in self.targets.items()}
         if self.criterion in CALIBRATED:
             self._prune_calibrated(trainer, model, now)
@@ -357,7 +369,7 @@ class Prune(Technique, pl.Callback):
         return mask_rows(score, target) if self.scope == "row" else mask_tensor(score, target)
 
     def _partial_pattern(self, target: float) -> tuple[int, int] | None:
-        """How many of a group to prune on the way to the pattern, and the group."""
+        """Return the number of weights to prune in a group at the sparsity ``target``, and the group's size."""
         return (round(target * self.pattern[1]), self.pattern[1]) if self.pattern else None
 
     @torch.no_grad()
@@ -368,7 +380,7 @@ class Prune(Technique, pl.Callback):
         weight.masked_fill_(mask, 0)
 
     def _update_dense(self, name: str) -> Tensor:
-        """Movement: the layer's weights as they are, and those that are pruned as they last were."""
+        """Return the layer's weights, with the last value of each pruned weight in place of its zero."""
         weight = self.layers[name].weight.detach()
         kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
         self.dense[name] = torch.where(kept, weight, self.dense[name])
@@ -376,10 +388,10 @@ class Prune(Technique, pl.Callback):
 
 
 def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float, key: str) -> dict[str, float]:
-    """The sparsity of every layer: that of the first pattern that fits its name, or ``otherwise``.
+    """Return the sparsity of every layer: that of the first pattern that matches its name, or ``otherwise``.
 
     Raises:
-        UserError: a pattern fits no layer.
+        UserError: a pattern matches no layer.
     """
     for pattern in ratios:
         if not any(fnmatchcase(name, pattern) for name in layers):

@@ -1,4 +1,4 @@
-"""Vocabulary pruning: tokens that the task does not use lose their embeddings."""
+"""Vocabulary pruning: remove the embeddings of tokens that the task does not use."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ class PruneVocab(Technique, pl.Callback):
     Yang et al., "TextPruner: A Model Pruning Toolkit for Pre-Trained Language Models", 2022, arXiv:2203.15996. Our own
     code, because TextPruner writes the files of transformers 4's slow tokenizers.
 
-    Special tokens stay, and so do bytes and single characters, so that no text becomes unknown; of BPE also what a
-    token is merged from. A text whose tokens all stay is tokenised as before and has the logits that it had (a
-    language model's among the tokens that stay); other texts fall into shorter tokens. Works when the fit ends; then
-    ``tokenizer`` is the cut one, whose ids are other ones: train further in another fit, on text tokenised anew.
+    Special tokens, bytes and single characters stay, so that no text becomes unknown; for BPE also the tokens that a
+    kept token is merged from. A text whose tokens all stay is tokenised as before and has the same logits (for a
+    language model, among the tokens that stay); other texts are split into shorter tokens.
+
+    Runs when the fit ends. Afterwards ``tokenizer`` is the cut tokenizer, with new ids: train further in another fit,
+    on text that is tokenised again.
 
     Args:
-        min_count: tokens that the training text has fewer times go.
+        min_count: least number of uses in the training text for a token to stay.
         keep: texts whose tokens stay as well.
-        keep_file: a text file, likewise.
-        tokenizer: of the model: a fast one (WordPiece, BPE or Unigram).
+        keep_file: a text file of such texts, one a line.
+        tokenizer: the model's tokenizer, a fast one (WordPiece, BPE or Unigram).
 
     Raises:
-        UserError: there is no such tokenizer, or epochs are asked of this fit.
+        UserError: there is no such tokenizer, or this fit is set to train.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[PruneVocab(tokenizer=tokenizer)]).fit(module, loader)
@@ -65,8 +67,8 @@ class PruneVocab(Technique, pl.Callback):
     ) -> None:
         if training and training.epochs:
             raise UserError(
-                f"{self.key}.train.epochs is set and the epochs of this stage would see the ids of the "
-                "tokenizer before the cut: leave it out and try technique=prune_vocab+finetune."
+                f"{self.key}.train.epochs is {training.epochs}; these epochs would see the ids of the uncut tokenizer. "
+                "Remove the setting and set technique=prune_vocab+finetune."
             )
         if tokenizer is not None:
             check_tokenizer(tokenizer)
@@ -76,15 +78,17 @@ class PruneVocab(Technique, pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.tokenizer is None:
-            raise UserError("`prune_vocab` has no tokenizer to cut: give it the model's, PruneVocab(tokenizer=...).")
+            raise UserError("`prune_vocab` has no tokenizer to cut. Pass the model's: PruneVocab(tokenizer=...).")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # 1) Collect the tokens in use
         model: Any = unwrap_model(pl_module)
         tokens = {index: token for token, index in self.tokenizer.get_vocab().items()}
         seen = Counter(flatten.from_iterable(read_training_ids(trainer)))
         wanted = {index for index, count in seen.items() if count >= self.min_count}
         wanted.update(*(self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.keep))
         wanted.update(*(ids for _, _, ids in named_tokens(model)))
+        # 2) Add the tokens that must stay with them
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = find_kept_tokens(
             content, {tokens[index] for index in wanted & tokens.keys()}, self.tokenizer.all_special_tokens
@@ -94,8 +98,9 @@ class PruneVocab(Technique, pl.Callback):
         if ids[-1] >= rows:
             raise UserError(
                 f"The tokenizer has the token {tokens[ids[-1]]!r} with the id {ids[-1]} and the model {rows} "
-                "embeddings: give the model an embedding of every token first (resize_token_embeddings)."
+                "embeddings. Add an embedding for every token first (resize_token_embeddings)."
             )
+        # 3) Cut tokenizer and embeddings
         if len(ids) == rows:
             return
         cut = cut_tokenizer(self.tokenizer, content, [tokens[index] for index in ids])
@@ -104,40 +109,39 @@ class PruneVocab(Technique, pl.Callback):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a tokenizer that cannot be cut so that texts keep their tokens."""
+    """Raise UserError if the tokenizer cannot be cut without changing the tokens of texts."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"`prune_vocab` cuts fast tokenizers and `{type(tokenizer).__name__}` is none: save the model with the "
-            "tokenizer.json of its fast one, or leave the stage out."
+            f"`prune_vocab` cuts fast tokenizers and `{type(tokenizer).__name__}` is none. Save the model with the "
+            "tokenizer.json of its fast tokenizer, or remove the stage."
         )
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     marked = model["type"] == "BPE" and (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
     if model["type"] not in ("WordPiece", "BPE", "Unigram") or marked:
         raise UserError(
             f"`prune_vocab` cuts WordPiece, Unigram and BPE without marks at the ends of words, and this tokenizer is "
-            f"{model['type']}{' with them' if marked else ''}: leave the stage out."
+            f"{model['type']}{' with such marks' if marked else ''}. Remove the stage."
         )
 
 
 def read_training_ids(trainer: pl.Trainer) -> Iterator[Iterable[int]]:
-    """The token ids of the training text: the datamodule's rows, or else the batches of the training loader."""
+    """Yield the token ids of the training text: the datamodule's rows, or the batches of the training loader."""
     if tokenised := getattr(getattr(trainer, "datamodule", None), "tokenised", None):
         for rows in tokenised("train").select_columns("input_ids").iter(1000):
             yield from rows["input_ids"]
         return
-    trainer.fit_loop.setup_data()  # nothing where it is set up already
+    trainer.fit_loop.setup_data()  # does nothing if it is set up already
     for batch in trainer.train_dataloader or ():
         yield batch["input_ids"].flatten().tolist()
 
 
 def find_kept_tokens(content: dict[str, Any], wanted: set[str], special: Iterable[str] = ()) -> set[str]:
-    """Those of a tokenizer's tokens that must stay so that every text of ``wanted`` ones is tokenised as before and no
-    other becomes unknown; ``content`` is its tokenizer.json.
+    """Return the tokens that must stay, so that texts of ``wanted`` tokens are tokenised as before and no other text
+    becomes unknown. ``content`` is the tokenizer.json.
 
-    WordPiece takes the longest token at every place and Unigram the best path, and both find the same among fewer.
-    BPE's merges that lead to a text's tokens all lie inside these tokens, and lead there still when others are gone.
-    (A word that WordPiece did not know stays unknown where every character of a token is a token of its own, as
-    trainers leave it.)
+    WordPiece takes the longest token at every place and Unigram the best path; both find the same tokens in a smaller
+    vocabulary. BPE's merges that lead to a token are all inside this token, so other merges can be removed. (A word
+    that WordPiece did not know stays unknown if every character of a token is itself a token, as trainers ensure.)
     """
     model = content["model"]
     vocab = [piece for piece, _ in model["vocab"]] if model["type"] == "Unigram" else model["vocab"]
@@ -147,7 +151,7 @@ def find_kept_tokens(content: dict[str, Any], wanted: set[str], special: Iterabl
     whole = {*special, *(added["content"] for added in content["added_tokens"])}
     kept = {*wanted, *whole, *letters, *bytewise}
     if model["type"] == "Unigram":
-        kept.add(min(model["vocab"], key=lambda entry: entry[1])[0])  # what unknown characters cost is counted from it
+        kept.add(min(model["vocab"], key=lambda entry: entry[1])[0])  # its score sets the cost of unknown characters
         if model["unk_id"] is not None:
             kept.add(vocab[model["unk_id"]])
     elif model.get("unk_token"):
@@ -159,10 +163,10 @@ def find_kept_tokens(content: dict[str, Any], wanted: set[str], special: Iterabl
 
 
 def find_merged_tokens(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
-    """Every token that BPE makes on its way from the characters of ``token`` to itself."""
+    """Return every token that BPE merges on the way from the characters of ``token`` to ``token`` itself."""
     parts, made = list(token), set()
-    while found := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
-        _, i = min(found)
+    while merges := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        _, i = min(merges)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
         made.add(parts[i])
     return made
@@ -171,7 +175,8 @@ def find_merged_tokens(token: str, ranks: dict[tuple[str, str], int]) -> set[str
 def cut_tokenizer(
     tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], kept: list[str]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens ``kept`` alone, numbered in that order; ``content`` is its tokenizer.json."""
+    """Return the tokenizer with only the tokens ``kept``, numbered in that order. ``content`` is the tokenizer.json."""
+    # 1) Cut the vocabulary and the merges
     ids, content = {token: index for index, token in enumerate(kept)}, copy.deepcopy(content)
     model = content["model"]
     if model["type"] == "Unigram":
@@ -186,31 +191,33 @@ def cut_tokenizer(
             for left, right in model["merges"]
             if left in model["vocab"] and right in model["vocab"] and left + right in model["vocab"]
         ]
+    # 2) Renumber the tokens that the other parts of the file name
     for added in content["added_tokens"]:
         added["id"] = ids[added["content"]]
     if content["padding"]:
         content["padding"]["pad_id"] = ids.get(content["padding"]["pad_token"], 0)
-    processor = content["post_processor"] or {}
-    for one in processor.get("processors", [processor]):
-        for entry in one.get("special_tokens", {}).values():  # of a TemplateProcessing
+    outer = content["post_processor"] or {}
+    for processor in outer.get("processors", [outer]):
+        for entry in processor.get("special_tokens", {}).values():  # of a TemplateProcessing
             entry["ids"] = [ids[token] for token in entry["tokens"]]
-        for name in {"cls", "sep"} & one.keys():  # of a Bert- or RobertaProcessing
-            one[name] = [one[name][0], ids[one[name][0]]]
+        for name in {"cls", "sep"} & processor.keys():  # of a Bert- or RobertaProcessing
+            processor[name] = [processor[name][0], ids[processor[name][0]]]
+    # 3) Build the tokenizer and check its numbers
     cut = copy.deepcopy(tokenizer)
     cut._tokenizer = Tokenizer.from_str(json.dumps(content))
-    if (found := cut.get_vocab()) != ids:
-        odd = next(iter(found.items() ^ ids.items()))[0]
-        raise UserError(f"The tokenizer numbers {odd!r} in a way that cannot be kept: leave `prune_vocab` out.")
+    if (numbers := cut.get_vocab()) != ids:
+        odd = next(iter(numbers.items() ^ ids.items()))[0]
+        raise UserError(f"The id of {odd!r} cannot be set in the cut tokenizer. Remove the stage `prune_vocab`.")
     return cut
 
 
 @torch.no_grad()
 def cut_embeddings(model: Any, ids: list[int]) -> None:
-    """Keep the embeddings of the tokens ``ids`` alone, in that order, at the model's input and at the output where it
-    predicts tokens, and give the tokens that its configs name their new ids.
+    """Keep only the embeddings of the tokens ``ids``, in that order, at the model's input and, if it predicts tokens,
+    at its output. Renumber the tokens that its configs name.
 
     Raises:
-        UserError: the model counts positions from the id of the padding token, and that would change.
+        UserError: the model counts positions from the id of the padding token, and this id would change.
     """
     new = {old: index for index, old in enumerate(ids)}
     words = model.get_input_embeddings()
@@ -219,8 +226,8 @@ def cut_embeddings(model: Any, ids: list[int]) -> None:
         m.padding_idx for m in counted if m.padding_idx is not None and new.get(m.padding_idx) != m.padding_idx
     ]:
         raise UserError(
-            f"`{model.config.model_type}` counts positions from the id of its padding token, and that would change "
-            f"from {moved[0]} to {new.get(moved[0])}: leave `prune_vocab` out."
+            f"`{model.config.model_type}` counts positions from the id of its padding token, and this id would change "
+            f"from {moved[0]} to {new.get(moved[0])}. Remove the stage `prune_vocab`."
         )
 
     def weights() -> list[nn.Parameter]:
@@ -239,8 +246,7 @@ def cut_embeddings(model: Any, ids: list[int]) -> None:
 
 
 def named_tokens(model: Any) -> Iterator[tuple[Any, str, list[int]]]:
-    """The ids of tokens that the model's configs name (``eos_token_id`` may be several), each with its config and
-    key."""
+    """Yield the token ids that the model's configs name (``eos_token_id`` can be a list), each with config and key."""
     for config in filter(None, (model.config, getattr(model, "generation_config", None))):
         for key, value in config.to_dict().items():
             if key.endswith("_token_id") and value is not None:

@@ -1,4 +1,4 @@
-"""How much each layer's weights matter: the fall of the task's metric as one layer at a time is pruned."""
+"""Sensitivity of every layer: the drop of the task's metric if this layer alone is pruned."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-TALLEST = 48  # layers in one column of the heat map
+TALLEST = 48  # most layers in one column of the heat map
 
 
 class Sensitivity(Technique, pl.Callback):
-    """Report how the task's metric falls as the smallest weights of one layer at a time are set to zero.
+    """Report how far the task's metric drops if the smallest weights of one layer at a time are set to zero.
 
     Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, arXiv:1506.02626,
     section 4; Li et al., "Pruning Filters for Efficient ConvNets", 2017, arXiv:1608.08710, section 3.2.
 
-    Works when the fit ends, on validation examples, and changes nothing: every layer is put back, bit for bit. Leaves
-    ``points``, ``sensitivity.csv`` and a heat map. ``metrics`` and ``task`` come from the chain; without them the
-    model's own loss is measured.
+    Runs when the fit ends, on validation examples, and changes nothing: every layer is restored, bit for bit. The
+    results are ``points``, ``sensitivity.csv`` and a heat map. ``metrics`` and ``task`` come from the chain; without
+    them the model's own loss is measured.
 
     Args:
         sparsities: fractions of a layer's weights that are set to zero.
         samples: validation examples (for a language model, blocks of tokens), spread evenly over the split.
 
     Raises:
-        UserError: there are not so many validation examples, or on them the metric is no number.
+        UserError: there are too few validation examples, or the metric is not finite on them.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[Sensitivity(samples=16)]).fit(module, loader, validation_loader)
@@ -64,7 +64,7 @@ class Sensitivity(Technique, pl.Callback):
         task: Any = None,
     ) -> None:
         if len(set(sparsities)) < len(sparsities):
-            raise UserError(f"{self.key}.sparsities is {list(sparsities)} and names one twice: name each once.")
+            raise UserError(f"{self.key}.sparsities is {list(sparsities)} and repeats a value. Name each value once.")
         self.sparsities = sorted(sparsities)
         self.samples = self.validation_samples = samples
         self.metrics = metrics.clone() if metrics is not None and task is not None else None
@@ -76,14 +76,14 @@ class Sensitivity(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model, device = unwrap_model(pl_module), trainer.strategy.root_device
-        every = read_validation_batches(trainer)
-        if (found := sum(len(batch["input_ids"]) for batch in every)) < self.samples:
+        available = read_validation_batches(trainer)
+        if (count := sum(len(batch["input_ids"]) for batch in available)) < self.samples:
             raise UserError(
-                f"{self.key}.samples is {self.samples} and there are {found} validation examples: set "
-                f"{self.key}.samples={found} or less."
+                f"{self.key}.samples is {self.samples} and there are {count} validation examples. Set "
+                f"{self.key}.samples={count} or less."
             )
         batches = [
-            {key: value.to(device) for key, value in batch.items()} for batch in spread_evenly(every, self.samples)
+            {key: value.to(device) for key, value in batch.items()} for batch in spread_evenly(available, self.samples)
         ]
         model.to(device)
         if self.metrics is not None:
@@ -110,29 +110,29 @@ class Sensitivity(Technique, pl.Callback):
 def prune_each(
     layers: dict[str, nn.Linear], sparsities: Sequence[float], value: Callable[[], float], higher: bool, key: str
 ) -> Iterator[Point]:
-    """Measure ``value()`` with each layer alone at each sparsity; ``higher`` says that more of it is better. A value
-    that is no number counts as endlessly worse.
+    """Yield ``value()`` with each layer alone pruned to each sparsity; ``higher`` is True if a higher value is better.
+    NaN counts as an infinite drop.
 
     Raises:
-        UserError: the unpruned model's value is none.
+        UserError: the unpruned model's value is not finite.
     """
     unpruned = value()
     if not math.isfinite(unpruned):
         raise UserError(
-            f"{key} measured {unpruned} on the model before pruning, from which nothing can fall: measure on more "
-            f"examples ({key}.samples), or by another metric (task.primary)."
+            f"{key} measured {unpruned} on the unpruned model, so no drop can be computed. Set {key}.samples higher, "
+            "or task.primary to another metric."
         )
     for name, layer in tqdm(layers.items(), desc="sensitivity", unit="layer", leave=False, disable=None):
         for sparsity in sparsities:
             with pruned_layer(layer, sparsity):
-                found = value()
-            drop = unpruned - found if higher else found - unpruned
-            yield Point(name, layer.weight.numel(), sparsity, found, math.inf if math.isnan(drop) else drop)
+                pruned = value()
+            drop = unpruned - pruned if higher else pruned - unpruned
+            yield Point(name, layer.weight.numel(), sparsity, pruned, math.inf if math.isnan(drop) else drop)
 
 
 @contextmanager
 def pruned_layer(layer: nn.Linear, sparsity: float) -> Iterator[None]:
-    """The layer with its smallest weights at zero, and afterwards as it was, bit for bit."""
+    """Set the layer's smallest weights to zero, and restore them afterwards, bit for bit."""
     weight = layer.weight.data
     kept = weight.clone()
     weight.masked_fill_(mask_tensor(magnitude_score(weight), sparsity), 0)
@@ -143,10 +143,12 @@ def pruned_layer(layer: nn.Linear, sparsity: float) -> Iterator[None]:
 
 
 def draw_layer_drops(points: list[Point], metric: str) -> Figure:
-    """Layers by sparsities, red where the metric is worse than without pruning; many layers side by side."""
+    """Return a heat map of layers by sparsities, red where pruning makes the metric worse. Many layers are drawn in
+    several columns."""
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
 
+    # 1) Find the common prefix of the names and the scale of the colours
     drops = {(point.layer, point.sparsity): point.drop for point in points}
     layers = list(dict.fromkeys(point.layer for point in points))
     sparsities = sorted({point.sparsity for point in points})
@@ -160,6 +162,7 @@ def draw_layer_drops(points: list[Point], metric: str) -> Figure:
     rows = math.ceil(len(layers) / strips)
     label = max(len(layer) - len(prefix) for layer in layers)
 
+    # 2) Draw a strip of cells for every column of layers
     width = strips * (0.55 * len(sparsities) + 0.075 * label + 0.2) + 1.2
     figure = Figure(figsize=(max(width, 5), max(0.2 * rows + 1.2, 2.4)), dpi=120, layout="constrained")
     axes = figure.subplots(1, strips, squeeze=False)[0]
@@ -172,7 +175,7 @@ def draw_layer_drops(points: list[Point], metric: str) -> Figure:
             norm=CenteredNorm(0, limit),
             aspect="auto",
         )
-        axis.set_ylim(rows - 0.5, -0.5)  # a last, shorter strip has cells of the same height
+        axis.set_ylim(rows - 0.5, -0.5)  # keeps the height of the cells in a last, shorter strip
         axis.set_xticks(range(len(sparsities)), [f"{sparsity:g}" for sparsity in sparsities], fontsize=8)
         axis.set_yticks(range(len(shown)), [layer.removeprefix(prefix) for layer in shown], fontsize=7)
         axis.set_xlabel("sparsity of the layer", fontsize=8)
@@ -182,6 +185,7 @@ def draw_layer_drops(points: list[Point], metric: str) -> Figure:
             for x, drop in enumerate(row):
                 text = f"{round(drop, decimals) + 0.0:.{decimals}f}"  # never -0.0
                 axis.text(x, y, text, ha="center", va="center", fontsize=7, color=text_colour(drop / limit))
+    # 3) Draw the colour bar
     direction = "drop" if higher_is_better(metric) else "rise"
     bar = figure.colorbar(image, ax=list(axes), shrink=min(1, 4 / (0.2 * rows)))
     bar.ax.set_ylim(min([0.0, *finite]), limit)
@@ -192,5 +196,5 @@ def draw_layer_drops(points: list[Point], metric: str) -> Figure:
 
 
 def text_colour(strength: float) -> str:
-    """What can be read on a cell that is so deeply coloured (-1 to 1)."""
+    """Return a text colour that is legible on a cell of this colour ``strength``, -1 to 1."""
     return "white" if abs(strength) > 0.6 else "black"

@@ -35,37 +35,38 @@ Rows = list[list[Literal[0, 1]]]
 
 
 class Structured(Technique, pl.Callback):
-    """Remove whole attention heads and FFN channels, the least important ones, so that the model gets smaller and
-    faster on any runtime; epochs of the same fit retrain what is left.
+    """Remove the least important attention heads and FFN channels, so that the model gets smaller and faster on any
+    runtime. The epochs of the same fit retrain the other units.
 
-    Units are scored on the first ``samples`` examples of the datamodule's ``calibration`` or else of the training
-    loader, when the fit starts:
+    Units are scored when the fit starts, on the first ``samples`` examples of the datamodule's ``calibration``, or of
+    the training loader if there is none:
 
-    - ``loss``: how much the task's loss would change without the unit, to first order, |sum of w dL/dw| over the
-      weights that read it (Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650).
-    - ``logits``: the same without labels, of the cross-entropy to the model's own predictions. (TextPruner's own way,
-      against a copy of the model in half precision, would have no gradient but the rounding's before the first cut.)
-    - ``activation``: the norm of its activations times the absolute weights that read them, without a gradient;
-      Wanda-sp, standardised within a layer so that layers compare, both of An et al., "Fluctuation-based Adaptive
-      Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
+    - ``loss``: the first-order change of the task's loss without the unit, |sum of w dL/dw| over the weights that read
+      it (Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650).
+    - ``logits``: the same without labels, for the cross-entropy to the model's own predictions. (TextPruner compares
+      with a copy of the model in half precision. Before the first cut, rounding alone would give a gradient.)
+    - ``activation``: the norm of the unit's activations times the absolute weights that read them, without a gradient.
+      This is Wanda-sp, standardised within a layer so that layers compare; both are from An et al., "Fluctuation-based
+      Adaptive Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
 
-    Encoders are scored by ``loss`` and ``logits`` with TextPruner (Yang, Cui and Chen, 2022, arXiv:2203.15996) while
-    all their blocks have the heads that their config says. Query heads of a decoder that share a key and value head
-    (Ainslie et al., "GQA", 2023, arXiv:2305.13245) are removed together.
+    TextPruner (Yang, Cui and Chen, 2022, arXiv:2203.15996) scores encoders by ``loss`` and ``logits`` if all their
+    blocks have the number of heads in the config. Query heads of a decoder that share a key and value head (Ainslie et
+    al., "GQA", 2023, arXiv:2305.13245) are removed together.
 
     Args:
-        target_heads: query heads of a block afterwards, on average; null leaves them all.
-        target_ffn_size: FFN channels of a block afterwards, on average; null leaves them all.
-        iterations: in how many steps, each with new scores.
-        importance: what a unit is scored by.
-        even_heads: as many heads in every block; otherwise the least important of all blocks go, a block keeps one.
-        even_ffn: the same of FFN channels.
-        ffn_multiple_of: FFN sizes are multiples of this.
-        order: of a step's halves, each with new scores (``head-first``, ``ffn-first``); null: both at once.
-        head_mask: ``[blocks, heads]`` of 1 (keep) and 0 (remove), or a json or pt file of that, in place of a target.
+        target_heads: query heads of a block afterwards, on average; null keeps them all.
+        target_ffn_size: FFN channels of a block afterwards, on average; null keeps them all.
+        iterations: number of cuts, each with new scores.
+        importance: the score of a unit.
+        even_heads: the same number of heads in every block; false: the least important heads of all blocks are
+            removed, and every block keeps at least one.
+        even_ffn: the same for FFN channels.
+        ffn_multiple_of: a number that FFN sizes must be a multiple of.
+        order: ``head-first`` or ``ffn-first`` to split every cut in two, each with new scores; null: both at once.
+        head_mask: ``[blocks, heads]`` of 1 (keep) and 0 (remove), or a json or pt file of them; it replaces a target.
         ffn_mask: ``[blocks, channels]``, likewise.
         samples: training examples (for a language model, blocks of tokens) to score on.
-        batch_size: of them run at a time.
+        batch_size: examples in a batch.
 
     Raises:
         UserError: the targets or masks do not fit the model, or would remove nothing.
@@ -76,7 +77,7 @@ class Structured(Technique, pl.Callback):
 
     resumes = True
     versions = ("textpruner",)
-    keeps_zeros = False  # what is left of a layer has another shape
+    keeps_zeros = False  # layers get another shape
     shrinks = True
 
     @validate_call
@@ -112,15 +113,15 @@ class Structured(Technique, pl.Callback):
         targets = target_heads is not None or target_ffn_size is not None
         if self.masked == targets:
             raise UserError(
-                f"{self.key} has {'both targets and masks' if targets else 'nothing to remove'}: set "
-                f"{self.key}.target_heads, target_ffn_size or both, or else head_mask, ffn_mask or both."
+                f"{self.key} has {'both targets and masks' if targets else 'nothing to remove'}. Set either "
+                f"{self.key}.target_heads, target_ffn_size or both, or head_mask, ffn_mask or both."
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
-                raise UserError(f"The masks of {self.key} keep everything: set 0 where something is to go.")
+                raise UserError(f"The masks of {self.key} keep everything. Set 0 for the units to remove.")
             return
         heads, ffn, group = [block.heads for block in each], [block.ffn for block in each], each[0].group_size
         shared, multiple = "a group of heads that share a key and value head", f"{self.key}.ffn_multiple_of"
@@ -130,21 +131,20 @@ class Structured(Technique, pl.Callback):
         )
         if self.count_goals(each) == (sum(block.groups for block in each), sum(ffn)):
             raise UserError(
-                f"{self.key} asks for the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels "
-                "that a block has "
-                "already: ask for fewer, or leave the stage out."
+                f"{self.key} keeps the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels that a block has "
+                "already. Set lower targets, or remove the stage."
             )
         if self.importance == "logits" and skeleton.config.num_labels == 1:
             raise UserError(
-                f"{self.key}.importance=logits compares the probabilities of labels and this model predicts "
-                f"one number: set {self.key}.importance=loss or activation."
+                f"{self.key}.importance is logits, which compares the probabilities of labels, and this model predicts "
+                f"one number. Set {self.key}.importance=loss or activation."
             )
         if self.by_textpruner(skeleton):
             require_textpruner()
         if any(isinstance(stage, Prune) and stage.pattern for stage in before):
             raise UserError(
-                "`structured` removes columns, which breaks up the groups of the N:M pattern that `prune` before it "
-                "left: prune after it (technique=structured+prune)."
+                "`structured` removes columns, which breaks up the groups of the earlier `prune`'s N:M pattern. Set "
+                "technique=structured+prune."
             )
 
     def preview(self, skeleton: Any) -> Any:
@@ -171,7 +171,7 @@ class Structured(Technique, pl.Callback):
             batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
             if self.importance == "loss" and "labels" not in batches[0]:
                 raise UserError(
-                    f"{self.key}.importance=loss needs labels and the training batches have none: set "
+                    f"{self.key}.importance is loss, which needs labels, and the training batches have none. Set "
                     f"{self.key}.importance=logits or activation."
                 )
             with evaluation_mode(model):
@@ -184,36 +184,37 @@ class Structured(Technique, pl.Callback):
         record_shapes(model)
         left = sum(block.groups for block in read_blocks(model)), sum(block.ffn for block in read_blocks(model))
         if left != goals:
-            raise RuntimeError(f"asked for {goals} head groups and FFN channels, left {left}")
+            raise RuntimeError(f"{left} head groups and FFN channels are left; {goals} are expected")
 
     def count_goals(self, each: list[Block]) -> tuple[int, int]:
-        """How many head groups and FFN channels all blocks together are to have."""
+        """Return the numbers of head groups and FFN channels that all blocks together should keep."""
         if self.masked:
-            given = self.read_masks(each)
-            groups, ffn = (sum(int(mask.sum()) for mask in given.get(part, ())) for part in ("groups", "ffn"))
+            masks = self.read_masks(each)
+            groups, ffn = (sum(int(mask.sum()) for mask in masks.get(part, ())) for part in ("groups", "ffn"))
         else:
             groups = len(each) * (self.target_heads or 0) // each[0].group_size
             ffn = len(each) * (self.target_ffn_size or 0)
         return groups or sum(block.groups for block in each), ffn or sum(block.ffn for block in each)
 
     def read_masks(self, each: list[Block]) -> dict[str, Masks]:
-        """The user's masks, as :func:`cut` takes them."""
-        found = {}
+        """Return the user's masks in the form of :func:`compress.models.shapes.remove_units`."""
+        masks = {}
         if self.head_mask is not None:
             rows = parse_masks(self.head_mask, f"{self.key}.head_mask", [block.heads for block in each])
             grouped = [row.view(block.groups, -1) for row, block in zip(rows, each)]
             if any((group != group[:, :1]).any() for group in grouped):
                 raise UserError(
                     f"{self.key}.head_mask splits a group of {each[0].group_size} heads that share a key and "
-                    "value head: give all heads of a group the same value."
+                    "value head. Set the same value for all heads of a group."
                 )
-            found["groups"] = [group[:, 0] for group in grouped]
+            masks["groups"] = [group[:, 0] for group in grouped]
         if self.ffn_mask is not None:
-            found["ffn"] = parse_masks(self.ffn_mask, f"{self.key}.ffn_mask", [block.ffn for block in each])
-        return found
+            masks["ffn"] = parse_masks(self.ffn_mask, f"{self.key}.ffn_mask", [block.ffn for block in each])
+        return masks
 
     def by_textpruner(self, model: Any) -> bool:
-        """TextPruner takes the heads of every block from the config, where those of a model cut before are not."""
+        """Return True if TextPruner scores the model. It reads the number of heads of every block from the config,
+        which is wrong after an earlier cut."""
         config = model.config
         return self.importance != "activation" and not is_decoder(config) and not hasattr(config, "compress")
 
@@ -234,7 +235,7 @@ class Structured(Technique, pl.Callback):
         return {"groups": groups, "ffn": ffn}
 
     def cut_in_turns(self, model: Any, batches: list[Batch]) -> None:
-        """Score and cut, turn by turn."""
+        """Score the units and remove the least important ones, turn by turn."""
         rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
         for turn in self.plan_turns(read_blocks(model)):
             scores = (
@@ -247,38 +248,40 @@ class Structured(Technique, pl.Callback):
             )
 
     def plan_turns(self, each: list[Block]) -> list[dict[str, int]]:
-        """How many head groups and FFN channels are left after every cut, the removal spread evenly over the steps."""
+        """Return the numbers of head groups and FFN channels after every cut, the removal spread evenly over the
+        steps."""
         groups, ffn = self.count_goals(each)
-        found: list[dict[str, int]] = []
+        turns: list[dict[str, int]] = []
         for step in range(1, self.iterations + 1):
             heads = {"groups": units_left(step, self.iterations, sum(block.groups for block in each), groups)}
             channels = {"ffn": units_left(step, self.iterations, sum(block.ffn for block in each), ffn)}
             heads, channels = heads if self.target_heads else {}, channels if self.target_ffn_size else {}
             halves = {"head-first": [heads, channels], "ffn-first": [channels, heads]}
-            found += filter(None, halves.get(self.order or "", [heads | channels]))
-        return found
+            turns += filter(None, halves.get(self.order or "", [heads | channels]))
+        return turns
 
 
 def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int, multiple: str) -> None:
-    """Raise UserError where blocks of ``now`` heads or channels cannot be brought to the ``target``, the setting
-    ``key``, in multiples of ``unit``, the size of ``multiple``."""
+    """Raise UserError if blocks of ``now`` heads or channels cannot be reduced to the ``target`` in multiples of
+    ``unit``. ``key`` is the setting of the target, ``multiple`` describes the unit."""
     if target is None:
         return
     total = target * len(now)
     if total > sum(now) or (even and target > min(now)):
         raise UserError(
-            f"{key}={target} is more than the {min(now) if even else format_mean(now)} that a block has: ask for fewer."
+            f"{key}={target} is more than the {min(now) if even else format_mean(now)} that a block has. Set a lower "
+            "target."
         )
     if any(number % unit for number in ([target] if even else [total, *now])) or total < unit * len(now):
         raise UserError(
             f"{key}={target} cannot be reached from {format_mean(now)} a block in multiples of {unit}, the size of "
-            f"{multiple}: set a multiple of {unit}."
+            f"{multiple}. Set {key} to a multiple of {unit}."
         )
 
 
 def preview_sizes(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
-    """What the blocks may be left with: where they may differ, two of them a ``unit`` more and less than the others, so
-    that a width that only some sizes have is not relied upon."""
+    """Return possible sizes of the blocks afterwards. If the sizes may differ, two blocks get a ``unit`` more and less
+    than the others, so that later stages cannot rely on equal sizes."""
     if target is None:
         return None
     if even:
@@ -291,7 +294,7 @@ def preview_sizes(now: list[int], target: int | None, even: bool, unit: int) -> 
 
 
 def format_sizes(sizes: list[int]) -> str:
-    """``12, 12, 10``, or ``3 times 12``."""
+    """Return ``12, 12, 10``, or ``3 times 12`` for equal sizes."""
     return f"{len(sizes)} times {sizes[0]}" if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) or "no"
 
 
@@ -300,33 +303,33 @@ def format_mean(sizes: list[int]) -> str:
 
 
 def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
-    """The rows of a user's mask, or of the json or pt file that it names, one of each of the ``sizes``."""
+    """Return the rows of a user's mask, or of the json or pt file that it names, one row for each of ``sizes``."""
     if isinstance(given, str):
         path = Path(given).expanduser()
         if not path.is_file() or path.suffix not in (".json", ".pt"):
-            raise UserError(f"{key}={given} is no json or pt file: name one with rows of 0 and 1.")
+            raise UserError(f"{key}={given} is no json or pt file. Set {key} to a file with rows of 0 and 1.")
         try:
             given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
-        except Exception as error:  # whatever is wrong with the file
+        except Exception as error:  # a damaged file can raise anything
             raise UserError(f"{key}: {path} cannot be read ({join_lines(error)[:120]}).") from error
     try:
         rows = [torch.as_tensor(row, device="cpu") for row in given]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{key} should hold a row of 0 and 1 for every block.") from error
-    found = [row.numel() for row in rows]
-    if found != sizes:
+        raise UserError(f"{key} is no list of rows. Set a row of 0 and 1 for every block.") from error
+    lengths = [row.numel() for row in rows]
+    if lengths != sizes:
         raise UserError(
-            f"{key} has rows of {format_sizes(found)} values and the model "
-            f"blocks of {format_sizes(sizes)}: "
-            "give a row for every block, and in it a 1 or 0 for each of its heads or channels."
+            f"{key} has rows of {format_sizes(lengths)} values and the model blocks of {format_sizes(sizes)}. Set a "
+            "row for every block, with a 1 or 0 for each of its heads or channels."
         )
     if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
-        raise UserError(f"{key} has a row of zeros, or values that are not 0 or 1: keep something of every block.")
+        raise UserError(f"{key} has a row of zeros, or values that are not 0 or 1. Keep at least one unit of a block.")
     return [row.bool() for row in rows]
 
 
 def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
-    """Scores of all units from the gradients of the loss on ``batches``; one weight's gradient in memory at a time."""
+    """Return the scores of all units from the gradients of the loss on ``batches``. Only one weight's gradient is in
+    memory at a time."""
     each = read_blocks(model)
     units = {block.attention_out.weight: block.groups for block in each}
     units |= {block.ffn_out.weight: block.ffn for block in each}
@@ -353,7 +356,7 @@ def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 
 
 def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
-    """Scores of all units from their activations on ``batches``."""
+    """Return the scores of all units from their activations on ``batches``."""
     norms = {
         layer: total.sqrt()
         for layers, total in calibrate_layers(model, batches, squared_norms)
@@ -371,8 +374,8 @@ def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 
 @torch.no_grad()
 def label_with_predictions(model: Any, batch: Batch) -> Batch:
-    """The batch labelled with what the model predicts. (The cross-entropy to its whole distribution has no gradient
-    where the model has not changed yet.)"""
+    """Return the batch with the model's predictions as labels. (The cross-entropy to the whole distribution has no
+    gradient as long as the model is unchanged.)"""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     kind = KINDS[detect_task_kind(model)]
     return {**inputs, "labels": kind.choose_labels(model(**inputs).logits, inputs)}

@@ -115,9 +115,9 @@ def test_weights_follow_their_schedules():
     )  # fmt: skip
     seen = distil(module)
     first, last = seen[1], seen[-1]
-    for one, progress in ((first, 1 / 8), (last, 7 / 8)):
-        expected = (1 - progress) * one["train/soft"] + progress * one["train/hard"]
-        assert one["train/loss"] == pytest.approx(expected, rel=1e-4)
+    for logged, progress in ((first, 1 / 8), (last, 7 / 8)):
+        expected = (1 - progress) * logged["train/soft"] + progress * logged["train/hard"]
+        assert logged["train/loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
@@ -128,7 +128,7 @@ def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
     assert student.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
     taken, origin = dict(find_linears(student)), dict(find_linears(model))
     assert all(
-        torch.equal(one.weight, origin[name.replace("layers.0", "layers.1")].weight) for name, one in taken.items()
+        torch.equal(layer.weight, origin[name.replace("layers.0", "layers.1")].weight) for name, layer in taken.items()
     )
 
 
@@ -138,14 +138,14 @@ def test_a_narrower_student_keeps_the_width_of_a_head():
     assert config.intermediate_size == 32
     student = build_student(tiny.bert(), Student(hidden_size=16), KEY)
     assert student(**tiny.batch()).logits.shape == (4, 3)
-    with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions: set a multiple of 8"):
+    with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions. Set a multiple of 8"):
         narrow_config(tiny.bert().config, 20, 1, KEY)
-    with pytest.raises(UserError, match="set a multiple of 16"):
+    with pytest.raises(UserError, match="Set a multiple of 16"):
         narrow_config(tiny.llama().config, 24, 1, KEY)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"kept_logits": "all", "masking": 0.1}, "needs the teacher at every step"),
         ({"soft_weight": 0}, "the teacher teaches nothing"),
@@ -154,26 +154,26 @@ def test_a_narrower_student_keeps_the_width_of_a_head():
         ({"intermediate_matches": [{**HIDDEN, "proj": ["linear", 3]}]}, "the student's width and the teacher's"),
     ],
 )
-def test_settings_that_contradict_are_told(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_contradict_are_reported(wrong, message):
+    with pytest.raises(UserError, match=message):
         Distill(tiny.bert(), training=FAST, **wrong)
 
 
 @pytest.mark.parametrize(
-    ("settings", "before", "told"),
+    ("settings", "before", "message"),
     [
         ({"student": Student(layers=3)}, [], "layers is 3 and the model has 2"),
         ({"student": Student(layers=(0, 5))}, [], "names the block 5"),
-        ({"training": Training()}, [], "epochs is 0, so that nothing is distilled"),
-        ({"extra_text": "nowhere.txt"}, [], "there is no file nowhere.txt"),
+        ({"training": Training()}, [], "epochs is 0, so nothing is distilled"),
+        ({"extra_text": "nowhere.txt"}, [], "extra_text is nowhere.txt, which is no file"),
         ({"intermediate_matches": [{**HIDDEN, "layer_T": 3}]}, [], "layer_T is 3 and the last `hidden`.*is 2"),
         ({"intermediate_matches": [{**HIDDEN, "layer_T": (1, 2)}]}, [], "`hidden_mse` takes one layer"),
         ({"student": Student(hidden_size=16), "intermediate_matches": [HIDDEN]}, [], r"proj=\[linear,16,32\]"),
-        ({}, [PruneVocab()], "distil first"),
+        ({}, [PruneVocab()], r"Set technique=distill\+prune_vocab to distil first"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_loaded(settings, before, told):
-    with pytest.raises(UserError, match=told):
+def test_what_does_not_fit_is_reported_before_anything_is_loaded(settings, before, message):
+    with pytest.raises(UserError, match=message):
         Distill(tiny.bert(), **{"training": FAST, **settings}).check(tiny.bert(), before)
 
 

@@ -65,7 +65,7 @@ def without_effect(model, *indices):
 
 
 def order(model, original):
-    """Which blocks of the original the model has."""
+    """Return the indices of the model's blocks in the original."""
     names = [first.data_ptr() for first in (next(block.parameters()) for block in original)]
     return [names.index(next(block.parameters()).data_ptr()) for block in find_blocks(model)[1]]
 
@@ -103,8 +103,8 @@ def test_influences_are_the_mean_over_tokens_that_are_no_padding():
         measure_influences(model, batches), measure_influences(model, [padded, batches[1]]), atol=1e-6
     )
     each, tokens = (
-        [measure_influences(model, [one]) for one in batches],
-        [int(one["attention_mask"].sum()) for one in batches],
+        [measure_influences(model, [batch]) for batch in batches],
+        [int(batch["attention_mask"].sum()) for batch in batches],
     )
     expected = sum(value * count for value, count in zip(each, tokens)) / sum(tokens)
     assert torch.allclose(measure_influences(model, batches), expected)
@@ -134,8 +134,8 @@ def test_what_is_left_keeps_its_order_and_reloads_to_the_same_logits_without_us(
     original = list(find_blocks(model)[1])
     fit(model, DropLayers(**settings, samples=8))
     count = settings["drop"] if isinstance(settings["drop"], int) else len(settings["drop"])
-    found = order(model, original)
-    assert len(found) == BLOCKS - count and found == sorted(found) and left in (None, found)
+    kept = order(model, original)
+    assert len(kept) == BLOCKS - count and kept == sorted(kept) and left in (None, kept)
     assert model.config.num_hidden_layers == BLOCKS - count
     model.save_pretrained(tmp_path)
     auto = AutoModelForCausalLM if build is tiny.llama_lm else AutoModelForSequenceClassification
@@ -232,14 +232,14 @@ def test_later_stages_find_their_way_through_the_blocks_that_are_left():
 @pytest.mark.parametrize(
     ("drop", "sentence"),
     [
-        (4, r"drop is 4 and the model has 4 blocks, of which one must stay: drop 3 or fewer"),
-        ([0, 4], r"names block 4 and the model has 4: they are 0 to 3, or -4 to -1"),
+        (4, r"drop is 4 and the model has 4 blocks; at least one block must stay. Set .*drop to 3 or less"),
+        ([0, 4], r"names block 4 and the model has 4 blocks. Choose from 0 to 3, or -4 to -1"),
         ([-5], r"names block -5"),
         ([3, -1], r"is \[3, -1\] and names block 3 twice"),
         ([0, 1, 2, 3], r"names all 4 blocks"),
     ],
 )
-def test_what_cannot_be_dropped_is_told_from_the_shapes_alone(drop, sentence):
+def test_what_cannot_be_dropped_is_reported_from_the_shapes_alone(drop, sentence):
     with torch.device("meta"):
         skeleton = tiny.bert()
     with pytest.raises(UserError, match=sentence):
@@ -262,7 +262,7 @@ def test_blocks_that_share_weights_cannot_be_dropped():
 
 @pytest.mark.parametrize("wrong", [0, -1, []])
 def test_nothing_to_drop_is_refused(wrong):
-    with pytest.raises(UserError, match=r"give how many blocks go \(2\), or the list"):
+    with pytest.raises(UserError, match=r"a number of blocks above 0 or a list of them is expected"):
         DropLayers(drop=wrong)
 
 

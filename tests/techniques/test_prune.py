@@ -78,8 +78,8 @@ def test_pruning_to_less_than_there_is_raises():
         fit(model, Prune(sparsity=0.5))
 
 
-def test_pruning_to_less_is_told_before_anything_is_loaded():
-    with pytest.raises(UserError, match=r"sparsity of 0.5 follows one to 0.5"):
+def test_pruning_to_less_is_reported_before_anything_is_loaded():
+    with pytest.raises(UserError, match=r"sparsity of 0.5 follows technique.prune.sparsity of 0.5"):
         Prune(sparsity=0.5).check(tiny.bert(), [Prune(sparsity=0.5)])
     Prune(sparsity=0.6).check(tiny.bert(), [Prune(sparsity=0.5)])
 
@@ -95,10 +95,10 @@ def test_what_a_chain_prunes_again_is_judged_only_where_it_is_known():
         Prune(pattern="2:4").check(tiny.bert(), [Prune(pattern="2:4")])
 
 
-def test_more_than_sensitivity_will_measure_is_told_before_it_does():
-    with pytest.raises(UserError, match=r"measures up to 0.5: ask for less, or set .*sparsities=\[...,0.6\]"):
+def test_more_than_sensitivity_will_measure_is_reported_before_it_does():
+    with pytest.raises(UserError, match=r"measures up to 0.5. Set a lower sparsity, or .*sparsities=\[...,0.6\]"):
         Prune(sparsity=0.6, ratios="sensitivity").check(tiny.bert(), [Sensitivity(sparsities=(0.5,))])
-    with pytest.raises(UserError, match="leave embeddings and head in technique.prune.skip"):
+    with pytest.raises(UserError, match="Leave embeddings and head in technique.prune.skip"):
         Prune(ratios="sensitivity", skip=()).check(tiny.bert(), [Sensitivity()])
 
 
@@ -120,26 +120,26 @@ def test_values_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        ({"pattern": "4:4"}, r"pattern is 4:4, which should leave some weights of every group"),
-        ({"pattern": "0:4"}, r"and prune some"),
-        ({"pattern": 124}, r"pattern is 124, which should read like '2:4'"),
-        ({"pattern": "2:4", "scope": "row"}, r"prunes in groups"),
+        ({"pattern": "4:4"}, r"pattern is 4:4; a pattern keeps some weights of every group"),
+        ({"pattern": "0:4"}, r"and prunes some"),
+        ({"pattern": 124}, r"pattern is 124; a text such as '2:4' is expected"),
+        ({"pattern": "2:4", "scope": "row"}, r"always prunes in groups, which contradicts technique.prune.scope=row"),
         ({"criterion": "wanda", "scope": "global"}, r"`wanda` ranks weights by row or layer"),
-        ({"criterion": "movement"}, r"learns during training.*schedule=gradual"),
+        ({"criterion": "movement"}, r"learns its scores during training.*schedule=gradual"),
         ({"ratios": {"*": 0.3}, "scope": "global"}, r"contradicts technique.prune.scope=global"),
         ({"schedule": "gradual", "begin": 0.8}, r"begin=0.8 is not before technique.prune.end=0.7"),
         ({"schedule": "gradual", "training": Training(epochs=0)}, r"train.epochs is 0"),
     ],
 )
-def test_settings_that_contradict_are_told(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_contradict_are_reported(wrong, message):
+    with pytest.raises(UserError, match=message):
         Prune(**wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"pattern": "2:5"}, r"the 32 inputs of `bert.encoder.layer.0.attention.self.query` are no multiple of 5"),
         ({"skip": ["embeddings", "head", "*mlp*"]}, r"the pattern `\*mlp\*`, which matches no layer"),
@@ -147,11 +147,11 @@ def test_settings_that_contradict_are_told(wrong, told):
         ({"ratios": {"*mlp*": 0.3}}, r"the pattern `\*mlp\*`, which matches no layer"),
         ({"ratios": "sensitivity"}, r"technique=sensitivity\+prune"),
         ({"ratios": "nowhere.csv"}, r"nowhere.csv, which is no file"),
-        ({"criterion": "wanda", "skip": ["embeddings"]}, r"`bert.pooler.dense` lies outside"),
+        ({"criterion": "wanda", "skip": ["embeddings"]}, r"`bert.pooler.dense` is outside"),
     ],
 )
-def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_what_does_not_fit_the_model_is_reported_before_anything_is_loaded(wrong, message):
+    with pytest.raises(UserError, match=message):
         Prune(**wrong).check(tiny.bert(), [])
 
 
@@ -180,9 +180,9 @@ def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_sa
     first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     norms = torch.zeros(first.in_features)
     with torch.no_grad():
-        for one in tiny.loader():
-            dense(**one)
-            norms += inputs[-1][one["attention_mask"].bool()].square().sum(0)
+        for batch in tiny.loader():
+            dense(**batch)
+            norms += inputs[-1][batch["attention_mask"].bool()].square().sum(0)
     mask = mask_rows(wanda_score(first.weight, norms), 0.5)
     assert torch.equal(model.get_submodule(name).weight == 0, mask)
 
@@ -190,11 +190,11 @@ def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_sa
 def test_patterns_give_layers_their_own_sparsity_and_skip_others():
     ratios = {"*attention.self*": 0.75, "*intermediate*": 0.25}
     model = fit(tiny.bert(), Prune(sparsity=0.5, ratios=ratios, skip=("embeddings", "head", "bert.encoder.layer.1*")))
-    found = {name: measure_sparsity([linear.weight]) for name, linear in find_linears(model)}
-    assert found.pop("bert.encoder.layer.0.attention.self.query") == 0.75
-    assert found.pop("bert.encoder.layer.0.intermediate.dense") == 0.25
-    assert found.pop("bert.encoder.layer.0.output.dense") == 0.5
-    assert not any(value for name, value in found.items() if "layer.1" in name)
+    shares = {name: measure_sparsity([linear.weight]) for name, linear in find_linears(model)}
+    assert shares.pop("bert.encoder.layer.0.attention.self.query") == 0.75
+    assert shares.pop("bert.encoder.layer.0.intermediate.dense") == 0.25
+    assert shares.pop("bert.encoder.layer.0.output.dense") == 0.5
+    assert not any(share for name, share in shares.items() if "layer.1" in name)
 
 
 def test_embeddings_and_head_are_pruned_when_they_are_not_skipped():
@@ -214,13 +214,13 @@ def test_an_output_layer_tied_to_the_embeddings_is_skipped_with_them():
 
 
 class Record(pl.Callback):
-    """The sparsity after every training step."""
+    """Record the sparsity after every training step."""
 
     def __init__(self):
-        self.found = []
+        self.shares = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.found.append(sparsity(pl_module.model))
+        self.shares.append(sparsity(pl_module.model))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "movement", "random", "wanda"])
@@ -229,20 +229,20 @@ def test_gradual_pruning_follows_the_cubic_schedule(criterion, pattern):
     record = Record()
     prune = Prune(sparsity=0.5, pattern=pattern, criterion=criterion, schedule="gradual", end=0.75, every=2, samples=4)
     fit(tiny.bert(), prune, record, epochs=3)
-    assert len(record.found) == 12 and record.found == sorted(record.found)
-    assert record.found[0] == 0 and record.found[8:] == pytest.approx([0.5] * 4, abs=1e-3) and prune.settled
+    assert len(record.shares) == 12 and record.shares == sorted(record.shares)
+    assert record.shares[0] == 0 and record.shares[8:] == pytest.approx([0.5] * 4, abs=1e-3) and prune.settled
     if not pattern:
-        assert record.found[4] == pytest.approx(0.5 * (1 - (1 - 4 / 8) ** 3), abs=1e-3)
+        assert record.shares[4] == pytest.approx(0.5 * (1 - (1 - 4 / 8) ** 3), abs=1e-3)
 
 
 def test_iterative_pruning_goes_in_equal_rounds_with_training_between():
     record = Record()
     fit(tiny.bert(), Prune(sparsity=0.6, schedule="iterative", rounds=3), record, epochs=3)
-    assert record.found == pytest.approx([0.2] * 4 + [0.4] * 4 + [0.6] * 4, abs=1e-3)
+    assert record.shares == pytest.approx([0.2] * 4 + [0.4] * 4 + [0.6] * 4, abs=1e-3)
 
 
 def test_movement_prunes_what_training_moves_towards_zero_and_magnitude_does_not():
-    # One layer, whose loss pulls its large weights to zero and its small ones away from it.
+    # The loss of this one layer pulls large weights to zero and small weights away from zero.
     class Pull(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -269,10 +269,10 @@ def test_movement_prunes_what_training_moves_towards_zero_and_magnitude_does_not
         tiny.trainer(stage, epochs=5).fit(module, tiny.loader())
         return (module.layer.weight == 0), module.large
 
-    found, large = pruned("movement")
-    assert torch.equal(found, large)
-    found, large = pruned("magnitude")
-    assert torch.equal(found, ~large) or (found & ~large).sum() > 0.9 * (~large).sum()
+    zero, large = pruned("movement")
+    assert torch.equal(zero, large)
+    zero, large = pruned("magnitude")
+    assert torch.equal(zero, ~large) or (zero & ~large).sum() > 0.9 * (~large).sum()
 
 
 def test_movement_lets_a_weight_come_back_with_the_value_that_it_had():
@@ -295,7 +295,7 @@ def test_movement_keeps_what_training_made_of_the_weights_that_stay():
     def moved(criterion):
         model, before = tiny.bert(), tiny.bert()
         fit(model, Prune(sparsity=0.5, criterion=criterion, schedule="gradual", end=1.0, every=1), epochs=3)
-        pairs = [(one.weight, before.get_submodule(name).weight) for name, one in find_linears(model)]
+        pairs = [(linear.weight, before.get_submodule(name).weight) for name, linear in find_linears(model)]
         return sum(((new - old) * (new != 0)).square().sum().item() for new, old in pairs)
 
     assert moved("movement") > 0.5 * moved("magnitude")

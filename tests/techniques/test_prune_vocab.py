@@ -37,10 +37,14 @@ from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab, cut_tokenizer, find_kept_tokens, find_merged_tokens
 
 ROOT = Path(__file__).parents[2]
-LINES = [line for file in ("README.md", "compress/run.py", "compress/toy.py") for line in (ROOT / file).open()]
-SHORT = [line for line in LINES if len(line) < 40][:40]  # a word that truncation cuts in two keeps half its tokens
+LINES = [
+    line
+    for file in ("README.md", "compress/running/experiment.py", "compress/tasks/toy.py")
+    for line in (ROOT / file).open()
+]
+SHORT = [line for line in LINES if len(line) < 40][:40]  # truncation would cut a word, and keep half of its tokens
 SIZE = 400
-BYTE = re.compile("<0x..>|.", re.DOTALL)  # or a character, which stands for a byte in a byte-level BPE
+BYTE = re.compile("<0x..>|.", re.DOTALL)  # a character represents a byte in a byte-level BPE
 
 
 def specials(bos, pad, eos, unk, mask):
@@ -74,7 +78,7 @@ def byte_fallback():
     trainer = trainers.BpeTrainer(**{**SETTINGS, "special_tokens": [*NAMES.values(), *bytewise], "vocab_size": 700})
     tokenizer.train_from_iterator(LINES, trainer)
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][: len(NAMES)]  # the bytes are no special tokens
+    content["added_tokens"] = content["added_tokens"][: len(NAMES)]  # bytes are not special tokens
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
@@ -83,11 +87,11 @@ def byte_fallback():
 
 
 def whole_words():
-    """As Llama 3: a word that is a token is not merged."""
+    """Return a tokenizer that, like Llama 3's, does not merge a word that is a token."""
     tokenizer = byte_level()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["ignore_merges"] = True
-    content["model"]["vocab"]["Ġsparsity"] = len(content["model"]["vocab"])  # with no merges that lead to it
+    content["model"]["vocab"]["Ġsparsity"] = len(content["model"]["vocab"])  # no merges lead to it
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
     return tokenizer
 
@@ -104,7 +108,7 @@ def unigram():
 
 
 def theirs(name, source):
-    """A class of transformers' own, which builds its tokenizer anew from vocabulary and merges."""
+    """Return a tokenizer of a class that transformers rebuilds from vocabulary and merges."""
     content = json.loads(source.backend_tokenizer.to_str())["model"]
     vocab = {**content["vocab"]} if isinstance(content["vocab"], dict) else list(map(tuple, content["vocab"]))
     if name is BertTokenizer:
@@ -122,7 +126,7 @@ EVERY = [*ALL, "bert", "roberta", "llama", "xlm_roberta"]
 
 @pytest.fixture(scope="module")
 def made():
-    """Every tokenizer, trained once."""
+    """Return a cache of tokenizers, each trained once."""
     return {
         **{build: build() for build in ALL},
         "bert": theirs(BertTokenizer, wordpiece()),
@@ -133,7 +137,7 @@ def made():
 
 
 def noise(count=300, seed=0):
-    """Texts of pieces of LINES, misspelt, with characters that no tokenizer here has seen."""
+    """Return misspelt pieces of LINES, with characters that no tokenizer here has seen."""
     rng = random.Random(seed)
     words = " ".join(LINES).split()
     for _ in range(count):
@@ -156,7 +160,8 @@ def cut(tokenizer, texts):
 
 
 def keeps_texts(tokenizer, smaller, texts):
-    """How many of the texts have tokens that all stay, which are the same ones then; the rest is known text still."""
+    """Return the number of texts whose tokens all stay. Check that these texts have the same tokens and that the others
+    have no unknown tokens."""
     same, unknown = 0, tokenizer.unk_token
     for text in texts:
         before, after = tokenizer.tokenize(text), smaller.tokenize(text)
@@ -173,7 +178,7 @@ def test_the_way_to_a_token_worked_by_hand():
         "lo",
         "low",
         "lowe",
-    }  # `lowe` comes before `er`, so that `lower` is never made
+    }  # `lowe` is merged before `er`, so `lower` is never made
     del ranks["low", "e"]
     assert find_merged_tokens("lower", ranks) == {"lo", "low", "er", "lower"}
     assert find_merged_tokens("l", ranks) == set()
@@ -209,7 +214,7 @@ def test_texts_whose_tokens_stay_keep_them(made, kind):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_tokens_keep_their_order_and_what_stands_around_a_text_its_ids(made, kind):
+def test_tokens_keep_their_order_and_special_tokens_around_a_text_get_their_new_ids(made, kind):
     tokenizer = made[kind]
     smaller = cut(tokenizer, LINES[:20])
     kept = sorted(smaller.vocab, key=smaller.vocab.get)
@@ -220,7 +225,7 @@ def test_tokens_keep_their_order_and_what_stands_around_a_text_its_ids(made, kin
         assert smaller.decode(after["input_ids"]) == tokenizer.decode(before["input_ids"])
 
 
-def test_ids_that_stand_in_the_rules_of_a_tokenizer_follow_their_tokens():
+def test_ids_in_the_rules_of_a_tokenizer_follow_their_tokens():
     pieces = [("a", -1.0), ("b", -2.0), ("ab", -0.5), ("ba", -9.0), ("<unk>", 0.0), ("</s>", 0.0), ("<pad>", 0.0)]
     late = Tokenizer(models.Unigram(pieces, unk_id=4))
     late.add_special_tokens(["</s>", "<pad>"])
@@ -268,11 +273,11 @@ def test_tokenizers_of_real_models_keep_the_texts_whose_tokens_stay(shared_model
     assert keeps_texts(tokenizer, smaller, [*LINES, *noise()]) > len(LINES[::2]) and len(smaller) < 0.2 * len(tokenizer)
 
 
-# The model.
+# The model
 
 
 def classifier(build, tokenizer):
-    """With rows that no token has."""
+    """Return a model with more embeddings than tokens."""
     config = build().config
     config.update({"vocab_size": len(tokenizer) + 5, "pad_token_id": tokenizer.pad_token_id})
     torch.manual_seed(0)
@@ -351,7 +356,7 @@ def test_a_language_model_gives_the_tokens_that_stay_the_same_logits(made, tied,
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.lm_head.out_features == len(smaller) == model.config.vocab_size
     if bias:
-        return  # Llama's config knows none
+        return  # Llama's config has no such setting
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.allclose(logits(reloaded, smaller, texts[0]), logits(model, smaller, texts[0]), atol=1e-6)
@@ -362,7 +367,7 @@ def test_the_tokens_that_configs_name_get_their_new_ids(made):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2))
     last = tokenizer.vocab["Ġsparsity"]
     model.config.eos_token_id = model.generation_config.eos_token_id = [last, 2]
-    model.config.bos_token_id = 50256  # of a vocabulary that it does not have
+    model.config.bos_token_id = 50256  # of another vocabulary
     model.config.pad_token_id = tokenizer.pad_token_id
     stage = PruneVocab(tokenizer=tokenizer)
     prune(model, stage, loader(tokenizer, ["a"]))
@@ -393,7 +398,7 @@ def test_a_model_that_counts_positions_from_a_padding_id_that_would_change_is_re
         prune(model, PruneVocab(tokenizer=tokenizer), loader(tokenizer, ["a"]))
 
 
-# What stays.
+# Kept tokens
 
 
 def tokens_of(stage, model, tokenizer, texts=("the sparsity",), **kwargs):
@@ -452,34 +457,34 @@ def test_where_every_token_is_used_nothing_changes(made):
     assert second.tokenizer is first.tokenizer and torch.equal(model.get_input_embeddings().weight, before)
 
 
-# Failures.
+# Failures
 
 
 def test_training_in_the_same_stage_is_refused():
-    with pytest.raises(UserError, match=r"try technique=prune_vocab\+finetune"):
+    with pytest.raises(UserError, match=r"set technique=prune_vocab\+finetune"):
         PruneVocab(training=Training(epochs=1))
 
 
 def test_without_a_tokenizer_it_says_what_is_missing():
-    with pytest.raises(UserError, match=r"give it the model's, PruneVocab\(tokenizer=...\)"):
+    with pytest.raises(UserError, match=r"Pass the model's: PruneVocab\(tokenizer=...\)"):
         fit(tiny.bert(), PruneVocab())
 
 
-def test_a_token_without_an_embedding_is_told(made):
+def test_a_token_without_an_embedding_is_reported(made):
     tokenizer = made[wordpiece]
     model = tiny.bert()
     model.resize_token_embeddings(len(tokenizer) - 2, mean_resizing=False)
     last = max(tokenizer.vocab, key=tokenizer.vocab.get)
-    with pytest.raises(UserError, match=r"and the model .* embeddings: .*resize_token_embeddings"):
+    with pytest.raises(UserError, match=r"and the model .* embeddings\. .*resize_token_embeddings"):
         prune(model, PruneVocab(tokenizer=tokenizer, keep=[last.removeprefix("##"), *LINES]), loader(tokenizer, ["a"]))
 
 
 def test_tokenizers_that_cannot_be_cut_exactly_are_refused():
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    with pytest.raises(UserError, match="this tokenizer is WordLevel: leave the stage out"):
+    with pytest.raises(UserError, match="this tokenizer is WordLevel. Remove the stage"):
         PruneVocab(tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
     marked = Tokenizer(models.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"))
-    with pytest.raises(UserError, match="this tokenizer is BPE with them"):
+    with pytest.raises(UserError, match="this tokenizer is BPE with such marks"):
         PruneVocab(tokenizer=PreTrainedTokenizerFast(tokenizer_object=marked))
     with pytest.raises(UserError, match="cuts fast tokenizers and `SimpleNamespace` is none"):
         PruneVocab(tokenizer=SimpleNamespace(is_fast=False))

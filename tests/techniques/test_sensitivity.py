@@ -45,7 +45,7 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
 
 
 def loud():
-    """A model whose answers hang on its blocks, as a trained one's do."""
+    """Return a model whose answers depend on its blocks, as those of a trained model do."""
     model = tiny.bert()
     for _, linear in find_linears(model):
         linear.weight.data *= 8
@@ -84,11 +84,11 @@ def test_a_drop_is_positive_where_worse(higher, drop):
     assert (point.value, point.drop) == (0.5, drop)
 
 
-def test_a_value_that_is_no_number_is_endlessly_worse_and_nothing_to_start_from():
+def test_a_value_that_is_no_number_is_an_infinite_drop_and_refused_for_the_unpruned_model():
     values = iter([0.75, math.nan])
     (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), True, "technique.sensitivity")
     assert point.drop == math.inf
-    with pytest.raises(UserError, match="measured nan on the model before pruning"):
+    with pytest.raises(UserError, match="measured nan on the unpruned model"):
         list(prune_each({}, [0.5], lambda: math.nan, True, "technique.sensitivity"))
 
 
@@ -118,13 +118,13 @@ def test_exactly_so_many_examples_spread_over_a_sorted_loader():
     assert sum(len(batch["input_ids"]) for batch in spread_evenly(batches, 29)) == 29
 
 
-def test_more_examples_than_there_are_is_told_with_how_many_there_are():
-    with pytest.raises(UserError, match=r"samples is 17 and there are 16 validation examples: set .*samples=16"):
+def test_more_examples_than_there_are_is_reported_with_how_many_there_are():
+    with pytest.raises(UserError, match=r"samples is 17 and there are 16 validation examples. Set .*samples=16"):
         fit(FineTune(tiny.bert()), Sensitivity(samples=17), validation=tiny.loader())
 
 
 def test_without_validation_data_it_says_what_to_give():
-    with pytest.raises(UserError, match="the Trainer has none: give `fit` a validation loader"):
+    with pytest.raises(UserError, match=r"the Trainer has none\. Pass `fit` a validation loader"):
         fit(FineTune(tiny.bert()), Sensitivity(samples=4))
 
 
@@ -150,7 +150,7 @@ def test_values_out_of_range_are_refused(wrong):
 
 
 def test_a_repeated_sparsity_is_refused():
-    with pytest.raises(UserError, match=r"sparsities is \[0.5, 0.7, 0.5\] and names one twice"):
+    with pytest.raises(UserError, match=r"sparsities is \[0.5, 0.7, 0.5\] and repeats a value"):
         Sensitivity(sparsities=[0.5, 0.7, 0.5])
 
 
@@ -171,7 +171,7 @@ def test_the_heat_map_has_a_cell_with_its_drop_for_every_point(layers, strips):
     assert bar.get_ylabel() == "drop of accuracy"
 
 
-def test_the_heat_map_shows_an_endless_rise():
+def test_the_heat_map_shows_an_infinite_rise():
     *_, bar = draw_layer_drops(points("a", 1, {0.5: 0.1, 0.9: math.inf}), "perplexity").axes
     assert bar.get_ylabel() == "rise of perplexity"
 
@@ -225,13 +225,14 @@ def test_the_mean_over_all_weights_is_the_sparsity_asked_for(seed):
         p for name, n in weights.items() for p in points(name, n, {s: chance.choice(steps) for s in (0.3, 0.6, 0.9)})
     ]
     for sparsity in (0.001, 0.3, 0.5, chance.uniform(0, 0.9), 0.9):
-        found = allocate_sparsity(some, sparsity)
-        mean = sum(weights[name] * share for name, share in found.items()) / sum(weights.values())
-        assert mean == pytest.approx(sparsity, abs=1e-12) and all(0 <= share <= 0.9 + 1e-12 for share in found.values())
+        shares = allocate_sparsity(some, sparsity)
+        mean = sum(weights[name] * share for name, share in shares.items()) / sum(weights.values())
+        assert mean == pytest.approx(sparsity, abs=1e-12)
+        assert all(0 <= share <= 0.9 + 1e-12 for share in shares.values())
 
 
 def test_more_than_was_measured_is_refused():
-    with pytest.raises(UserError, match=r"sparsity of 0.95 is asked for .* measured up to 0.9: ask for less"):
+    with pytest.raises(UserError, match=r"sparsity of 0.95 is requested .* measured up to 0.9. Set a lower sparsity"):
         allocate_sparsity(TWO, 0.95)
 
 
