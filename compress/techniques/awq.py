@@ -1,4 +1,4 @@
-"""Weight-only quantization that spares the channels of large activations, pruned zeros kept."""
+"""Weight-only quantization that protects the channels of large activations; pruned zeros stay."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ from compress.technique import Technique
 
 
 class AWQ(Technique, pl.Callback):
-    """Round the weights of the transformer blocks to a few bits, the inputs of each layer scaled before so that the
-    channels of large activations lose least, and the widest weights of a group clipped where that loses less.
+    """Round the weights of the transformer blocks to a few bits. The inputs of each layer are scaled first, so that the
+    channels of large activations lose least. The widest weights of a group are clipped if that reduces the error.
 
     Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", 2023,
-    arXiv:2306.00978. The scales are folded into the operation before, a norm or a layer, so that the model computes
-    what it did and has nothing more to do. A weight that is exactly zero stays exactly zero.
+    arXiv:2306.00978. The scales are folded into the operation before, a norm or a layer, so the model computes the same
+    function at no extra cost. A weight that is exactly zero stays exactly zero.
 
-    Blocks are quantized in order, each calibrated on what the quantized ones before it give out; the activations of one
-    block are in memory. A layer that ``skip`` names stays as it is, bit for bit, so that no scales are folded where it
-    would have to change. Works when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``
-    or else of the training loader. Saved in the compressed-tensors format, which transformers and vLLM load.
+    Blocks are quantized in order, each calibrated on the outputs of the quantized blocks before it; the activations of
+    one block are in memory. A layer that ``skip`` names stays unchanged, bit for bit, so no scales are folded into it.
+
+    Runs when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``, or of the training
+    loader if there is none. The artifact is in the compressed-tensors format, which transformers and vLLM load.
 
     Args:
-        bits: of each integer.
+        bits: bits of each integer.
         group_size: consecutive inputs that share a scale; -1 for one scale a row.
-        symmetric: integers around zero, no zero points stored.
-        grid: points of each search: for the scales of what shares an input, and for the clipping of a group.
-        clip: whether to clip.
+        symmetric: integers around zero, without stored zero points.
+        grid: points of each search: for the scales of the layers that share an input, and for the clipping of a group.
+        clip: clip the widest weights.
         samples: training examples (for a language model, blocks of tokens) to calibrate on.
-        batch_size: of them run at a time.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
+        batch_size: examples in a batch.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
 
     Raises:
-        UserError: the model has no place to fold scales into, groups do not divide a layer, or a pattern fits none.
+        UserError: the scales cannot be folded into the model, groups do not divide a layer, or a pattern matches no
+            layer.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[AWQ(bits=4, group_size=32)]).fit(module, loader)
@@ -93,20 +95,17 @@ class AWQ(Technique, pl.Callback):
         name = name_family(skeleton)
         if name not in FAMILIES:
             known = ", ".join(other for other, family in FAMILIES.items() if family.folds)
-            raise UserError(
-                f"`awq` knows where to fold scales in {known} and not in `{name}`: use gptq in its place "
-                "(technique=gptq)."
-            )
+            raise UserError(f"`awq` knows where to fold scales in {known} and not in `{name}`. Set technique=gptq.")
         if not FAMILIES[name].folds:
             raise UserError(
-                f"`awq` folds the scales of a layer's inputs into the norm before it, and those of `{name}` feed the "
-                "residual branch as well, which would be scaled too: use gptq in its place (technique=gptq)."
+                f"`awq` folds the scales of a layer's inputs into the norm before it, and the norms of `{name}` feed "
+                "the residual branch as well, which would be scaled too. Set technique=gptq."
             )
         for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
             self.scheme.check(self.key, name, linear)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(unwrap_model(pl_module), [])  # what a script of one's own has not done before it trains
+        self.check(unwrap_model(pl_module), [])  # before training: a script without the chain has not checked
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
@@ -142,8 +141,9 @@ def rescale_block(
     points: int,
     wanted: Container[str],
 ) -> None:
-    """Scale the inputs of the block's layers as its ``forwards`` show best for rounding them; as long as nothing is
-    rounded, the block computes what it did. Layers that are not ``wanted`` stay as they are."""
+    """Scale the inputs of the block's layers by the scales that lose least in rounding, measured on its ``forwards``.
+    Until the weights are rounded, the block computes the same function. Layers that are not ``wanted`` stay
+    unchanged."""
     for place in family.folds:
         before = block.get_submodule(place.before)
         layers: list[Any] = [block.get_submodule(name) for name in place.layers]
@@ -162,7 +162,8 @@ def rescale_block(
 
 
 def moment_error(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """The squared error of a layer's outputs at another weight, told from the second moment of its inputs."""
+    """Return a function that computes the squared error of a layer's outputs at another weight, from the second moment
+    of its inputs."""
 
     def error(others: list[Tensor]) -> Tensor:
         lost = others[0].float() - weight.float()
@@ -174,7 +175,8 @@ def moment_error(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Ten
 def output_error(
     module: nn.Module, layers: list[nn.Linear], forwards: Forwards, masks: list[Tensor | None]
 ) -> Callable[[list[Tensor]], Tensor]:
-    """The squared error of what ``module`` gives out at other weights of the ``layers`` inside it, padding left out."""
+    """Return a function that computes the squared error of the outputs of ``module``, except padding, at other weights
+    of the ``layers`` inside it."""
     calls = list(record_inputs(module, forwards))
     weights = [layer.weight.data for layer in layers]
 
@@ -198,7 +200,7 @@ def output_error(
 
 
 def sum_magnitudes(x: Tensor) -> Tensor:
-    """How large the activations ``[tokens, inputs]`` of every channel are, ``[inputs]``."""
+    """Return the sum of absolute activations ``[tokens, inputs]`` of every channel, ``[inputs]``."""
     return x.abs().sum(0)
 
 
@@ -210,8 +212,8 @@ def search_scales(
     points: int,
     error: Callable[[list[Tensor]], Tensor],
 ) -> Tensor:
-    """The scales, ``[channels]``, at which the rounded ``weights`` have the least ``error``: of ``points`` ratios, with
-    the weights' own magnitude counted and without. No scales at all are among them, and win a tie."""
+    """Return the scales, ``[channels]``, at which the rounded ``weights`` have the least ``error``. Candidates are
+    ``points`` ratios, with and without the weights' own magnitude. All scales at 1 come first, and win a tie."""
     own = mean_per_source(source, relative_magnitude(weights, scheme))
     activation = mean_per_source(source, activation)
     candidates = [
@@ -229,21 +231,22 @@ def search_scales(
 
 
 def mean_per_source(source: Tensor, x: Tensor) -> Tensor:
-    """The mean of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
+    """Return the mean of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
     total = torch.zeros(int(source.max()) + 1, device=x.device).index_add_(0, source, x)
     return total / source.bincount()
 
 
 def relative_magnitude(weights: list[Tensor], scheme: Scheme) -> Tensor:
-    """How large the weights of each input are on average, as shares of the largest of their group, ``[inputs]``."""
+    """Return the mean magnitude of each input's weights, as fractions of the largest weight of their group,
+    ``[inputs]``."""
     groups = torch.cat(weights).float().abs().unflatten(1, (-1, scheme.group(weights[0].shape[1])))
     largest = groups.amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return (groups / largest).flatten(1).mean(0)
 
 
 def channel_scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
-    """``activation^ratio / weight^(1 - ratio)`` of every channel, around 1; a channel that is always zero, or has no
-    weight, has nothing to gain and keeps 1."""
+    """Return ``activation^ratio / weight^(1 - ratio)`` of every channel, centred at 1. A channel that is always zero,
+    or has only zero weights, gets 1."""
     live = (activation > 0) & (weight > 0)
     scale = torch.where(live, activation, 1.0) ** ratio / torch.where(live, weight, 1.0) ** (1 - ratio)
     if live.any():
@@ -253,9 +256,9 @@ def channel_scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
 
 @torch.no_grad()
 def search_clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Tensor:
-    """How far the grid of every group should reach, as a share of its widest weights, ``[rows, groups]``: of ``points``
-    shares from 1 to a half the one that changes the group's part of the outputs least, on inputs of second ``moment``
-    ``[inputs, inputs]``."""
+    """Return the range of every group's grid, as a fraction of its widest weight, ``[rows, groups]``. Of ``points``
+    fractions from 1 to 0.5, the best one changes the group's contribution to the outputs least, on inputs of second
+    ``moment`` ``[inputs, inputs]``."""
     size = scheme.group(weight.shape[1])
     within = moment.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Weight-only quantization with error compensation, pruned zeros kept."""
+"""Weight-only quantization with error compensation; pruned zeros stay."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ from compress.technique import Technique
 
 
 class GPTQ(Technique, pl.Callback):
-    """Round the weights of the transformer blocks to a few bits, column by column, each column's error made up for by
-    the columns still to come, as the inputs seen in calibration weigh it.
+    """Round the weights of the transformer blocks to a few bits, column by column. The columns still to come compensate
+    the error of each column, weighted by the inputs in calibration.
 
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023,
-    arXiv:2210.17323. A weight that is exactly zero stays exactly zero and what compensation would have put there is
-    made up for too, the joint pass of Frantar and Alistarh, "SparseGPT", 2023, arXiv:2301.00774.
+    arXiv:2210.17323. A weight that is exactly zero stays exactly zero. The compensation that it would have received is
+    compensated too, as in the joint pass of Frantar and Alistarh, "SparseGPT", 2023, arXiv:2301.00774.
 
-    Blocks are quantized in order, and within a block the layers that share an input, every one calibrated on what the
-    quantized layers before it give out; the activations of one block are in memory. Works when the fit ends, on the
-    first ``samples`` examples of the datamodule's ``calibration`` or else of the training loader. Saved in the
-    compressed-tensors format, which transformers and vLLM load, or, a language model, in GPTQ's own, which GPTQModel
-    loads too, and transformers with its help.
+    Blocks are quantized in order, and within a block the sets of layers that share an input. Every layer is calibrated
+    on the outputs of the quantized layers before it; the activations of one block are in memory.
+
+    Runs when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``, or of the training
+    loader if there is none. The artifact is in the compressed-tensors format, which transformers and vLLM load. A
+    language model can be saved in GPTQ's own format instead, for GPTQModel, and for transformers with GPTQModel
+    installed.
 
     Args:
-        bits: of each integer.
+        bits: bits of each integer.
         group_size: consecutive inputs that share a scale; -1 for one scale a row.
-        symmetric: integers around zero, no zero points stored.
-        act_order: columns of large inputs first. The groups stay those of consecutive inputs, so that the order costs
-            nothing where the model runs, and have their scales before the first column is rounded.
-        damping: fraction of the Hessian's mean diagonal added to it; ten times more where it is not yet positive.
+        symmetric: integers around zero, without stored zero points.
+        act_order: round the columns of large inputs first. Groups are still of consecutive inputs, so the order costs
+            nothing at inference; their scales are fitted before the first column is rounded.
+        damping: fraction of the Hessian's mean diagonal added to it; ten times more until it is positive definite.
         samples: training examples (for a language model, blocks of tokens) to calibrate on.
-        batch_size: of them run at a time.
-        format: ``compressed-tensors`` or ``gptq``, whose scales are in float16.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
+        batch_size: examples in a batch.
+        format: ``compressed-tensors`` or ``gptq``, which stores scales in float16.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
 
     Raises:
-        UserError: groups do not divide a layer, a pattern fits none, or the format has no place for what is asked.
+        UserError: groups do not divide a layer, a pattern matches no layer, or the format cannot store the settings.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[GPTQ(bits=4, group_size=32)]).fit(module, loader)
@@ -95,7 +97,7 @@ class GPTQ(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        self.check(model, [])  # which a script of one's own has not done
+        self.check(model, [])  # a script without the chain has not checked the model
         schemes = dict.fromkeys(find_quantizable(model, self.skip, self.key), self.scheme)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         own = self.format == "gptq"
@@ -119,8 +121,8 @@ def quantize_layers(
     act_order: bool,
     scale: torch.dtype | None = None,
 ) -> dict[str, Quantized]:
-    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``; scales are stored in the dtype
-    ``scale`` or else that of the weights."""
+    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``. Scales have the dtype ``scale``,
+    by default that of the weights."""
     quantized = {}
     with evaluation_mode(model):
         for layers, hessian in calibrate_layers(model, batches, second_moment, schemes):

@@ -1,4 +1,4 @@
-"""8-bit integers for weights and activations, outliers apart, with bitsandbytes."""
+"""Quantization of weights and activations to 8-bit integers, except outliers, with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from compress.technique import Technique
 
 
 class Int8(Technique, pl.Callback):
-    """LLM.int8: weights as 8-bit integers with a scale a row, activations rounded to integers with a scale a token as
-    they come, and multiplied as integers. No calibration needed.
+    """Round weights to 8-bit integers with a scale a row. At inference activations are rounded to integers with a scale
+    a token, and multiplied as integers (LLM.int8). No calibration is needed.
 
     Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, arXiv:2208.07339.
-    Input channels in which an activation of the batch reaches ``threshold`` are multiplied as floats, so that a text's
-    answer can depend a little on what it is batched with. A pruned weight stays exactly zero.
+    Input channels in which an activation of the batch reaches ``threshold`` are multiplied as floats, so the answer to
+    a text can depend slightly on the other texts of its batch. A pruned weight stays exactly zero.
 
-    Works when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. Saved in bitsandbytes'
-    format, which transformers loads on CPUs and GPUs.
+    Runs when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. The artifact is in
+    bitsandbytes' format, which transformers loads on CPUs and GPUs.
 
     Args:
-        threshold: the absolute value from which on an activation is an outlier; 0 for none.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
+        threshold: the absolute value at which an activation becomes an outlier; 0 for no outliers.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
 
     Raises:
-        UserError: a pattern fits no layer.
+        UserError: a pattern matches no layer.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[Int8()]).fit(module, loader)
@@ -66,7 +66,7 @@ class Int8(Technique, pl.Callback):
 
 
 def make_8bit_layer(linear: nn.Linear, threshold: float) -> nn.Linear:
-    """bitsandbytes' layer with the weight of ``linear`` in 8 bits, and no bias yet."""
+    """Return bitsandbytes' layer with the weight of ``linear`` in 8 bits, without its bias."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     layer = Linear8bitLt(

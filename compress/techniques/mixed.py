@@ -1,4 +1,4 @@
-"""As many bits for every layer as it needs, under a budget for all of them."""
+"""Mixed-precision quantization: bits for every layer, under a budget for all of them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from compress.techniques.gptq import quantize_layers
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers that share an input, all at the same ``bits``: how many bits they then take, scales and zero points
-    counted, and how far the model's answers move when they alone are rounded."""
+    """Bits for layers that share an input. ``stored_bits`` is their size with scales and zero points; ``divergence``
+    is how far the model's answers move if these layers alone are rounded."""
 
     layers: tuple[str, ...]
     bits: int
@@ -38,28 +38,28 @@ class Choice:
 
 
 class Mixed(Technique, pl.Callback):
-    """Measure how far the model's answers move when one set of layers at a time is rounded to few bits, choose the bits
-    of every set that move them least in all within a budget, and quantize with GPTQ.
+    """Measure how far the model's answers move if one set of layers at a time is rounded, choose the bits of every set
+    within a budget, and quantize with GPTQ.
 
     The choice under a budget from a sensitivity of each layer is that of Dong et al., "HAWQ-V2", 2020,
-    arXiv:1911.03852, section 3, made exactly (an integer program); the sensitivity is not the Hessian's trace but
+    arXiv:1911.03852, section 3, solved exactly (an integer program). The sensitivity is not the Hessian's trace but is
     measured: the Kullback-Leibler divergence of the model's answers to training text. Layers that share an input
-    (query, key and value; gate and up) get the same bits, as runtimes fuse them.
+    (query, key and value; gate and up) get the same bits, because runtimes fuse them.
 
     Args:
-        average_bits: of a weight, over all layers that are quantized, scales and zero points counted.
-        choices: bits that a layer may have.
+        average_bits: budget in bits a weight, over all quantized layers, scales and zero points included.
+        choices: bits to choose from.
         group_size: consecutive inputs that share a scale; -1 for one scale a row.
-        symmetric: integers around zero, no zero points stored.
-        act_order: as of :class:`compress.techniques.gptq.GPTQ`.
-        damping: of GPTQ.
+        symmetric: integers around zero, without stored zero points.
+        act_order: ``act_order`` of :class:`compress.techniques.gptq.GPTQ`.
+        damping: ``damping`` of GPTQ.
         samples: training examples that GPTQ calibrates on.
-        measured: how many of them the answers are compared on.
-        batch_size: of them run at a time.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` and patterns of layers' names.
+        measured: number of these examples that the answers are compared on.
+        batch_size: examples in a batch.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` and patterns of layer names.
 
     Raises:
-        UserError: the budget is below what the fewest bits take, or above what the most do.
+        UserError: the budget is below the size at the fewest bits, or above the size at the most bits.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[Mixed(average_bits=4.5, group_size=32)]).fit(module, loader)
@@ -86,7 +86,8 @@ class Mixed(Technique, pl.Callback):
     ) -> None:
         if measured > samples:
             raise UserError(
-                f"{self.key}.measured is {measured} and {self.key}.samples {samples}: set it to {samples} or less."
+                f"{self.key}.measured is {measured} and {self.key}.samples {samples}. Set {self.key}.measured to "
+                f"{samples} or less."
             )
         self.budget = average_bits
         self.schemes = [Scheme(bits, group_size, symmetric) for bits in sorted(set(choices))]
@@ -113,12 +114,13 @@ class Mixed(Technique, pl.Callback):
         )
         if not least <= self.budget <= most:
             raise UserError(
-                f"{self.key}.average_bits is {self.budget:g} and a weight takes {least:.3f} bits at "
-                f"{self.schemes[0].bits}, its scale counted, and {most:.3f} at {self.schemes[-1].bits}: set a number "
-                f"between, or other {self.key}.choices."
+                f"{self.key}.average_bits is {self.budget:g}; with its scale a weight takes {least:.3f} bits at "
+                f"{self.schemes[0].bits} and {most:.3f} at {self.schemes[-1].bits}. Set a number between, or other "
+                f"{self.key}.choices."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # 1) Measure the divergence of every set of layers at every number of bits
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         wanted = find_quantizable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
@@ -130,7 +132,8 @@ class Mixed(Technique, pl.Callback):
                 [measure_choice(model, layers, importance, scheme, few, answers) for scheme in self.schemes]
                 for layers, importance in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
             ]
-        budget = self.budget * sum(one.weight.numel() for one in wanted.values())
+        # 2) Choose the bits and quantize
+        budget = self.budget * sum(linear.weight.numel() for linear in wanted.values())
         self.chosen = choose_bits(self.options, budget, self.key)
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
@@ -142,7 +145,7 @@ class Mixed(Technique, pl.Callback):
         save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
-        """``bits.csv``: every layer's bits, and the divergence that each choice was measured to cost."""
+        """Write ``bits.csv``: the bits of every layer and the measured divergence of every choice."""
         with (folder / "bits.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["layer", "bits", *(f"divergence_at_{scheme.bits}" for scheme in self.schemes)])
@@ -152,12 +155,12 @@ class Mixed(Technique, pl.Callback):
 
 
 def count_stored_bits(scheme: Scheme, linear: nn.Linear) -> float:
-    """Bits that the weights of the layer take."""
+    """Return the bits that the layer's weights take, scales and zero points included."""
     return scheme.average_bits(linear.in_features, linear.weight.dtype) * linear.weight.numel()
 
 
 def sum_squares(x: Tensor) -> Tensor:
-    """The sum of squares of every column of ``[tokens, inputs]``."""
+    """Return the sum of squares of every column of ``[tokens, inputs]``."""
     return x.square().sum(0)
 
 
@@ -170,8 +173,8 @@ def measure_choice(
     batches: list[Batch],
     answers: list[Tensor],
 ) -> Choice:
-    """How far the model's ``answers`` to ``batches`` move when ``layers`` and nothing else are rounded to the nearest,
-    ``importance`` ``[inputs]`` weighing the errors; they are put back as they were."""
+    """Return how far the model's ``answers`` to ``batches`` move if only ``layers`` are rounded to nearest, on grids
+    fitted with errors weighted by ``importance`` ``[inputs]``. The weights are restored."""
     dense = {name: linear.weight.data for name, linear in layers.items()}
     for linear in layers.values():
         weight = linear.weight.data
@@ -188,34 +191,35 @@ def measure_choice(
 
 
 def logit_distance(
-    found: Tensor, before: Tensor, batch: Batch, probabilities: Literal["softmax", "sigmoid"] | None
+    after: Tensor, before: Tensor, batch: Batch, probabilities: Literal["softmax", "sigmoid"] | None
 ) -> Tensor:
-    """How far logits moved: the KL divergence over tokens that are no padding, or of a regression the squared error."""
-    found, before = found.double(), before.double()  # a layer of many may move them by less than floats tell
+    """Return how far logits moved: the KL divergence over all tokens except padding, or for a regression the squared
+    error."""
+    after, before = after.double(), before.double()  # a small layer may move them by less than float32 resolves
     if probabilities is None:
-        return F.mse_loss(found, before)
+        return F.mse_loss(after, before)
     mask = batch.get("attention_mask") if before.ndim == 3 else None
-    return soft_loss("kl", found, before, 1.0, mask, probabilities)
+    return soft_loss("kl", after, before, 1.0, mask, probabilities)
 
 
 def choose_bits(options: list[list[Choice]], budget_bits: float, key: str) -> list[Choice]:
-    """One choice of every set, together of the least divergence that ``budget_bits`` allow.
+    """Return a choice for every set, with the least total divergence within ``budget_bits``.
 
     Raises:
-        UserError: they allow none.
+        UserError: no choice is within the budget.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     flat = [(i, choice) for i, choices in enumerate(options) for choice in choices]
     one_each = [[float(i == row) for i, _ in flat] for row in range(len(options))]
     sizes = [choice.stored_bits / budget_bits for _, choice in flat]
-    worst = max(choice.divergence for _, choice in flat) or 1.0  # the solver takes very small numbers for zero
-    found = milp(
+    worst = max(choice.divergence for _, choice in flat) or 1.0  # the solver treats very small numbers as zero
+    solution = milp(
         [choice.divergence / worst for _, choice in flat],
         integrality=[1] * len(flat),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([sizes], -float("inf"), 1)],
     )
-    if found.x is None:
-        raise UserError(f"{key}.average_bits leaves no choice of bits: set more.")
-    return [choice for (_, choice), taken in zip(flat, found.x) if taken > 0.5]
+    if solution.x is None:
+        raise UserError(f"{key}.average_bits is too low for any choice of bits. Set {key}.average_bits higher.")
+    return [choice for (_, choice), taken in zip(flat, solution.x) if taken > 0.5]

@@ -1,4 +1,4 @@
-"""4-bit floats in blocks, with bitsandbytes."""
+"""Quantization to 4-bit floats in blocks, with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from compress.models.layers import find_quantizable, unwrap_model
 from compress.technique import Technique
 
 ROWS = 32
-"""Outputs that bitsandbytes' kernel for CPUs with bfloat16 instructions takes at a time."""
+"""Outputs that bitsandbytes' kernel for CPUs with bfloat16 instructions computes at a time."""
 
 
 class NF4(Technique, pl.Callback):
-    """Round the weights of the transformer blocks to one of sixteen values a block of them, no calibration needed.
+    """Round the weights of the transformer blocks to one of sixteen values, with a scale for every block of weights. No
+    calibration is needed.
 
-    Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, arXiv:2305.14314: the values of ``nf4`` are
-    the quantiles of a normal distribution, those of ``fp4`` 4-bit floats, both scaled by the largest weight of the
-    block. Zero is one of them, so that a pruned weight stays exactly zero.
+    Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, arXiv:2305.14314. The values of ``nf4`` are
+    the quantiles of a normal distribution, those of ``fp4`` are 4-bit floats; both are scaled by the largest weight of
+    the block. Zero is among them, so a pruned weight stays exactly zero.
 
-    Works when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. Saved in bitsandbytes'
-    format, which transformers loads on CPUs and GPUs.
+    Runs when the fit ends, on the CPU, and leaves bitsandbytes' own layers in the model. The artifact is in
+    bitsandbytes' format, which transformers loads on CPUs and GPUs.
 
     Args:
-        quant_type: the sixteen values.
-        double_quantization: store the scales as 8-bit floats, with a scale of 32 bits for 256 of them.
+        quant_type: the sixteen values, ``nf4`` or ``fp4``.
+        double_quantization: store the scales as 8-bit floats, with a 32-bit scale for every 256 of them.
         blocksize: consecutive weights of a row that share a scale.
-        compute_dtype: of the products; ``auto`` is that of the model's weights. A CPU with bfloat16 instructions
-            computes in bfloat16 whatever is said here.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
+        compute_dtype: dtype of the products; ``auto`` for the dtype of the model's weights. A CPU with bfloat16
+            instructions always computes in bfloat16.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
 
     Raises:
-        UserError: a layer's shape does not suit bitsandbytes' kernels, or a pattern fits none.
+        UserError: a layer's shape does not suit bitsandbytes' kernels, or a pattern matches no layer.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[NF4(blocksize=32)]).fit(module, loader)
     """
 
-    leaves = "bitsandbytes"  # whose layers for CPUs pass no gradient on once they have been in eval mode
+    leaves = "bitsandbytes"  # its layers for CPUs pass no gradient on after they were in eval mode
     packages = ("bitsandbytes", "accelerate")
     shrinks = True
-    limits = "weights become floats again at every call: what is faster on a CPU is so by computing in bfloat16"
+    limits = "weights become floats again at every call: any speed-up on a CPU comes from computing in bfloat16"
 
     @validate_call
     def __init__(
@@ -79,9 +80,9 @@ class NF4(Technique, pl.Callback):
         if misfits:
             name, linear = next(iter(misfits.items()))
             raise UserError(
-                f"`{name}` has {linear.out_features} outputs and {linear.in_features} inputs, and bitsandbytes' 4-bit "
-                f"kernels take multiples of {ROWS} and of {self.key}.blocksize={self.blocksize}: set another "
-                f"blocksize (32 is the least), or {self.key}.skip=[{','.join([*self.skip, *misfits])}]."
+                f"`{name}` has {linear.out_features} outputs and {linear.in_features} inputs; bitsandbytes' 4-bit "
+                f"kernels take multiples of {ROWS} and of {self.key}.blocksize={self.blocksize}. Set another "
+                f"blocksize (32 or more), or {self.key}.skip=[{','.join([*self.skip, *misfits])}]."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -113,7 +114,7 @@ class NF4(Technique, pl.Callback):
 def make_4bit_layer(
     linear: nn.Linear, quant_type: str, double_quantization: bool, blocksize: int, compute_dtype: torch.dtype
 ) -> nn.Linear:
-    """bitsandbytes' layer with the weight of ``linear`` in 4 bits, and no bias yet."""
+    """Return bitsandbytes' layer with the weight of ``linear`` in 4 bits, without its bias."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=compute_dtype, device="meta")
@@ -129,7 +130,7 @@ def make_4bit_layer(
 
 
 def average_bits(weights: int, blocksize: int, double_quantization: bool) -> float:
-    """Stored bits per weight of a layer of so many, scales counted."""
+    """Return the stored bits per weight of a layer of ``weights`` weights, scales included."""
     blocks = math.ceil(weights / blocksize)
     scales = 8 * blocks + 32 * math.ceil(blocks / 256) if double_quantization else 32 * blocks
     return 4 + scales / weights

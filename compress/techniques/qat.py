@@ -35,35 +35,35 @@ INPUTS = Scheme(bits=8, symmetric=False)
 
 
 class QAT(Technique, pl.Callback):
-    """Train the weights of the transformer blocks under the rounding that they are to have, and leave them rounded.
+    """Train the transformer blocks with rounded weights, and leave the weights rounded.
 
-    The forward pass computes with rounded weights, and inputs of eight bits, and gradients go straight through the
-    rounding. With ``ranges=moving_average`` that of the weights is what they are at every step, and that of a layer's
-    inputs a moving average: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2017, arXiv:1712.05877. With ``ranges=learnt`` both are trained with the rest:
-    Esser et al., "Learned Step Size Quantization", 2019, arXiv:1902.08153; those of inputs at both ends, as in Bhalgat
-    et al., "LSQ+", 2020, arXiv:2004.09576. Norms, biases, embeddings and the head train as well and stay floats. A
-    weight that is exactly zero is rounded to zero; that training leaves it there is the business of
-    :class:`~compress.running.training.HoldZeros`.
+    The forward pass uses rounded weights and inputs of eight bits; gradients pass straight through the rounding. With
+    ``ranges=moving_average`` the range of the weights is their range at every step, and the range of a layer's inputs
+    is a moving average: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2017, arXiv:1712.05877. With ``ranges=learnt`` both are trained too: Esser et
+    al., "Learned Step Size Quantization", 2019, arXiv:1902.08153. Both ends of an input range are trained, as in
+    Bhalgat et al., "LSQ+", 2020, arXiv:2004.09576. Norms, biases, embeddings and the head also train and stay floats. A
+    weight that is exactly zero is rounded to zero; :class:`~compress.running.training.HoldZeros` holds it there during
+    training.
 
-    Logs ``qat/train_loss`` and, where there is a validation loader, ``qat/validation_loss``: quantized before training
-    (at step 0) and after. Afterwards the model computes with quantized activations, in memory as when it is loaded.
-    Saved in the compressed-tensors format, which transformers loads.
+    Logs ``qat/train_loss`` and, with a validation loader, ``qat/validation_loss`` of the quantized model: at step 0 and
+    after training. Afterwards the model computes with quantized activations, in memory and after loading. The artifact
+    is in the compressed-tensors format, which transformers loads.
 
     Args:
-        bits: of each weight.
+        bits: bits of each weight.
         group_size: consecutive inputs of a row that share a scale; -1 for one scale a row.
-        activations: whether the inputs of the layers are quantized, to eight bits.
+        activations: quantize the inputs of the layers to eight bits.
         ranges: ``learnt`` or ``moving_average``.
-        samples: training examples (for a language model, blocks of tokens) that the first ranges are taken from, and on
-            which the losses are.
-        batch_size: of them run at a time.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
-        training: how the fit trains, as far as it is known.
+        samples: training examples (for a language model, blocks of tokens) for the initial ranges and for the logged
+            losses.
+        batch_size: examples in a batch.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
+        training: settings of the fit, if known.
 
     Raises:
-        UserError: nothing is trained, groups do not divide a layer, or a pattern fits none.
+        UserError: no epochs are set, groups do not divide a layer, or a pattern matches no layer.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[QAT(bits=4, group_size=32)]).fit(module, loader)
@@ -74,7 +74,7 @@ class QAT(Technique, pl.Callback):
     packages = ("compressed_tensors",)
     shrinks = True
     limits = (
-        "PyTorch multiplies floats that stand for the integers: less to store, no speed there; int8 exports, and vLLM "
+        "PyTorch multiplies floats in place of the integers: less to store, no speed there; int8 exports, and vLLM "
         "where weights and activations both have eight bits, multiply integers"
     )
 
@@ -93,7 +93,7 @@ class QAT(Technique, pl.Callback):
         self.scheme = Scheme(bits, group_size)
         self.activations = activations
         if not activations:
-            self.leaves = "packed"  # integers that stand for floats, as those of gptq
+            self.leaves = "packed"  # dequantized to floats, as those of gptq
         self.learnt = ranges == "learnt"
         self.samples = self.train_samples = samples
         self.batch_size = batch_size
@@ -105,8 +105,8 @@ class QAT(Technique, pl.Callback):
     def _check_training(self, epochs: int | None) -> None:
         if epochs == 0:
             raise UserError(
-                f"`qat` quantizes by training and {self.key}.train.epochs is 0: set it to 1 or more, or take a stage "
-                "that does not train (technique=w8a8, technique=gptq)."
+                f"{self.key}.train.epochs is 0; `qat` quantizes by training. Set {self.key}.train.epochs=1 or more, or "
+                "a technique that does not train (technique=w8a8, technique=gptq)."
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
@@ -122,12 +122,12 @@ class QAT(Technique, pl.Callback):
         between: dict[str, nn.Parameter] = {}
         with evaluation_mode(model):
             for shared, counts in calibrate_layers(model, batches, count_values, layers) if self.activations else ():
-                # One range for what is one tensor, as exports and vLLM's joint layers have it.
+                # Layers with the same input share its range, as exports and vLLM's fused layers require.
                 between |= dict.fromkeys(shared, nn.Parameter(percentile_range(counts, 100), requires_grad=self.learnt))
         for name, linear in layers.items():
             FakeQuantization(linear.weight, self.scheme, between.get(name), self.learnt).insert(linear)
         if self.learnt:
-            trainer.strategy.setup_optimizers(trainer)  # which do not have the ranges yet
+            trainer.strategy.setup_optimizers(trainer)  # the old ones do not train the ranges
         self._log_losses(trainer, model)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,22 +145,23 @@ class QAT(Technique, pl.Callback):
         batches = {"train": list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))}
         if trainer.enable_validation:
             device = trainer.strategy.root_device
-            every = read_validation_batches(trainer)
-            batches["validation"] = [{key: value.to(device) for key, value in batch.items()} for batch in every]
+            read = read_validation_batches(trainer)
+            batches["validation"] = [{key: value.to(device) for key, value in batch.items()} for batch in read]
         with evaluation_mode(model):
             losses = {
-                f"qat/{split}_loss": evaluate_metric(model, some, None, "loss") for split, some in batches.items()
+                f"qat/{split}_loss": evaluate_metric(model, rows, None, "loss") for split, rows in batches.items()
             }
         for logger in trainer.loggers:
             logger.log_metrics(losses, trainer.global_step)
 
 
 class FakeQuantization(nn.Module):
-    """What a layer's weights and inputs will be rounded to, computed from what they are while they train.
+    """Round a layer's weights and inputs in the forward pass while the layer trains.
 
-    ``reach``, of every group of weights the value that its grid reaches to on either side, and ``between``, the lowest
-    and the highest value of the inputs ``[2]``, are in the units of what they limit. That an optimizer moves them by
-    as much as weights serves for the scaled gradient that LSQ gives to steps, which are finer by the number of levels.
+    ``reach`` is the end of the grid of every group of weights, on either side of zero. ``between`` holds the lowest and
+    the highest value of the inputs, ``[2]``. Both have the units of the values that they limit, so an optimizer moves
+    them by as much as weights. LSQ trains step sizes, smaller by the number of levels, and scales their gradients
+    instead.
     """
 
     def __init__(self, weight: Tensor, scheme: Scheme, between: nn.Parameter | None, learnt: bool) -> None:
@@ -170,11 +171,11 @@ class FakeQuantization(nn.Module):
         self.levels = 2**scheme.bits - 1
         scale = minmax_grid(weight.detach(), scheme, torch.float32).scale
         self.groups = scale.shape[1]
-        # Flat, and so without the weight decay that optimizers spare biases and norms.
+        # Flat, because one-dimensional parameters get no weight decay.
         self.reach = nn.Parameter((scale * self.levels / 2).flatten()) if learnt else None
 
     def insert(self, layer: nn.Linear) -> None:
-        """From now on the layer computes with rounded weights and inputs; its ``weight`` is still the one to train."""
+        """Make the layer compute with rounded weights and inputs. Its ``weight`` still trains."""
         layer.fake_quantization = self
         layer.forward = MethodType(quantized_forward, layer)  # type: ignore[method-assign]
 
@@ -184,14 +185,14 @@ class FakeQuantization(nn.Module):
         return fake_quantize(groups, scale, 0, self.scheme.lowest, self.scheme.highest).flatten(1)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """Of every group, ``[rows, groups]``."""
+        """Return the scale of every group, ``[rows, groups]``."""
         if self.reach is None:
             return minmax_grid(weight.detach(), self.scheme, torch.float32).scale
         tiny = torch.finfo(torch.float32).tiny
         return 2 * self.reach.abs().clamp(min=tiny).view(-1, self.groups) / self.levels
 
     def observe_range(self, x: Tensor) -> None:
-        """Have a moving average of the ends of what enters, where ranges are not learnt."""
+        """Update the moving average of the lowest and highest input, if ranges are not learnt."""
         if self.between is not None and not self.between.requires_grad and torch.is_grad_enabled():
             self.between.lerp_(torch.stack(x.detach().float().aminmax()), 0.01)
 
@@ -205,8 +206,8 @@ class FakeQuantization(nn.Module):
 
 
 def quantized_forward(layer: Any, x: Tensor) -> Tensor:
-    """The layer's answer; what is rounded on the way is rounded again for the gradients, for it would take several
-    times the memory of what entered to keep it."""
+    """Return the layer's output. The rounding is recomputed for the gradients, because keeping it would take several
+    times the memory of the input."""
     layer.fake_quantization.observe_range(x)
     return checkpoint(rounded_linear, layer, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
@@ -218,7 +219,7 @@ def rounded_linear(layer: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def freeze_rounding(layer: Any) -> Quantized:
-    """Round the layer's weights for good and have it quantize its inputs, as they were while it trained."""
+    """Round the layer's weights permanently, and make it quantize its inputs as during training."""
     fake, weight = layer.fake_quantization, layer.weight
     scale = fake.scale(weight).to(weight.dtype)
     grid = Grid(scale.clone(), torch.zeros_like(scale, dtype=torch.int8))
@@ -226,6 +227,6 @@ def freeze_rounding(layer: Any) -> Quantized:
     del layer.fake_quantization, layer.forward
     if fake.between is None:
         return Quantized(fake.scheme, grid)
-    found = Quantized(fake.scheme, grid, Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype)))
-    found.attach(layer)
-    return found
+    quantized = Quantized(fake.scheme, grid, Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype)))
+    quantized.attach(layer)
+    return quantized

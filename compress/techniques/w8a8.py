@@ -1,4 +1,4 @@
-"""Weights and activations of eight bits."""
+"""Quantization of weights and activations to eight bits."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ WEIGHTS = Scheme(bits=8)
 
 
 class W8A8(Technique, pl.Callback):
-    """Round the weights of the transformer blocks to eight bits, with a scale for every row, and what enters their
+    """Round the weights of the transformer blocks to eight bits, with a scale for every row. Round the inputs of their
     layers too, with a scale for every token or a range for every layer, so that a runtime can multiply integers.
 
-    Ranges are those of Wu et al., "Integer Quantization for Deep Learning Inference", 2020, arXiv:2004.09602. With
-    ``smoothing`` large activations are made smaller and the weights that they meet larger, as much as makes both easy
-    to round, by scales that are folded into the norm or layer before: Xiao et al., "SmoothQuant", 2022,
-    arXiv:2211.10438. A weight that is exactly zero stays exactly zero.
+    Ranges are those of Wu et al., "Integer Quantization for Deep Learning Inference", 2020, arXiv:2004.09602.
+    ``smoothing`` scales large activations down and the weights that multiply them up, so that both are easy to round.
+    The scales are folded into the norm or layer before: Xiao et al., "SmoothQuant", 2022, arXiv:2211.10438. A weight
+    that is exactly zero stays exactly zero.
 
-    Works when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration`` or else of the
-    training loader; a scale for every token without smoothing needs none. Afterwards the model computes with quantized
-    activations, in memory as when it is loaded. Saved in the compressed-tensors format, which transformers and vLLM
-    load.
+    Runs when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``, or of the training
+    loader if there is none; scales for every token without smoothing need no examples. Afterwards the model computes
+    with quantized activations, in memory and after loading. The artifact is in the compressed-tensors format, which
+    transformers and vLLM load.
 
     Args:
-        dynamic: a scale for every token, found as it comes; false: a range for every layer, found in calibration.
-        symmetric: ranges around zero, as every runtime has them; false: from the lowest to the highest value, with a
-            zero point, for which ``dynamic`` must be false.
-        percentile: of its values in calibration on either side that a layer's range holds, in percent; 100 for all.
-        smoothing: how much of the difficulty moves to the weights, from 0 to 1; null: none.
+        dynamic: a scale for every token, computed at inference; false: a range for every layer, from calibration.
+        symmetric: ranges around zero, which every runtime supports; false: from the lowest to the highest value, with
+            a zero point, for which ``dynamic`` must be false.
+        percentile: percentage of the values in calibration that a layer's range covers at either end; 100 for all.
+        smoothing: share of the difficulty that moves to the weights, 0 to 1; null: no smoothing.
         samples: training examples (for a language model, blocks of tokens) to calibrate on.
-        batch_size: of them run at a time.
-        skip: what stays in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks)
-            and patterns of layers' names.
+        batch_size: examples in a batch.
+        skip: layers in full precision: ``embeddings`` (always), ``head`` (all else outside the transformer blocks) and
+            patterns of layer names.
 
     Raises:
-        UserError: the model has no place for smoothing, a pattern fits no layer, or settings contradict.
+        UserError: the model does not support smoothing, a pattern matches no layer, or settings contradict.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[W8A8(dynamic=False)]).fit(module, loader)
@@ -68,7 +68,7 @@ class W8A8(Technique, pl.Callback):
     packages = ("compressed_tensors",)
     shrinks = True
     limits = (
-        "PyTorch multiplies floats that stand for the integers: less to store, no speed there; vLLM, and int8 exports, "
+        "PyTorch multiplies floats in place of the integers: less to store, no speed there; vLLM, and int8 exports, "
         "multiply integers"
     )
 
@@ -96,13 +96,13 @@ class W8A8(Technique, pl.Callback):
         self.average_bits: dict[str, float] = {}
         if dynamic and not symmetric:
             raise UserError(
-                f"{self.key}.symmetric=false gives a layer's range a zero point and {self.key}.dynamic=true gives "
-                f"every token a scale alone: set {self.key}.dynamic=false, or {self.key}.symmetric=true."
+                f"{self.key}.symmetric=false needs a zero point for every layer and {self.key}.dynamic=true has only a "
+                f"scale for every token. Set {self.key}.dynamic=false, or {self.key}.symmetric=true."
             )
         if not samples and not (dynamic and smoothing is None):
-            what = "smoothing" if dynamic else "dynamic=false"
+            calibrated = "smoothing" if dynamic else "dynamic=false"
             raise UserError(
-                f"{self.key}.samples is 0 and {self.key}.{what} calibrates: set {self.key}.samples=128, say."
+                f"{self.key}.samples is 0; {self.key}.{calibrated} needs calibration. Set {self.key}.samples=128."
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
@@ -111,24 +111,24 @@ class W8A8(Technique, pl.Callback):
         known = FAMILIES.get(family)
         if self.smoothing is not None and not (known and known.folds):
             reason = (
-                f"those of `{family}` feed the residual branch as well, which would be scaled too"
+                f"the norms of `{family}` feed the residual branch as well, which would be scaled too"
                 if known
-                else f"where `{family}` has them is not known"
+                else f"the norms of `{family}` are not known"
             )
             raise UserError(
-                f"{self.key}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}: set "
+                f"{self.key}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}. Set "
                 f"{self.key}.smoothing=null."
             )
         if self.dynamic and "head" not in self.skip and not (config is not None and is_decoder(config)):
             raise UserError(
-                f"{self.key}.dynamic=true gives every token a scale and the head of `{family}` reads one vector a "
-                f"text, which loaders would scale by the batch: add `head` to {self.key}.skip, or set "
+                f"{self.key}.dynamic=true needs a scale for every token, and the head of `{family}` reads one vector a "
+                f"text, which loaders would scale by the batch. Add `head` to {self.key}.skip, or set "
                 f"{self.key}.dynamic=false."
             )
         find_quantizable(skeleton, self.skip, self.key)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(unwrap_model(pl_module), [])  # which a script of one's own has not done
+        self.check(unwrap_model(pl_module), [])  # a script without the chain has not checked the model
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
@@ -137,8 +137,8 @@ class W8A8(Technique, pl.Callback):
         with evaluation_mode(model):
             if self.smoothing is not None:
                 largest: dict[str, Tensor] = {}
-                for layers, found in calibrate_layers(model, batches, max_magnitudes, wanted, combine=torch.maximum):
-                    largest |= dict.fromkeys(layers, found)
+                for layers, peaks in calibrate_layers(model, batches, max_magnitudes, wanted, combine=torch.maximum):
+                    largest |= dict.fromkeys(layers, peaks)
                 smooth_blocks(model, largest, self.smoothing)
             if self.dynamic:
                 self._round_layers(wanted, Inputs(self.inputs))
@@ -163,20 +163,20 @@ class W8A8(Technique, pl.Callback):
 
 
 def max_magnitudes(x: Tensor) -> Tensor:
-    """The largest size of every input over the tokens of ``x`` ``[tokens, inputs]``."""
+    """Return the largest magnitude of every input over the tokens of ``x`` ``[tokens, inputs]``."""
     return x.abs().amax(0)
 
 
 def smooth_blocks(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
-    """Scale the inputs of those layers of the blocks for which the ``largest`` activations, ``[inputs]``, are given;
-    the model computes what it did."""
+    """Scale the inputs of the layers for which the ``largest`` activations, ``[inputs]``, are given. The model computes
+    the same function."""
     family, (prefix, stack) = find_family(model), find_blocks(model)
     for index, block in enumerate(stack):
         for place in family.folds:
             before: Any = block.get_submodule(place.before)
             changed = (*place.layers, *([place.before] if isinstance(before, nn.Linear) else []))
             if any(f"{prefix}.{index}.{name}" not in largest for name in changed):
-                continue  # one of them is to stay as it is
+                continue  # a skipped layer would change
             layers: list[Any] = [block.get_submodule(name) for name in place.layers]
             source = find_sources(before, layers[0], read_block(block, family).head_size)
             activation = max_per_source(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
@@ -185,12 +185,12 @@ def smooth_blocks(model: nn.Module, largest: dict[str, Tensor], strength: float)
 
 
 def max_per_source(source: Tensor, x: Tensor) -> Tensor:
-    """The largest of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
+    """Return the largest of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
     return torch.zeros(int(source.max()) + 1, device=x.device).scatter_reduce(0, source, x, "amax")
 
 
 def smoothing_scale(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
-    """``activation^strength / weight^(1 - strength)`` of the largest of either in every channel, which at a strength of
-    a half makes both equally large. A channel that is always zero, or has no weight, keeps its scale."""
+    """Return ``activation^strength / weight^(1 - strength)`` of every channel's largest activation and weight. A
+    strength of 0.5 makes both equally large. A channel that is always zero, or has only zero weights, gets 1."""
     live = (activation > 0) & (weight > 0)
     return torch.where(live, activation**strength / weight ** (1 - strength), 1.0)

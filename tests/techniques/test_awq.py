@@ -69,7 +69,8 @@ def logits(model, **settings):
 
 
 def salient(build=tiny.llama_lm):
-    """A model that computes what ``build``'s does, and of whose activations a few channels are 20 times as large."""
+    """Return a model that computes the same function as that of ``build``, with activations 20 times as large in a few
+    channels."""
     model = build()
     for block in find_blocks(model)[1]:
         for norm, layers in (
@@ -119,7 +120,7 @@ def test_clipping_worked_by_hand():
     assert share.item() == pytest.approx(0.6)
     grid = minmax_grid(weight, scheme, torch.float32, share)
     assert round_to_grid(weight, grid, scheme)[0].tolist() == pytest.approx([0.6, 0.2])
-    # It has one like the other: 0.133 lost of the 0.2 are less than what cutting the 1 loses.
+    # Equal inputs: the 0.133 lost of the 0.2 are less than the loss of clipping the 1.
     assert search_clipping(weight, torch.eye(2), scheme, points=6).item() == 1
 
 
@@ -228,7 +229,7 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
 
 def test_bfloat16_weights_reload_exactly(tmp_path):
     model = salient(tiny.llama).bfloat16()
-    model.model.rotary_emb = tiny.llama().model.rotary_emb  # computes in float32, which bfloat16() changed as well
+    model.model.rotary_emb = tiny.llama().model.rotary_emb  # computes in float32; bfloat16() changed it too
     stage = awq()
     fit(model, stage)
     expected = logits(model)
@@ -290,32 +291,36 @@ def test_a_run_prunes_quantizes_and_keeps_its_promises(tmp_path):
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.roberta])
 def test_encoders_whose_norms_feed_the_residual_branch_are_refused(build):
     with torch.device("meta"):
         skeleton = build()
-    reason = r"in(to)? the norm before it, and those of `(ro)?bert\w*` feed the residual branch as well.*technique=gptq"
+    reason = (
+        r"into the norm before it, and the norms of `(ro)?bert\w*` feed the residual branch as well.*technique=gptq"
+    )
     with pytest.raises(UserError, match=reason):
         awq().check(skeleton, [])
 
 
 def test_a_model_that_nothing_is_known_of_is_refused():
-    with pytest.raises(UserError, match=r"in llama, mistral, qwen2 and not in `gpt2`: use gptq"):
+    with pytest.raises(UserError, match=r"in llama, mistral, qwen2 and not in `gpt2`. Set technique=gptq"):
         awq().check(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)), [])
 
 
-def test_groups_and_skips_that_do_not_fit_are_told_from_the_shapes_alone():
+def test_groups_and_skips_that_do_not_fit_are_reported_from_the_shapes_alone():
     with torch.device("meta"):
         skeleton = tiny.llama()
     awq().check(skeleton, [])
-    with pytest.raises(UserError, match=r"technique.awq.group_size is 48, which does not divide the 32 inputs of `model.layers"):
+    with pytest.raises(
+        UserError, match=r"technique.awq.group_size is 48, which does not divide the 32 inputs of `model"
+    ):
         awq(group_size=48).check(skeleton, [])
     with pytest.raises(UserError, match=r"skip is \['head'\]; embeddings stay floats here. Add"):
         awq(skip=("head",)).check(skeleton, [])
-    with pytest.raises(UserError, match=r"technique.awq.skip: `\*.fc1` fits none"):
+    with pytest.raises(UserError, match=r"technique.awq.skip has the pattern `\*.fc1`, which matches no layer"):
         awq(skip=("embeddings", "*.fc1")).check(skeleton, [])
 
 

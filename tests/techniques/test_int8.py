@@ -32,14 +32,14 @@ def test_two_rows_worked_by_hand():
     layer.bias = linear.bias
     inputs = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     with torch.no_grad():
-        found = layer.eval()(inputs) - linear.bias
-    assert torch.allclose(found, torch.tensor([[-0.63, 0.0], [0.0, 0.0]]), atol=1e-3)  # of a scale in 16 bits
+        product = layer.eval()(inputs) - linear.bias
+    assert torch.allclose(product, torch.tensor([[-0.63, 0.0], [0.0, 0.0]]), atol=1e-3)  # scales have 16 bits
 
 
 def test_an_outlier_is_multiplied_apart():
     torch.manual_seed(0)
     linear, inputs = torch.nn.Linear(64, 32), torch.randn(16, 64).clamp(-3, 3)
-    inputs[:, 7] *= 100  # which leaves few steps for the other channels of a token
+    inputs[:, 7] *= 100  # leaves few steps for the other channels of a token
 
     def error(threshold):
         layer = make_8bit_layer(linear, threshold)
@@ -154,7 +154,7 @@ def test_after_training_in_anybodys_module_it_quantizes_what_was_trained():
     )
 
 
-def test_a_format_without_its_library_is_told(tmp_path, monkeypatch):
+def test_a_format_without_its_library_is_reported(tmp_path, monkeypatch):
     model, stage = tiny.bert(), Int8()
     fit(model, stage)
     stage.save(model, tmp_path)
@@ -176,8 +176,8 @@ def test_it_runs_on_a_gpu(technique, tmp_path):
     expected = logits(runtime.load(tmp_path, "multiclass"))
     move_model(loaded, torch.device("cuda"))
     with torch.no_grad():
-        found = loaded(**{key: tensor.cuda() for key, tensor in INPUTS.items()}).logits.cpu()
-    assert torch.allclose(found, expected, atol=0.02 * expected.abs().max().item())
+        actual = loaded(**{key: tensor.cuda() for key, tensor in INPUTS.items()}).logits.cpu()
+    assert torch.allclose(actual, expected, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": -1.0}, {"threshold": "six"}])

@@ -29,17 +29,18 @@ def test_a_budget_worked_by_hand():
         [choice("a", 2, 20, 9.0), choice("a", 4, 40, 1.0)],
         [choice("b", 2, 20, 2.0), choice("b", 4, 40, 1.9)],
     ]
-    assert [one.bits for one in choose_bits(options, 60, KEY)] == [4, 2]  # 3.0 in all; the other way round 10.9
-    assert [one.bits for one in choose_bits(options, 80, KEY)] == [4, 4]
-    assert [one.bits for one in choose_bits(options, 40, KEY)] == [2, 2]
+    assert [choice.bits for choice in choose_bits(options, 60, KEY)] == [4, 2]  # 3.0 in all; [2, 4] has 10.9
+    assert [choice.bits for choice in choose_bits(options, 80, KEY)] == [4, 4]
+    assert [choice.bits for choice in choose_bits(options, 40, KEY)] == [2, 2]
 
 
 def test_no_choice_within_the_budget_diverges_less():
     torch.manual_seed(0)
     options = [[choice(str(i), b, 10.0 * b, float(d)) for b, d in zip((2, 3, 4), torch.rand(3))] for i in range(5)]
-    found = choose_bits(options, 150, KEY)
-    every = [some for some in product(*options) if sum(one.stored_bits for one in some) <= 150]
-    assert sum(one.divergence for one in found) == min(sum(one.divergence for one in some) for some in every)
+    chosen = choose_bits(options, 150, KEY)
+    allowed = [choices for choices in product(*options) if sum(choice.stored_bits for choice in choices) <= 150]
+    least = min(sum(choice.divergence for choice in choices) for choices in allowed)
+    assert sum(choice.divergence for choice in chosen) == least
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
@@ -47,16 +48,16 @@ def test_the_average_is_within_the_budget_and_zeros_stay(build, tmp_path):
     model = build()
     fit(model, Prune(sparsity=0.3))
     masks = find_zeros(model)
-    stage = Mixed(average_bits=5.5, **SMALL)  # scales of 32 bits for 16 weights are two of them
+    stage = Mixed(average_bits=5.5, **SMALL)  # two of these are for scales: 32 bits for 16 weights
     fit(model, stage)
     assert all((model.get_submodule(name).weight[mask] == 0).all() for name, mask in masks.items())
     layers = dict(find_linears(model))
     weights = {name: layer.weight.numel() for name, layer in layers.items()}
     average = sum(stage.average_bits[name] * weights[name] for name in weights) / sum(weights.values())
     assert 5.2 < average <= 5.5
-    assert len({one.bits for one in stage.chosen}) > 1
-    for one in stage.chosen:  # those that share an input are one choice
-        kinds = {name.rpartition(".")[2] for name in one.layers}
+    assert len({choice.bits for choice in stage.chosen}) > 1
+    for choice in stage.chosen:  # layers that share an input have one choice
+        kinds = {name.rpartition(".")[2] for name in choice.layers}
         assert (
             kinds in ({"query", "key", "value"}, {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
             or len(kinds) == 1
@@ -74,10 +75,10 @@ def test_the_average_is_within_the_budget_and_zeros_stay(build, tmp_path):
 def test_layers_that_matter_get_the_bits():
     model = tiny.bert()
     unimportant = model.bert.encoder.layer[1].output.dense
-    unimportant.weight.data *= 1e-3  # of a sum in which it is lost
+    unimportant.weight.data *= 1e-3  # negligible in the sum with the residual
     stage = Mixed(average_bits=5.5, **SMALL)
     fit(model, stage)
-    bits = {name: one.scheme.bits for name, one in stage.quantized.items()}
+    bits = {name: quantized.scheme.bits for name, quantized in stage.quantized.items()}
     assert bits["bert.encoder.layer.1.output.dense"] < bits["bert.encoder.layer.0.output.dense"]
 
 
@@ -87,7 +88,7 @@ def test_the_report_holds_every_layer_and_what_each_choice_costs(tmp_path):
     fit(model, stage)
     stage.report(tmp_path)
     rows = list(csv.DictReader((tmp_path / "bits.csv").open()))
-    assert [row["layer"] for row in rows] == [name for one in stage.chosen for name in one.layers]
+    assert [row["layer"] for row in rows] == [name for choice in stage.chosen for name in choice.layers]
     assert {row["layer"]: int(row["bits"]) for row in rows} == {n: q.scheme.bits for n, q in stage.quantized.items()}
     for row in rows:
         costs = [float(row[f"divergence_at_{bits}"]) for bits in (2, 3, 4, 8)]
@@ -95,13 +96,13 @@ def test_the_report_holds_every_layer_and_what_each_choice_costs(tmp_path):
 
 
 def test_a_budget_out_of_reach_is_refused():
-    with pytest.raises(UserError, match=r"average_bits is 3.5 and a weight takes 4.000 bits at 2, its scale counted"):
+    with pytest.raises(UserError, match=r"average_bits is 3.5; with its scale a weight takes 4.000 bits at 2"):
         Mixed(average_bits=3.5, **SMALL).check(tiny.bert(), [])
-    with pytest.raises(UserError, match=r"and 10.000 at 8: set a number between"):
+    with pytest.raises(UserError, match=r"and 10.000 at 8. Set a number between"):
         Mixed(average_bits=11, **SMALL).check(tiny.bert(), [])
     with pytest.raises(UserError, match="measured is 64 and technique.mixed.samples 8"):
         Mixed(samples=8, measured=64)
-    with pytest.raises(UserError, match="group_size=48 does not divide"):
+    with pytest.raises(UserError, match="group_size is 48, which does not divide"):
         Mixed(group_size=48).check(tiny.bert(), [])
 
 

@@ -21,7 +21,7 @@ MODELS = ["bert", "roberta", "distilbert", "llama", "llama_lm"]
 
 
 def wide(name, width=64, dtype=torch.float32):
-    """A random model in shapes that 4-bit kernels take: of two blocks, Llama's with two groups of heads."""
+    """Return a random model of two blocks in shapes for 4-bit kernels; Llama has two groups of heads."""
     torch.manual_seed(0)
     sizes = {**tiny.SHAPE, "hidden_size": width, "intermediate_size": 128, "pad_token_id": 0, "num_labels": 3}
     if name == "distilbert":
@@ -34,7 +34,7 @@ def wide(name, width=64, dtype=torch.float32):
 
 
 def plain(model):
-    """The class that loads the model without us."""
+    """Return the class that loads the model without our code."""
     return AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModelForSequenceClassification
 
 
@@ -44,7 +44,7 @@ def quantized(model):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_weight_that_is_one_of_the_sixteen_values_stays(quant_type):
-    # Of appendix E of arXiv:2305.14314, and the eight magnitudes of a 4-bit float of two exponent bits, over the last.
+    # Appendix E of arXiv:2305.14314, and the eight magnitudes of a 4-bit float with two exponent bits, over the largest
     sixteen = {
         "nf4": [-1.0, -0.6961928, -0.39491749, -0.18477343, 0.0, 0.0795803, 0.33791524, 1.0],
         "fp4": [-1.0, -0.66666667, -0.5, -0.33333333, 0.0, 0.16666667, 0.25, 1.0],
@@ -89,7 +89,7 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(name,
     check_model("nf4", stage, before, model)
     assert quantized(model) == layers == list(masks)
     assert all((dequantize_weight(model.get_submodule(layer).weight)[mask] == 0).all() for layer, mask in masks.items())
-    expected = logits(model.eval())  # of which some CPUs' weights are not what they were
+    expected = logits(model.eval())  # on some CPUs this changes the weights
     stage.save(model, tmp_path)
     reloaded = plain(model).from_pretrained(tmp_path)
     assert quantized(reloaded) == layers
@@ -117,7 +117,7 @@ def test_its_logits_are_those_of_the_weights_that_it_stands_for(name, blocksize)
         linear.weight.data = dequantize_weight(model.get_submodule(layer).weight)
     expected = logits(reference)
     error = (logits(model.eval()) - expected).norm()
-    assert error < 0.02 * expected.norm()  # a CPU with bfloat16 instructions makes use of them
+    assert error < 0.02 * expected.norm()  # a CPU with bfloat16 instructions uses them
     assert 0 < (expected - untouched).norm() < 0.3 * untouched.norm()
 
 
@@ -126,7 +126,7 @@ def test_its_logits_are_those_of_the_weights_that_it_stands_for(name, blocksize)
     [
         ({"double_quantization": False}, 4 + 32 / 64),
         ({"double_quantization": False, "blocksize": 32}, 4 + 32 / 32),
-        ({}, 4 + (64 * 8 + 32) / 64**2),  # the scales of the layer's 64 blocks, and one scale of theirs
+        ({}, 4 + (64 * 8 + 32) / 64**2),  # scales of the layer's 64 blocks, and one scale for these scales
     ],
 )
 def test_as_many_bits_are_stored_as_asked(settings, bits, tmp_path):
@@ -154,10 +154,10 @@ def test_a_weight_that_was_pruned_and_filled_in_is_found_out(stage):
         check_model("nf4", stage, before, model)
 
 
-def test_shapes_that_the_kernels_do_not_take_are_told_from_the_shapes_alone():
+def test_shapes_that_the_kernels_do_not_take_are_reported_from_the_shapes_alone():
     with torch.device("meta"):
         bert, llama, fitting = tiny.bert(), tiny.llama(), wide("bert")
-    with pytest.raises(UserError, match=r"layer.\*.attention.self.query` has 32 outputs and 32 inputs, .*blocksize=64"):
+    with pytest.raises(UserError, match=r"layer.\*.attention.self.query` has 32 outputs and 32 inputs; .*blocksize=64"):
         NF4().check(bert, [])
     NF4(blocksize=32).check(bert, [])
     with pytest.raises(UserError, match=r"k_proj` has 16 outputs and 32 inputs") as error:
@@ -198,7 +198,7 @@ def test_an_uneven_model_can_be_quantized_and_reloaded(name, tmp_path):
     model, stage = wide(name, width=128), NF4(blocksize=32)
     groups = [[1, 0], [1, 1]] if name == "llama" else [[1, 0, 1, 1], [1, 1, 1, 1]]
     remove_units(
-        model, [torch.tensor(one).bool() for one in groups], [torch.arange(128) < channels for channels in (64, 96)]
+        model, [torch.tensor(row).bool() for row in groups], [torch.arange(128) < channels for channels in (64, 96)]
     )
     record_shapes(model)
     fit(model, stage)

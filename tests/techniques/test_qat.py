@@ -39,10 +39,10 @@ def fake(between=None, learnt=True):
 
 def test_a_layer_computes_with_what_its_weights_will_be_rounded_to():
     layer = fake()
-    scale = torch.tensor([[2 * 0.75 / 15], [2 * 1.5 / 15]])  # to the widest of the row in either direction
+    scale = torch.tensor([[2 * 0.75 / 15], [2 * 1.5 / 15]])  # from the widest weight of the row
     rounded = torch.tensor([[7, -2], [0, 7]]) * scale
     assert torch.allclose(layer(torch.eye(2)).T, rounded)
-    assert layer.weight[0, 1].item() == pytest.approx(-0.2)  # itself it is not rounded
+    assert layer.weight[0, 1].item() == pytest.approx(-0.2)  # the weight itself is not rounded
     expected = layer(torch.eye(2)).detach()
     assert freeze_rounding(layer).inputs is None
     assert torch.equal(layer(torch.eye(2)), expected) and torch.equal(layer.weight.T, expected)
@@ -58,15 +58,15 @@ def test_what_is_rounded_is_not_kept_for_the_gradients():
 
 def test_gradients_go_straight_through_and_reach_the_ranges():
     layer = fake(between=[-1.0, 4.0])
-    x = torch.tensor([[0.3, 9.0]], requires_grad=True)  # the second is out of the range
+    x = torch.tensor([[0.3, 9.0]], requires_grad=True)  # the second is out of range
     layer(x).sum().backward()
     assert x.grad[0, 0] != 0 and x.grad[0, 1] == 0
-    # 0.75 and 1.5 are 7.5 steps, which is the end of the grid itself; all get the gradient of their rounded inputs
+    # 0.75 and 1.5 are 7.5 steps, exactly the end of the grid; all get the gradient of their rounded inputs
     rounded = layer.fake_quantization.inputs(x).detach()
     assert torch.allclose(layer.weight.grad, rounded.expand(2, 2) * torch.tensor([[0, 1], [1, 0]]))
     ranges = layer.fake_quantization
     assert (ranges.reach.grad != 0).all()
-    # A higher end lets 9 through further, by the weights that read it: -0.2 is two steps of 0.1, 1.5 seven of 0.2.
+    # A higher end raises the clipped 9, times the weights that read it: -0.2 is two steps of 0.1, 1.5 seven of 0.2.
     assert ranges.between.grad[1].item() == pytest.approx(-0.2 + 1.4, abs=0.02)
 
 
@@ -78,7 +78,7 @@ def test_a_moving_average_follows_the_batches_of_training_alone():
     assert layer.fake_quantization.between.tolist() == [-1, 1]
     layer(x)
     assert layer.fake_quantization.between.tolist() == pytest.approx([-1.02, 1.04])
-    layer.weight.data *= 2  # whose range is what it is
+    layer.weight.data *= 2  # the range follows the weights
     assert torch.allclose(layer.fake_quantization.scale(layer.weight), torch.tensor([[0.2], [0.4]]))
 
 
@@ -101,7 +101,9 @@ def test_it_keeps_zeros_and_reloads_to_the_same_logits_with_and_without_us(build
     masks, before = find_zeros(model), capture_state(model)
     stage, hold = QAT(samples=8, **how), HoldZeros()
     fit(model, stage, hold, batches=[tiny.loader(lm=lm)])
-    assert all(torch.equal(~hold.masks[name], mask) for name, mask in masks.items())  # and not what is rounded to zero
+    assert all(
+        torch.equal(~hold.masks[name], mask) for name, mask in masks.items()
+    )  # and no weights that are only rounded to zero
     check_model("qat", stage, before, model)
     for name, layer in find_linears(model):
         assert (layer.weight[masks[name]] == 0).all()
@@ -128,14 +130,14 @@ def test_all_trains_and_the_head_stays_in_full_precision():
 
 
 class See(pl.Callback):
-    """The ranges of the first layer when training starts and when it ends."""
+    """Record the ranges of the first layer at the start and the end of training."""
 
     def __init__(self):
-        self.found = []
+        self.ranges = []
 
     def on_train_start(self, trainer, pl_module):
         ranges = next(find_linears(pl_module.model))[1].fake_quantization
-        self.found.append([part.clone() for part in (ranges.reach, ranges.between) if part is not None])
+        self.ranges.append([part.clone() for part in (ranges.reach, ranges.between) if part is not None])
 
     on_train_end = on_train_start
 
@@ -144,16 +146,16 @@ class See(pl.Callback):
 def test_training_moves_the_ranges(ranges):
     see, stage = See(), QAT(samples=8, ranges=ranges)
     model = fit(tiny.bert(), stage, see)
-    begin, end = see.found
+    begin, end = see.ranges
     assert len(end) == (2 if ranges == "learnt" else 1)
-    assert not any(torch.equal(one, other) for one, other in zip(begin, end))
+    assert not any(torch.equal(first, last) for first, last in zip(begin, end))
     query, key, value = (
         getattr(model.bert.encoder.layer[0].attention.self, name) for name in ("query", "key", "value")
     )
     assert query._forward_pre_hooks and not hasattr(query, "fake_quantization")
     first = "bert.encoder.layer.0.attention.self."
     scales = {name: stage.quantized[first + name].inputs.grid.scale.item() for name in ("query", "key", "value")}
-    assert len(set(scales.values())) == 1  # of one input
+    assert len(set(scales.values())) == 1  # they share an input
     assert scales["query"] == pytest.approx((end[-1][1] - end[-1][0]).item() / 255)
 
 
@@ -193,7 +195,7 @@ def test_losses_before_and_after_are_logged(tmp_path):
 
 
 def from_afar(rows, seed):
-    """The label is told by the last token, so that attention has to carry it to where the head reads."""
+    """Return a batch whose last token decides the label, so that attention must carry it to the head's token."""
     batch = tiny.batch(rows, seed=seed, padded=False)
     return {**batch, "input_ids": batch["input_ids"].roll(-1, 1)}
 
@@ -229,20 +231,22 @@ def test_what_rounding_to_four_bits_loses_training_under_it_recovers():
         assert accuracy(trained) > accuracy(rounded(model)) + 0.1
     torch.manual_seed(0)
     alone = fit(copy.deepcopy(model), lr=1e-3, batches=[train])
-    assert accuracy(rounded(alone)) < accuracy(trained) - 0.1  # it is not the additional epoch
+    assert accuracy(rounded(alone)) < accuracy(trained) - 0.1  # the gain is not from the additional epoch
 
 
 def test_without_training_it_is_refused():
-    with pytest.raises(UserError, match=r"train.epochs is 0: set it to 1 or more"):
+    with pytest.raises(UserError, match=r"qat.train.epochs is 0; .*Set technique.qat.train.epochs=1 or more"):
         QAT(training=Training(epochs=0))
     with pytest.raises(UserError, match=r"quantizes by training"):
         fit(tiny.bert(), QAT(samples=8), epochs=0)
 
 
-def test_what_does_not_fit_the_model_is_told_before_anything_is_loaded():
+def test_what_does_not_fit_the_model_is_reported_before_anything_is_loaded():
     with torch.device("meta"):
         skeleton = tiny.bert()
-    with pytest.raises(UserError, match=r"technique.qat.group_size is 48, which does not divide the 32 inputs of `bert"):
+    with pytest.raises(
+        UserError, match=r"technique.qat.group_size is 48, which does not divide the 32 inputs of `bert"
+    ):
         QAT(bits=4, group_size=48).check(skeleton, [])
     with pytest.raises(UserError, match=r"the pattern `\*mlp\*`, which matches no layer"):
         QAT(skip=("embeddings", "*mlp*")).check(skeleton, [])
