@@ -66,7 +66,7 @@ QUIET: dict[str, Any] = {
     "accelerator": "cpu",
 }
 OFFERED = set("model metrics tokenizer task training baseline source keep_in baseline_config".split())
-"""What a constructor gets from the chain and not from its YAML."""
+"""Arguments that a constructor gets from the chain and not from its YAML."""
 
 
 def make_bert(num_labels: int = 3) -> BertForSequenceClassification:
@@ -106,7 +106,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_batch(rows: int = 4, length: int = 10, padded: bool = True, seed: int = 0, lm: bool = False) -> Batch:
-    """Return random tokens with an attention mask and labels: of a text its first token decides the label."""
+    """Return random tokens with an attention mask and labels. A text's first token decides its label."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 60, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -128,7 +128,7 @@ def make_trainer(*callbacks: pl.Callback, epochs: int = 0, **settings: Any) -> p
 
 
 class Theirs(pl.LightningModule):
-    """A module that is not ours, with its network under any name."""
+    """A LightningModule of another author, with its network under any name."""
 
     def __init__(self, network: nn.Module, name: str = "model") -> None:
         super().__init__()
@@ -151,10 +151,10 @@ MODELS: Models = (make_bert, make_llama_lm)
 
 @dataclass(frozen=True)
 class Case:
-    """A stage to check, as a chain builds it.
+    """A stage to check, built as in a chain.
 
     Raises:
-        SkipTest: what it needs is not installed.
+        SkipTest: a package that the stage needs is not installed.
     """
 
     technique: type[Technique]
@@ -168,7 +168,8 @@ class Case:
             raise SkipTest(f"{self.technique.__name__} needs {', '.join(missing)}")
 
     def build(self, model: nn.Module, folder: Path, training: Training | None = None) -> Any:
-        """Return the stage, given what a chain gives: ``folder`` is that of its baseline and of its source."""
+        """Return the stage with the arguments that a chain gives. ``folder`` is its baseline, its source and its
+        cache."""
         name = self.technique.key.removeprefix("technique.")
         step = Step(name, name, self.technique, dict(self.settings), training or self.training)
         return step.build(model=model, tokenizer=make_tokenizer(), baseline=folder, source=folder, keep_in=folder)
@@ -177,7 +178,7 @@ class Case:
         """Return the constructors of the models that the stage accepts.
 
         Raises:
-            AssertionError: it accepts none.
+            AssertionError: the stage accepts none of them.
         """
         reasons = {make: self._refuse(make()) for make in self.models}
         assert not all(reasons.values()), (
@@ -200,18 +201,18 @@ def check_technique(
     config: Mapping[str, Any] | None = None,
     models: Models = MODELS,
 ) -> None:
-    """Check that a stage keeps its contract, at ``settings`` that suit models of 2 blocks, 4 heads and a width of 32.
+    """Check that a stage keeps its contract, with ``settings`` for models of 2 blocks, 4 heads and a width of 32.
 
     Args:
         technique: the class of the stage.
         settings: arguments of its constructor.
-        training: how its fit trains; without it the stage works in one shot.
-        config: the content of its YAML, whose settings are compared with the constructor.
-        models: functions that make a model; the suite runs on those that the stage accepts.
+        training: settings of its fit; without them the stage works in one shot.
+        config: the content of its YAML, for a comparison with the constructor.
+        models: functions that create a model; the suite runs on the models that the stage accepts.
 
     Raises:
         AssertionError: the stage breaks its contract; the message says where.
-        SkipTest: what it needs is not installed.
+        SkipTest: a package that the stage needs is not installed.
     """
     case = Case(technique, settings or {}, training or Training(), config, models)
     for check in CHECKS:
@@ -219,20 +220,21 @@ def check_technique(
 
 
 def check_kind(case: Case) -> None:
-    """Check that the stage is one, and that a Trainer can run it."""
+    """Check that the stage is a Technique that a Trainer can run."""
     name = case.technique.__name__
-    assert issubclass(case.technique, Technique), f"{name} is no Technique: inherit compress.technique.Technique."
+    assert issubclass(case.technique, Technique), f"{name} is no Technique. Inherit compress.technique.Technique."
     assert issubclass(case.technique, pl.Callback | pl.LightningModule), (
-        f"{name} is neither a Callback nor a LightningModule: inherit one of them beside Technique."
+        f"{name} is neither a Callback nor a LightningModule. Inherit one of them beside Technique."
     )
 
 
 def check_promises(case: Case) -> None:
-    """Check on a pruned model what the chain checks after every stage: the weights that change, zeros, the head, and an
-    artifact that reloads to the same logits in the size that was promised."""
+    """Check on a pruned model what the chain checks after every stage: changed weights, zeros, the head, the size on
+    disk, and an artifact that reloads to the same logits."""
     for make in case.find_models():
         with tempfile.TemporaryDirectory() as name:
-            source, into, report = (Path(name, one) for one in ("source", "into", "report"))
+            # 1) Write a pruned model as the stage's source
+            source, into, report = (Path(name, folder) for folder in ("source", "into", "report"))
             for folder in (source, into, report):
                 folder.mkdir()
             model, tokenizer = make(), make_tokenizer()
@@ -241,11 +243,13 @@ def check_promises(case: Case) -> None:
             description = Description(detect_task_kind(model), "tiny", "random")
             write_artifact(source, model, tokenizer, description)
             model = load_artifact(source).model
+            # 2) Run the stage and check the model
             before = capture_state(model)
             stage, module = _fit(case, model, source)
             model = unwrap_model(module)
             try:
                 check_model(stage.key, stage, before, model)
+                # 3) Write the artifact and check the folder
                 tokenizer = getattr(stage, "tokenizer", None) or tokenizer
                 probe: Any = [tokenizer(text, return_tensors="pt") for text in ("a b c d", "w1 w2 z y x")]
                 probe = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in probe]
@@ -264,7 +268,7 @@ def check_promises(case: Case) -> None:
 
 
 def check_resuming(case: Case) -> None:
-    """Check that a stage that says so ends a training that was stopped as if it had not been."""
+    """Check that a resumed training ends like an uninterrupted one, if the stage promises it."""
     training = Training(epochs=2, learning_rate=1e-2)
     if not case.training.epochs:
         return
@@ -280,13 +284,13 @@ def check_resuming(case: Case) -> None:
         _, again = _fit(case, make(), Path(name), training, Checkpoints(checkpoints))
     wrong = [key for key, value in again.state_dict().items() if not torch.equal(value, whole.state_dict()[key])]
     assert not wrong, (
-        f"{case.technique.__name__} says that it resumes, and {wrong[0]} differs after a training that was stopped: "
-        "keep what changes during the training in `state_dict`, or set resumes = False."
+        f"{case.technique.__name__}.resumes is True, and {wrong[0]} differs after a resumed training. Store in "
+        "`state_dict` what changes during training, or set resumes = False."
     )
 
 
 def check_other_modules(case: Case) -> None:
-    """Check that a stage that is a callback works in a script whose LightningModule is not ours."""
+    """Check that a callback works in a script with a LightningModule of another author."""
     if issubclass(case.technique, pl.LightningModule):
         return
     make = case.find_models()[0]
@@ -301,7 +305,7 @@ def check_other_modules(case: Case) -> None:
             make_trainer(stage, epochs=case.training.epochs).fit(module, loader, loader)
             check_model(stage.key, stage, before, module.model)
         except Exception as error:
-            raise AssertionError(f"{case.technique.__name__} fails in a module that is not ours: {error}") from error
+            raise AssertionError(f"{case.technique.__name__} fails in another author's module: {error}") from error
 
 
 def check_config(case: Case) -> None:
@@ -311,18 +315,18 @@ def check_config(case: Case) -> None:
     name, parameters = case.technique.__name__, inspect.signature(case.technique).parameters
     ours = {key: value for key, value in case.config.items() if key not in ("_target_", "train", "calibration")}
     missing, unknown = parameters.keys() - OFFERED - ours.keys(), ours.keys() - parameters.keys()
-    assert not missing, f"{name} takes {', '.join(sorted(missing))} and its YAML lacks them: add them to it."
+    assert not missing, f"The YAML of {name} lacks {', '.join(sorted(missing))}, which its constructor takes. Add them."
     assert not unknown, f"The YAML of {name} has {', '.join(sorted(unknown))}, which its constructor does not take."
     for key, value in ours.items():
         default = _to_lists(to_plain(parameters[key].default))
         assert _is_open(value) or value == default, (
-            f"{key} is {value!r} in the YAML of {name} and {default!r} in its constructor: set one to the other."
+            f"{key} is {value!r} in the YAML of {name} and {default!r} in its constructor. Set both to one value."
         )
 
 
 def check_example(case: Case) -> None:
-    """Check that the example in the docstring runs: with a ``model`` as its module's, a ``student`` and a ``teacher``,
-    the ``module``, its ``loader``, a ``validation_loader`` and a ``tokenizer``."""
+    """Check that the example in the docstring runs. It can use ``module`` and its ``model``, ``student``, ``teacher``,
+    ``loader``, ``validation_loader`` and ``tokenizer``."""
     make = case.find_models()[0]
     model, loader = make(), make_loader(lm=make is make_llama_lm)
     names = {
@@ -341,7 +345,7 @@ def check_example(case: Case) -> None:
     name = case.technique.__name__
     text = inspect.cleandoc(case.technique.__dict__.get("__doc__") or "")
     test = doctest.DocTestParser().get_doctest(text, names, name, None, None)
-    assert test.examples, f"{name} has no example in its docstring: add one line, `>>> ...`."
+    assert test.examples, f"{name} has no example in its docstring. Add a line `>>> ...`."
     try:
         doctest.DebugRunner(verbose=False).run(test, out=lambda text: None)
     except doctest.UnexpectedException as error:
@@ -351,13 +355,13 @@ def check_example(case: Case) -> None:
 
 
 CHECKS = (check_kind, check_promises, check_resuming, check_other_modules, check_config, check_example)
-"""What :func:`check_technique` checks, for tests that run them one by one on a :class:`Case`."""
+"""The checks of :func:`check_technique`, for tests that run them one by one on a :class:`Case`."""
 
 
 def _fit(
     case: Case, model: Any, folder: Path, training: Training | None = None, *callbacks: pl.Callback
 ) -> tuple[Any, pl.LightningModule]:
-    """Return the stage and the module after one fit, with the callbacks that a chain has."""
+    """Return the stage and the module after one fit with the callbacks of a chain."""
     training = training or case.training
     pl.seed_everything(0, verbose=False)
     stage = case.build(model, folder, training)
@@ -365,11 +369,11 @@ def _fit(
     module = stage if isinstance(stage, pl.LightningModule) else FineTune(model, training=training)
     stages = [] if stage is module else [stage]
     holding = [HoldZeros()] if training.epochs else []
-    last = next((one.last() for one in callbacks if isinstance(one, Checkpoints)), None)
+    last = next((callback.last() for callback in callbacks if isinstance(callback, Checkpoints)), None)
     options = make_trainer_options(Hardware(accelerator="cpu"), together=False)
     loader = make_loader(lm=detect_task_kind(model) == "lm")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, of loaders in one process
+        warnings.simplefilter("ignore")  # Lightning warns of loaders without worker processes
         trainer = make_trainer(
             *stages, *holding, *callbacks, epochs=training.epochs, enable_checkpointing=bool(callbacks), **options
         )
@@ -382,7 +386,7 @@ class _Stopped(BaseException):
 
 
 class _Stop(pl.Callback):
-    """Stops the process, as it were, at a step."""
+    """Stop training at a step, like a signal to the process."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -393,12 +397,12 @@ class _Stop(pl.Callback):
 
 
 def _to_lists(value: Any) -> Any:
-    """Return containers as YAML has them."""
+    """Return containers as the dicts and lists of YAML."""
     if isinstance(value, Mapping):
-        return {key: _to_lists(one) for key, one in value.items()}
-    return [_to_lists(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: _to_lists(item) for key, item in value.items()}
+    return [_to_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_open(value: Any) -> bool:
-    """Say whether another setting decides the value."""
+    """Return True if another setting decides the value."""
     return isinstance(value, str) and "${" in value
