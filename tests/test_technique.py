@@ -52,7 +52,7 @@ def test_what_is_lightnings_or_ones_own_is_accepted():
 
 
 def test_a_class_that_is_no_technique_is_refused():
-    with pytest.raises(UserError, match=r"`gptq` names the class pathlib.Path, which is no Technique: inherit"):
+    with pytest.raises(UserError, match=r"`gptq` names the class pathlib.Path, which is no Technique. Inherit"):
         check("technique=gptq", "technique.gptq._target_=pathlib.Path")
 
 
@@ -87,8 +87,8 @@ def build(**settings):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"sparsity": 2}, "technique.prune_2.sparsity is 2: "),
-        ({"sparsty": 0.5}, "technique.prune_2.sparsty is no setting of `technique.prune_2`: it has sparsity, "),
+        ({"sparsity": 2}, "technique.prune_2.sparsity is 2; "),
+        ({"sparsty": 0.5}, "technique.prune_2.sparsty is no setting of `technique.prune_2`; expected one of sparsity, "),
         ({"pattern": "4:4"}, "technique.prune_2.pattern is 4:4"),
         ({"criterion": "wanda", "scope": "global"}, "Set technique.prune_2.scope=row"),
         ({"skip": ["*mlp*"]}, "technique.prune_2.skip"),

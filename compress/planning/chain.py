@@ -1,8 +1,8 @@
-"""`technique=prune+gptq`: a chain of stages, written as one choice of the config group `technique`.
+"""Compose a chain of stages from one choice of the config group `technique`, such as `technique=prune+gptq`.
 
-The stages are the files of `conf/technique/stage`. A chain of them has no file: `ChainSource` makes its config when
-Hydra asks for it, a defaults list with one stage an entry. That serves the command line, experiments, sweepers, the
-compose API and Tab completion alike. Importing this module is all it takes, and stays cheap: no torch here.
+The stages are the files of `conf/technique/stage`. A chain has no file: `ChainSource` makes its config when Hydra loads
+it, a defaults list with one entry for each stage. The command line, experiments, sweepers, the compose API and Tab
+completion all use it. Importing this module registers it, and is cheap because it does not import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain as flatten
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.sources_registry import SourcesRegistry
@@ -34,14 +34,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from compress.errors import UserError
 from compress.install import CONF, format_command
 
-if TYPE_CHECKING:
-    pass
-
-
 GROUP = "technique"
 STAGES = "technique/stage"
 NONE = "none"  # the chain without a stage
-Names = list[str]  # ChainSource.list hides the built-in one
+Names = list[str]  # inside ChainSource, the method `list` hides the built-in
 SETTING = re.compile(rf"({GROUP}\.(\w+)[\w.]*)=(.+)", re.DOTALL)
 LONGEST_SLUG = 100  # file systems stop at 255 bytes; a listing is readable up to here
 
@@ -56,9 +52,10 @@ class Stage:
 
 
 def read_stages(technique: DictConfig) -> list[Stage]:
-    """The stages of `cfg.technique` in the order in which they run; none for `technique=none`.
+    """Return the stages of `cfg.technique` in the order in which they run; `technique=none` has no stages.
 
-    Raises `UserError` for a stage that is set but not in the chain, and for one without `_target_`.
+    Raises:
+        UserError: a stage is set but not in the chain, or has no `_target_`.
     """
     chain = technique.name
     names = [] if chain == NONE else chain.split("+")
@@ -70,30 +67,30 @@ def read_stages(technique: DictConfig) -> list[Stage]:
         node = technique.get(key)
         if not isinstance(node, DictConfig) or not node.get("_target_"):
             raise UserError(
-                f"Stage `{GROUP}.{key}` has no `_target_`, the class that runs it: "
-                f"name one in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
+                f"Stage `{GROUP}.{key}` has no `_target_`, the class that runs it. "
+                f"Set it in `conf/{STAGES}/{name}.yaml`, e.g. `_target_: compress.techniques.prune.Prune`."
             )
     return [Stage(key, name, technique[key]) for key, name in keyed.items()]
 
 
 def read_chain_name(config: Any) -> str:
-    """The chain of a config; that of an evaluation has none."""
+    """Return the name of a config's chain; `none` for the config of an evaluation."""
     return str(OmegaConf.select(config, f"{GROUP}.name", default=NONE))
 
 
 def explain_missing_stage(chain: str, key: str) -> str:
-    """What to do about a setting of a stage that a chain lacks."""
+    """Return an error message for a setting of a stage that the chain lacks."""
     name = re.sub(r"_\d+$", "", key)
     example = name if chain == NONE else f"{name}+{chain}"
     return (
-        f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`: "
-        f"remove it, or put the stage in the chain, e.g. `{GROUP}={example}`."
+        f"`{GROUP}.{key}` is set but the chain `{chain}` has no stage `{key}`. "
+        f"Remove the setting, or add the stage to the chain, e.g. `{GROUP}={example}`."
     )
 
 
 def prepare_overrides(words: list[str]) -> list[str]:
-    """The words of a command line as Hydra takes them: a sweep's settings of stages as a choice among one value, which
-    it leaves to the jobs, for the sweep as a whole has no stages.
+    """Return the words of a command line as Hydra accepts them. The settings of a sweep's stages become choices of one
+    value: Hydra leaves choices to the jobs, and the sweep itself has no stages.
 
     Raises:
         UserError: a stage is set that the chain of a single run lacks.
@@ -103,8 +100,8 @@ def prepare_overrides(words: list[str]) -> list[str]:
         return words
     if {"-m", "--multirun"} & groups:
         parse = OverridesParser.create().parse_override
-        one = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
-        return [SETTING.sub(r"\1=choice(\3)", word) if word in one else word for word in words]
+        single = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
+        return [SETTING.sub(r"\1=choice(\3)", word) if word in single else word for word in words]
     elsewhere = {"experiment", "--config-name", "-cn"} & groups
     chain = _find_chain(words, "" if elsewhere else NONE)
     for setting in filter(None, map(SETTING.fullmatch, words)):
@@ -114,38 +111,38 @@ def prepare_overrides(words: list[str]) -> list[str]:
 
 
 def expand_jobs(overrides: list[Override], chain: str) -> list[list[str]]:
-    """The words of every job of a sweep: of the settings of stages those of its own chain, ``chain`` where it names
-    none; and no job twice.
+    """Return the words of every job of a sweep, without duplicate jobs. A job keeps only the settings of stages of its
+    own chain, which is ``chain`` if its words name none.
 
     Raises:
         UserError: a stage is set that no chain of the sweep has.
     """
-    every = BasicSweeper.split_arguments(overrides, None)[0]
-    chains = [_find_chain(words, chain) for words in every]
+    jobs = BasicSweeper.split_arguments(overrides, None)[0]
+    chains = [_find_chain(words, chain) for words in jobs]
 
-    def own(word: str, chain: str) -> bool:
+    def applies(word: str, chain: str) -> bool:
         setting = re.match(rf"[+~]*{GROUP}\.(\w+)", word)
-        if setting and not any(_has_stage(one, setting[1]) for one in chains):
+        if setting and not any(_has_stage(other, setting[1]) for other in chains):
             raise UserError(explain_missing_stage(chain, setting[1]))
         return not setting or _has_stage(chain, setting[1])
 
-    kept = [tuple(word for word in words if own(word, chain)) for words, chain in zip(every, chains)]
+    kept = [tuple(word for word in words if applies(word, chain)) for words, chain in zip(jobs, chains)]
     return [list(words) for words in dict.fromkeys(kept)]
 
 
 def _find_chain(words: Sequence[str], default: str) -> str:
-    """The chain that the words of a run or of a job name."""
+    """Return the chain that the words of a run or job name."""
     return next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), default)
 
 
 def _has_stage(chain: str, key: str) -> bool:
-    """Whether a chain takes settings of `key`."""
+    """Return whether a chain has settings under `key`."""
     return key in ("name", *_assign_keys(chain.split("+")))
 
 
 def drop_unused_settings(technique: DictConfig, typed: Sequence[str]) -> None:
-    """Drop what an experiment's file sets for stages that this chain of its sweep lacks; what was ``typed`` with a `+`
-    on the command line stays, for `stages` to refuse, and so does what is no stage at all."""
+    """Drop an experiment's settings of stages that this chain of its sweep lacks. Settings ``typed`` with a `+` on the
+    command line, and names that are no stages, remain and are refused by :func:`read_stages`."""
     keyed = _assign_keys(technique.name.split("+"))
     for key in [str(key) for key in technique if key != "name" and key not in keyed]:
         is_stage = re.sub(r"_[0-9]+$", "", key) in list_choices(STAGES)
@@ -155,22 +152,23 @@ def drop_unused_settings(technique: DictConfig, typed: Sequence[str]) -> None:
 
 
 def list_config_folders() -> list[Path]:
-    """Return the folders of configs of this run, that of ``--config-dir`` first; outside of a run ours alone."""
+    """Return the config folders of this run, with that of ``--config-dir`` first; outside of a run, our own."""
     if not HydraConfig.initialized():
         return [CONF]
+    schemes = ("file", ChainSource.scheme())
     sources = HydraConfig.get().runtime.config_sources
-    return [Path(one.path.removeprefix("file://")) for one in sources if one.schema in ("file", ChainSource.scheme())]
+    return [Path(source.path.removeprefix("file://")) for source in sources if source.schema in schemes]
 
 
 def list_choices(group: str) -> Names:
-    """Return the names of the YAMLs of a group in the folders of configs; no fragments, which an underscore begins."""
+    """Return the names of a group's YAMLs in the config folders, without fragments, which begin with an underscore."""
     return sorted({file.stem for folder in list_config_folders() for file in (folder / group).glob("[!_]*.yaml")})
 
 
 def make_slug(number: int, overrides: str) -> str:
-    """The folder of a sweep's job, one level deep: `0_technique-prune+gptq`; long or odd overrides end in a hash.
+    """Return the name of a sweep job's folder: `0_technique-prune+gptq`; long or unusual overrides end in a hash.
 
-    Hydra reads neither `=` nor `,` inside a value, and the folder is typed again as `artifact=FOLDER`.
+    The name has no `=` and no `,`, because a user types it as `artifact=FOLDER` and Hydra allows neither in a value.
     """
     full = (f"{number}_{overrides}" if overrides else str(number)).replace("=", "-").replace(",", "_")
     safe = re.sub(r"[^\w+.-]+", "-", full, flags=re.ASCII)
@@ -180,12 +178,12 @@ def make_slug(number: int, overrides: str) -> str:
 
 
 def choose_by_scale(full: Any, small: Any, *, _root_: DictConfig) -> Any:
-    """One of two values in an experiment, by `scale`: `epochs: ${scaled:5,1}`; likewise the model in its defaults."""
+    """Return one of two values of an experiment, chosen by `scale`: `epochs: ${scaled:5,1}`."""
     return {"full": full, "small": small}[_root_.scale]
 
 
 def name_model(path: str | None) -> str:
-    """Return the name of a model by its path: `bert-tiny` of `prajjwal1/bert-tiny`."""
+    """Return the name of the model at a path: `bert-tiny` for `prajjwal1/bert-tiny`."""
     return Path(path).name if path else "pretrained"
 
 
@@ -196,7 +194,7 @@ class ChainSource(ConfigSource):
         super().__init__(provider, path)  # chain:///x/conf, chain://file:///x/conf, chain://pkg://x.conf
         scheme = self.path.split("://")[0] if "://" in self.path else "file"
         self.folder = SourcesRegistry.instance().resolve(scheme)(provider, self.path)
-        # Somebody else's config folder, in a program that imports us: leave it as it is.
+        # Without stages it is the config folder of a program that imports us, which stays unchanged.
         self.has_stages = self.folder.is_group(STAGES)
         self.sources: Sequence[ConfigSource] = [self.folder]
 
@@ -211,7 +209,7 @@ class ChainSource(ConfigSource):
         return self.folder.is_group(config_path)
 
     def is_config(self, config_path: str) -> bool:
-        # Every name counts, so that a misspelt one gets our advice and not Hydra's search path.
+        # Every name counts as a choice, so that a misspelt name gets our advice instead of Hydra's search path.
         return self._parse_choice(config_path) is not None or self.folder.is_config(config_path)
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -233,22 +231,26 @@ class ChainSource(ConfigSource):
 
     def _list_stages(self) -> Names:
         """Return the stages of every source of configs that Hydra reads."""
-        if GlobalHydra.instance().is_initialized():  # not in a launcher's process, which got this source by pickle
+        if GlobalHydra.instance().is_initialized():  # not so in a launcher's process, which unpickles this source
             self.sources = GlobalHydra.instance().config_loader().get_sources()
         stages = (source.list(STAGES, ObjectType.CONFIG) for source in self.sources if source.is_group(STAGES))
         return sorted(name for name in set(flatten.from_iterable(stages)) if not name.startswith("_"))
 
     def _list_choices(self, config_path: str, results_filter: ObjectType | None) -> Names:
-        """What a folder offers; a file whose name begins with an underscore is a fragment, for defaults lists alone."""
-        return [one for one in self.folder.list(config_path, results_filter) if not one.startswith("_")]
+        """Return a folder's choices, without fragments for defaults lists, whose names begin with an underscore."""
+        return [name for name in self.folder.list(config_path, results_filter) if not name.startswith("_")]
 
     def _parse_choice(self, config_path: str) -> str | None:
-        """`prune+gptq` for `technique/prune+gptq`, and None for what is not a choice of `technique`."""
+        """Return the chain of a config path: `prune+gptq` of `technique/prune+gptq`; None outside of `technique`."""
         group, _, chain = config_path.lstrip("/").rpartition("/")
         return chain.removesuffix(".yaml") if self.has_stages and group == GROUP else None
 
     def _check_names(self, chain: str) -> Names:
-        """The names in `chain`, or the reason why it is none."""
+        """Return the stages' names in `chain`.
+
+        Raises:
+            ConfigCompositionException: `chain` has an empty or unknown name.
+        """
         known, names = self._list_stages(), chain.split("+")
         choices = f"Stages: {', '.join(known)}; chain them with '+'."
         if chain == NONE:
@@ -256,7 +258,7 @@ class ChainSource(ConfigSource):
         if "" in names:
             kept = "+".join(filter(None, names)) or NONE
             raise ConfigCompositionException(
-                f"`{GROUP}={chain}` has an empty stage name: type `{GROUP}={kept}`, or name the stage.\n{choices}"
+                f"`{GROUP}={chain}` has an empty stage name. Type `{GROUP}={kept}`, or name the stage.\n{choices}"
             )
         for name in names:
             if name not in known:
@@ -268,13 +270,13 @@ class ChainSource(ConfigSource):
         if NONE in names:
             kept = "+".join(n for n in names if n != NONE) or NONE
             raise ConfigCompositionException(
-                f"`{GROUP}={chain}` has `{NONE}` inside a chain, but `{NONE}` means no stage at all: "
-                f"type `{GROUP}={kept}`."
+                f"`{GROUP}={chain}` has `{NONE}` inside a chain, but `{NONE}` means no stage at all. "
+                f"Type `{GROUP}={kept}`."
             )
         return names
 
     def _list_completions(self) -> Names:
-        """What may follow `technique=a+` or `technique=a,` when the shell asks, which leaves its line in COMP_LINE."""
+        """Return the completions of `technique=a+` or `technique=a,` for the shell, whose line is in COMP_LINE."""
         typed = re.search(rf"(?:^|\s){GROUP}=(\S*[+,])[^\s+,]*$", os.environ.get("COMP_LINE", ""))
         if not typed:
             return []
@@ -283,7 +285,7 @@ class ChainSource(ConfigSource):
 
 
 class ChainSearchPath(SearchPathPlugin):
-    """Puts a `ChainSource` in the place of the program's config folder."""
+    """Replace the program's config folder by a `ChainSource`."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for element in search_path.get_path():
@@ -292,7 +294,7 @@ class ChainSearchPath(SearchPathPlugin):
 
 
 def _assign_keys(names: list[str]) -> dict[str, str]:
-    """Key to name, in order: the second `prune` of a chain has the key `prune_2`."""
+    """Return the stages' names by key, in order: the second `prune` of a chain has the key `prune_2`."""
     keyed = {}
     for i, name in enumerate(names):
         nth = names[: i + 1].count(name)
@@ -308,5 +310,5 @@ OmegaConf.register_new_resolver("model_name", name_model, replace=True)
 OmegaConf.register_new_resolver("scaled", choose_by_scale, replace=True)
 
 PACKAGE = "hydra_plugins.compress"
-"""Where Hydra wants its plugins to be."""
+"""The package in which Hydra expects its plugins."""
 TARGET = f"{PACKAGE}.SearchSweeper"

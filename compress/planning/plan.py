@@ -1,4 +1,4 @@
-"""The whole experiment, checked before anything is loaded or trained."""
+"""Plan a whole experiment and check it before anything is loaded or trained."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from compress.cache.digests import compute_digest, fingerprint_files
 from compress.errors import UserError
+from compress.install import format_command, format_install
 from compress.models.backbone import Backbone
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
@@ -33,14 +34,17 @@ from compress.technique import Technique, Training
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that a stage calibrates on in place of the task's own: how it was asked for, the training text of another
-    task or a text file, and its rows once they are read."""
+    """Text that a stage calibrates on instead of the task's own."""
 
     asked: Any
+    """Value of the setting, as the user typed it."""
     source: Task | Path
+    """Another task, whose training text is used, or a text file."""
     rows: Dataset | None = None
+    """The text; None until it is read."""
 
     def read(self, seed: int) -> Calibration:
+        """Return this calibration with its rows."""
         if isinstance(self.source, Task):
             return replace(self, rows=load_splits(self.source, seed).train.select_columns("text"))
         table = split_documents(read_file(self.source, None, "text"))
@@ -49,7 +53,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the chain, ready to be built: ``key`` tells a second ``prune`` (``prune_2``) from the first."""
+    """One stage of the chain, ready to be built; the ``key`` of a second ``prune`` is ``prune_2``."""
 
     key: str
     name: str
@@ -57,19 +61,19 @@ class Step:
     arguments: dict[str, Any]
     training: Training
     samples: dict[str, int] = field(default_factory=dict)
-    """How many texts it takes of a split."""
+    """Number of texts that the stage takes of each split."""
     calibration: Calibration | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that was chosen for the stage."""
+        """Return all settings of the stage."""
         text = {"calibration": self.calibration.asked} if self.calibration else {}
         return {"stage": self.name, **self.arguments, **text, "train": to_plain(self.training)}
 
     @property
     def address(self) -> dict[str, Any]:
-        """What decides the result of the stage: its settings, what is in the files that they name, and its source,
-        which may be the user's own."""
+        """Return everything that decides the stage's result: its settings, the content of the files that they name,
+        its source code (which may be the user's own), and the versions of its libraries."""
         source = inspect.getsource(sys.modules[self.technique.__module__])
         used = [*self.technique.packages, *self.technique.versions]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
@@ -84,17 +88,17 @@ class Step:
         }
 
     def read(self, seed: int) -> Step:
-        """This step with the text at hand that it calibrates on."""
+        """Return this step with the rows of its calibration text."""
         return replace(self, calibration=self.calibration.read(seed)) if self.calibration else self
 
     def build(self, **offered: Any) -> Any:
-        """Return the callback or LightningModule, given what its constructor takes of what is ``offered`` and of
-        ``training``: a callback finds its model in the Trainer, a module is made with it."""
-        takes = inspect.signature(self.technique).parameters
-        given = {name: value for name, value in {**offered, "training": self.training}.items() if name in takes}
+        """Return the callback or LightningModule. Its constructor gets those of the values ``offered`` and of
+        ``training`` that it has parameters for: a module takes its model, a callback finds it in the Trainer."""
+        parameters = inspect.signature(self.technique).parameters
+        accepted = {name: value for name, value in {**offered, "training": self.training}.items() if name in parameters}
         stage: Any = self.technique.__new__(self.technique)
-        stage.key = f"technique.{self.key}"  # before the constructor, whose errors name it
-        parse_values(stage.__init__, self.arguments, stage.key, **given)
+        stage.key = f"technique.{self.key}"  # set before the constructor, whose errors name it
+        parse_values(stage.__init__, self.arguments, stage.key, **accepted)
         return stage
 
 
@@ -109,23 +113,23 @@ class Plan:
     steps: tuple[Step, ...]
     settings: Settings
     team: Any = None
-    """The processes that train together, a :class:`compress.running.team.Team`."""
+    """Processes that train together, a :class:`compress.running.team.Team`."""
 
     def read(self, splits: Splits, team: Any = None) -> Plan:
-        """This plan with the labels of the data, and every step's own calibration text, at hand."""
-        steps = tuple(one.read(self.settings.seed) for one in self.steps)
+        """Return this plan with the labels of the data and every step's calibration text."""
+        steps = tuple(step.read(self.settings.seed) for step in self.steps)
         return replace(self, task=splits.task, steps=steps, team=team)
 
     def compute_addresses(self, data: str) -> list[Any]:
-        """What decides the baseline, how it is trained, and what decides every stage, given the data's fingerprint.
-        Files of models are read for it."""
+        """Return the address of the baseline, its training and the address of every stage, for the data's fingerprint.
+        This reads the files of models."""
         return [self.address(data), to_plain(self.training), *(step.address for step in self.steps)]
 
     def address(self, data: str) -> dict[str, Any]:
-        """What decides the baseline besides its training, given the fingerprint of the data."""
+        """Return everything that decides the baseline except its training, for the fingerprint of the data."""
         task = to_plain(self.task)
         for key in ("path", "hub", "files"):
-            del task[key]  # where the data lies decides nothing: its content is in the fingerprint
+            del task[key]  # the data's place decides nothing, and the fingerprint covers its content
         hardware = self.settings.hardware
         return {
             "model": {**to_plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
@@ -141,17 +145,20 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig) -> Plan:
-    """The plan of ``cfg``.
+    """Return the plan of ``cfg``.
 
     Raises:
-        UserError: a key, type or value is wrong, an extra is missing, stages do not follow on one another, or task,
-            model and stages do not fit together.
+        UserError: a key, type or value is wrong, an extra is missing, the order of stages is impossible, or task, model
+            and stages do not fit together.
     """
+    # 1) Read the settings
     known = ("model", "task", "technique", "baseline", "hardware", "cache", "seed", "split")
     if missing := [key for key in known if cfg.get(key) is None]:
-        raise UserError(f"`{missing[0]}` is not set: leave it to its default, or see python train.py --cfg job.")
+        raise UserError(
+            f"`{missing[0]}` is not set. Leave it at its default, which {format_command('train')} --cfg job prints."
+        )
     if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
-        raise UserError(f"`{unknown[0]}` is set and means nothing here: the settings are {', '.join(known)}.")
+        raise UserError(f"`{unknown[0]}` is no setting; expected one of {', '.join(known)}. Remove it.")
     task = parse_values(Task, to_plain(cfg.task), "task")
     backbone = parse_values(Backbone, to_plain(cfg.model), "model")
     steps = tuple(make_step(stage) for stage in read_stages(cfg.technique))
@@ -160,34 +167,41 @@ def make_plan(cfg: DictConfig) -> Plan:
     planned = Plan(cfg.technique.name, backbone, task, training, steps, read_settings(cfg))
     if planned.settings.hardware.runtime:
         raise UserError(
-            "hardware.runtime is for artifacts that are there (python evaluate.py artifact=FOLDER "
-            "hardware.runtime=...) and a chain runs where its last stage leaves it: leave hardware.runtime out, or end "
-            "the chain on `onnx` or `openvino`."
+            f"hardware.runtime is set, which only an evaluation can use ({format_command('evaluate')} artifact=FOLDER "
+            "hardware.runtime=...). Remove hardware.runtime, or end the chain on `onnx` or `openvino`."
         )
+
+    # 2) Check every stage on the shapes that the stages before it leave
     skeleton = backbone.skeleton(task)
-    reads = backbone.path and any("tokenizer" in inspect.signature(one.technique).parameters for one in steps)
+    reads = backbone.path and any("tokenizer" in inspect.signature(step.technique).parameters for step in steps)
     offered = {
         "task": task,
         "baseline_config": copy.deepcopy(skeleton.config),
         "tokenizer": backbone.tokenizer() if reads else None,
     }
     built: list[Any] = []
-    for one in steps:
-        stage = one.build(model=skeleton, **offered)
+    for step in steps:
+        stage = step.build(model=skeleton, **offered)
         stage.check(skeleton, built)
         skeleton = stage.preview(skeleton)
-        if planned.settings.hardware.processes > 1 and one.training.epochs and not stage.together:
+        if planned.settings.hardware.processes > 1 and step.training.epochs and not stage.together:
             raise UserError(
-                f"`{one.key}` trains in one process and hardware asks for {planned.settings.hardware.processes}: set "
+                f"`{step.key}` trains in one process and hardware asks for {planned.settings.hardware.processes}. Set "
                 "hardware.devices=1 and hardware.nodes=1."
             )
         built.append(stage)
-    wanted = ({split: getattr(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
-    return replace(planned, steps=tuple(replace(one, samples=samples) for one, samples in zip(steps, wanted)))
+
+    # 3) Note how many texts every stage needs
+    needed = ({split: getattr(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
+    return replace(planned, steps=tuple(replace(step, samples=samples) for step, samples in zip(steps, needed)))
 
 
 def make_step(stage: Stage) -> Step:
-    """A stage of the config with its class found and what it imports at hand."""
+    """Return the step of a stage of the config.
+
+    Raises:
+        UserError: its class cannot be imported or is no Technique, or a package is not installed.
+    """
     arguments = to_plain(stage.node)
     target = arguments.pop("_target_")
     module, _, name = target.rpartition(".")
@@ -195,46 +209,49 @@ def make_step(stage: Stage) -> Step:
         technique = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"Stage `{stage.key}` names the class {target}, which cannot be imported ({error}): correct `_target_` in "
+            f"Stage `{stage.key}` names the class {target}, which cannot be imported ({error}). Correct `_target_` in "
             f"conf/technique/stage/{stage.name}.yaml."
         ) from error
     if not (isinstance(technique, type) and issubclass(technique, Technique)):
         raise UserError(
-            f"Stage `{stage.key}` names the class {target}, which is no Technique: inherit "
+            f"Stage `{stage.key}` names the class {target}, which is no Technique. Inherit "
             "compress.technique.Technique."
         )
     missing = [package for package in technique.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed: pip install -e '.[{stage.name}]'"
+            f"Stage `{stage.name}` needs {', '.join(missing)}, which is not installed. Type "
+            f"{format_install(stage.name)}"
         )
     training = parse_values(Training, arguments.pop("train", {}), f"technique.{stage.key}.train")
-    other = parse_calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
-    return Step(stage.key, stage.name, technique, arguments, training, calibration=other)
+    calibration = parse_calibration(arguments.pop("calibration", None), f"technique.{stage.key}.calibration")
+    return Step(stage.key, stage.name, technique, arguments, training, calibration=calibration)
 
 
-def parse_calibration(asked: Any, key: str) -> Calibration | None:
-    """What ``key`` names: a text file, or a task of ``conf/task``, alone or with settings such as its ``path``."""
-    if asked is None:
+def parse_calibration(value: Any, key: str) -> Calibration | None:
+    """Return the calibration text that ``value``, the setting ``key``, names: a text file, or a task of ``conf/task``,
+    alone or with settings such as its ``path``."""
+    if value is None:
         return None
-    if isinstance(asked, str) and (file := Path(asked).expanduser()).is_file():
-        return Calibration(asked, file)
-    settings = dict(asked) if isinstance(asked, dict) else {"task": asked}
+    if isinstance(value, str) and (file := Path(value).expanduser()).is_file():
+        return Calibration(value, file)
+    settings = dict(value) if isinstance(value, dict) else {"task": value}
     name = str(settings.pop("task", None))
     tasks = list_choices("task")
     if name not in tasks:
         near = get_close_matches(name, tasks, 1)
         raise UserError(
-            f"{key} is {asked}, which is neither a text file nor a task{f' (meant: {near[0]}?)' if near else ''}: name "
-            f"a file or one of {', '.join(tasks)}, where there is no hub as '{{task: NAME, path: FOLDER}}'."
+            f"{key} is {value}, which is neither a text file nor a task"
+            f"{f' (did you mean `{near[0]}`?)' if near else ''}. Set a file or one of {', '.join(tasks)}; without a "
+            "hub set '{task: NAME, path: FOLDER}'."
         )
     task = parse_values(Task, {**read_choice("task", name), **settings}, key)
-    return Calibration(asked, task)
+    return Calibration(value, task)
 
 
 def read_choice(group: str, name: str) -> dict[str, Any]:
-    """Return the values of ``GROUP/NAME.yaml`` in the first folder of configs that has it, on top of those that its
-    defaults list names."""
+    """Return the values of ``GROUP/NAME.yaml`` from the first config folder that has it, merged over the files of its
+    defaults list."""
     files = (folder / group / f"{name}.yaml" for folder in list_config_folders())
     own = to_plain(OmegaConf.load(next(file for file in files if file.is_file())))
     bases = [base for base in own.pop("defaults", []) if base != "_self_"]
@@ -242,40 +259,40 @@ def read_choice(group: str, name: str) -> dict[str, Any]:
 
 
 def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
-    """Raise UserError where a stage cannot work on the weights that the one before it leaves."""
+    """Raise UserError if a stage cannot work on the weights that the stage before it leaves."""
     weights, before = "float", None
-    for one in steps:
-        needs = one.technique.needs
+    for step in steps:
+        needs = step.technique.needs
         if weights not in needs:
-            last = [s.name for s in steps if s.technique.leaves not in ("float", None)]
-            rest = [s.name for s in steps if s.technique.leaves in ("float", None)]
+            last = [other.name for other in steps if other.technique.leaves not in ("float", None)]
+            rest = [other.name for other in steps if other.technique.leaves in ("float", None)]
             works = {name: "technique=" + "+".join([*rest, name]) for name in last}
-            if setting := one.technique.instead.get(before or ""):
-                works[one.name] += f" technique.{one.name}.{setting}"
+            if setting := step.technique.instead.get(before or ""):
+                works[step.name] += f" technique.{step.name}.{setting}"
             raise UserError(
-                f"technique={method}: `{one.key}` works on {' or '.join(needs)} weights and `{before}` before it "
-                f"leaves {weights} ones: try {' or '.join(works.values())}."
+                f"technique is {method}; `{step.key}` works on {' or '.join(needs)} weights and `{before}` before it "
+                f"leaves {weights} weights. Set {' or '.join(works.values())}."
             )
-        weights, before = one.technique.leaves or weights, one.key
+        weights, before = step.technique.leaves or weights, step.key
 
 
 def check_data(planned: Plan, splits: Splits) -> None:
-    """Raise UserError where a stage wants more texts than there are."""
-    for one in () if KINDS[planned.task.kind].in_blocks else planned.steps:
+    """Raise UserError if a stage needs more texts than there are."""
+    for step in () if KINDS[planned.task.kind].in_blocks else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
-            other = one.calibration.rows if one.calibration and split == "train" else None
-            asked, texts = one.samples.get(split, 0), len(getattr(splits, split) if other is None else other)
-            if asked > texts:
-                where = f"task `{planned.task.name}`" if other is None else f"technique.{one.key}.calibration"
+            rows = step.calibration.rows if step.calibration and split == "train" else None
+            samples, texts = step.samples.get(split, 0), len(getattr(splits, split) if rows is None else rows)
+            if samples > texts:
+                where = f"task `{planned.task.name}`" if rows is None else f"technique.{step.key}.calibration"
                 raise UserError(
-                    f"technique.{one.key}.samples is {asked} and {where} has {texts} {adjective} "
-                    f"texts: set technique.{one.key}.samples={texts} or less."
+                    f"technique.{step.key}.samples is {samples} and {where} has {texts} {adjective} "
+                    f"texts. Set technique.{step.key}.samples={texts} or less."
                 )
 
 
 def check_blocks(planned: Plan, data: TaskData) -> None:
-    """Raise UserError where a stage wants more blocks of tokens than its text makes, which the tokenizer tells."""
-    for one in planned.steps if KINDS[planned.task.kind].in_blocks else ():
-        text = one.calibration and one.calibration.rows
-        its = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
-        its.calibration(one.samples.get("train", 0), batch_size=1)
+    """Raise UserError if a stage needs more blocks of tokens than the tokenizer makes of its text."""
+    for step in planned.steps if KINDS[planned.task.kind].in_blocks else ():
+        text = step.calibration and step.calibration.rows
+        own = TaskData(data.splits, data.tokenizer, data.max_length, tokens=data.tokens, calibration_text=text)
+        own.calibration(step.samples.get("train", 0), batch_size=1)

@@ -17,10 +17,10 @@ SET_ANEW = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=")
 
 
 def resume_words(words: list[str]) -> list[str]:
-    """Return the words of a command line; in place of ``resume=FOLDER`` those that are recorded in the folder.
+    """Return the words of a command line; ``resume=FOLDER`` is replaced by the words recorded in the folder.
 
     Raises:
-        UserError: the folder is no run or sweep of this checkout, or other words stand beside ``resume``.
+        UserError: the folder is no run or sweep of this checkout, or ``resume`` is not the only word.
     """
     resumed = next((word for word in words if word.startswith("resume=")), None)
     if resumed is None:

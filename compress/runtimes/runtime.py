@@ -69,7 +69,7 @@ def check_runtime(name: str, key: str) -> None:
     """Raise UserError where no runtime has the name, the value of ``key``."""
     known = list(iterate_runtimes())
     if name not in known:
-        raise UserError(f"{key} is {name!r}: input should be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
+        raise UserError(f"{key} is {name!r}; input should be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
 
 
 def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:

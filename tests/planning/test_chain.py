@@ -32,14 +32,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def technique():
-    """`technique("technique=prune")` is `cfg.technique`."""
+    """Yield a function: `technique("technique=prune")` returns `cfg.technique`."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield lambda *overrides: compose("train", list(overrides)).technique
 
 
 @pytest.fixture
 def tab(technique, monkeypatch, capsys):
-    """`tab("technique=p")` is what the shell offers there."""
+    """Return a function: `tab("technique=p")` returns the shell's completions."""
 
     def press(line):
         monkeypatch.setenv("COMP_LINE", f"python train.py {line}")
@@ -92,12 +92,12 @@ def test_a_stage_steps_on_as_many_texts_as_the_baseline(technique):
         ("prunne", "unknown stage `prunne`: did you mean `prune`?"),
         ("gptq+prunne+gptq", "did you mean `gptq+prune+gptq`?"),
         ("prune+zzz", "unknown stage `zzz`.\nStages: "),
-        ("prune+", "empty stage name: type `technique=prune`"),
-        ("+prune", "empty stage name: type `technique=prune`"),
-        ("prune++gptq", "empty stage name: type `technique=prune+gptq`"),
-        ("", "empty stage name: type `technique=none`"),
-        ("none+prune", "`none` means no stage at all: type `technique=prune`"),
-        ("prune+none+gptq", "`none` means no stage at all: type `technique=prune+gptq`"),
+        ("prune+", "empty stage name. Type `technique=prune`"),
+        ("+prune", "empty stage name. Type `technique=prune`"),
+        ("prune++gptq", "empty stage name. Type `technique=prune+gptq`"),
+        ("", "empty stage name. Type `technique=none`"),
+        ("none+prune", "`none` means no stage at all. Type `technique=prune`"),
+        ("prune+none+gptq", "`none` means no stage at all. Type `technique=prune+gptq`"),
     ],
 )
 def test_what_is_no_chain_is_refused_with_advice(technique, chain, advice):
@@ -171,7 +171,7 @@ def test_registering_again_changes_nothing(technique):
 
 def test_a_launcher_can_pickle_it(technique):
     loader = pickle.dumps(GlobalHydra.instance().config_loader())
-    child = (  # knows nothing of compress but what it unpickles
+    child = (  # imports compress only by unpickling
         "import pickle, sys; from hydra.core.utils import setup_globals; from hydra.types import RunMode\n"
         "setup_globals(); loader = pickle.load(sys.stdin.buffer)\n"
         "cfg = loader.load_configuration('train', ['technique=gptq+prune'], RunMode.RUN)\n"
@@ -181,7 +181,7 @@ def test_a_launcher_can_pickle_it(technique):
     assert done.stdout.decode().split() == ["gptq+prune", "4_technique-gptq+prune"]
 
 
-def test_somebody_elses_config_folder_is_left_alone(tmp_path):
+def test_another_programs_config_folder_is_left_unchanged(tmp_path):
     (tmp_path / "technique").mkdir()
     (tmp_path / "technique" / "a+b.yaml").write_text("x: 1\n")
     (tmp_path / "main.yaml").write_text("defaults: [{technique: a+b}]\n")
@@ -242,7 +242,9 @@ def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
 
 
 def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
-    with pytest.raises(UserError, match="the chain `none` has no stage `awq`: remove it, or .* `technique=awq`"):
+    with pytest.raises(
+        UserError, match="the chain `none` has no stage `awq`. Remove the setting, or .* `technique=awq`"
+    ):
         split(["technique=none,prune", "technique.awq.bits=3"])
 
 

@@ -1,4 +1,4 @@
-"""`resume=FOLDER` continues a run or a sweep with its own words, and refuses what is not one."""
+"""`resume=FOLDER` continues a run or a sweep with its own words, and refuses other folders."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def train(*words):
 
 
 def record(folder, file="multirun.yaml", conf=CONF, cwd=None, name="train"):
-    """What Hydra records of a sweep or a run."""
+    """Write the file in which Hydra records a sweep or a run."""
     sources = [{"provider": "main", "path": str(conf)}]
     hydra = {
         "job": {"config_name": name},
@@ -47,7 +47,7 @@ def test_a_sweep_is_resumed_with_its_words_into_its_folder(tmp_path):
     assert resume_words(["technique=none", "seed=1"]) == ["technique=none", "seed=1"]
 
 
-def test_what_cannot_be_resumed_is_told_in_a_sentence(tmp_path):
+def test_what_cannot_be_resumed_is_refused_on_one_line(tmp_path):
     def refused(*words):
         with pytest.raises(UserError) as error:
             resume_words(list(words))
@@ -82,7 +82,7 @@ def test_a_finished_run_and_the_finished_jobs_of_a_sweep_are_left_as_they_are(tm
     done, lost = sorted(sweep.glob("*_*"))
     before = (done / "artifact" / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(lost)
-    told = train(f"resume={sweep}")
-    assert told.count("finished before") == 1 and sorted(sweep.glob("*_*")) == [done, lost]
+    output = train(f"resume={sweep}")
+    assert output.count("finished before") == 1 and sorted(sweep.glob("*_*")) == [done, lost]
     assert (done / "artifact" / "model.safetensors").stat().st_mtime_ns == before
     assert (lost / "result.json").is_file()

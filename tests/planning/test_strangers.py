@@ -1,4 +1,4 @@
-"""A stage, its YAML and a task to calibrate on, all in somebody else's folder."""
+"""A user's own folder can hold a stage, its YAML and a task to calibrate on."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from compress.models.layers import find_linears
 
 ROOT = Path(__file__).parents[2]
 STAGE = '''
-"""A stage of somebody else's."""
+"""A user's own stage."""
 
 import pytorch_lightning as pl
 
@@ -81,4 +81,4 @@ def test_it_is_listed_and_named_in_errors(train):
     wrong = train("technique=prune+mien")
     assert "unknown stage `mien`: did you mean `prune+mine`?" in wrong.stderr + wrong.stdout
     missing = train("technique=mine", "technique.mine.calibration=mytsk")
-    assert "(meant: mytask?)" in missing.stderr + missing.stdout
+    assert "(did you mean `mytask`?)" in missing.stderr + missing.stdout

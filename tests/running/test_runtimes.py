@@ -75,7 +75,7 @@ def test_its_module_may_explain_speed(abacus):
 
 def test_a_name_of_no_module_is_refused():
     assert list(iterate_runtimes()) == OURS
-    with pytest.raises(UserError, match=r"hardware.runtime is 'decoder': input should be 'onnxruntime', "):
+    with pytest.raises(UserError, match=r"hardware.runtime is 'decoder'; input should be 'onnxruntime', "):
         Hardware(runtime="decoder")
 
 
