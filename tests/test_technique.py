@@ -88,7 +88,7 @@ def build(**settings):
     ("settings", "sentence"),
     [
         ({"sparsity": 2}, "technique.prune_2.sparsity is 2; "),
-        ({"sparsty": 0.5}, "technique.prune_2.sparsty is no setting of `technique.prune_2`; expected one of sparsity, "),
+        ({"sparsty": 0.5}, "prune_2.sparsty is no setting of `technique.prune_2`; expected one of sparsity, "),
         ({"pattern": "4:4"}, "technique.prune_2.pattern is 4:4"),
         ({"criterion": "wanda", "scope": "global"}, "Set technique.prune_2.scope=row"),
         ({"skip": ["*mlp*"]}, "technique.prune_2.skip"),
