@@ -111,5 +111,5 @@ def test_a_resumed_training_keeps_its_batch(data, tmp_path):
 
 
 def test_several_processes_are_refused():
-    with pytest.raises(UserError, match=r"tries batches in one process and hardware asks for 2"):
+    with pytest.raises(UserError, match=r"tries batches in one process, and hardware asks for 2"):
         make_plan(config("hardware.batch_size=auto", "hardware.devices=2"))
