@@ -16,13 +16,13 @@ from compress.exporting.tracing import select_inputs
 from compress.models.calibration import Batch, read_validation_batches, spread_evenly
 
 AGREEMENT = "agreement.json"
-EXAMPLES = 128  # of the validation split, which would take minutes of two models as a whole
+EXAMPLES = 128  # of the validation split: the whole split would take two models minutes
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over ``examples``, padding left out: by how much the logits differ at most, how large the model's own are, and
-    the share of labels (tokens, for a language model) on which both agree; None where a number is predicted."""
+    """The largest difference of the logits over ``examples`` without padding, the largest logit of the model, and the
+    share of labels (tokens, for a language model) on which both agree; None for a regression."""
 
     examples: int
     max_logit_difference: float
@@ -31,13 +31,13 @@ class Agreement:
 
 
 def read_agreement(folder: Path) -> Agreement | None:
-    """What the report of a stage in ``folder`` says of its export; None where it exported nothing."""
-    told = folder / AGREEMENT
-    return Agreement(**json.loads(told.read_text())) if told.is_file() else None
+    """Return the agreement in a stage's report ``folder``, or None if the stage exported nothing."""
+    file = folder / AGREEMENT
+    return Agreement(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def measure_on_validation(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:
-    """Their agreement on texts from all over the validation split; None where the Trainer has none."""
+    """Return the agreement on texts spread over the validation split, or None if the Trainer has no such split."""
     if not trainer.enable_validation:
         return None
     batches = read_validation_batches(trainer)
@@ -47,7 +47,7 @@ def measure_on_validation(trainer: pl.Trainer, model: Any, exported: Any) -> Agr
 
 @torch.inference_mode()
 def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Agreement:
-    """How far the logits of ``exported`` are from those of ``model``."""
+    """Compare the logits of ``exported`` with those of ``model``."""
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
     for batch in map(select_inputs, batches):

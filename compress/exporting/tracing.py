@@ -17,25 +17,25 @@ from compress.models.calibration import Batch
 from compress.models.layers import detect_task_kind
 from compress.tasks.kinds import KINDS
 
-GROUPED = "grouped"  # an attention of transformers' by this name
+GROUPED = "grouped"  # our name for :func:`grouped_attention` in transformers
 
 
 class Logits(nn.Module):
-    """The model as a function of the tensors ``names``, in this order, that answers with its logits alone."""
+    """The model as a function from the tensors ``names``, in this order, to its logits."""
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
         super().__init__()
         self.model = model
         self.names = tuple(names)
-        self.how = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        self.options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs)), **self.how).logits
+        return self.model(**dict(zip(self.names, inputs)), **self.options).logits
 
 
 class Cached(nn.Module):
-    """A causal language model as a function of the tensors ``names``, in this order, and of each block's keys and
-    values for the tokens before, that answers with its logits and with keys and values for all."""
+    """A causal language model as a function from the tensors ``names``, in this order, and each block's past keys and
+    values, to its logits and the keys and values of all tokens."""
 
     def __init__(self, model: Any, names: Iterable[str]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Cached(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         past, cache = inputs[len(self.names) :], DynamicCache()
         for keys, values in zip(past[::2], past[1::2]):
-            layer = DynamicLayer()  # filled by hand: one that fills itself begins with a tensor without dimensions
+            layer = DynamicLayer()  # filled by hand, because a new layer starts with a tensor without dimensions
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             layer.dtype, layer.device = keys.dtype, keys.device
             cache.layers.append(layer)
@@ -54,13 +54,15 @@ class Cached(nn.Module):
 
 
 def flatten_cache(cache: Any) -> list[Tensor]:
-    """The keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
+    """Return the keys and the values of every block in turn, ``[batch, heads, tokens, width]``."""
     return [part for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
 def prepare_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]]:
-    """What is traced of the model, and with which inputs: those of the ``example``, or where it decodes those of the
-    example's second half (the mask stays that of both) and the keys and values of the first."""
+    """Return the module to trace, its inputs, and past keys and values.
+
+    A decoder is traced on the second half of the ``example`` with the first half as its cache; the mask covers both.
+    """
     example = vary_shape(example)
     if not (KINDS[detect_task_kind(model)].generates and model.can_generate()):
         return Logits(model, example), example, []
@@ -74,16 +76,18 @@ def prepare_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Te
 def grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **__: Any
 ) -> tuple[Tensor, None]:
-    """What transformers' eager attention computes of ``query`` ``[batch, heads, new tokens, width]`` and ``key`` and
-    ``value`` ``[batch, groups, tokens, width]``, without a copy of those for every head of a group."""
+    """Compute transformers' eager attention without copying keys and values for every head of a group.
+
+    ``query`` is ``[batch, heads, new tokens, width]``; ``key`` and ``value`` are ``[batch, groups, tokens, width]``.
+    """
     texts, _, new, _ = query.shape
-    groups, width = int(key.shape[1]), int(key.shape[3])  # which are the same for all texts: constants of a graph
+    groups, width = int(key.shape[1]), int(key.shape[3])  # the same for all texts, so constants of the graph
     heads = query.reshape(texts, groups, -1, new, width)
     scores = heads @ key.unsqueeze(2).transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask.unsqueeze(2)
-    found = scores.softmax(-1) @ value.unsqueeze(2)
-    return found.reshape(texts, -1, new, width).transpose(1, 2).contiguous(), None
+    output = scores.softmax(-1) @ value.unsqueeze(2)
+    return output.reshape(texts, -1, new, width).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(GROUPED, grouped_attention)
@@ -92,7 +96,7 @@ AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 @contextmanager
 def use_plain_attention(model: Any) -> Iterator[None]:
-    """With attention written out in matrix products, and afterwards as it was."""
+    """Write attention as plain matrix products, and restore the model's own attention afterwards."""
     before = model.config._attn_implementation
     grouped = any(getattr(module, "num_key_value_groups", 1) > 1 for module in model.modules())
     model.set_attn_implementation(GROUPED if grouped else "eager")
@@ -103,12 +107,12 @@ def use_plain_attention(model: Any) -> Iterator[None]:
 
 
 def select_inputs(batch: Batch) -> Batch:
-    """What a model reads of the batch, on the CPU."""
+    """Return the tensors of the batch that a model reads, on the CPU."""
     return {key: value.cpu() for key, value in batch.items() if key != "labels"}
 
 
 def vary_shape(example: Batch) -> Batch:
-    """Two rows of the example with some padding: what is 1 or unmasked there must not be traced as always so."""
+    """Return two rows of the example with some padding, so that no trace assumes a batch of 1 or a full mask."""
     twice = {name: value[:1].repeat(2, 1) for name, value in example.items()}
     if "attention_mask" in twice:
         twice["attention_mask"][1, -1] = 0
@@ -116,12 +120,12 @@ def vary_shape(example: Batch) -> Batch:
 
 
 def is_float32(model: Any) -> bool:
-    """Whether the stages before left plain float32 weights, that a lower precision makes smaller."""
+    """Return whether the model has plain float32 weights, which a lower precision makes smaller."""
     return model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
 
 
 def strip_config(model: Any) -> PretrainedConfig:
-    """The model's config without what only concerns its weights in PyTorch."""
+    """Return the model's config without the entries on its weights in PyTorch."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "compress"):
         if hasattr(config, name):

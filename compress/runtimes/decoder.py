@@ -1,4 +1,4 @@
-"""Text from a graph that gives the keys and values of the tokens so far."""
+"""Generate text with a graph that returns the keys and values of the tokens so far."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -9,18 +9,17 @@ from transformers import PretrainedConfig
 
 
 class Decoder(ABC):
-    """A graph that, if it is a causal language model, goes on with a text."""
+    """A graph that generates text if it is a causal language model."""
 
     config: PretrainedConfig
 
     @abstractmethod
     def __call__(self, past: Any = None, **batch: Tensor) -> Any:
-        """The logits, and with ``past`` (those of the call before, or ``()``) the keys and values of the tokens so
-        far."""
+        """Return the logits and, given ``past`` (from the last call, or ``()``), the keys and values so far."""
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 20) -> Tensor:
-        """The tokens with those after them, each the likeliest, until every text ends. Texts of a batch are filled up
-        on the left."""
+        """Return the tokens and their most likely continuation, until every text ends. Texts of a batch are padded on
+        the left."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ends = torch.tensor(self.config.eos_token_id if self.config.eos_token_id is not None else []).flatten()
         tokens, new, past = input_ids, input_ids, ()

@@ -1,4 +1,4 @@
-"""Artifacts that OpenVINO runs, on the CPU."""
+"""Run artifacts in OpenVINO, on the CPU."""
 
 from __future__ import annotations
 
@@ -38,18 +38,20 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
 """
 SCALE, ZERO = "/fq_weights_1/scale", "/fq_weights_1/zero_point"
-"""What NNCF adds to a weight's name for what belongs to its integers."""
+"""Endings that NNCF adds to a weight's name for the scales and zero points of its integers."""
 AROUND = ("/fq_", "/nncf_smooth_quant", "rotary_emb")
-"""Parts of the names of what is no weight: scales and ranges of quantization, and the angles of positions."""
+"""Parts of the names of constants that are not weights: scales, ranges, and the angles of positions."""
 HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-"""One caller who waits for each batch, of one text or many, is served best by all threads at once; and they run where
-a busy machine has room, as those of PyTorch do."""
+"""Settings for one caller that waits for each batch: all threads at once, on any core, as PyTorch's threads run."""
 
 
 @cache
 def shared_core() -> Any:
-    """OpenVINO itself, once for the process: each brings a stack for signal handlers, and where two go in the order in
-    which they came, that of the first is left in use after it is gone, which a process does not survive on Ctrl-C."""
+    """Return the only Core of the process.
+
+    Each Core installs a signal stack. Destroying two in creation order leaves a dangling stack, and Ctrl-C then kills
+    the process.
+    """
     import openvino
 
     return openvino.Core()
@@ -57,20 +59,19 @@ def shared_core() -> Any:
 
 @contextmanager
 def use_shared_core() -> Iterator[None]:
-    """With NNCF, which takes a new one for every graph, on that of the process."""
+    """Make NNCF, which creates a Core for every graph, use the one of the process."""
     import openvino
 
-    shared_core()  # made by what is patched
+    shared_core()  # created by the class that is patched below
     with patch.object(openvino, "Core", shared_core), patch.object(openvino._ov_api, "Core", shared_core):
         yield
 
 
 class Model(Decoder):
-    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
+    """A graph as a model: it takes the inputs of its export and returns ``.logits``.
 
-    A causal language model decodes as well: ``model(input_ids=..., attention_mask=..., past=())`` answers with
-    ``.past`` too, the keys and values of the tokens so far, which the next call takes with the next tokens and the mask
-    of all, and which are used up by it.
+    A causal language model also decodes: ``model(input_ids=..., attention_mask=..., past=())`` returns ``.past``, the
+    keys and values so far. The next call takes it with the next tokens and the mask of all, and consumes it.
     """
 
     def __init__(self, path: Path, settings: dict[str, str], config: PretrainedConfig) -> None:
@@ -93,8 +94,7 @@ class Model(Decoder):
         return self
 
     def parameters(self) -> Iterator[Tensor]:
-        """The weights as they are stored, where they are quantized as integers with zero at 0; neither scales nor other
-        constants of the graph."""
+        """Yield the stored weights, quantized ones as integers with zero at 0, without scales and other constants."""
         for node in self.graph.get_ops():
             if node.get_type_name() != "Constant":
                 continue
@@ -106,8 +106,8 @@ class Model(Decoder):
                 (convert, *_) = find_readers(node)
                 after = [one for one in find_readers(convert) if one.get_type_name() == "Subtract"]
                 if after and after[0].input_value(1).get_node() == convert:
-                    continue  # it is a zero point
-                weight = read_constant(node)  # four bits are packed otherwise
+                    continue  # a zero point
+                weight = read_constant(node)  # as floats, because four bits are packed
                 if after:
                     weight = weight - read_constant(after[0].input_value(1).get_node().input_value(0).get_node())
                 yield weight.short()
@@ -116,7 +116,7 @@ class Model(Decoder):
 
 
 def find_readers(node: Any) -> list[Any]:
-    """The nodes that read what ``node`` gives."""
+    """Return the nodes that read the output of ``node``."""
     return [port.get_node() for port in node.output(0).get_target_inputs()]
 
 
@@ -125,15 +125,15 @@ def list_names(nodes: list[Any]) -> list[str]:
 
 
 def read_constant(constant: Any) -> Tensor:
-    """A constant as floats."""
+    """Return a constant as floats."""
     return torch.from_numpy(constant.get_data(dtype=np.float32).copy())
 
 
 def load(folder: Path, kind: str) -> Model:
-    """The graph, ready to run.
+    """Return the graph, ready to run.
 
     Raises:
-        UserError: OpenVINO is not installed, or ``folder`` says nothing of its model.
+        UserError: OpenVINO is not installed, or ``folder`` has no config of its model.
     """
     require_packages(STAGE, folder, PACKAGES)
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")

@@ -1,4 +1,4 @@
-"""Artifacts that PyTorch runs, loaded by transformers from whatever format it knows."""
+"""Run artifacts in PyTorch, loaded by transformers from any format that it knows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = {
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "gptq": ("gptqmodel", "optimum"),
 }
-"""What transformers needs to load weights in a packed format. (We read that of GPTQ ourselves.)"""
+"""Packages that transformers needs to load a packed format. (We read GPTQ's ourselves.)"""
 CODE = """\
 from transformers import {auto}, AutoTokenizer
 
@@ -45,38 +45,43 @@ UNEVEN = "A plain transformers config cannot describe its blocks: config.json ha
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
-    """The model in eval mode, on the CPU; its weights are floats, or bitsandbytes' own, and where its activations are
-    quantized, they are when it runs.
+    """Return the model in eval mode on the CPU. Its weights are floats, or bitsandbytes' own; quantized activations stay
+    quantized.
 
     Raises:
         UserError: ``folder`` holds no model, or one in a format whose library is not installed.
     """
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
-    how: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": "auto"}
     packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
     if packed == "gptq":
         return load_model(find_auto_class(kind, config), config, folder).eval()
     needed = FORMATS.get(packed, ())
     if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in needed):
-        raise UserError(f"{folder} is in the {packed} format: pip install {' '.join(needed)}")
+        raise UserError(
+            f"{folder} is in the {packed} format, which needs more packages: pip install {' '.join(needed)}"
+        )
     if packed == "bitsandbytes":
-        how |= {"device_map": "cpu", "disable_mmap": True}  # the scales are no parameters, which are copied below
+        options |= {
+            "device_map": "cpu",
+            "disable_mmap": True,
+        }  # scales are not parameters, so they are not copied below
     if packed == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
-        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with hide_progress_bars():
-        model, missing = load_weights(find_auto_class(kind, config), str(folder), "Artifact", "artifact", **how)
+        model, missing = load_weights(find_auto_class(kind, config), str(folder), "Artifact", "artifact", **options)
     if missing:
         raise UserError(
-            f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random: name a folder "
+            f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random. Name a folder "
             "with a model that was trained for the task."
         )
     if packed == "compressed-tensors":
         unwrap_layers(model)
     for parameter in model.parameters():
-        # Off the mapped file: pages of a file are slower to read than memory, which would favour a model that was
-        # decompressed, and whoever writes the file anew would change the loaded model.
+        # Copy from the mapped file: its pages are slower to read than memory, which would favour decompressed models,
+        # and writing the file again would change the loaded model.
         parameter.data = parameter.data.clone()
     return model.eval()
 
@@ -94,9 +99,11 @@ def describe_loading(folder: Path, kind: str) -> Loading:
 
 
 def unwrap_layers(model: PreTrainedModel) -> None:
-    """Make plain layers of decompressed ones: compressed-tensors leaves the weights behind a cache and wrapped forward
-    methods, which slow every call down, and the scales as parameters that take no part in anything any more. A layer
-    whose activations are quantized keeps its forward method, which does that, and their scale, which is no weight."""
+    """Make plain layers of decompressed ones.
+
+    compressed-tensors leaves a cache and wrapped forward methods, which slow every call down, and scales as unused
+    parameters. A layer with quantized activations keeps its forward method, and the activations' scale as a buffer.
+    """
     from compressed_tensors.offload import remove_dispatch
 
     remove_dispatch(model)
