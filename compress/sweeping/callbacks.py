@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 
 from compress.errors import explain_error
+from compress.install import format_command
 from compress.quiet import silence_logs
 from compress.reporting import report
 from compress.reporting.curves import write_curves
@@ -118,7 +119,7 @@ class Folder(Callback):
             rows = drop_repeated_baselines(gather_rows(folder))
             if rows:
                 report.publish_report(folder, rows)
-            print(f"The sweep did not end. Repeat the command with hydra.sweep.dir={folder} to resume it.")
+            print(f"The sweep did not end. Type `{format_command('train')} resume={folder}` to resume it.")
 
 
 def tolerate_lost_jobs() -> None:
