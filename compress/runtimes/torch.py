@@ -45,7 +45,7 @@ UNEVEN = "A plain transformers config cannot describe its blocks: config.json ha
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
-    """Return the model in eval mode on the CPU. Its weights are floats, or bitsandbytes' own; quantized activations stay
+    """Return the model in eval mode on the CPU. Its weights are floats or bitsandbytes' own; quantized activations stay
     quantized.
 
     Raises:
