@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
+from compress.runtimes.processor import require_exact_sums
 from compress.runtimes.runtime import import_runtime
 from compress.technique import Technique
 
@@ -50,6 +51,11 @@ class Description:
     @property
     def method(self) -> str:
         return "+".join(done.name for done in self.history[1:]) or "none"
+
+    @property
+    def processor(self) -> str | None:
+        """What the last step exported it for, if it exported: ``any`` processor, or those with ``vnni``."""
+        return self.history[-1].settings.get("processor") if self.history else None
 
     @property
     def training_time_s(self) -> float:
@@ -124,6 +130,8 @@ def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
     model, tokenizer, _ = compress.load("multirun/.../artifact")
     """
     description = read_description(folder, kind)
+    if description.processor == "vnni":
+        require_exact_sums(str(folder), f"technique.{description.history[-1].name}.processor")
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
     model = import_runtime(description.runtime).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)

@@ -22,6 +22,7 @@ from compress.models.families import find_conventions
 from compress.models.layers import Layer, digest_tensor, evaluation_mode
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import PAST, PRESENT
+from compress.runtimes.processor import Processor
 
 
 def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
@@ -140,7 +141,7 @@ def lower_weights(
     graph.declare_domain(nbits.DOMAIN)
 
 
-def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
+def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer], processor: Processor) -> None:
     """Write the graph with the ``layers``' weights, and their inputs as they come, quantized."""
     import onnx
     from onnxruntime import quantization
@@ -151,6 +152,7 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
         graph.proto,
         path,
         per_channel=True,
+        reduce_range=processor == "any",  # weights of 7 bits
         weight_type=quantization.QuantType.QInt8,  # unsigned ones are slower
         nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # what it makes of a Gemm first
         use_external_data_format=graph.too_large,
@@ -158,7 +160,9 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer]) -> None:
     )
 
 
-def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch]) -> None:
+def quantize_static(
+    source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch], processor: Processor
+) -> None:
     """Quantize the ``layers``' weights, and their inputs on scales that hold those of all ``batches``."""
     from onnxruntime import quantization
 
@@ -176,6 +180,7 @@ def quantize_static(source: Path, target: Path, layers: Iterable[Layer], batches
         target,
         Batches(),
         per_channel=True,
+        reduce_range=processor == "any",  # weights of 7 bits
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
         nodes_to_quantize=find_nodes(graph, layers),

@@ -17,6 +17,7 @@ from compress.models.calibration import Batch
 from compress.models.layers import evaluation_mode
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO
+from compress.runtimes.processor import Processor
 
 ARITHMETIC = {
     # Left to itself OpenVINO rounds what meets weights that are integers, and keys and values, to 8 bits.
@@ -24,6 +25,8 @@ ARITHMETIC = {
     for name, kind in (("fp32", "f32"), ("fp16", "f32"), ("bf16", "bf16"))
 }
 """How OpenVINO computes with a graph; with the other precisions as it thinks best."""
+FLOAT_PRODUCTS = {"LP_TRANSFORMS_MODE": "NO"}
+"""Has OpenVINO multiply in floats what is quantized, so that no sum of 8-bit products saturates."""
 
 
 def export(model: Any, example: Batch, folder: Path) -> None:
@@ -125,18 +128,41 @@ def find_other_readers(graph: Any, layers: Iterable[str]) -> list[str]:
     return [one.get_friendly_name() for one in readers if one.get_type_name() in ("MatMul", "Gather")]
 
 
-def quantize_graph(graph: Any, batches: list[Batch], left: list[str], accuracy: dict[str, Any]) -> Any:
+def find_activation_products(graph: Any) -> list[str]:
+    """Return the names of the graph's nodes that multiply activations by each other."""
+    found = []
+    for node in graph.get_ops():
+        sources = [node.input_value(i).get_node().get_type_name() for i in range(node.get_input_size())]
+        if node.get_type_name() == "ScaledDotProductAttention" or (
+            node.get_type_name() == "MatMul" and "Constant" not in sources
+        ):
+            found.append(node.get_friendly_name())
+    return found
+
+
+def quantize_graph(
+    graph: Any, batches: list[Batch], left: list[str], processor: Processor, accuracy: dict[str, Any]
+) -> Any:
     """Quantize weights and activations, on scales of the activations that the ``batches`` give, but for the nodes
-    that are ``left`` as they are, and those that ``accuracy`` asks for, if anything."""
+    that are ``left`` as they are, and those that ``accuracy`` asks for, if anything. For any ``processor`` weights have
+    7 bits, and products of activations, which cannot be narrowed, stay floats."""
     import nncf
 
-    return (nncf.quantize_with_accuracy_control if accuracy else nncf.quantize)(
+    anywhere = processor == "any"
+    left = [*left, *(find_activation_products(graph) if anywhere else ())]
+    overflow = nncf.OverflowFix.ENABLE if anywhere else nncf.OverflowFix.DISABLE
+    advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
+    quantize, name = nncf.quantize, "advanced_parameters"
+    if accuracy:
+        quantize, name = nncf.quantize_with_accuracy_control, "advanced_quantization_parameters"
+    return quantize(
         graph,
         nncf.Dataset([to_arrays(batch) for batch in batches]),
         subset_size=len(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
         ignored_scope=nncf.IgnoredScope(names=left),
+        **{name: advanced},
         **accuracy,
     )
 

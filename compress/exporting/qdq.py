@@ -13,8 +13,13 @@ from torch import nn
 from compress.errors import UserError
 from compress.formats.packed import Quantized
 from compress.maths.rounding import Inputs, Scheme
+from compress.runtimes.processor import WIDEST
 
 WIDER = "integers of 4 bits take eight there"
+FLOAT_SPEED = (
+    "integers of 8 bits are multiplied exactly on every processor and no faster than floats: processor=vnni makes "
+    "them faster where there is VNNI"
+)
 
 
 def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
@@ -76,14 +81,21 @@ def suspend_quantization(model: nn.Module, names: Iterable[str]) -> Iterator[Non
                 module.forward = forward  # type: ignore[method-assign]
 
 
-def describe_limits(found: dict[str, Quantized]) -> str:
-    """What an export of the layers ``found`` cannot do for size or speed."""
-    return WIDER if any(one.scheme.bits < 8 for one in found.values()) else ""
+def describe_limits(found: dict[str, Quantized], wide: bool) -> str:
+    """What an export of the layers ``found`` cannot do for size or speed; with ``wide`` their products are those of
+    :func:`has_wide_weights`."""
+    limits = {WIDER: any(one.scheme.bits < 8 for one in found.values()), FLOAT_SPEED: wide}
+    return ", and ".join(limit for limit, holds in limits.items() if holds)
+
+
+def has_wide_weights(model: nn.Module, found: dict[str, Quantized]) -> bool:
+    """Return whether sums of products by the weights of the layers ``found`` can saturate without VNNI."""
+    return any(abs(weight_integers(model.get_submodule(name), layer)).max() > WIDEST for name, layer in found.items())
 
 
 def weight_integers(module: Any, layer: Quantized) -> np.ndarray:
     """What stands for the module's weight, which is on the layer's grid already, ``[rows, inputs]``."""
-    return (module.weight.detach().float() / layer.grid.scale.float()).round().char().numpy()
+    return (module.weight.detach().float() / layer.grid.scale.float()).round().short().numpy()
 
 
 def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
@@ -93,12 +105,14 @@ def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
     return scale.float().numpy().reshape(()), (zero.short() - inputs.scheme.lowest).numpy().astype(np.uint8).reshape(())
 
 
-def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
+def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized], unsigned: bool) -> None:
     """Quantize the graph's products by the weights of the layers ``found``, and what enters them, between
-    ``QuantizeLinear`` and ``DequantizeLinear``: runtimes make integer products of that."""
+    ``QuantizeLinear`` and ``DequantizeLinear``: runtimes make integer products of that. Those by ``unsigned`` weights,
+    the same ones with their zero at 128, are exact in ONNX Runtime on every processor, and no faster than floats."""
     from onnx import numpy_helper
     from onnx.helper import make_node
 
+    lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
     nodes: list[Any] = []
     stored: dict[str, np.ndarray] = {}
     entered: dict[Any, str] = {}
@@ -118,9 +132,9 @@ def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized
             stored |= how
         weight = f"{name}.weight"
         how = {
-            f"{weight}_quantized": weight_integers(model.get_submodule(name), layer).T.copy(),
+            f"{weight}_quantized": (weight_integers(model.get_submodule(name), layer).T + lift).astype(kind),
             f"{weight}_scale": layer.grid.scale.float().numpy()[:, 0],
-            f"{weight}_zero_point": layer.grid.zero.numpy()[:, 0],
+            f"{weight}_zero_point": (layer.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
         }
         if name not in done:
             nodes.append(make_node("DequantizeLinear", list(how), [weight], f"{weight}_dequantize", axis=1))
@@ -155,7 +169,7 @@ def quantize_openvino_graph(graph: Any, model: nn.Module, found: dict[str, Quant
     entered: dict[Any, Any] = {}
     for name, layer in found.items():
         dense = constants[f"self.model.{name}.weight"]
-        stored = ops.constant(weight_integers(model.get_submodule(name), layer))
+        stored = ops.constant(weight_integers(model.get_submodule(name), layer).astype(np.int8))
         stored.set_friendly_name(dense.get_friendly_name())
         scales = ops.constant(layer.grid.scale.float().numpy())
         scales.set_friendly_name(f"{dense.get_friendly_name()}/fq_weights_1/scale")

@@ -14,6 +14,7 @@ from compress.errors import UserError
 from compress.exporting.agreement import AGREEMENT, Agreement
 from compress.exporting.qdq import check_stages
 from compress.models.layers import Layer, select_layers
+from compress.runtimes.processor import Processor, require_exact_sums
 from compress.technique import Technique
 
 
@@ -28,9 +29,15 @@ class Export(Technique, pl.Callback):
     changes = False
 
     def __init__(
-        self, precision: str | None, skip: tuple[str, ...], source: Path | None, rounds: tuple[str, ...]
+        self,
+        precision: str | None,
+        skip: tuple[str, ...],
+        source: Path | None,
+        rounds: tuple[str, ...],
+        processor: Processor,
     ) -> None:
         self.precision = precision
+        self.processor = processor
         self.rounds = rounds
         self.skip = skip
         self.source = source
@@ -45,6 +52,8 @@ class Export(Technique, pl.Callback):
         return self.precision not in (None, "fp32")
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
+        if self.processor == "vnni":
+            require_exact_sums(f"{self.key}.processor=vnni", f"{self.key}.processor")
         check_readable(self.key, before)
         check_stages(self.key, self.precision, before)
         if self.precision in self.rounds:

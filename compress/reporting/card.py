@@ -16,6 +16,12 @@ from compress.reporting.rows import Job, Outcome, build_row
 from compress.runtimes.runtime import import_runtime
 from compress.tasks.kinds import KINDS
 
+HOLDS = {
+    "any": "Its sums of 8-bit products are exact on every processor.",
+    "vnni": "Its answers hold where there is VNNI (or Arm's dot products): sums of 8-bit products saturate elsewhere.",
+}
+"""Where an export answers as it was measured, by the processors that it was made for."""
+
 
 def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     """Write ``README.md`` into the artifact, in the form that the hub reads."""
@@ -45,6 +51,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         "Latency is the median time of one text, timed in turns with the baseline.",
         *describe_cost(measured),
         "",
+        *([HOLDS[description.processor], ""] if description.processor else ()),
         *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
         f"## Load it {'with' if loading.needs_us else 'without'} `compress`",
         "",

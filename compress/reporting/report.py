@@ -21,6 +21,7 @@ from compress.reporting.jobs import RESULT
 from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, correct_p_values
 from compress.reporting.tables import build_table
 from compress.reporting.tensorboard import write_summaries
+from compress.runtimes.processor import EXACT, adds_exactly, read_instructions
 
 if TYPE_CHECKING:
     pass
@@ -84,6 +85,7 @@ def describe_machine() -> dict[str, str]:
     machine = {
         "system": platform.platform(),
         "cpu": f"{next(named, platform.processor())}, {os.cpu_count()} logical cores",
+        "8-bit products": ", ".join(sorted(EXACT & read_instructions())) or "exact" if adds_exactly() else "saturate",
         "python": platform.python_version(),
     }
     for name in LIBRARIES:

@@ -69,8 +69,6 @@ class Model(Decoder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
-        if not torch.cpu._is_vnni_supported():  # sums of 8-bit products overflow there, and twice the time where not
-            options.add_session_config_entry("session.x64quantprecision", "1")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.past = [one.name for one in self.session.get_outputs()[1:]]
         self.path = path
@@ -96,6 +94,7 @@ class Model(Decoder):
 
         graph = Graph(self.path)
         stored = graph.tensors
+        kinds = {name: tensor_dtype_to_np_dtype(one.data_type) for name, one in stored.items()}
 
         def values(name: str) -> Tensor:
             return graph.read_tensor(stored[name])
@@ -104,8 +103,11 @@ class Model(Decoder):
             if node.op_type in nbits.OPERATORS and node.input[1] in stored:
                 yield read_integers(node, values)
                 del stored[node.input[1]]
-        for name, one in stored.items():
-            if tensor_dtype_to_np_dtype(one.data_type) in DTYPES and not name.endswith(BESIDE):
+            elif node.op_type == "DequantizeLinear" and node.input[0] in stored and kinds[node.input[0]] == np.uint8:
+                yield values(node.input[0]).short() - values(node.input[2]).short()
+                del stored[node.input[0]]
+        for name in stored:
+            if kinds[name] in DTYPES and not name.endswith(BESIDE):
                 yield values(name)
 
 

@@ -23,7 +23,13 @@ from compress.exporting.onnx import (
     store_float16,
     trace_graph,
 )
-from compress.exporting.qdq import describe_limits, find_quantized_layers, quantize_onnx_graph, suspend_quantization
+from compress.exporting.qdq import (
+    describe_limits,
+    find_quantized_layers,
+    has_wide_weights,
+    quantize_onnx_graph,
+    suspend_quantization,
+)
 from compress.exporting.stage import Export
 from compress.exporting.tracing import is_float32, select_inputs, strip_config
 from compress.formats import nbits
@@ -36,50 +42,57 @@ from compress.models.calibration import draw_calibration_batches
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import Model
+from compress.runtimes.processor import Processor
 
-FP16 = "the weights are turned back into float32 when they are loaded: less to store, no speed there"
+FP16 = "the weights are converted to float32 when they are loaded: less to store, no speed there"
 FLOATS = "4-bit floats become floats again at every call: less to store, slower than floats"
 THREE = "an integer of 3 bits takes four there"
-UNPACKED = "the integers of the stages before are floats again: precision=null keeps them"
+UNPACKED = "the integers of earlier stages are floats again: precision=null keeps them"
 
 
 class Onnx(Export):
-    """Export the model as an ONNX graph, for any number and length of texts, that runs without PyTorch.
+    """Export the model as an ONNX graph that runs without PyTorch, for any number and length of texts.
 
-    Works when the fit ends; the model itself stays as it is, on the CPU in float32 (bitsandbytes' layers become plain
-    ones of the same values). The graph is traced with plain attention, which ONNX Runtime's transformer optimizer fuses
-    into one operator where it knows the architecture (BERT and its relatives). That of a causal language model gives
-    the logits of every position, and takes and gives keys and values of each block as well (``past_key_values.0.key``
-    and ``present.0.key``, under Optimum's names): without them it scores texts, with them it decodes token by token.
+    Runs when the fit ends. The model itself stays unchanged, on the CPU in float32; bitsandbytes' layers become plain
+    layers of the same values. The graph is traced with plain attention. ONNX Runtime's transformer optimizer fuses the
+    attention into one operator if it knows the architecture (BERT and its relatives). The graph of a causal language
+    model returns the logits of every position. It also takes and returns keys and values of each block, under Optimum's
+    names (``past_key_values.0.key``, ``present.0.key``): without them it scores texts, with them it decodes token by
+    token.
 
-    - None, the default: what the chain left. Floats stay float32; weights that ``gptq``, ``awq``, ``mixed``, ``int8``
-      or ``nf4`` have rounded stay the very numbers that they are, in ONNX Runtime's operators for few bits; integers
-      that meet quantized inputs, by ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, and so do the ranges of the
-      inputs. (That graph is not fused.)
-    - ``fp32``: all as float32. ``fp16``: weights in float16, arithmetic in float32, for which CPUs are made.
-    - ``int8_dynamic``: weights as signed integers with a scale for every output, inputs rounded as they come.
-    - ``int8_static``: inputs too on scales found beforehand, on the first ``samples`` examples of the datamodule's
-      ``calibration`` or else of the training loader. The graph is not fused: ONNX Runtime would run it in floats.
-    - ``int4``: weights as integers of 4 bits with a scale for every ``block_size`` inputs, rounded to the nearest;
-      those that a stage before has rounded are kept.
+    - None, the default: the precision of the chain's model. Floats stay float32. Weights that ``gptq``, ``awq``,
+      ``mixed``, ``int8`` or ``nf4`` have rounded keep their exact values, in ONNX Runtime's operators for few bits.
+      Integers with quantized inputs, from ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, with the ranges of the
+      inputs. (Such a graph is not fused.)
+    - ``fp32``: everything in float32. ``fp16``: weights in float16, arithmetic in float32, which CPUs compute fast.
+    - ``int8_dynamic``: weights as signed integers with a scale for every output, inputs rounded at inference. With
+      ``processor=any`` the weights of ``int8_*`` have 7 bits, whose products are summed exactly on every processor.
+    - ``int8_static``: inputs as integers too, with scales from the first ``samples`` examples of the datamodule's
+      ``calibration``, or of the training loader if there is none. The graph is not fused: ONNX Runtime would run fused
+      operators in floats.
+    - ``int4``: weights as integers of 4 bits with a scale for every ``block_size`` inputs, rounded to nearest; weights
+      that an earlier stage has rounded are kept.
 
-    Embeddings are stored by ``int8_*`` and ``int4`` as 8-bit integers with a scale for every token, an output layer
-    that is tied to them likewise, and only once. Jacob et al., "Quantization and Training of Neural Networks for
-    Efficient Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
+    ``int8_*`` and ``int4`` store embeddings as 8-bit integers with a scale for every token. An output layer that is
+    tied to them is stored with them, once. Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877.
 
     Args:
-        precision: of the graph.
+        precision: precision of the graph.
         block_size: inputs that share a scale in ``int4``.
-        symmetric: integers of ``int4`` around zero, no zero points stored.
-        activations: what they are when they meet weights of ``int4`` or kept ones: ``int8``, rounded as they come, for
-            which ONNX Runtime is fast, or ``float32``, with which 2 and 8 bits are many times slower than floats.
+        symmetric: integers of ``int4`` around zero, without stored zero points.
+        activations: type of the inputs of ``int4`` or kept weights: ``int8``, rounded at inference, which is fast in
+            ONNX Runtime, or ``float32``, with which 2 and 8 bits are many times slower than floats.
+        processor: ``any``, if sums of 8-bit products must be exact on every processor; or ``vnni``, if exact sums on
+            processors with VNNI (or Arm's dot products) suffice. Weights of ``int8_*`` have 7 or 8 bits. Wider integers
+            of ``qat`` and ``w8a8`` are kept, but are as slow as floats with ``any``.
         samples: training examples (for a language model, blocks of tokens) that ``int8_static`` calibrates on.
-        skip: what integers leave in floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and
-            patterns of layers' names. Where int8 fuses query, key and value, one of them left leaves all three.
-        source: the folder of the artifact that the model was loaded from, for the integers in it.
+        skip: layers that stay floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and patterns
+            of layer names. If int8 fuses query, key and value, skipping one of them skips all three.
+        source: folder of the artifact that the model was loaded from, for its integers.
 
     Raises:
-        UserError: a pattern fits no layer, no layer is left, or a stage before has groups that fit no block.
+        UserError: a pattern matches no layer, no layer is left, or an earlier stage has groups that fit no block.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[Onnx(precision="int8_dynamic")]).fit(module, loader)
@@ -97,11 +110,12 @@ class Onnx(Export):
         block_size: Literal[16, 32, 64, 128, 256] = 32,
         symmetric: bool = True,
         activations: Literal["int8", "float32"] = "int8",
+        processor: Processor = "any",
         samples: Annotated[int, Field(ge=1)] = 128,
         skip: tuple[str, ...] = ("head",),
         source: Path | None = None,
     ) -> None:
-        super().__init__(precision, skip, source, rounds=("int8_dynamic", "int8_static"))
+        super().__init__(precision, skip, source, ("int8_dynamic", "int8_static"), processor)
         self.scheme = Scheme(4, block_size, symmetric)
         self.activations = activations
         self.train_samples = samples if precision == "int8_static" else 1
@@ -118,50 +132,57 @@ class Onnx(Export):
 
     @property
     def keeps(self) -> bool:
-        """Whether weights that a stage before has rounded stay what they are."""
+        """True if weights that an earlier stage has rounded are kept."""
         return self.precision in (None, "int4")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
-        self.packed = collect_rounded_weights(
-            model, self.source
-        )  # before any forward pass, which rearranges 4-bit floats
+        # Before any forward pass, which rearranges 4-bit floats.
+        self.packed = collect_rounded_weights(model, self.source)
         freeze_weights(model, self.packed)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # 1) Find out which integers are kept
         model: Any = unwrap_model(pl_module)
         integers = find_quantized_layers(model, self.key, self.precision)
         self.shrinks = self.lowers_precision and is_float32(model)
-        self.packed |= extract_weights(model)  # of a stage of the same fit
+        self.packed |= extract_weights(model)  # from another stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
-        self.limits = (
-            describe_limits(integers) if integers else describe_precision_limits(self.precision, self.packed, kept)
-        )
-        nn.Module.float(model.cpu())  # transformers refuses on behalf of layers that bitsandbytes had
-        # One at a time, so that no scale is that of padding.
+        wide = self.processor == "any" and has_wide_weights(model, integers)
+        if integers:
+            self.limits = describe_limits(integers, wide)
+        else:
+            self.limits = describe_precision_limits(self.precision, self.packed, kept)
+        # 2) Choose calibration batches and the layers to lower
+        nn.Module.float(model.cpu())  # transformers' own float() still refuses models that had bitsandbytes layers
+        # One text at a time, so that padding decides no scale.
         batches = [
             select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
         ]
         layers = self.chosen(model) if self.lowers_precision and self.precision != "fp16" else {}
         tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+        # With processor=any an output layer keeps the 8 bits of the embeddings that it is tied to, in MatMulNBits.
+        factors = [layers[name] for name in layers.keys() - (tables.keys() if self.processor == "any" else ())]
         few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
-        self.folder = TemporaryDirectory()  # there for as long as the stage is
+        # 3) Trace the graph and lower its precision
+        self.folder = TemporaryDirectory()  # exists as long as the stage
         traced, path = (Path(self.folder.name) / name for name in ("traced/model.onnx", "model.onnx"))
-        traced.parent.mkdir()  # which has the weights of a large one beside it, a file each
+        traced.parent.mkdir()  # a large model's weights are stored beside it, in a file each
         with evaluation_mode(model):
             with silence_exporters():
                 with suspend_quantization(model, integers):
                     past = trace_graph(model, batches[0], traced)
                 if integers:
                     graph = Graph(traced)
-                    quantize_onnx_graph(graph.proto.graph, model, integers)
+                    quantize_onnx_graph(graph.proto.graph, model, integers, unsigned=wide)
                 elif self.precision == "int8_static":
-                    quantize_static(traced, path, layers.values(), [{**batch, **past} for batch in batches])
+                    examples = [{**batch, **past} for batch in batches]
+                    quantize_static(traced, path, factors, examples, self.processor)
                     graph = Graph(path)
                 else:
                     graph = fuse_graph(traced, model.config, embeddings=not tables, whole=len(few) == len(tables))
                 if self.precision == "int8_dynamic":
-                    quantize_dynamic(graph, path, layers.values())
+                    quantize_dynamic(graph, path, factors, self.processor)
                     graph = Graph(path)
                 if few:
                     lower_weights(graph, few, kept, self.scheme, self.activations)
@@ -171,6 +192,7 @@ class Onnx(Export):
                 if past:
                     set_default_past(graph, past)
                 graph.write(path)
+            # 4) Compare the graph with the model
             exported = Model(path, strip_config(model))
             self.agreement = measure_on_validation(trainer, model, exported)
         if self.lowers_precision or kept or integers:
@@ -183,8 +205,8 @@ class Onnx(Export):
 
 
 def check_block_size(key: str, stage: str, setting: str, size: int) -> None:
-    """Raise UserError where ``size`` weights that share a scale, the ``setting`` of the ``stage`` before, are none of
-    ONNX Runtime's blocks, nor made up of them."""
+    """Raise UserError if ``size``, the number of weights that share a scale by ``setting`` of an earlier ``stage``, is
+    neither a block size of ONNX Runtime nor made of blocks."""
     whole = size in (-1, *nbits.BLOCKS) if setting == "blocksize" else size % nbits.BLOCKS[0] == 0 or size == -1
     if not whole:
         sizes = ", ".join(map(str, nbits.BLOCKS))
@@ -195,20 +217,20 @@ def check_block_size(key: str, stage: str, setting: str, size: int) -> None:
 
 
 def collect_rounded_weights(model: nn.Module, source: Path | None) -> dict[str, Weight]:
-    """How the stages before have rounded the weights of ``model``, by layer: as the artifact ``source`` holds them, or
-    bitsandbytes' own layers, which plain ones replace."""
-    found: dict[str, Weight] = dict(extract_weights(model))
-    if source and list_packed_layers(source) - set(found):
-        found |= read_integers(source)
-    return found
+    """Return the rounded weights of earlier stages by layer, from bitsandbytes' layers and the artifact ``source``.
+    Plain layers replace bitsandbytes' layers in ``model``."""
+    weights: dict[str, Weight] = dict(extract_weights(model))
+    if source and list_packed_layers(source) - set(weights):
+        weights |= read_integers(source)
+    return weights
 
 
 def describe_precision_limits(precision: str | None, packed: dict[str, Weight], kept: dict[str, Weight]) -> str:
-    """What the export cannot do for size or speed."""
+    """Return what the export does not do for size or speed."""
     limits = {
         UNPACKED: packed and not kept,
         FP16: precision == "fp16",
-        FLOATS: any(not isinstance(one, Integers) for one in kept.values()),
-        THREE: any(isinstance(one, Integers) and one.scheme.bits == 3 for one in kept.values()),
+        FLOATS: any(not isinstance(weight, Integers) for weight in kept.values()),
+        THREE: any(isinstance(weight, Integers) and weight.scheme.bits == 3 for weight in kept.values()),
     }
     return ", and ".join(limit for limit, holds in limits.items() if holds)

@@ -19,6 +19,7 @@ from compress.errors import UserError
 from compress.exporting.agreement import measure_on_validation
 from compress.exporting.openvino import (
     ARITHMETIC,
+    FLOAT_PRODUCTS,
     convert_to_graph,
     find_other_readers,
     keep_integers,
@@ -27,7 +28,13 @@ from compress.exporting.openvino import (
     store_float16,
     to_arrays,
 )
-from compress.exporting.qdq import describe_limits, find_quantized_layers, quantize_openvino_graph, suspend_quantization
+from compress.exporting.qdq import (
+    describe_limits,
+    find_quantized_layers,
+    has_wide_weights,
+    quantize_openvino_graph,
+    suspend_quantization,
+)
 from compress.exporting.stage import Export
 from compress.exporting.tracing import is_float32, select_inputs, strip_config
 from compress.formats.packed import read_integers
@@ -36,53 +43,58 @@ from compress.models.calibration import Batch, draw_calibration_batches, read_va
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
+from compress.runtimes.processor import Processor
 from compress.tasks.kinds import higher_is_better
 
 LIMITS = {
-    "fp16": "the weights are turned back into float32 when they are loaded: less to store, no speed there",
+    "fp16": "the weights are converted to float32 when they are loaded: less to store, no speed there",
     "bf16": "a CPU without bfloat16 arithmetic runs it in float32: less to store, no speed there",
 }
-THREE = "integers of 3 bits are turned into floats when they are loaded: less to store, no speed there"
+THREE = "integers of 3 bits are converted to floats when they are loaded: less to store, no speed there"
 
 
 class OpenVINO(Export):
-    """Export the model in OpenVINO's format, for any number and length of texts, to run without PyTorch.
+    """Export the model in OpenVINO's format, which runs without PyTorch, for any number and length of texts.
 
-    Works when the fit ends; the model itself stays as it is, on the CPU in float32. A causal language model gives the
-    logits of every position, and keeps keys and values as the state of a request: reset, the request scores texts; not
-    reset, it goes on with the tokens after.
+    Runs when the fit ends. The model itself stays unchanged, on the CPU in float32. A causal language model returns the
+    logits of every position, and keeps keys and values as the state of a request. After a reset the request scores
+    texts; without a reset it continues with the next tokens.
 
-    - None, the default: what the chain left. Floats stay float32, arithmetic is in float32, which is not OpenVINO's own
-      choice on a CPU that has bfloat16, and weights that ``gptq``, ``awq`` or ``mixed`` have rounded keep their
-      integers, scales and zero points, as they do with all that follow but ``fp32``. Integers that meet quantized
-      inputs, by ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, and so do the ranges of the inputs.
-    - ``fp32``: all as float32.
+    - None, the default: the precision of the chain's model. Floats stay float32, and arithmetic is in float32, even on
+      a CPU with bfloat16, where OpenVINO's own default is bfloat16. Weights that ``gptq``, ``awq`` or ``mixed`` have
+      rounded keep their integers, scales and zero points; so they do in all other precisions except ``fp32``. Integers
+      with quantized inputs, from ``qat`` or ``w8a8`` with ``dynamic=False``, stay too, with the ranges of the inputs.
+    - ``fp32``: everything in float32.
     - ``fp16``: weights in float16, arithmetic in float32.
-    - ``bf16``: weights in float16, arithmetic in bfloat16 where the CPU has it.
-    - ``int8``: weights and inputs as integers, products of activations too, by NNCF, with scales found on the first
-      ``samples`` examples of the datamodule's ``calibration`` or else of the training loader.
-    - ``int8_weights``, ``int4_weights``: weights alone, symmetric around zero, with a scale for every output or every
-      ``group_size`` consecutive inputs of one, by NNCF; embeddings have 8 bits in both.
+    - ``bf16``: weights in float16, arithmetic in bfloat16 if the CPU has it.
+    - ``int8``: weights and inputs as integers by NNCF, with scales from the first ``samples`` examples of the
+      datamodule's ``calibration``, or of the training loader if there is none. With ``processor=any`` weights have 7
+      bits; with ``vnni`` they have 8, and products of activations are integers too.
+    - ``int8_weights``, ``int4_weights``: weights only, by NNCF, symmetric around zero, with a scale for every output or
+      for every ``group_size`` consecutive inputs of an output; embeddings have 8 bits in both.
 
-    After a stage that rounded weights ``int8_weights`` rounds what it left in floats; ``int8`` and ``int4_weights`` are
-    refused. With ``int*`` the rest runs in bfloat16 where the CPU has it (with ``max_drop`` in float32), and what meets
-    integers of weights alone is rounded to 8 bits as it comes, in groups of 32, where OpenVINO multiplies them so.
-    Kozlov et al., "Neural Network Compression Framework for Fast Model Inference", 2020, arXiv:2002.08679.
+    After a stage that rounded weights, ``int8_weights`` rounds the layers that are still floats; ``int8`` and
+    ``int4_weights`` are refused. With ``int*`` everything else runs in bfloat16 if the CPU has it (with ``max_drop`` in
+    float32). If OpenVINO multiplies the weights as integers, it rounds their inputs to 8 bits at inference, in groups
+    of 32. Kozlov et al., "Neural Network Compression Framework for Fast Model Inference", 2020, arXiv:2002.08679.
 
     Args:
-        precision: of the graph.
+        precision: precision of the graph.
         group_size: inputs that share a scale in ``int4_weights``; -1 for one scale an output.
+        processor: ``any``, if sums of 8-bit products must be exact on every processor; or ``vnni``, if exact sums on
+            processors with VNNI (or Arm's dot products) suffice. With ``any``, integers of ``qat`` and ``w8a8`` wider
+            than 7 bits are multiplied in floats.
         samples: training examples (for a language model, blocks of tokens) that ``int8`` calibrates on.
-        max_drop: points of the task's metric (of perplexity as it is) by which ``int8`` may be worse than floats on
-            the validation split; the layers that cost most stay floats until it is not. None: whatever comes.
-        skip: what integers leave in floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and
-            patterns of layers' names.
-        metrics: of the task, and
-        task: which says the one that counts: both for ``max_drop``, and given by the chain.
-        source: folder of the artifact that the stage starts from, in which it finds the integers.
+        max_drop: largest drop of the task's metric on the validation split by ``int8``, in points (perplexity in its
+            own units); the layers that cost most stay floats until the drop is within it. None: no bound.
+        skip: layers that stay floats: ``embeddings``, ``head`` (all else outside the transformer blocks) and patterns
+            of layer names.
+        metrics: metrics of the task, for ``max_drop``; the chain passes them.
+        task: the task, which names the primary metric, for ``max_drop``; the chain passes it.
+        source: folder of the artifact that the stage starts from, for its integers.
 
     Raises:
-        UserError: a pattern fits no layer, no layer is left, groups do not divide one, or settings contradict.
+        UserError: a pattern matches no layer, no layer is left, groups do not divide a layer, or settings contradict.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[OpenVINO(precision="fp16")]).fit(module, loader)
@@ -98,6 +110,7 @@ class OpenVINO(Export):
         self,
         precision: Literal["fp32", "fp16", "bf16", "int8", "int8_weights", "int4_weights"] | None = None,
         group_size: Annotated[int, Field(ge=-1)] = 128,
+        processor: Processor = "any",
         samples: Annotated[int, Field(ge=1)] = 128,
         max_drop: Annotated[float, Field(ge=0)] | None = None,
         skip: tuple[str, ...] = ("head",),
@@ -107,14 +120,14 @@ class OpenVINO(Export):
     ) -> None:
         if max_drop is not None and precision != "int8":
             raise UserError(
-                f"{self.key}.max_drop bounds what precision=int8 may cost and precision is {precision or 'null'}: set "
-                f"{self.key}.precision=int8, or leave max_drop out."
+                f"{self.key}.max_drop limits the drop of precision=int8 and precision is {precision or 'null'}. Set "
+                f"{self.key}.precision=int8, or {self.key}.max_drop=null."
             )
-        super().__init__(precision, skip, source, rounds=("int8", "int4_weights"))
+        super().__init__(precision, skip, source, ("int8", "int4_weights"), processor)
         self.scheme = Scheme(4, group_size)
         self.max_drop = max_drop
         self.metrics, self.task = metrics, task
-        # NNCF judges in float32 what it does not quantize, and so it must run.
+        # NNCF measures the drop with the other layers in float32, so they must run in float32.
         judged = {} if max_drop is None else {"INFERENCE_PRECISION_HINT": "f32"}
         self.settings = ARITHMETIC.get(precision or "fp32", judged)
         self.train_samples = samples if precision == "int8" else 1
@@ -129,20 +142,26 @@ class OpenVINO(Export):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         import openvino
 
+        # 1) Find out which integers are kept
         model: Any = unwrap_model(pl_module)
         accuracy = self.accuracy_control(trainer)
         integers = find_quantized_layers(model, self.key, self.precision)
         self.shrinks = self.lowers_precision and self.max_drop is None and is_float32(model)
         kept = {} if integers or not self.source or self.precision == "fp32" else read_integers(self.source)
-        if any(one.scheme.bits == 3 for one in kept.values()):
+        if any(weight.scheme.bits == 3 for weight in kept.values()):
             self.limits = f"{self.limits}; {THREE}".removeprefix("; ")
-        self.limits = describe_limits(integers) or self.limits
+        wide = self.processor == "any" and has_wide_weights(model, integers)
+        if wide:
+            self.settings = {**self.settings, **FLOAT_PRODUCTS}
+        self.limits = describe_limits(integers, wide) or self.limits
+        # 2) Draw calibration batches
         model.cpu().float()
-        # One at a time, so that no scale is that of padding.
+        # One text at a time, so that padding decides no scale.
         batches = [
             select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
         ]
-        self.folder = TemporaryDirectory()  # there for as long as the stage is
+        # 3) Convert the model and lower the precision of the graph
+        self.folder = TemporaryDirectory()  # exists as long as the stage
         path = Path(self.folder.name) / GRAPH
         with evaluation_mode(model):
             with silence_exporters(), use_shared_core():
@@ -151,26 +170,31 @@ class OpenVINO(Export):
                 quantize_openvino_graph(graph, model, integers)
                 left = find_other_readers(graph, self.chosen(model).keys() - kept.keys())
                 if self.precision == "int8":
-                    graph = quantize_graph(graph, batches, left, accuracy)
+                    graph = quantize_graph(graph, batches, left, self.processor, accuracy)
                 elif self.precision in ("int8_weights", "int4_weights"):
                     graph = quantize_weights(graph, self.precision, self.scheme.group_size, left)
                 elif self.lowers_precision:
                     store_float16(graph, kept)
-                keep_integers(graph, kept)  # last, as NNCF knows none of three bits
+                keep_integers(graph, kept)  # last, because NNCF has no integers of three bits
                 openvino.save_model(graph, path, compress_to_fp16=False)
+            # 4) Compare the graph with the model
             exported = Model(path, self.settings, strip_config(model))
             self.agreement = measure_on_validation(trainer, model, exported)
-        if self.lowers_precision or integers or any(one.grid.scale.dtype != torch.float32 for one in kept.values()):
+        if (
+            self.lowers_precision
+            or integers
+            or any(weight.grid.scale.dtype != torch.float32 for weight in kept.values())
+        ):
             self.exported = exported
 
     def accuracy_control(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """What NNCF needs to bound the drop: the validation split, and how to judge a graph on it."""
+        """Return NNCF's arguments to limit the drop: the validation split and a function that measures a graph."""
         if self.max_drop is None:
             return {}
         if self.metrics is None or self.task is None or not trainer.enable_validation:
             raise UserError(
-                f"{self.key}.max_drop={self.max_drop:g} is told on validation text by the task's metric: give OpenVINO "
-                "metrics and task, as a chain does, and `fit` a validation loader."
+                f"{self.key}.max_drop={self.max_drop:g} needs the task's metric on validation text. Pass metrics and "
+                "task to OpenVINO, and a validation loader to `fit`."
             )
         import nncf
 

@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 from importlib.metadata import version
 
@@ -18,6 +19,7 @@ from compress.maths.rounding import Scheme
 from compress.models.layers import detect_task_kind, find_linears, find_prunable
 from compress.models.shapes import record_shapes, shape_blocks
 from compress.runtimes.onnxruntime import load
+from compress.runtimes.processor import adds_exactly
 from compress.runtimes.torch import load as load_torch
 from compress.techniques.awq import AWQ
 from compress.techniques.finetune import FineTune
@@ -28,13 +30,16 @@ from compress.techniques.nf4 import NF4
 from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune
 
+needs_vnni = pytest.mark.skipif(
+    not adds_exactly() or "ONEDNN_MAX_CPU_ISA" in os.environ, reason="sums of 8-bit products are not exact here"
+)
 PRECISIONS = ("fp32", "fp16", "int8_dynamic", "int8_static", "int4")
 NEAR = {"fp32": 1e-5, "fp16": 0.01, "int8_dynamic": 0.2, "int8_static": 0.2, "int4": 0.4}
-"""By what share of the largest logit others may differ, where the weights are as large as here."""
+"""Largest difference as a fraction of the largest logit, for weights as large as here."""
 
 
-def told_apart(model):
-    """The model with weights large enough, and biases different enough, for a mistake in any of them to show."""
+def make_distinct(model):
+    """Return the model with weights so large, and biases so different, that a mistake in any of them shows."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -45,7 +50,7 @@ def told_apart(model):
 
 
 def uneven(model):
-    """With blocks cut to shapes of their own."""
+    """Return the model with blocks cut to different shapes."""
     shape_blocks(model, [2, 4] if model.config.model_type == "llama" else [3, 1], [40, 24])
     record_shapes(model)
     return model
@@ -57,7 +62,7 @@ def tied():
 
 
 def export(model, folder, *before, **settings):
-    """The stage, and what it saved as it loads again."""
+    """Return the stage and its saved model, loaded again."""
     stage = Onnx(**{"samples": 8, **settings})
     lm = model.config.architectures is None and isinstance(model, LlamaForCausalLM)
     for one in (*before, stage):
@@ -67,7 +72,7 @@ def export(model, folder, *before, **settings):
 
 
 def every_shape():
-    """Batches unlike the one that was traced, as long as the models have positions."""
+    """Return batches of other shapes than the traced batch, up to the models' number of positions."""
     return [tiny.batch(rows, length, seed=7) for rows, length in ((1, 3), (2, 38), (5, 10))]
 
 
@@ -79,32 +84,32 @@ def in_onnx(folder):
 
 @pytest.mark.parametrize("build", [*tiny.ALL, tied, lambda: uneven(tiny.bert()), lambda: uneven(tiny.llama())])
 def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path):
-    model = told_apart(build())
+    model = make_distinct(build())
     stage, exported = export(model, tmp_path)
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit and found.label_agreement == 1
-    assert stage.exported is None  # so that the chain compares the artifact with the model itself
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit and agreement.label_agreement == 1
+    assert stage.exported is None  # the chain compares the artifact with the model itself
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
 
 
 def test_token_types_are_an_input_where_the_texts_have_them(tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     types = {"token_type_ids": torch.arange(10).expand(4, 10) % 2}
     stage = Onnx()
     tiny.trainer(stage).fit(FineTune(model), [{**tiny.batch(), **types}])
     stage.save(model, tmp_path)
-    found = measure_agreement(model.eval(), load(tmp_path, ""), [{**tiny.batch(seed=3), **types}])
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(model.eval(), load(tmp_path, ""), [{**tiny.batch(seed=3), **types}])
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
     assert stage.agreement is None  # there was no validation text
 
 
 @pytest.mark.parametrize("build", [*tiny.ALL, lambda: uneven(tiny.bert())])
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_a_lower_precision_stays_near_and_reloads_exactly(build, precision, tmp_path):
-    model = told_apart(build())
+    model = make_distinct(build())
     stage, exported = export(model, tmp_path, precision=precision)
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert 0 < found.max_logit_difference < NEAR[precision] * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert 0 < agreement.max_logit_difference < NEAR[precision] * agreement.largest_logit
     for batch in every_shape():
         batch.pop("labels")
         assert torch.equal(stage.exported(**batch).logits, exported(**batch).logits)
@@ -113,7 +118,7 @@ def test_a_lower_precision_stays_near_and_reloads_exactly(build, precision, tmp_
 @pytest.mark.parametrize("precision", PRECISIONS[2:])
 @pytest.mark.parametrize(("skip", "embeddings"), [(("head",), True), (("head", "embeddings"), False)])
 def test_integers_are_the_blocks_and_the_embeddings_unless_they_are_skipped(precision, skip, embeddings, tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision, skip=skip)
     integers = [p for p in exported.parameters() if not p.is_floating_point()]
     assert sum(map(torch.numel, integers)) == sum(
@@ -128,17 +133,17 @@ def test_integers_are_the_blocks_and_the_embeddings_unless_they_are_skipped(prec
 @pytest.mark.parametrize("precision", PRECISIONS[2:])
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama_lm, tied])
 def test_the_head_is_quantized_if_asked_and_a_tied_one_with_its_embeddings(build, precision, tmp_path):
-    model = told_apart(build())
+    model = make_distinct(build())
     _, exported = export(model, tmp_path, precision=precision, skip=())
     integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
     assert integers == sum(layer.weight.numel() for layer in find_prunable(model, True, True).values())
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < NEAR[precision] * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < NEAR[precision] * agreement.largest_logit
 
 
 @pytest.mark.parametrize("precision", ["int8_dynamic", "int4"])
 def test_an_embedding_is_rounded_to_the_nearest_of_255_values(precision, tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     export(model, tmp_path, precision=precision)
     kept = {one.name: numpy_helper.to_array(one) for one in in_onnx(tmp_path).initializer}
     weight = model.bert.embeddings.word_embeddings.weight.detach().numpy()
@@ -149,15 +154,15 @@ def test_an_embedding_is_rounded_to_the_nearest_of_255_values(precision, tmp_pat
 
 @pytest.mark.parametrize(("pattern", "left"), [("*output.dense", 32 * 32 + 32 * 64), ("*query", 3 * 32 * 32)])
 def test_what_a_pattern_names_stays_in_floats(pattern, left, tmp_path):
-    model = told_apart(tiny.bert())
-    skip = ("embeddings", "head", pattern)  # of attention, int8 fuses the three
+    model = make_distinct(tiny.bert())
+    skip = ("embeddings", "head", pattern)  # int8 fuses the three layers of attention
     _, exported = export(model, tmp_path, precision="int8_dynamic", skip=skip)
     integers = sum(p.numel() for p in exported.parameters() if p.dtype == torch.int8)
     assert integers == sum(layer.weight.numel() for _, layer in find_linears(model)) - 2 * left
 
 
 def test_a_static_scale_is_that_of_the_calibration_text(tmp_path):
-    model, stage = told_apart(tiny.bert()), Onnx(precision="int8_static", samples=4)
+    model, stage = make_distinct(tiny.bert()), Onnx(precision="int8_static", samples=4)
     batches = [tiny.batch(padded=False, seed=seed) for seed in range(2)]
     tiny.trainer(stage).fit(FineTune(model), batches)
     stage.save(model, tmp_path)
@@ -171,14 +176,14 @@ def test_a_static_scale_is_that_of_the_calibration_text(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8_dynamic", "int4"])
 def test_zeros_stay_zeros(precision, tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision=precision, symmetric=precision == "int4")
     zeros = sum(int((p == 0).sum()) for p in exported.parameters())
     assert zeros >= sum(int((layer.weight == 0).sum()) for _, layer in find_linears(model)) > 0
 
 
 def packed_by(before, model, folder):
-    """The artifact of a stage before, and the model that is loaded from it."""
+    """Return the model of an earlier stage, loaded from its artifact."""
     tiny.trainer(before).fit(FineTune(model), tiny.loader())
     folder.mkdir()
     before.save(model, folder)
@@ -197,10 +202,10 @@ ROUNDED = {
 
 @pytest.mark.parametrize("by", ROUNDED)
 def test_the_integers_of_a_quantized_model_are_those_in_the_graph(by, tmp_path):
-    packed = packed_by(ROUNDED[by](), told_apart(tiny.bert()), tmp_path / "packed")
+    packed = packed_by(ROUNDED[by](), make_distinct(tiny.bert()), tmp_path / "packed")
     _, exported = export(packed, tmp_path, source=tmp_path / "packed", activations="float32")
-    found = measure_agreement(packed.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(packed.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
     ours = read_integers(tmp_path / "packed")
     theirs = [p for p in exported.parameters() if not p.is_floating_point()]
     for _, integers, (scale, zero) in ours.values():
@@ -212,25 +217,25 @@ def test_the_integers_of_a_quantized_model_are_those_in_the_graph(by, tmp_path):
 
 @pytest.mark.parametrize(("block_size", "symmetric"), [(16, True), (64, False)])
 def test_int4_is_the_model_with_every_block_rounded(block_size, symmetric, tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     settings = {"block_size": block_size, "symmetric": symmetric, "activations": "float32"}
     _, exported = export(model, tmp_path, precision="int4", skip=("embeddings", "head"), **settings)
     for _, linear in find_linears(model):
         integers, (scale, zero) = round_weight(linear.weight.detach(), Scheme(4, block_size, symmetric))[1:]
         groups = torch.arange(linear.in_features) // block_size
         linear.weight.data = (integers - zero[:, groups]) * scale[:, groups]
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
 
 
 @pytest.mark.parametrize(
     ("build", "by"), [(tiny.llama, AWQ), (lambda: uneven(tiny.llama()), GPTQ), (lambda: uneven(tiny.bert()), GPTQ)]
 )
 def test_activations_of_8_bits_are_near(build, by, tmp_path):
-    packed = packed_by(by(group_size=-1, samples=8), told_apart(build()), tmp_path / "packed")
+    packed = packed_by(by(group_size=-1, samples=8), make_distinct(build()), tmp_path / "packed")
     stage, exported = export(packed, tmp_path, source=tmp_path / "packed")
-    found = measure_agreement(packed.eval(), exported, every_shape())
-    assert 0 < found.max_logit_difference < 0.05 * found.largest_logit
+    agreement = measure_agreement(packed.eval(), exported, every_shape())
+    assert 0 < agreement.max_logit_difference < 0.05 * agreement.largest_logit
     assert not stage.limits
 
 
@@ -238,11 +243,11 @@ def test_activations_of_8_bits_are_near(build, by, tmp_path):
 def test_the_numbers_of_bitsandbytes_are_kept(before, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(**{**tiny.SHAPE, "hidden_size": 64}, max_position_embeddings=40, num_labels=3)
-    model = told_apart(BertForSequenceClassification(config))
+    model = make_distinct(BertForSequenceClassification(config))
     packed = packed_by(before(), model, tmp_path / "packed")
     stage, exported = export(packed, tmp_path, activations="float32")
-    found = measure_agreement(packed.eval(), exported, every_shape())  # plain layers of the same values now
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(packed.eval(), exported, every_shape())  # now plain layers of the same values
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
     blocks = sum(layer.weight.numel() for _, layer in find_linears(packed))
     kept = [p for p in exported.parameters() if not p.is_floating_point()]
     assert sum(p.numel() for p in kept) == blocks
@@ -250,15 +255,15 @@ def test_the_numbers_of_bitsandbytes_are_kept(before, tmp_path):
 
 
 def test_decompressed_on_request_and_said_so(tmp_path):
-    packed = packed_by(GPTQ(group_size=16, samples=8), told_apart(tiny.bert()), tmp_path / "packed")
+    packed = packed_by(GPTQ(group_size=16, samples=8), make_distinct(tiny.bert()), tmp_path / "packed")
     stage, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="fp32")
     assert all(p.is_floating_point() for p in exported.parameters()) and "precision=null keeps" in stage.limits
-    found = measure_agreement(packed.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(packed.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
 
 
 def test_int4_after_gptq_rounds_what_gptq_has_not(tmp_path):
-    packed = packed_by(GPTQ(group_size=16, samples=8), told_apart(tiny.bert()), tmp_path / "packed")
+    packed = packed_by(GPTQ(group_size=16, samples=8), make_distinct(tiny.bert()), tmp_path / "packed")
     (tmp_path / "kept").mkdir()
     _, kept = export(packed, tmp_path / "kept", source=tmp_path / "packed")
     _, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="int4", skip=())
@@ -269,11 +274,11 @@ def test_int4_after_gptq_rounds_what_gptq_has_not(tmp_path):
 
 
 def test_a_bfloat16_model_is_exported_in_float32(tmp_path):
-    model = told_apart(tiny.llama()).bfloat16()
+    model = make_distinct(tiny.llama()).bfloat16()
     _, exported = export(model, tmp_path)
     assert {p.dtype for p in exported.parameters()} == {torch.float32}
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
 
 
 def test_attention_is_fused_by_the_heads_that_each_block_has_left(tmp_path):
@@ -288,7 +293,7 @@ def test_attention_is_fused_by_the_heads_that_each_block_has_left(tmp_path):
 def test_weights_that_two_layers_share_are_stored_once(tmp_path):
     for name, model in (("tied", tied()), ("untied", tiny.llama_lm())):
         (tmp_path / name).mkdir()
-        export(told_apart(model), tmp_path / name)
+        export(make_distinct(model), tmp_path / name)
     sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("tied", "untied")]
     assert sizes[1] - sizes[0] > 0.9 * 4 * 60 * 32
 
@@ -296,13 +301,13 @@ def test_weights_that_two_layers_share_are_stored_once(tmp_path):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_tensors_of_a_large_model_lie_beside_it(precision, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_format, "LARGEST", 1000)
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision)
     sizes = [numpy_helper.to_array(one).nbytes for one in in_onnx(tmp_path).initializer]
-    stored = sum(size for size in sizes if size >= 1024)  # onnx leaves smaller ones where they are
-    assert 0.8 * stored < (tmp_path / "model.onnx.data").stat().st_size < 1.2 * stored + 4 * 4096  # pages that align it
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < NEAR[precision] * found.largest_logit
+    stored = sum(size for size in sizes if size >= 1024)  # onnx keeps smaller tensors in the graph's file
+    assert 0.8 * stored < (tmp_path / "model.onnx.data").stat().st_size < 1.2 * stored + 4 * 4096  # aligned to pages
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < NEAR[precision] * agreement.largest_logit
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -318,7 +323,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("build", [tiny.llama_lm, tied, lambda: uneven(tiny.llama_lm())])
 def test_a_language_model_decodes_with_a_cache_as_transformers_does(build, tmp_path):
-    model = told_apart(build())
+    model = make_distinct(build())
     _, exported = export(model, tmp_path)
     texts = {
         "input_ids": torch.tensor([[7, 8, 9], [0, 11, 12]]),
@@ -337,7 +342,7 @@ def test_a_language_model_decodes_with_a_cache_as_transformers_does(build, tmp_p
 
 @pytest.mark.parametrize("precision", ["fp16", "int8_static", "int4"])
 def test_a_token_after_its_past_answers_as_in_the_whole_text(precision, tmp_path):
-    _, exported = export(told_apart(tiny.llama_lm()), tmp_path, precision=precision)
+    _, exported = export(make_distinct(tiny.llama_lm()), tmp_path, precision=precision)
     ids = tiny.batch(2, 9, padded=False)["input_ids"]
     mask = torch.ones_like(ids)
     whole = exported(input_ids=ids, attention_mask=mask).logits
@@ -345,7 +350,7 @@ def test_a_token_after_its_past_answers_as_in_the_whole_text(precision, tmp_path
     for start, stop in ((0, 4), (4, 5), (5, 9)):
         answer = exported(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past=past)
         answers, past = [*answers, answer.logits], answer.past
-    near = 0.1 if precision.startswith("int8") else 1e-5  # whose inputs have the scale of all tokens at once
+    near = 0.1 if precision.startswith("int8") else 1e-5  # a scale of int8 inputs is shared by all tokens
     assert (torch.cat(answers, 1) - whole).abs().max() < near * whole.abs().max()
 
 
@@ -364,10 +369,10 @@ def test_what_onnx_runtime_has_an_operator_for_is_fused(precision, tmp_path):
 
 
 def test_the_report_says_how_far_the_answers_are(tmp_path):
-    stage, _ = export(told_apart(tiny.bert()), tmp_path, precision="int8_dynamic")
+    stage, _ = export(make_distinct(tiny.bert()), tmp_path, precision="int8_dynamic")
     stage.report(tmp_path)
-    told = Agreement(**json.loads((tmp_path / "agreement.json").read_text()))
-    assert told.examples == 16 and told.max_logit_difference > 0 and told.label_agreement > 0.5
+    stored = Agreement(**json.loads((tmp_path / "agreement.json").read_text()))
+    assert stored.examples == 16 and stored.max_logit_difference > 0 and stored.label_agreement > 0.5
 
 
 def test_disagreement_of_every_kind_of_head():
@@ -390,5 +395,5 @@ def test_disagreement_of_every_kind_of_head():
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Onnx(**wrong)
-    with pytest.raises(UserError, match=r"technique.onnx.skip: `\*qery` fits none"):
+    with pytest.raises(UserError, match=r"technique.onnx.skip has the pattern `\*qery`, which matches no layer"):
         Onnx(skip=("head", "*qery")).check(tiny.bert(), [])

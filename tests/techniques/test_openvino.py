@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from pydantic import ValidationError
-from test_onnx import every_shape, tied, told_apart, uneven
+from test_onnx import every_shape, make_distinct, tied, uneven
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -27,7 +27,7 @@ from compress.techniques.prune import Prune
 
 
 def export(model, folder, *before, lm=False, **settings):
-    """The stage, and what it saved as it loads again."""
+    """Return the stage and its saved model, loaded again."""
     stage = OpenVINO(**{"samples": 8, "group_size": 8, **settings})
     for one in (*before, stage):
         tiny.trainer(one).fit(FineTune(model), tiny.loader(batches=2, lm=lm), tiny.loader(batches=2, lm=lm))
@@ -43,13 +43,13 @@ def integers_of(exported):
     "build", [tiny.bert, tiny.roberta, tiny.llama_lm, tied, lambda: uneven(tiny.bert()), lambda: uneven(tiny.llama())]
 )
 def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path):
-    model = told_apart(build())
+    model = make_distinct(build())
     stage, exported = export(model, tmp_path, lm=build in (tiny.llama_lm, tied))
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit and found.label_agreement == 1
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit and agreement.label_agreement == 1
     assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert exported.compiled.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
-    assert stage.exported is None  # so that the chain compares the artifact with the model itself
+    assert stage.exported is None  # the chain compares the artifact with the model itself
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -68,10 +68,10 @@ def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path
 def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_exactly(
     build, precision, share, tmp_path
 ):
-    model = told_apart(build())
+    model = make_distinct(build())
     stage, exported = export(model, tmp_path, precision=precision, lm=build in (tiny.llama_lm, tied))
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert 0 < found.max_logit_difference < share * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert 0 < agreement.max_logit_difference < share * agreement.largest_logit
     for batch in every_shape():
         batch.pop("labels")
         assert torch.equal(stage.exported(**batch).logits, exported(**batch).logits)
@@ -79,14 +79,14 @@ def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
     table = model.get_input_embeddings().weight
-    if precision.startswith("int"):  # a scale for every row, as one token is looked up at a time
-        (found,) = (p for p in integers_of(exported) if p.shape == table.shape)
-        assert (found.abs().amax(1) >= 127).equal(table.any(1))
+    if precision.startswith("int"):  # a scale for every row, because tokens are looked up by row
+        (stored,) = (p for p in integers_of(exported) if p.shape == table.shape)
+        assert (stored.abs().amax(1) >= 127).equal(table.any(1))
 
 
 @pytest.mark.parametrize("skip", [(), ("embeddings", "head")])
 def test_what_is_quantized_can_be_chosen(skip, tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, precision="int8_weights", skip=skip)
     layers = find_prunable(model, embeddings=not skip, head=not skip).values()
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
@@ -94,8 +94,8 @@ def test_what_is_quantized_can_be_chosen(skip, tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A packed artifact with layers of every kind that there is, and its model as PyTorch loads it."""
-    folder, model = tmp_path_factory.mktemp("packed"), told_apart(tiny.bert())
+    """Return a packed artifact with layers of every kind, and its model loaded by PyTorch."""
+    folder, model = tmp_path_factory.mktemp("packed"), make_distinct(tiny.bert())
     kinds = [Scheme(4, 16), Scheme(4, -1, False), Scheme(8, 16), Scheme(8, -1, False), Scheme(2, 16), Scheme(3, 8)]
     schemes = dict(zip(dict(find_linears(model)), kinds * 2))
     batches = [{key: value for key, value in tiny.batch().items() if key != "labels"}]
@@ -124,8 +124,8 @@ def test_packed_integers_stay_as_they_are(packed, tmp_path):
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
     nonzeros = sum(int(layer.weight.count_nonzero()) for _, layer in find_linears(model))
     assert sum(int(p.count_nonzero()) for p in integers_of(exported)) == nonzeros
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert found.max_logit_difference < 1e-5 * found.largest_logit and stage.exported is None
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit and stage.exported is None
 
 
 @pytest.mark.parametrize(("precision", "tables"), [("int8_weights", "i8"), ("bf16", "f16")])
@@ -137,37 +137,37 @@ def test_what_packed_weights_left_in_floats_can_be_rounded_beside_them(precision
     assert kinds == [tables]
     of_three_bits = [one for one in constants if one.get_element_type().to_string() == "u3"]
     assert len(of_three_bits) == 2 * 2  # with their zero points
-    found = measure_agreement(model.eval(), exported, every_shape())
-    assert 0 < found.max_logit_difference < 0.1 * found.largest_logit
+    agreement = measure_agreement(model.eval(), exported, every_shape())
+    assert 0 < agreement.max_logit_difference < 0.1 * agreement.largest_logit
 
 
 def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     skip = ("embeddings", "head", "*output.dense")
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision="int8_weights", skip=skip)
     left = sum(layer.weight.numel() for name, layer in find_linears(model) if not name.endswith("output.dense"))
-    found = torch.cat([p.flatten() for p in integers_of(exported)])
-    assert len(found) == left and sum(int((p == 0).sum()) for p in exported.parameters()) >= 0.5 * 2 * 8192
+    integers = torch.cat([p.flatten() for p in integers_of(exported)])
+    assert len(integers) == left and sum(int((p == 0).sum()) for p in exported.parameters()) >= 0.5 * 2 * 8192
 
 
 def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tmp_path):
-    model = told_apart(uneven(tied()))
+    model = make_distinct(uneven(tied()))
     _, exported = export(model, tmp_path, lm=True)
     batch = select_inputs(tiny.batch(rows=3, length=9, padded=False))
     for row in range(3):
         batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
     expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(exported.generate(**batch, max_new_tokens=6), expected)
-    alone = [exported(**batch).logits for _ in range(2)]  # texts to score leave nothing behind
+    alone = [exported(**batch).logits for _ in range(2)]  # scoring leaves no state
     assert torch.equal(*alone)
 
 
 @pytest.mark.parametrize("max_drop", [0, 100])
 def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path):
     shape = {**tiny.SHAPE, "num_hidden_layers": 1}
-    model = told_apart(BertForSequenceClassification(BertConfig(**shape, num_labels=1)).eval())
+    model = make_distinct(BertForSequenceClassification(BertConfig(**shape, num_labels=1)).eval())
     batches = [select_inputs(tiny.batch(rows=16, seed=seed)) for seed in range(2)]
-    with torch.no_grad():  # its own answers are right, so that any other is worse
+    with torch.no_grad():  # the labels are its own answers, so any change is worse
         batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
     task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
     stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=TaskMetrics(task))
@@ -178,7 +178,9 @@ def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path
     every = sum(layer.weight.numel() for layer in find_prunable(model, embeddings=True, head=False).values())
     rounded = sum(p.numel() for p in integers_of(exported))
     assert rounded < every if max_drop == 0 else rounded == every
-    assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"  # as it was judged
+    assert (
+        exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    )  # the precision of the measured drop
 
 
 def test_the_angles_of_positions_keep_their_digits_in_float16(tmp_path):
@@ -196,15 +198,15 @@ def test_the_model_is_left_as_it_was_and_the_report_says_how_far_the_answers_are
     stage, _ = export(model, tmp_path, precision="bf16")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()) and model.training
     stage.report(tmp_path)
-    told = Agreement(**json.loads((tmp_path / "agreement.json").read_text()))
-    assert told.examples == 8 and told.max_logit_difference > 0 and told.label_agreement > 0.5
+    stored = Agreement(**json.loads((tmp_path / "agreement.json").read_text()))
+    assert stored.examples == 8 and stored.max_logit_difference > 0 and stored.label_agreement > 0.5
     settings = json.loads((tmp_path / "compile.json").read_text())
     assert settings["INFERENCE_PRECISION_HINT"] == "bf16" and "PERFORMANCE_HINT" not in settings
 
 
 def test_a_drop_cannot_be_bounded_without_a_metric_or_a_validation_split():
     stage = OpenVINO(precision="int8", max_drop=1, samples=2)
-    with pytest.raises(UserError, match=r"max_drop=1 is told on validation text by the task's metric: give OpenVINO"):
+    with pytest.raises(UserError, match=r"max_drop=1 needs the task's metric on validation text\. Pass metrics and"):
         tiny.trainer(stage).fit(FineTune(tiny.bert()), tiny.loader(batches=1))
 
 
@@ -214,12 +216,12 @@ def test_values_out_of_range_are_refused(wrong):
         OpenVINO(**wrong)
 
 
-def test_what_does_not_fit_the_model_is_told_from_the_shapes_alone():
+def test_what_does_not_fit_the_model_is_reported_from_the_shapes_alone():
     with torch.device("meta"):
         skeleton = tiny.bert()
-    with pytest.raises(UserError, match=r"technique.openvino.skip: `\*qery` fits none"):
+    with pytest.raises(UserError, match=r"technique.openvino.skip has the pattern `\*qery`, which matches no layer"):
         OpenVINO(skip=("head", "*qery")).check(skeleton, [])
-    with pytest.raises(UserError, match=r"technique.openvino.group_size=48 does not divide the 32 inputs"):
+    with pytest.raises(UserError, match=r"technique.openvino.group_size is 48, which does not divide the 32 inputs"):
         OpenVINO(precision="int4_weights", group_size=48).check(skeleton, [])
     OpenVINO(precision="int8", group_size=48).check(skeleton, [])
 
