@@ -1,12 +1,13 @@
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from compress.measuring import meters
 from compress.measuring.meters import count_macs, find_energy_meter, measure_memory, measure_work
 
 CPU = torch.device("cpu")
@@ -76,19 +77,13 @@ def test_the_energy_counter_continues_after_it_wraps(tmp_path):
     assert find_energy_meter(CPU, tmp_path / "none") is None
 
 
-def test_work_is_averaged_over_the_texts_of_all_calls():
+def test_work_is_averaged_over_the_texts_of_all_calls(monkeypatch):
     calls = []
-
-    def call(i):
-        calls.append(i)
-        while time.process_time() < begin + 0.001 * len(calls):
-            pass
-
-    begin = time.process_time()
-    found = measure_work(call, 3, 4, 0.01, CPU, lambda: 5.0 * len(calls))
-    assert calls == [0, 1, 2] * (len(calls) // 3)
-    assert found.energy_j == 5.0 / 4 and found.gpu_ms is None
-    assert found.cpu_ms > 0.9 / 4  # of a millisecond, minus the time before the first call
+    clocks = SimpleNamespace(perf_counter=lambda: 0.004 * len(calls), process_time=lambda: 0.002 * len(calls))
+    monkeypatch.setattr(meters, "time", clocks)
+    found = measure_work(calls.append, 3, 4, 0.013, CPU, lambda: 5.0 * len(calls))
+    assert calls == [0, 1, 2, 0, 1, 2]  # one cycle takes 12 ms, and there are only whole ones
+    assert found.cpu_ms == pytest.approx(2 / 4) and found.energy_j == 5.0 / 4 and found.gpu_ms is None
 
 
 def test_gpu_time_is_measured_by_its_events(monkeypatch):
