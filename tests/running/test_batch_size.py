@@ -96,7 +96,7 @@ def test_a_chain_trains_with_batches_that_fit_and_its_history_records_them(narro
     run_experiment(cfg, tmp_path)
     history = json.loads((tmp_path / "artifact" / "compress.json").read_text())["history"]
     trainings = [stage["settings"].get("train", stage["settings"]) for stage in history]
-    assert [(training["batch_size"], training["accumulate"]) for training in trainings] == [(4, 4), (8, 1), (4, 2)]
+    assert [(training["batch_size"], training["accumulate"]) for training in trainings] == [(4, 4), (8, 2), (4, 4)]
 
 
 def test_a_resumed_training_keeps_its_batch(data, tmp_path):
