@@ -44,12 +44,13 @@ def describe_stage(name: str) -> Any:
 
 
 def loosen(schema: Any) -> Any:
-    """Return a schema without required keys and defaults, whose values may be interpolations."""
+    """Return a schema of types and ranges alone, whose values may be interpolations."""
     if isinstance(schema, list):
         return [loosen(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    loose = {key: loosen(value) for key, value in schema.items() if key not in ("required", "default", "title")}
+    dropped = ("required", "default", "title", "description")
+    loose = {key: loosen(value) for key, value in schema.items() if key not in dropped}
     if "properties" in schema:
         either = {"$ref": "#/$defs/interpolation"}
         loose["properties"] = {key: {"anyOf": [loosen(one), either]} for key, one in schema["properties"].items()}
