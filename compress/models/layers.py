@@ -144,6 +144,21 @@ def describe_unmatched(key: str, pattern: str, names: Iterable[str]) -> str:
     return f"{key} has the pattern `{pattern}`, which matches no layer; a layer is named like `{next(iter(names))}`."
 
 
+def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float, key: str) -> dict[str, float]:
+    """Return the sparsity of every layer: that of the first pattern that matches its name, or ``otherwise``.
+
+    Raises:
+        UserError: a pattern matches no layer.
+    """
+    for pattern in ratios:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise UserError(describe_unmatched(key, pattern, layers))
+    return {
+        name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
+        for name in layers
+    }
+
+
 def find_zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the zeros of every pruned layer (bool, in the weight's shape). An exact zero *is* the mask, and
     nothing else is stored. The embedding of padding is zero by itself and does not count."""

@@ -240,7 +240,7 @@ class SearchSweeper(Sweeper):
             if len(last) == ALIKE and last[0] and len(set(last)) == 1:
                 raise UserError(
                     f"The search was stopped because the last {ALIKE} trials failed for the same reason: {last[0]} "
-                    f"Repeat the command with hydra.sweep.dir={self.cfg.hydra.sweep.dir} to resume it."
+                    f"Set resume={self.cfg.hydra.sweep.dir} to continue it."
                 )
 
         # 5) Write the report of the trials

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,9 +33,9 @@ from compress.models.calibration import calibrate_layers, draw_calibration_batch
 from compress.models.layers import (
     Layer,
     apply_masks,
-    describe_unmatched,
     evaluation_mode,
     find_linears,
+    match_ratios,
     measure_sparsity,
     select_layers,
     unwrap_model,
@@ -385,18 +383,3 @@ class Prune(Technique, pl.Callback):
         kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
         self.dense[name] = torch.where(kept, weight, self.dense[name])
         return self.dense[name]
-
-
-def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: float, key: str) -> dict[str, float]:
-    """Return the sparsity of every layer: that of the first pattern that matches its name, or ``otherwise``.
-
-    Raises:
-        UserError: a pattern matches no layer.
-    """
-    for pattern in ratios:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise UserError(describe_unmatched(key, pattern, layers))
-    return {
-        name: next((value for pattern, value in ratios.items() if fnmatchcase(name, pattern)), otherwise)
-        for name in layers
-    }

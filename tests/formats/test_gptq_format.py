@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from test_conf import CONF
-from test_onnx import told_apart
+from test_onnx import make_distinct
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
@@ -29,7 +29,7 @@ PROBE = {key: value for key, value in tiny.batch(seed=9).items() if key != "labe
 def quantized(folder, **settings):
     """A language model of rows that fill words, and the stage that has quantized it and saved it."""
     torch.manual_seed(0)
-    model = told_apart(LlamaForCausalLM(LlamaConfig(**tiny.SHAPE, num_key_value_heads=4, pad_token_id=0)))
+    model = make_distinct(LlamaForCausalLM(LlamaConfig(**tiny.SHAPE, num_key_value_heads=4, pad_token_id=0)))
     stage = GPTQ(**{"group_size": 32, "format": "gptq", "samples": 8, **settings})
     tiny.trainer(stage).fit(FineTune(model), tiny.loader(lm=True))
     stage.save(saved := copy.deepcopy(model), folder)

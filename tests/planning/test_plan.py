@@ -82,7 +82,7 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["technique=prune+nf4+openvino"], r"Set .* technique=prune\+openvino .*openvino.precision=int4_weights\.$"),
         (
             ["technique=openvino", "technique.openvino.max_drop=1"],
-            r"max_drop bounds .*precision is null: set technique.openvino.precision=int8",
+            r"max_drop limits .*precision is null. Set technique.openvino.precision=int8",
         ),
         (["technique=qat+onnx", "technique.onnx.precision=int8_static"], r"would give up the .*precision=null to keep"),
         (["technique=w8a8+openvino"], r"technique.w8a8.dynamic=true gives every token its own: set .*dynamic=false"),

@@ -89,7 +89,7 @@ def test_calibration_on_other_text_changes_the_rounded_weights(carry_out, tmp_pa
 
 def test_blocks_to_calibrate_on_are_counted_before_anything_is_trained(carry_out, monkeypatch):
     monkeypatch.setattr("compress.running.stages.fit_module", lambda *args: pytest.fail("trained"))
-    with pytest.raises(UserError, match=r"asks for 9999 blocks and the text of task `toy_lm` has \d+: .*\(samples="):
+    with pytest.raises(UserError, match=r"asks for 9999 blocks and the text of task `toy_lm` has \d+\. .*\(samples="):
         carry_out("technique=awq", "technique.awq.samples=9999", "seed=9", model="tiny_llama", task="toy_lm")
 
 
