@@ -26,6 +26,7 @@ from compress.planning.settings import parse_values, to_plain
 from compress.reporting.rows import Job, collect_rows
 from compress.running import experiment
 from compress.running.promises import capture_state, check_model
+from compress.tasks.splits import load_splits
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
 from compress.techniques.onnx import Onnx
@@ -145,7 +146,7 @@ def test_the_metrics_are_scikit_learns_for_the_predictions_stored_with_the_artif
     # The order is the split's, not that of the batches.
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["task=toy", *SMALL])
-    test = parse_values(Task, to_plain(cfg.task), "task").load().test
+    test = load_splits(parse_values(Task, to_plain(cfg.task), "task")).test
     assert kept.labels.tolist() == test["label"] and kept.characters.tolist() == list(map(len, test["text"]))
     assert outcome.measurements["prune"].comparison.change.value == pytest.approx(
         outcome.measurements["prune"].quality["accuracy"] - outcome.measurements["none"].quality["accuracy"]
