@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from compress.maths import scores
-from compress.tasks.labels import build_label_index, parse_numbers, sort_label_names, split_labels
+from compress.tasks.labels import LabelledTask, build_label_index, parse_numbers, sort_label_names, split_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from compress.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Kind:
         """Return the names of all labels in order."""
         return sort_label_names(labels)
 
-    def encode(self, task: Task, labels: list[Any], split: str) -> list[Any]:
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[Any]:
         """Return the training targets: an index, a number or a list for every row.
 
         Raises:
@@ -138,7 +136,7 @@ class Multiclass(Kind):
     problem_type = "single_label_classification"
     probabilities = "softmax"
 
-    def encode(self, task: Task, labels: list[Any], split: str) -> list[int]:
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[int]:
         return list(map(build_label_index(task, split), labels))
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:
@@ -170,7 +168,7 @@ class Multilabel(Kind):
     def find_label_names(self, labels: list[Any]) -> tuple[str, ...]:
         return sort_label_names(chain.from_iterable(map(split_labels, labels)))
 
-    def encode(self, task: Task, labels: list[Any], split: str) -> list[list[float]]:
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[list[float]]:
         find_index = build_label_index(task, split)
         rows = [{find_index(label) for label in split_labels(row)} for row in labels]
         return [[float(i in indices) for i in range(task.num_labels)] for indices in rows]
@@ -193,7 +191,7 @@ class Regression(Kind):
     problem_type = "regression"
     num_labels = 1
 
-    def encode(self, task: Task, labels: list[Any], split: str) -> list[float]:
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[float]:
         return parse_numbers(task, labels, split)
 
 

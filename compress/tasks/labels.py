@@ -5,12 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from compress.errors import UserError
 
-if TYPE_CHECKING:
-    from compress.tasks.task import Task
+
+class LabelledTask(Protocol):
+    """The part of a task that its labels need."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def num_labels(self) -> int: ...
 
 
 def sort_label_names(labels: Iterable[Any]) -> tuple[str, ...]:
@@ -20,7 +33,7 @@ def sort_label_names(labels: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int if numbers else None))
 
 
-def build_label_index(task: Task, split: str) -> Callable[[Any], int]:
+def build_label_index(task: LabelledTask, split: str) -> Callable[[Any], int]:
     """Return the function that maps a label's name, or its index, to its index.
 
     The function raises UserError for a label that the task lacks.
@@ -42,7 +55,7 @@ def build_label_index(task: Task, split: str) -> Callable[[Any], int]:
     return lambda label: find_index(label_text(label))
 
 
-def parse_numbers(task: Task, labels: list[Any], split: str) -> list[float]:
+def parse_numbers(task: LabelledTask, labels: list[Any], split: str) -> list[float]:
     """Return the labels as floats.
 
     Raises:
