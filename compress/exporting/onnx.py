@@ -1,4 +1,4 @@
-"""ONNX graphs fused, and brought into lower precision by ONNX Runtime's tools and by ours."""
+"""Trace ONNX graphs, fuse them, and lower their precision by ONNX Runtime's tools and by ours."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ from compress.runtimes.processor import Processor
 
 
 def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
-    """The graph with what ONNX Runtime has an operator for: attention, together with its ``whole`` products by query,
-    key and value or apart from them, layer norms, GELU, the sum of BERT's ``embeddings``."""
+    """Return the graph with ONNX Runtime's fused operators: attention, layer norms, GELU.
+
+    ``embeddings`` fuses the sum of BERT's embeddings too. ``whole`` fuses attention with its products by the weights of
+    query, key and value.
+    """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_by_fusion
 
     graph = Graph(source)
     fusion = find_conventions(config).fusion
     options = FusionOptions(fusion)
-    options.enable_rotary_embeddings = False  # a table of 131,072 positions, and one row of them for all texts
+    options.enable_rotary_embeddings = False  # it stores 131,072 positions, the same for all texts
     options.enable_embed_layer_norm = embeddings
     options.use_multi_head_attention = not whole
     heads, width = config.num_attention_heads, config.hidden_size
-    even = width % heads == 0  # what the optimizer's attention takes for granted
-    options.enable_attention = even and not graph.large  # it would join weights, which must be there for that
+    even = width % heads == 0  # the optimizer's attention assumes so
+    options.enable_attention = even and not graph.large  # it joins weights, which must be in memory for that
     graph.proto = optimize_by_fusion(
         graph.proto,
         model_type=fusion,
@@ -47,10 +50,10 @@ def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Grap
         hidden_size=width if even else 0,
         optimization_options=options,
     ).model
-    shapes = {name: one.dims for name, one in graph.tensors.items()}
+    shapes = {name: tensor.dims for name, tensor in graph.tensors.items()}
     products = {name: node for node in graph.nodes for name in node.output}
     for node in graph.nodes:
-        # The optimizer gives every block the config's number of heads, and some may have been cut.
+        # The optimizer gives every block the config's number of heads, but a block may have fewer after pruning.
         if node.op_type == "Attention":
             set_heads(node, shapes[node.input[1]][1] // 3 // (width // heads))
         elif node.op_type == "MultiHeadAttention":
@@ -60,28 +63,28 @@ def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Grap
 
 
 def set_heads(attention: Any, heads: int) -> None:
-    (attribute,) = (one for one in attention.attribute if one.name == "num_heads")
-    attribute.i = heads
+    (number,) = (attribute for attribute in attention.attribute if attribute.name == "num_heads")
+    number.i = heads
 
 
 def share_transposed(graph: Graph) -> None:
-    """Leave out weights that are others transposed: those of an output layer that is tied to the embeddings."""
+    """Store a matrix once if another is its transpose, as in an output layer that is tied to the embeddings."""
     import onnx
 
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
-    matrices = [one for one in graph.tensors.values() if one.data_type in kinds and len(one.dims) == 2]
+    matrices = [tensor for tensor in graph.tensors.values() if tensor.data_type in kinds and len(tensor.dims) == 2]
     seen: dict[tuple[bytes, torch.Size], str] = {}
-    for one in matrices:
-        name, weight = one.name, graph.read_tensor(one)
+    for matrix in matrices:
+        name, weight = matrix.name, graph.read_tensor(matrix)
         if source := seen.get((digest_tensor(weight.T), weight.T.shape)):
-            graph.initializer.remove(one)
+            graph.initializer.remove(matrix)
             graph.nodes.insert(0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0]))
         else:
             seen[digest_tensor(weight), weight.shape] = name
 
 
 def set_default_past(graph: Graph, past: Batch) -> None:
-    """Let the graph take ``past`` where it is given nothing else."""
+    """Make ``past`` the default of the graph's inputs for keys and values."""
     import onnx
 
     for name, part in past.items():
@@ -89,7 +92,7 @@ def set_default_past(graph: Graph, past: Batch) -> None:
 
 
 def store_float16(graph: Graph) -> None:
-    """Store the weights in float16; they are cast to float32 once, when the graph is loaded."""
+    """Store the weights in float16. The runtime casts them to float32 once, when it loads the graph."""
     import onnx
 
     for stored in graph.initializer:
@@ -104,20 +107,24 @@ def store_float16(graph: Graph) -> None:
 def lower_weights(
     graph: Graph, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
 ) -> None:
-    """Store the ``layers``' weights as integers: as they are ``kept``, or rounded by the ``scheme``, or embeddings and
-    what is tied to them in 8 bits. What multiplies by them rounds its inputs to the type of the ``activations``."""
+    """Store the weights of the ``layers`` as integers, and round the inputs of their products to ``activations``.
+
+    A layer of ``kept`` keeps its integers. Embeddings, and layers that are tied to them, are rounded to 8 bits, all
+    others by ``scheme``.
+    """
     import onnx
 
+    # 1) Replace the nodes that read weights of the layers
     tensors, proto = graph.tensors, graph.proto.graph
     names = {digest_tensor(layer.weight): name for name, layer in layers.items()}
     tables: dict[str, str] = {}
     nodes: list[Any] = []
     for node in proto.node:
-        found = [names.get(digest_tensor(one)) for one in find_factors(node, graph, tensors)]
-        if len(found) != 1 or found[0] is None:
+        factors = [names.get(digest_tensor(factor)) for factor in find_factors(node, graph, tensors)]
+        if len(factors) != 1 or factors[0] is None:
             nodes.append(node)
             continue
-        (name,), weight = found, layers[found[0]].weight.detach()
+        (name,), weight = factors, layers[factors[0]].weight.detach()
         if node.op_type == "Gather":
             new, lowered = build_lookup(node, round_rows(weight))
             tables[name] = node.input[0]
@@ -131,9 +138,10 @@ def lower_weights(
             if name in tables:
                 new, lowered = share_table(tables[name], new, lowered)
         nodes += new
-        tensors |= {key: onnx.numpy_helper.from_array(one, key) for key, one in lowered.items()}
+        tensors |= {key: onnx.numpy_helper.from_array(array, key) for key, array in lowered.items()}
+    # 2) Remove the tensors that no node reads any more
     used = {name for node in nodes for name in node.input}
-    left = [one for name, one in tensors.items() if name in used]
+    left = [tensor for name, tensor in tensors.items() if name in used]
     proto.ClearField("node")
     proto.ClearField("initializer")
     proto.node.extend(nodes)
@@ -142,7 +150,7 @@ def lower_weights(
 
 
 def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer], processor: Processor) -> None:
-    """Write the graph with the ``layers``' weights, and their inputs as they come, quantized."""
+    """Write the graph with quantized weights of the ``layers``; their inputs are quantized at inference."""
     import onnx
     from onnxruntime import quantization
 
@@ -153,17 +161,17 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer], processo
         path,
         per_channel=True,
         reduce_range=processor == "any",  # weights of 7 bits
-        weight_type=quantization.QuantType.QInt8,  # unsigned ones are slower
-        nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # what it makes of a Gemm first
+        weight_type=quantization.QuantType.QInt8,  # unsigned weights are slower
+        nodes_to_quantize=[*nodes, *(f"{name}_MatMul" for name in nodes)],  # the MatMul that a Gemm becomes
         use_external_data_format=graph.too_large,
-        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what fused operators give, which nothing says
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # outputs of fused operators have none
     )
 
 
 def quantize_static(
     source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch], processor: Processor
 ) -> None:
-    """Quantize the ``layers``' weights, and their inputs on scales that hold those of all ``batches``."""
+    """Quantize the weights of the ``layers``, and their inputs with scales that cover the inputs of all ``batches``."""
     from onnxruntime import quantization
 
     graph = Graph(source)
@@ -189,33 +197,34 @@ def quantize_static(
 
 
 def find_nodes(graph: Graph, layers: Iterable[Layer]) -> list[str]:
-    """The names of the graph's nodes that multiply by weights of some of the ``layers`` and no others."""
-    chosen, tensors, found = {digest_tensor(layer.weight) for layer in layers}, graph.tensors, []
+    """Return the names of the graph's nodes that multiply only by weights of the ``layers``."""
+    chosen, tensors, names = {digest_tensor(layer.weight) for layer in layers}, graph.tensors, []
     for node in graph.nodes:
         weights = find_factors(node, graph, tensors) if node.op_type != "Gather" else []
-        if weights and all(digest_tensor(one) in chosen for one in weights):
-            found.append(node.name)
-    return found
+        if weights and all(digest_tensor(weight) in chosen for weight in weights):
+            names.append(node.name)
+    return names
 
 
 def find_factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
-    """The weights ``[rows, inputs]`` that the node multiplies by, three where it is all of attention, or the table in
-    which it looks up rows; none if it does neither."""
+    """Return the weights ``[rows, inputs]`` of a product, or the table of a lookup; none for other nodes. A node of
+    fused attention has three weights."""
     place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
     stored = tensors.get(node.input[place]) if place is not None else None
     if stored is None or len(stored.dims) != 2:
         return []
     weight = graph.read_tensor(stored)
-    if node.op_type == "Gather" or any(one.name == "transB" and one.i for one in node.attribute):
+    if node.op_type == "Gather" or any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
         return [weight]
-    return [one.T for one in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
+    return [part.T for part in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
 
 
 SIZES = {0: "batch", 1: "length"}
+"""Names of the dimensions of a batch, which may have any size."""
 
 
 def export(model: Any, example: Batch, folder: Path) -> None:
-    """Write the model's graph in float32, as the runtime loads it."""
+    """Write the model's graph in float32 to ``folder``, for the runtime to load."""
     with evaluation_mode(model), silence_exporters(), TemporaryDirectory() as apart:
         traced = Path(apart) / "model.onnx"
         past = trace_graph(model, example, traced)
@@ -229,8 +238,8 @@ def export(model: Any, example: Batch, folder: Path) -> None:
 
 @torch.no_grad()
 def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
-    """Write the graph that PyTorch runs for the ``example``, for batches of any shape. Gives what it takes for the keys
-    and values of earlier tokens where there are none; nothing if it takes none."""
+    """Trace the model on the ``example`` and write its graph, for batches of any shape. Return the empty keys and
+    values with which a decoder starts; nothing for other models."""
     module, inputs, parts = prepare_trace(model, example)
     past = {f"{PAST}{i // 2}.{('key', 'value')[i % 2]}": part for i, part in enumerate(parts)}
     outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
@@ -240,9 +249,9 @@ def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
         axes["attention_mask"] = {0: "batch", 1: "total"}
     with use_plain_attention(model):
         torch.onnx.export(
-            module.eval(),  # in whose mode the exporter leaves the model
+            module.eval(),  # the exporter leaves the model in the mode of this module
             (*inputs.values(), *past.values()),
-            str(path),  # of any other kind PyTorch asks that it be small
+            str(path),  # not a file object, which takes only small graphs
             input_names=[*inputs, *past],
             output_names=list(outputs),
             dynamic_axes={**axes, **outputs},

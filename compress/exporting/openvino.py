@@ -1,4 +1,4 @@
-"""Build OpenVINO graphs: convert, quantize, and keep the integers that a chain found."""
+"""Build OpenVINO graphs: convert, quantize, and keep the integers of earlier stages."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from compress.formats.packed import Integers
 from compress.models.calibration import Batch
 from compress.models.layers import evaluation_mode
 from compress.quiet import silence_exporters
-from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO
+from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO, find_readers
 from compress.runtimes.processor import Processor
 
 ARITHMETIC = {
-    # Left to itself OpenVINO rounds what meets weights that are integers, and keys and values, to 8 bits.
+    # By default OpenVINO rounds the inputs of integer weights, and keys and values, to 8 bits.
     name: {"INFERENCE_PRECISION_HINT": kind, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": kind}
     for name, kind in (("fp32", "f32"), ("fp16", "f32"), ("bf16", "bf16"))
 }
-"""How OpenVINO computes with a graph; with the other precisions as it thinks best."""
+"""OpenVINO's settings for the arithmetic of each precision; the others use its defaults."""
 FLOAT_PRODUCTS = {"LP_TRANSFORMS_MODE": "NO"}
-"""Has OpenVINO multiply in floats what is quantized, so that no sum of 8-bit products saturates."""
+"""Settings that multiply quantized values as floats, so that no sum of 8-bit products saturates."""
 
 
 def export(model: Any, example: Batch, folder: Path) -> None:
-    """Write the model's graph in float32, as the runtime loads it."""
+    """Write the model's graph in float32 to ``folder``, for the runtime to load."""
     import openvino
 
     with evaluation_mode(model), silence_exporters():
@@ -41,7 +41,7 @@ def export(model: Any, example: Batch, folder: Path) -> None:
 
 @torch.no_grad()
 def convert_to_graph(model: Any, example: Batch) -> Any:
-    """The graph of what PyTorch runs for the ``example``, for batches of any shape."""
+    """Return the graph of the model, traced on the ``example``, for batches of any shape."""
     import openvino
 
     module, inputs, past = prepare_trace(model, example)
@@ -50,12 +50,12 @@ def convert_to_graph(model: Any, example: Batch) -> Any:
     for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
         port.get_tensor().set_names({name})
     if past:
-        make_stateful(graph, dict(zip(before, after)), [one.shape for one in past])
+        make_stateful(graph, dict(zip(before, after)), [part.shape for part in past])
     return graph
 
 
 def make_stateful(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> None:
-    """Make inputs and outputs of the same ``names`` a state, that is empty to begin with, for as many texts as come."""
+    """Turn the inputs and outputs in ``names`` into a state, which starts empty, for any number of texts."""
     from openvino import PartialShape
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -76,8 +76,8 @@ def make_stateful(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -
 
 
 def unmask_padding(attention: Any) -> None:
-    """Let a token of padding before a text, which may attend to nothing, attend to everything: OpenVINO would give it
-    no number, and later tokens with it."""
+    """Let padding before a text attend to everything. With nothing to attend to, OpenVINO would compute nan for it, and
+    then for later tokens."""
     from openvino import opset13 as ops
 
     mask = attention.input_value(3)
@@ -86,15 +86,15 @@ def unmask_padding(attention: Any) -> None:
 
 
 def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
-    """Put the integers of the ``layers`` in the place of the floats that they stand for, in the pattern from which
-    OpenVINO multiplies without making floats of them all; of three bits it makes floats when it loads them."""
+    """Replace the float weights of the ``layers`` by their integers, in the pattern that OpenVINO multiplies without
+    converting all of them to floats. It converts integers of 3 bits when it loads them."""
     from openvino import Type
     from openvino import opset13 as ops
 
     constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
     for name, (scheme, integers, grid) in layers.items():
         dense = constants[constant_name(name)]
-        signed = scheme.symmetric and scheme.bits in (4, 8)  # there are no others with a sign
+        signed = scheme.symmetric and scheme.bits in (4, 8)  # OpenVINO's other integers are unsigned
         lift, to = (0, np.int8) if signed else (-scheme.lowest, np.uint8)
         kind = getattr(Type, f"{'i' if signed else 'u'}{scheme.bits}")
         scale, zero = grid.scale, grid.zero[:1, :1] if scheme.symmetric else grid.zero
@@ -120,36 +120,41 @@ def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
 
 
 def find_other_readers(graph: Any, layers: Iterable[str]) -> list[str]:
-    """The names of the graph's nodes that multiply by, or look up, what is not the weight of one of the ``layers``."""
+    """Return the names of the graph's products and lookups whose weight does not belong to the ``layers``."""
     chosen = {constant_name(name) for name in layers}
-    constants = [one for one in graph.get_ops() if one.get_type_name() == "Constant"]
-    others = [one for one in constants if one.get_element_type().is_real() and one.get_friendly_name() not in chosen]
-    readers = [port.get_node() for one in others for port in one.output(0).get_target_inputs()]
-    return [one.get_friendly_name() for one in readers if one.get_type_name() in ("MatMul", "Gather")]
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    floats = [node for node in constants if node.get_element_type().is_real()]
+    others = [node for node in floats if node.get_friendly_name() not in chosen]
+    readers = [port.get_node() for node in others for port in node.output(0).get_target_inputs()]
+    return [node.get_friendly_name() for node in readers if node.get_type_name() in ("MatMul", "Gather")]
 
 
-def find_activation_products(graph: Any) -> list[str]:
-    """Return the names of the graph's nodes that multiply activations by each other."""
-    found = []
+def find_wide_products(graph: Any) -> list[str]:
+    """Return the names of the graph's nodes that multiply what has no weights of 7 bits: activations by each other, and
+    by a table that is looked up too, which has 8."""
+    names = []
     for node in graph.get_ops():
-        sources = [node.input_value(i).get_node().get_type_name() for i in range(node.get_input_size())]
-        if node.get_type_name() == "ScaledDotProductAttention" or (
-            node.get_type_name() == "MatMul" and "Constant" not in sources
-        ):
-            found.append(node.get_friendly_name())
-    return found
+        kind = node.get_type_name()
+        sources = [node.input_value(i).get_node() for i in range(node.get_input_size())]
+        weights = [source for source in sources if source.get_type_name() == "Constant"]
+        looked_up = any(reader.get_type_name() == "Gather" for weight in weights for reader in find_readers(weight))
+        if kind == "ScaledDotProductAttention" or (kind == "MatMul" and (not weights or looked_up)):
+            names.append(node.get_friendly_name())
+    return names
 
 
 def quantize_graph(
     graph: Any, batches: list[Batch], left: list[str], processor: Processor, accuracy: dict[str, Any]
 ) -> Any:
-    """Quantize weights and activations, on scales of the activations that the ``batches`` give, but for the nodes
-    that are ``left`` as they are, and those that ``accuracy`` asks for, if anything. For any ``processor`` weights have
-    7 bits, and products of activations, which cannot be narrowed, stay floats."""
+    """Quantize weights and activations, with scales for the activations from the ``batches``.
+
+    The nodes ``left`` stay floats, and so do more nodes if ``accuracy``, NNCF's arguments, limits the drop. With
+    ``processor=any`` weights have 7 bits. Products of activations, which cannot have 7 bits, then stay floats too.
+    """
     import nncf
 
     anywhere = processor == "any"
-    left = [*left, *(find_activation_products(graph) if anywhere else ())]
+    left = [*left, *(find_wide_products(graph) if anywhere else ())]
     overflow = nncf.OverflowFix.ENABLE if anywhere else nncf.OverflowFix.DISABLE
     advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
     quantize, name = nncf.quantize, "advanced_parameters"
@@ -168,12 +173,12 @@ def quantize_graph(
 
 
 def to_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """What a graph reads of the batch."""
+    """Return the inputs of a graph from the batch."""
     return {name: value.numpy() for name, value in select_inputs(batch).items()}
 
 
 def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str]) -> Any:
-    """Quantize weights alone, but for those of the nodes that are ``left`` as they are."""
+    """Quantize weights only; the nodes ``left`` keep their floats."""
     import nncf
 
     four = {"group_size": group_size, "backup_mode": nncf.BackupMode.INT8_SYM} if precision == "int4_weights" else {}
@@ -182,8 +187,8 @@ def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str
 
 
 def store_float16(graph: Any, but: Iterable[str]) -> None:
-    """Store the weights in float16, ``but`` those of some layers. (OpenVINO's own way takes the angles of positions
-    too, which need more digits.)"""
+    """Store the weights in float16, except those of the layers ``but``. (OpenVINO's own function would also round the
+    angles of positions, which need more digits.)"""
     import openvino
 
     left = {constant_name(name) for name in but}
@@ -199,5 +204,5 @@ def store_float16(graph: Any, but: Iterable[str]) -> None:
 
 
 def constant_name(layer: str) -> str:
-    """What OpenVINO calls the weight of the layer."""
+    """Return OpenVINO's name for the weight of the layer."""
     return f"self.model.{layer}.weight"

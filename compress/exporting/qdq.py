@@ -1,4 +1,4 @@
-"""Layers that multiply integers, on their way to other runtimes: weights and inputs keep the grids that they have."""
+"""Export layers that multiply integers: weights and inputs keep their grids in other runtimes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from compress.formats.packed import Quantized
 from compress.maths.rounding import Inputs, Scheme
 from compress.runtimes.processor import WIDEST
 
-WIDER = "integers of 4 bits take eight there"
+WIDER = "4-bit integers are stored in 8 bits"
 FLOAT_SPEED = (
-    "integers of 8 bits are multiplied exactly on every processor and no faster than floats: processor=vnni makes "
-    "them faster where there is VNNI"
+    "8-bit integers are multiplied exactly on every processor, but no faster than floats; processor=vnni is faster "
+    "with VNNI"
 )
 
 
 def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
-    """Raise UserError where the export ``key`` cannot keep what a stage ``before`` computes in integers."""
+    """Raise UserError if the export ``key`` cannot keep the integers and input ranges of a stage ``before``."""
     for stage in before:
         if stage.leaves == "integer":
             scheme, dynamic = getattr(stage, "scheme", Scheme(8)), getattr(stage, "dynamic", False)
@@ -31,43 +31,44 @@ def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
 
 
 def check_support(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic: bool) -> None:
+    """Raise UserError if the export ``key`` cannot keep integers of this ``scheme``; ``stage`` begins their keys."""
     if precision is not None:
         raise UserError(
-            f"{key}.precision={precision} would give up the integers and ranges that a stage before has found: set "
-            f"{key}.precision=null to keep them, or leave that stage out."
+            f"{key}.precision is {precision}, which would discard the integers and ranges of an earlier stage. Set "
+            f"{key}.precision=null to keep them, or remove that stage."
         )
     if dynamic:
         raise UserError(
-            f"`{key.rpartition('.')[2]}` can keep a range for every layer and {stage}dynamic=true gives every token "
-            f"its own: set {stage}dynamic=false, or leave that stage out and set {key}.precision=int8_dynamic, where "
-            "every batch has its own."
+            f"{stage}dynamic is true, a range for every token; `{key.rpartition('.')[2]}` can keep a range for every "
+            f"layer. Set {stage}dynamic=false, or replace that stage by `onnx` with precision=int8_dynamic, a range "
+            "for every batch."
         )
     if scheme.group_size != -1:
         raise UserError(
-            f"`{key.rpartition('.')[2]}` multiplies integers that share a scale along a row and "
-            f"{stage}group_size={scheme.group_size} gives a row several: set {stage}group_size=-1."
+            f"{stage}group_size is {scheme.group_size}; `{key.rpartition('.')[2]}` multiplies integers with one scale "
+            f"a row. Set {stage}group_size=-1."
         )
 
 
 def find_quantized_layers(model: nn.Module, key: str, precision: str | None) -> dict[str, Quantized]:
-    """How the layers whose inputs are quantized compute, by name; none where all inputs are floats.
+    """Return the layers with quantized inputs, by name; none if all inputs are floats.
 
     Raises:
-        UserError: the export ``key`` cannot keep that.
+        UserError: the export ``key`` cannot keep their integers.
     """
-    found: dict[str, Quantized] = {
+    layers: dict[str, Quantized] = {
         name: module.quantized
         for name, module in model.named_modules()
         if isinstance(getattr(module, "quantized", None), Quantized)
     }
-    for one in found.values():
-        check_support(key, precision, "", one.scheme, one.inputs is not None and one.inputs.grid is None)
-    return found
+    for layer in layers.values():
+        check_support(key, precision, "", layer.scheme, layer.inputs is not None and layer.inputs.grid is None)
+    return layers
 
 
 @contextmanager
 def suspend_quantization(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """With inputs of the layers left as they are, so that the graph that is traced has nothing but products there."""
+    """Stop rounding the inputs of the layers, so that the traced graph has plain products there."""
     modules = [model.get_submodule(name) for name in names]
     before = [(vars(module).pop("forward", None), dict(module._forward_pre_hooks)) for module in modules]
     for module in modules:
@@ -81,50 +82,54 @@ def suspend_quantization(model: nn.Module, names: Iterable[str]) -> Iterator[Non
                 module.forward = forward  # type: ignore[method-assign]
 
 
-def describe_limits(found: dict[str, Quantized], wide: bool) -> str:
-    """What an export of the layers ``found`` cannot do for size or speed; with ``wide`` their products are those of
+def describe_limits(layers: dict[str, Quantized], wide: bool) -> str:
+    """Return what an export of the quantized ``layers`` does not do for size or speed. ``wide`` is the result of
     :func:`has_wide_weights`."""
-    limits = {WIDER: any(one.scheme.bits < 8 for one in found.values()), FLOAT_SPEED: wide}
+    limits = {WIDER: any(layer.scheme.bits < 8 for layer in layers.values()), FLOAT_SPEED: wide}
     return ", and ".join(limit for limit, holds in limits.items() if holds)
 
 
-def has_wide_weights(model: nn.Module, found: dict[str, Quantized]) -> bool:
-    """Return whether sums of products by the weights of the layers ``found`` can saturate without VNNI."""
-    return any(abs(weight_integers(model.get_submodule(name), layer)).max() > WIDEST for name, layer in found.items())
+def has_wide_weights(model: nn.Module, layers: dict[str, Quantized]) -> bool:
+    """Return whether sums of products by the weights of the ``layers`` can saturate without VNNI."""
+    return any(abs(weight_integers(model.get_submodule(name), layer)).max() > WIDEST for name, layer in layers.items())
 
 
 def weight_integers(module: Any, layer: Quantized) -> np.ndarray:
-    """What stands for the module's weight, which is on the layer's grid already, ``[rows, inputs]``."""
+    """Return the integers ``[rows, inputs]`` of the module's weight, which is already on the layer's grid."""
     return (module.weight.detach().float() / layer.grid.scale.float()).round().short().numpy()
 
 
 def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point of the same grid as integers from 0 on, for which processors multiply fastest."""
-    assert inputs is not None and inputs.grid is not None  # or it would have been refused
+    """Return scale and zero point of the same grid for integers from 0 to 255, which processors multiply fastest."""
+    assert inputs is not None and inputs.grid is not None  # `check_support` refuses other layers
     scale, zero = inputs.grid
     return scale.float().numpy().reshape(()), (zero.short() - inputs.scheme.lowest).numpy().astype(np.uint8).reshape(())
 
 
-def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized], unsigned: bool) -> None:
-    """Quantize the graph's products by the weights of the layers ``found``, and what enters them, between
-    ``QuantizeLinear`` and ``DequantizeLinear``: runtimes make integer products of that. Those by ``unsigned`` weights,
-    the same ones with their zero at 128, are exact in ONNX Runtime on every processor, and no faster than floats."""
+def quantize_onnx_graph(graph: Any, model: nn.Module, layers: dict[str, Quantized], unsigned: bool) -> None:
+    """Quantize the products by the weights of the ``layers``, and their inputs, by pairs of ``QuantizeLinear`` and
+    ``DequantizeLinear``. Runtimes turn these pairs into integer products.
+
+    ``unsigned`` shifts the zero of the weights to 128. These products are exact in ONNX Runtime on every processor, but
+    no faster than floats.
+    """
     from onnx import numpy_helper
     from onnx.helper import make_node
 
+    # 1) Replace each product by an integer product
     lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
     nodes: list[Any] = []
     stored: dict[str, np.ndarray] = {}
     entered: dict[Any, str] = {}
     done = set()
     for node in graph.node:
-        name = find_layer(node, found)
+        name = find_layer(node, layers)
         if name is None:
             nodes.append(node)
             continue
-        layer, (scale, zero) = found[name], unsigned_grid(found[name].inputs)
+        layer, (scale, zero) = layers[name], unsigned_grid(layers[name].inputs)
         grid = node.input[0], scale.item(), zero.item()
-        if grid not in entered:  # what enters query, key and value is rounded once
+        if grid not in entered:  # query, key and value share their input: it is rounded once
             x = entered[grid] = f"{name}.input"
             how = {f"{x}_scale": scale, f"{x}_zero_point": zero}
             nodes.append(make_node("QuantizeLinear", [node.input[0], *how], [f"{x}_quantized"], f"{x}_quantize"))
@@ -140,34 +145,35 @@ def quantize_onnx_graph(graph: Any, model: nn.Module, found: dict[str, Quantized
             nodes.append(make_node("DequantizeLinear", list(how), [weight], f"{weight}_dequantize", axis=1))
         stored |= how
         done.add(name)
-        bias = node.input[2:]  # of a Gemm, where a row is a text
+        bias = node.input[2:]  # of a Gemm, whose rows are texts
         product = f"{node.output[0]}_product" if bias else node.output[0]
         nodes.append(make_node("MatMul", [entered[grid], weight], [product], node.name))
         if bias:
             nodes.append(make_node("Add", [product, *bias], node.output, f"{node.name}_bias"))
-    assert done == found.keys(), f"no product of the graph is by {found.keys() - done}"
+    assert done == layers.keys(), f"no product of the graph is by {layers.keys() - done}"
+    # 2) Remove the tensors that no node reads any more
     used = {name for node in nodes for name in node.input}
-    others = [one for one in graph.initializer if one.name in used]
+    others = [tensor for tensor in graph.initializer if tensor.name in used]
     for part in ("node", "initializer"):
         graph.ClearField(part)
     graph.node.extend(nodes)
-    graph.initializer.extend([*others, *(numpy_helper.from_array(one, name) for name, one in stored.items())])
+    graph.initializer.extend([*others, *(numpy_helper.from_array(array, name) for name, array in stored.items())])
 
 
 def find_layer(node: Any, names: Iterable[str]) -> str | None:
-    """The layer whose product the node is, which PyTorch names by the path of the module."""
+    """Return the layer whose product the node computes, from the node's name: PyTorch puts the module's path in it."""
     path, _, operation = node.name.replace("/", ".").removeprefix(".model.").rpartition(".")
     return path if path in names and re.fullmatch(r"(MatMul|Gemm)(_\d+)?", operation) else None
 
 
-def quantize_openvino_graph(graph: Any, model: nn.Module, found: dict[str, Quantized]) -> None:
-    """Quantize the graph's products by the weights of the layers ``found``, and what enters them, by ``FakeQuantize``,
-    of which OpenVINO makes integer products."""
+def quantize_openvino_graph(graph: Any, model: nn.Module, layers: dict[str, Quantized]) -> None:
+    """Quantize the products by the weights of the ``layers``, and their inputs by ``FakeQuantize``. OpenVINO turns
+    these into integer products."""
     from openvino import opset13 as ops
 
     constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
     entered: dict[Any, Any] = {}
-    for name, layer in found.items():
+    for name, layer in layers.items():
         dense = constants[f"self.model.{name}.weight"]
         stored = ops.constant(weight_integers(model.get_submodule(name), layer).astype(np.int8))
         stored.set_friendly_name(dense.get_friendly_name())

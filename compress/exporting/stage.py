@@ -1,4 +1,4 @@
-"""A model on its way out of PyTorch: made ready to be traced, and how far the export's answers are from its own."""
+"""The base class of the stages that export a model to another runtime."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from compress.technique import Technique
 
 
 class Export(Technique, pl.Callback):
-    """What the stages that leave a graph for a runtime without PyTorch have in common.
+    """A stage that exports a graph for a runtime without PyTorch.
 
     Args:
-        rounds: the precisions for which weights are rounded; no stage before may have rounded them.
+        rounds: precisions that round weights; an earlier stage must not have rounded them.
     """
 
     needs: tuple[str, ...] = ("float", "packed", "integer")
@@ -48,7 +48,7 @@ class Export(Technique, pl.Callback):
 
     @property
     def lowers_precision(self) -> bool:
-        """Whether it makes floats less precise."""
+        """True if the stage makes floats less precise."""
         return self.precision not in (None, "fp32")
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
@@ -61,7 +61,7 @@ class Export(Technique, pl.Callback):
         self.chosen(skeleton)
 
     def chosen(self, model: nn.Module) -> dict[str, Layer]:
-        """The layers that ``skip`` leaves to integers."""
+        """Return the layers that ``skip`` does not exclude from rounding."""
         return select_layers(model, self.skip, f"{self.key}.skip")
 
     def report(self, folder: Path) -> None:
@@ -70,19 +70,19 @@ class Export(Technique, pl.Callback):
 
 
 def check_rounding(setting: str, precision: str, before: list[Any]) -> None:
-    """Raise UserError where a stage ``before`` has rounded the weights, which the ``precision`` would round again."""
+    """Raise UserError if a stage ``before`` has already rounded the weights that ``precision`` would round."""
     if any(stage.leaves in ("packed", "bitsandbytes") for stage in before):
         raise UserError(
-            f"{setting}={precision} would round weights again that a stage before has rounded on its own grid: set "
-            f"{setting}=null, or leave that stage out."
+            f"{setting} is {precision}, which would quantize weights that an earlier stage already quantized. Set "
+            f"{setting}=null, or remove that stage."
         )
 
 
 def check_readable(key: str, before: list[Any]) -> None:
-    """Raise UserError where a stage ``before`` saves integers in a format that the export ``key`` does not read."""
+    """Raise UserError if a stage ``before`` saves integers in a format that the export ``key`` does not read."""
     for stage in before:
         if getattr(stage, "format", "compressed-tensors") != "compressed-tensors":
             raise UserError(
-                f"`{key.rpartition('.')[2]}` does not read the integers of {stage.key}.format={stage.format}: set "
-                f"{stage.key}.format=compressed-tensors, whose integers it keeps."
+                f"{stage.key}.format is {stage.format}, which `{key.rpartition('.')[2]}` does not read. Set "
+                f"{stage.key}.format=compressed-tensors."
             )

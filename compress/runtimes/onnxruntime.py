@@ -1,4 +1,4 @@
-"""Artifacts that ONNX Runtime runs, on the CPU."""
+"""Run artifacts in ONNX Runtime, on the CPU."""
 
 from __future__ import annotations
 
@@ -46,21 +46,18 @@ tokens = dict(tokenizer("A text.", return_tensors="np"))
 # tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
 """
 BESIDE = ("_scale", "_zero_point")
-"""The ends of the names of what is stored beside quantized weights."""
-
-
+"""Endings of the names of tensors that are stored with quantized weights."""
 DTYPES = (np.float32, np.float16, np.int8)
 PAST = "past_key_values."
 PRESENT = (PAST, "present.")
-"""How the name of a block's keys or values for earlier tokens begins, and what that of the graph's answer has there."""
+"""Beginnings of the names of a block's keys or values: as an input, and as an output."""
 
 
 class Model(Decoder):
-    """A graph as a model: called with the tokens that it was exported with, answers with ``.logits``.
+    """A graph as a model: it takes the inputs of its export and returns ``.logits``.
 
-    A causal language model answers with ``.past`` too, the keys and values of the tokens so far, which the next call
-    may take with the next tokens and the mask of all: ``model(input_ids=..., attention_mask=..., past=...)``. Of others
-    it is None.
+    A causal language model also returns ``.past``, the keys and values so far; for other models it is None. The next
+    call may take it with the next tokens and the mask of all: ``model(input_ids=..., attention_mask=..., past=...)``.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
@@ -70,16 +67,16 @@ class Model(Decoder):
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.past = [one.name for one in self.session.get_outputs()[1:]]
+        self.past = [output.name for output in self.session.get_outputs()[1:]]
         self.path = path
         self.config = config
 
     def __call__(self, past: tuple[Any, ...] | None = None, **batch: Tensor) -> Any:
         from onnxruntime import OrtValue
 
-        given = {name: OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in batch.items()}
+        inputs = {name: OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in batch.items()}
         earlier = {name.replace(*reversed(PRESENT)): part for name, part in zip(self.past, past or ())}
-        logits, *after = self.session.run_with_ort_values(["logits", *self.past], {**given, **earlier})
+        logits, *after = self.session.run_with_ort_values(["logits", *self.past], {**inputs, **earlier})
         return SimpleNamespace(logits=torch.from_numpy(logits.numpy()), past=tuple(after) or None)
 
     def to(self, device: torch.device | str) -> Model:
@@ -88,13 +85,12 @@ class Model(Decoder):
         return self
 
     def parameters(self) -> Iterator[Tensor]:
-        """The weights as they are stored, where they are quantized as integers with zero at 0; neither scales nor the
-        shapes and indices that are constants of the graph."""
+        """Yield the stored weights, quantized ones as integers with zero at 0, without scales and other constants."""
         from onnx.helper import tensor_dtype_to_np_dtype
 
         graph = Graph(self.path)
         stored = graph.tensors
-        kinds = {name: tensor_dtype_to_np_dtype(one.data_type) for name, one in stored.items()}
+        kinds = {name: tensor_dtype_to_np_dtype(tensor.data_type) for name, tensor in stored.items()}
 
         def values(name: str) -> Tensor:
             return graph.read_tensor(stored[name])
@@ -112,10 +108,10 @@ class Model(Decoder):
 
 
 def load(folder: Path, kind: str) -> Model:
-    """The graph, ready to run.
+    """Return the graph, ready to run.
 
     Raises:
-        UserError: ONNX Runtime is not installed, or ``folder`` says nothing of its model.
+        UserError: ONNX Runtime is not installed, or ``folder`` has no config of its model.
     """
     require_packages(STAGE, folder, PACKAGES)
     return Model(folder / "model.onnx", from_pretrained(AutoConfig, str(folder), "Artifact", "artifact"))

@@ -1,4 +1,4 @@
-"""The contract of a runtime: a module of this package that runs artifacts, found by its name alone."""
+"""The contract of a runtime: a module of this package that runs artifacts. Modules are found by name."""
 
 from __future__ import annotations
 
@@ -14,42 +14,47 @@ from compress.install import format_install
 
 
 class Loading(NamedTuple):
-    """How an artifact is loaded, for its card."""
+    """Text of an artifact's card on how to load it."""
 
     code: str
     """Lines of Python that run in the artifact's folder and end with ``logits``."""
     notes: tuple[str, ...] = ()
     """Sentences about the format."""
     needs_us: bool = False
-    """Whether the lines import `compress`."""
+    """True if the lines import `compress`."""
 
 
 class Runtime(Protocol):
-    """Contents of such a module. It has the name of the library that runs its artifacts, and imports that library in
-    functions alone, so that the rest can be read without it. ``torch_compile``, for which no artifact is stored, needs
-    ``STAGE``, ``DEVICES`` and ``adopt_model`` alone."""
+    """Contents of such a module.
+
+    The module has the name of the library that runs its artifacts. It imports the library only in functions, so that
+    the constants can be read without the library. ``torch_compile`` has no stored artifacts and therefore only
+    ``STAGE``, ``DEVICES`` and ``adopt_model``.
+    """
 
     STAGE: str | None
-    """Stage that exports to the runtime, and extra that installs it; None where PyTorch runs the model."""
+    """Stage that exports to the runtime, and extra that installs it; None if PyTorch runs the model."""
     DEVICES: tuple[str, ...]
-    """Types of the devices that the runtime measures on."""
+    """Types of devices that the runtime supports."""
     PACKAGES: tuple[str, ...]
     """Packages beyond the base install."""
     LIBRARY: str
     """Name of the artifacts' library on the hub."""
     WEIGHTS: tuple[str, ...]
-    """Patterns of the files of weights, of which the first that a folder has is loaded."""
+    """Patterns of the weight files; the first pattern with files in a folder is loaded."""
 
     def load(self, folder: Path, kind: str) -> Any:
-        """Return the model of an artifact for this kind of task. It is called as ``model(**batch)`` with tokens,
-        answers with ``.logits``, has a ``config`` with its labels, and ``to(device)`` and ``parameters()`` like a torch
-        module."""
+        """Return the model of an artifact for this kind of task.
+
+        ``model(**batch)`` takes tokens and returns ``.logits``. The model has a ``config`` with its labels, and
+        ``to(device)`` and ``parameters()`` like a torch module.
+        """
 
     def describe_loading(self, folder: Path, kind: str) -> Loading:
-        """Return how to load the artifact, in a script without `compress` if possible."""
+        """Return how to load the artifact, if possible without `compress`."""
 
     def adopt_model(self, model: Any) -> Any:
-        """Return a model of PyTorch as the runtime runs it, where ``STAGE`` is None."""
+        """Return a PyTorch model prepared for the runtime; only if ``STAGE`` is None."""
 
 
 def import_runtime(name: str) -> Runtime:
@@ -66,14 +71,14 @@ def iterate_runtimes() -> Iterator[str]:
 
 
 def check_runtime(name: str, key: str) -> None:
-    """Raise UserError where no runtime has the name, the value of ``key``."""
+    """Raise UserError if no runtime has this name, the value of ``key``."""
     known = list(iterate_runtimes())
     if name not in known:
         raise UserError(f"{key} is {name!r}; input should be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
 
 
 def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
-    """Raise UserError where a package that ``what`` runs with is not installed."""
+    """Raise UserError if a package that ``what`` needs is not installed."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise UserError(f"{what} runs with {', '.join(missing)}, which is not installed: {format_install(extra)}")
+        raise UserError(f"{what} needs {', '.join(missing)}, which is not installed. Type {format_install(extra)}")

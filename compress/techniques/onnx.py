@@ -45,9 +45,9 @@ from compress.runtimes.onnxruntime import Model
 from compress.runtimes.processor import Processor
 
 FP16 = "the weights are converted to float32 when they are loaded: less to store, no speed there"
-FLOATS = "4-bit floats become floats again at every call: less to store, slower than floats"
-THREE = "an integer of 3 bits takes four there"
-UNPACKED = "the integers of earlier stages are floats again: precision=null keeps them"
+FLOATS = "4-bit floats are converted to float32 at every call: less to store, slower than floats"
+THREE = "3-bit integers are stored in 4 bits"
+UNPACKED = "the integers of earlier stages are converted to floats; precision=null keeps them"
 
 
 class Onnx(Export):
@@ -211,8 +211,8 @@ def check_block_size(key: str, stage: str, setting: str, size: int) -> None:
     if not whole:
         sizes = ", ".join(map(str, nbits.BLOCKS))
         raise UserError(
-            f"{stage}.{setting}={size} cannot be kept: ONNX Runtime gives {sizes} weights a scale. Set "
-            f"{stage}.{setting}=32, or {key}.precision=fp32 to have them as floats again."
+            f"{stage}.{setting} is {size}; ONNX Runtime can keep {sizes} weights a scale. Set {stage}.{setting}=32, or "
+            f"{key}.precision=fp32 to export floats."
         )
 
 

@@ -120,7 +120,7 @@ class OpenVINO(Export):
     ) -> None:
         if max_drop is not None and precision != "int8":
             raise UserError(
-                f"{self.key}.max_drop limits the drop of precision=int8 and precision is {precision or 'null'}. Set "
+                f"{self.key}.max_drop limits the drop of precision=int8, but precision is {precision or 'null'}. Set "
                 f"{self.key}.precision=int8, or {self.key}.max_drop=null."
             )
         super().__init__(precision, skip, source, ("int8", "int4_weights"), processor)
@@ -193,7 +193,7 @@ class OpenVINO(Export):
             return {}
         if self.metrics is None or self.task is None or not trainer.enable_validation:
             raise UserError(
-                f"{self.key}.max_drop={self.max_drop:g} needs the task's metric on validation text. Pass metrics and "
+                f"{self.key}.max_drop is {self.max_drop:g}; it needs the metric on validation text. Pass metrics and "
                 "task to OpenVINO, and a validation loader to `fit`."
             )
         import nncf

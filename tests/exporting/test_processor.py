@@ -1,4 +1,4 @@
-"""Sums of 8-bit products are exact on every processor, or the export says where they are."""
+"""Sums of 8-bit products are exact on every processor, or the export names the processors."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_onnx import every_shape, needs_vnni, told_apart
+from test_onnx import every_shape, make_distinct, needs_vnni
 from torch import nn
 
 from compress.artifacts.artifact import load_artifact
@@ -29,7 +29,8 @@ GRAVITON_2 = "Features\t: fp asimd asimddp\n"
 
 
 def add_in_pairs(inputs, weights):
-    """What `vpmaddubsw` makes of unsigned ``inputs`` and signed ``weights`` ``[..., count]``, and adds in 32 bits."""
+    """Return sums of products of unsigned ``inputs`` and signed ``weights`` ``[..., count]``, as `vpmaddubsw` computes
+    them: pairs in 16 bits, their sum in 32 bits."""
     pairs = (inputs.astype(np.int64) * weights).reshape(*weights.shape[:-1], -1, 2).sum(-1)
     return pairs.clip(-(2**15), 2**15 - 1).sum(-1)
 
@@ -40,7 +41,7 @@ def test_products_by_weights_of_seven_bits_never_saturate_and_those_of_eight_can
     for widest, exact in ((WIDEST, True), (WIDEST + 1, False), (127, False)):
         weights = np.concatenate([np.full((1, 64), widest), numbers.integers(-widest, widest + 1, (99, 64))])
         assert np.array_equal(add_in_pairs(inputs, weights), (inputs * weights).sum(-1)) == exact
-    random = numbers.integers(-127, 128, (99, 64))  # as weights are, not only the largest of all
+    random = numbers.integers(-127, 128, (99, 64))  # as in a layer, not only extremes
     assert not np.array_equal(add_in_pairs(inputs[1:], random), (inputs[1:] * random).sum(-1))
 
 
@@ -61,7 +62,7 @@ def test_the_instructions_say_whether_sums_are_exact(cpuinfo, exact, tmp_path, m
 
 
 def export(stage, folder, *before):
-    model = told_apart(tiny.bert())
+    model = make_distinct(tiny.bert())
     for one in (*before, stage):
         tiny.trainer(one).fit(FineTune(model), tiny.loader(batches=2))
     folder.mkdir(exist_ok=True)

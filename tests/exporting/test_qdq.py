@@ -1,4 +1,4 @@
-"""What `qat` and `w8a8` leave runs in integers elsewhere, on the scales and ranges that they have found."""
+"""Models quantized by `qat` and `w8a8` run in integers in other runtimes, with the same scales and ranges."""
 
 import copy
 import importlib
@@ -40,7 +40,7 @@ def quantized(build, stage):
 
 @pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
-    """The checkpoint of a quantized model, and the model itself."""
+    """Return the checkpoint of a quantized model, and the model."""
     build, stage = CASES[request.param][0], CASES[request.param][1]()
     model, folder = quantized(build, stage), tmp_path_factory.mktemp("saved")
     stage.save(copy.deepcopy(model), folder)
@@ -54,7 +54,7 @@ def export(stage, model, folder):
 
 
 def integer_products(exported):
-    """How many products by weights the runtime carries out in integers, once it has optimised the graph."""
+    """Return the number of integer products by weights in the graph that the runtime has optimised."""
     if hasattr(exported, "compiled"):
         nodes = [node.get_rt_info() for node in exported.compiled.get_runtime_model().get_ops()]
         products = [node for node in nodes if node["layerType"].astype(str) == "FullyConnected"]
@@ -66,10 +66,10 @@ def integer_products(exported):
 
 
 def input_scales(exported):
-    """Those on which inputs are rounded."""
+    """Return the scales of the rounded inputs."""
     if hasattr(exported, "graph"):
-        found = [node for node in exported.graph.get_ops() if node.get_type_name() == "FakeQuantize"]
-        ends = [[node.input_value(i).get_node().get_data().item() for i in (1, 2)] for node in found]
+        nodes = [node for node in exported.graph.get_ops() if node.get_type_name() == "FakeQuantize"]
+        ends = [[node.input_value(i).get_node().get_data().item() for i in (1, 2)] for node in nodes]
         return sorted({round((high - low) / 255, 7) for low, high in ends})
     stored = onnx.load(exported.path).graph.initializer
     return sorted({round(onnx.numpy_helper.to_array(s).item(), 7) for s in stored if s.name.endswith(".input_scale")})
@@ -77,17 +77,17 @@ def input_scales(exported):
 
 @pytest.mark.parametrize("processor", ["any", pytest.param("vnni", marks=needs_vnni)])
 @pytest.mark.parametrize("kind", RUNTIMES)
-def test_an_export_multiplies_the_very_integers_in_the_ranges_that_were_found(kind, processor, saved, tmp_path):
+def test_an_export_multiplies_the_same_integers_in_the_same_ranges(kind, processor, saved, tmp_path):
     folder, trained = saved
     model = load(folder, "multiclass")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stage = kind(processor=processor)
     exported = export(stage, model, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    for one in (model.eval(), trained.eval()):  # as it was loaded, and as it was trained
-        found = measure_agreement(one, exported, every_shape())
-        # Sums in another order, by which now and then an input is rounded to the number beside.
-        assert found.max_logit_difference < 0.005 * found.largest_logit and found.label_agreement == 1
+    for original in (model.eval(), trained.eval()):  # loaded, and just trained
+        agreement = measure_agreement(original, exported, every_shape())
+        # Sums in another order sometimes round an input to the next integer.
+        assert agreement.max_logit_difference < 0.005 * agreement.largest_logit and agreement.label_agreement == 1
 
     layers = {name: one.quantized for name, one in model.named_modules() if getattr(one, "quantized", None)}
     products = integer_products(exported)
@@ -96,14 +96,14 @@ def test_an_export_multiplies_the_very_integers_in_the_ranges_that_were_found(ki
     if wide and kind is OpenVINO:
         assert products == 0
     else:
-        assert len(layers) >= products >= len(dict(find_linears(model)))  # of texts ONNX Runtime makes floats
+        assert len(layers) >= products >= len(dict(find_linears(model)))  # a head's run in floats in ONNX Runtime
     scales = sorted({round(one.inputs.grid.scale.item(), 7) for one in layers.values()})
     assert input_scales(exported) == pytest.approx(scales, rel=1e-5)
     integers = [p.char() for p in exported.parameters() if not p.is_floating_point()]
     assert len(integers) == len(layers)
     tensors = load_file(folder / "model.safetensors")
     for name in layers:
-        if f"{name}.weight" in tensors:  # four bits are packed
+        if f"{name}.weight" in tensors:  # 4 bits are packed
             kept = tensors[f"{name}.weight"]
             assert kept.dtype == torch.int8 and any(torch.equal(kept, t) for p in integers for t in (p, p.T))
 
@@ -127,12 +127,12 @@ def test_a_weight_is_a_byte_on_disk_and_a_stage_of_the_same_fit_is_kept_too(kind
 @pytest.mark.parametrize(
     ("stage", "settings", "sentence"),
     [
-        (W8A8(samples=8), {}, "dynamic=true gives every token its own"),
-        (W8A8(samples=8, dynamic=False), {"precision": "fp16"}, "precision=fp16 would give up the integers"),
-        (QAT(samples=8, group_size=16), {}, "group_size=16 gives a row several"),
+        (W8A8(samples=8), {}, "dynamic is true, a range for every token"),
+        (W8A8(samples=8, dynamic=False), {"precision": "fp16"}, "precision is fp16, which would discard the integers"),
+        (QAT(samples=8, group_size=16), {}, "group_size is 16; .* one scale a row"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_in_a_script_of_ones_own_too(kind, stage, settings, sentence):
+def test_integers_that_cannot_be_kept_are_refused_in_a_script_too(kind, stage, settings, sentence):
     model = quantized(tiny.bert, stage)
     with pytest.raises(UserError, match=sentence):
         tiny.trainer(kind(**settings)).fit(FineTune(model), tiny.loader())

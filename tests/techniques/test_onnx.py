@@ -254,7 +254,7 @@ def test_the_numbers_of_bitsandbytes_are_kept(before, tmp_path):
     assert ("slower than floats" in stage.limits) == (before is not Int8)
 
 
-def test_decompressed_on_request_and_said_so(tmp_path):
+def test_packed_weights_become_floats_on_request_and_the_limits_say_so(tmp_path):
     packed = packed_by(GPTQ(group_size=16, samples=8), make_distinct(tiny.bert()), tmp_path / "packed")
     stage, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="fp32")
     assert all(p.is_floating_point() for p in exported.parameters()) and "precision=null keeps" in stage.limits
@@ -299,7 +299,7 @@ def test_weights_that_two_layers_share_are_stored_once(tmp_path):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_tensors_of_a_large_model_lie_beside_it(precision, tmp_path, monkeypatch):
+def test_the_tensors_of_a_large_model_are_in_a_second_file(precision, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_format, "LARGEST", 1000)
     model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, precision=precision)

@@ -206,7 +206,7 @@ def test_the_model_is_left_as_it_was_and_the_report_says_how_far_the_answers_are
 
 def test_a_drop_cannot_be_bounded_without_a_metric_or_a_validation_split():
     stage = OpenVINO(precision="int8", max_drop=1, samples=2)
-    with pytest.raises(UserError, match=r"max_drop=1 needs the task's metric on validation text\. Pass metrics and"):
+    with pytest.raises(UserError, match=r"max_drop is 1; it needs the metric on validation text\. Pass metrics and"):
         tiny.trainer(stage).fit(FineTune(tiny.bert()), tiny.loader(batches=1))
 
 
