@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from compress.artifacts.artifact import Artifact
-from compress.maths.statistics import Interval, mean_interval
+from compress.maths.statistics import Interval, loop_over_rows, mean_interval
 from compress.planning.settings import Latency
 
 Batch = dict[str, torch.Tensor]
@@ -148,7 +148,7 @@ def summarise_times(blocks: list[np.ndarray]) -> Spread:
 
     low = high = float(np.median(times))
     if len(blocks) > 1:
-        low, high = bootstrap((np.arange(len(blocks)),), median, vectorized=False, n_resamples=500, batch=1,
+        low, high = bootstrap((np.arange(len(blocks)),), loop_over_rows(median), vectorized=True, n_resamples=500,
                               method="percentile", random_state=0).confidence_interval  # fmt: skip
     return Spread(
         median_ms=float(np.median(times)),
