@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from compress.artifacts.artifact import Artifact
-from compress.maths.statistics import Interval, loop_over_rows, mean_interval
+from compress.maths.statistics import Interval, mean_interval
 from compress.planning.settings import Latency
 
 Batch = dict[str, torch.Tensor]
@@ -143,13 +143,14 @@ def summarise_times(blocks: list[np.ndarray]) -> Spread:
 
     times = np.concatenate(blocks)
 
-    def median(drawn: np.ndarray) -> float:
-        return float(np.median(np.concatenate([blocks[i] for i in drawn])))
+    def medians(drawn: np.ndarray, axis: int = -1) -> np.ndarray:  # scipy's own loop takes four times as long
+        rows = drawn.reshape(-1, len(blocks))
+        return np.array([np.median(np.concatenate([blocks[i] for i in row])) for row in rows]).reshape(drawn.shape[:-1])
 
     low = high = float(np.median(times))
     if len(blocks) > 1:
-        low, high = bootstrap((np.arange(len(blocks)),), loop_over_rows(median), vectorized=True, n_resamples=500,
-                              method="percentile", random_state=0).confidence_interval  # fmt: skip
+        low, high = bootstrap((np.arange(len(blocks)),), medians, vectorized=True, n_resamples=500, method="percentile",
+                              random_state=0).confidence_interval  # fmt: skip
     return Spread(
         median_ms=float(np.median(times)),
         mean_ms=float(times.mean()),
