@@ -36,8 +36,8 @@ def command(file):
     return shlex.split(first[2:], comments=True)[1:]
 
 
-def jobs(program, overrides):
-    """Return the configs of a command: one, or those of its sweep."""
+def jobs(program, overrides, every=True):
+    """Return the configs of a command: one, or those of its sweep, or only its last job of each technique."""
 
     def split(words):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -55,7 +55,10 @@ def jobs(program, overrides):
     sweeper = configs[0].hydra.sweeper
     params = sweeper.get("params") if sweeper._target_ == f"{PACKAGE}.ChainSweeper" else None
     if params:  # the sweep of an experiment
-        configs = [composed(words) for words in split([f"{key}={value}" for key, value in params.items()] + overrides)]
+        words = split([f"{key}={value}" for key, value in params.items()] + overrides)
+        if not every:
+            words = {next((word for word in job if word.startswith("technique=")), ""): job for job in words}.values()
+        configs = [composed(job) for job in words]
     return configs
 
 
@@ -73,7 +76,7 @@ def uses(config, program, file):
 def test_its_command_composes_and_uses_it(file, monkeypatch):
     script, *words = command(file)
     program = script.removesuffix(".py")
-    configs = jobs(program, [word for word in words if "=" in word and not word.startswith("-")])
+    configs = jobs(program, [word for word in words if "=" in word and not word.startswith("-")], every=False)
     assert any(uses(config, program, file) for config in configs), f"the command in conf/{file} does not use it"
     for config in configs:
         if "technique" in config:
