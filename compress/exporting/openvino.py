@@ -129,17 +129,27 @@ def find_other_readers(graph: Any, layers: Iterable[str]) -> list[str]:
     return [node.get_friendly_name() for node in readers if node.get_type_name() in ("MatMul", "Gather")]
 
 
-def find_wide_products(graph: Any) -> list[str]:
-    """Return the names of the graph's nodes that multiply what has no weights of 7 bits: activations by each other, and
-    by a table that is looked up too, which has 8."""
+def find_activation_products(graph: Any) -> list[str]:
+    """Return the names of the graph's nodes that multiply activations by each other."""
     names = []
     for node in graph.get_ops():
-        kind = node.get_type_name()
-        sources = [node.input_value(i).get_node() for i in range(node.get_input_size())]
-        weights = [source for source in sources if source.get_type_name() == "Constant"]
-        looked_up = any(reader.get_type_name() == "Gather" for weight in weights for reader in find_readers(weight))
-        if kind == "ScaledDotProductAttention" or (kind == "MatMul" and (not weights or looked_up)):
+        sources = [node.input_value(i).get_node().get_type_name() for i in range(node.get_input_size())]
+        if node.get_type_name() == "ScaledDotProductAttention" or (
+            node.get_type_name() == "MatMul" and "Constant" not in sources
+        ):
             names.append(node.get_friendly_name())
+    return names
+
+
+def find_tied_products(graph: Any) -> dict[str, str]:
+    """Return the names of the graph's nodes that multiply by a table, with the name of the node that looks up its
+    rows."""
+    names = {}
+    for node in graph.get_ops():
+        if node.get_type_name() == "Gather":
+            readers = find_readers(node.input_value(0).get_node())
+            products = [reader for reader in readers if reader.get_type_name() == "MatMul"]
+            names |= {product.get_friendly_name(): node.get_friendly_name() for product in products}
     return names
 
 
@@ -149,18 +159,19 @@ def quantize_graph(
     """Quantize weights and activations, with scales for the activations from the ``batches``.
 
     The nodes ``left`` stay floats, and so do more nodes if ``accuracy``, NNCF's arguments, limits the drop. With
-    ``processor=any`` weights have 7 bits. Products of activations, which cannot have 7 bits, then stay floats too.
+    ``processor=any`` weights have 7 bits. Products of activations, and by embeddings that the output layer shares,
+    cannot have 7 bits: their inputs stay floats.
     """
     import nncf
 
-    anywhere = processor == "any"
-    left = [*left, *(find_wide_products(graph) if anywhere else ())]
-    overflow = nncf.OverflowFix.ENABLE if anywhere else nncf.OverflowFix.DISABLE
+    tied = find_tied_products(graph) if processor == "any" else {}
+    left = [*left, *(find_activation_products(graph) if processor == "any" else ()), *tied]
+    overflow = nncf.OverflowFix.ENABLE if processor == "any" else nncf.OverflowFix.DISABLE
     advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
     quantize, name = nncf.quantize, "advanced_parameters"
     if accuracy:
         quantize, name = nncf.quantize_with_accuracy_control, "advanced_quantization_parameters"
-    return quantize(
+    quantized = quantize(
         graph,
         nncf.Dataset([to_arrays(batch) for batch in batches]),
         subset_size=len(batches),
@@ -170,6 +181,11 @@ def quantize_graph(
         **{name: advanced},
         **accuracy,
     )
+    nodes = {node.get_friendly_name(): node for node in quantized.get_ops()}
+    # Multiply by the integers of the table in place of a copy in floats, unless NNCF has measured the drop with floats.
+    for product, lookup in tied.items() if not accuracy else ():
+        nodes[product].input(1).replace_source_output(nodes[lookup].input_value(0))
+    return quantized
 
 
 def to_arrays(batch: Batch) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_onnx import every_shape, make_distinct, needs_vnni
+from test_onnx import every_shape, make_distinct, needs_vnni, tied
 from torch import nn
 
 from compress.artifacts.artifact import load_artifact
@@ -61,10 +61,10 @@ def test_the_instructions_say_whether_sums_are_exact(cpuinfo, exact, tmp_path, m
     assert adds_exactly()
 
 
-def export(stage, folder, *before):
-    model = make_distinct(tiny.bert())
+def export(stage, folder, *before, build=tiny.bert):
+    model = make_distinct(build())
     for one in (*before, stage):
-        tiny.trainer(one).fit(FineTune(model), tiny.loader(batches=2))
+        tiny.trainer(one).fit(FineTune(model), tiny.loader(batches=2, lm=build is tied))
     folder.mkdir(exist_ok=True)
     stage.save(model, folder)
     return model
@@ -93,16 +93,14 @@ print(torch.cat([model(**batch).logits.flatten() for batch in batches]).tolist()
 
 
 @pytest.mark.skipif("avx2" not in read_instructions(), reason="this processor is no x86 with AVX2")
-@pytest.mark.parametrize("integers", ["rounded", "kept"])
+@pytest.mark.parametrize("integers", ["rounded", "rounded, tied", "kept"])
 @pytest.mark.parametrize("made_for", ["any", pytest.param("vnni", marks=needs_vnni)])
 def test_openvino_answers_alike_without_vnni_unless_the_export_is_for_it(made_for, integers, tmp_path):
-    stage = OpenVINO(precision="int8" if integers == "rounded" else None, samples=8, processor=made_for)
     before = [W8A8(samples=8, dynamic=False, symmetric=False)] if integers == "kept" else []
-    stage.settings = {
-        **stage.settings,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }  # not bfloat16, which this processor may have and AVX2 lacks
-    export(stage, tmp_path / "exported", *before)
+    stage = OpenVINO(precision=None if before else "int8", samples=8, processor=made_for)
+    # Not bfloat16, which this processor may have and AVX2 lacks.
+    stage.settings = {**stage.settings, "INFERENCE_PRECISION_HINT": "f32"}
+    export(stage, tmp_path / "exported", *before, build=tied if integers == "rounded, tied" else tiny.bert)
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in every_shape()]
     torch.save(batches, tmp_path / "batches.pt")
     command = [sys.executable, "-c", ANSWER, str(tmp_path / "exported"), str(tmp_path / "batches.pt")]
