@@ -144,7 +144,7 @@ def find_activation_products(graph: Any) -> list[str]:
 def find_tied_products(graph: Any) -> dict[str, str]:
     """Return the names of the graph's nodes that multiply by a table, with the name of the node that looks up its
     rows."""
-    names = {}
+    names: dict[str, str] = {}
     for node in graph.get_ops():
         if node.get_type_name() == "Gather":
             readers = find_readers(node.input_value(0).get_node())
