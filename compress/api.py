@@ -123,8 +123,10 @@ def compress(
                 f"hardware asks for {processes} processes; from Python one process trains. Set hardware.devices=1 and "
                 f"hardware.nodes=1, or type {format_command('train')}."
             )
-        folder = make_output_folder(output)
-        outcome = execute_plan(cfg, *prepare_experiment(cfg), folder)
+        folder = choose_output_folder(output)
+        prepared = prepare_experiment(cfg)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcome = execute_plan(cfg, *prepared, folder)
     rows = report_success(folder, describe_job(cfg, words), outcome)
     return Result(folder, write_report(folder, rows), folder / "artifact")
 
@@ -159,7 +161,7 @@ def measure(
     words = [f"artifact={quote_value(str(artifact))}", f"baseline={quote_value(baseline and str(baseline))}"]
     words += choose_group("task", task) if task else []
     cfg = compose_config("evaluate", [*words, *set_values("", settings)])
-    folder = make_output_folder(output)
+    folder = choose_output_folder(output)
     rows = evaluate_artifact(cfg, folder)
     write_result(folder, rows)
     return Result(folder, write_report(folder, rows), Path(artifact))
@@ -254,8 +256,8 @@ def compose_config(name: str, words: list[str]) -> DictConfig:
         raise UserError(explain_hydra_error(error)) from error
 
 
-def make_output_folder(output: str | Path | None) -> Path:
-    """Return a new or empty folder.
+def choose_output_folder(output: str | Path | None) -> Path:
+    """Return the path of a new or empty folder.
 
     Raises:
         UserError: ``output`` holds something, or is a file.
@@ -263,5 +265,4 @@ def make_output_folder(output: str | Path | None) -> Path:
     folder = Path(output or f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}").expanduser()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"output is {folder}, which is not empty; a new or empty folder is expected. Set output=...")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder

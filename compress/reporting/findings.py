@@ -35,7 +35,7 @@ def format_markdown(rows: list[Row], concluded: list[str]) -> str:
     drawn = build_table(rows)
     drawn.box, drawn.title, drawn.caption = box.MARKDOWN, None, None
     text = io.StringIO()
-    Console(file=text, width=1000).print(drawn)
+    Console(file=text, width=1000, force_jupyter=False).print(drawn)  # rich writes to a notebook's cell otherwise
     lines = [f"# {format_title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
     lines += [f"- {note}" for note in (*concluded, *list_notes(rows))]
     return "\n".join(lines) + "\n"

@@ -487,7 +487,7 @@ def test_prune_uses_the_ratios_of_sensitivity_and_the_report_is_stored_with_the_
 
 def test_too_many_validation_texts_are_reported_before_anything_is_trained(carry_out, monkeypatch):
     monkeypatch.setattr(experiment, "write_baseline", lambda *args: pytest.fail("trained"))
-    with pytest.raises(UserError, match=r"samples is 65 and task `toy` has 64 validation texts: set .*samples=64"):
+    with pytest.raises(UserError, match=r"samples is 65 and task `toy` has 64 validation texts\. Set .*samples=64"):
         carry_out("technique=sensitivity", "technique.sensitivity.samples=65")
 
 
