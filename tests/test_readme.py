@@ -48,6 +48,7 @@ def rows(folder):
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_the_main_job(tmp_path):
     *setup, command = line_after("main job").split(" && ")
     assert setup[-1].startswith("pip install -e")
