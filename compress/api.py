@@ -21,6 +21,7 @@ from compress.errors import UserError
 from compress.install import CONF, format_command
 from compress.planning.advice import explain_hydra_error
 from compress.planning.settings import read_settings
+from compress.planning.words import quote_value
 from compress.quiet import silence_libraries
 from compress.reporting.jobs import describe_job
 from compress.reporting.report import report_success, write_report, write_result
@@ -222,23 +223,6 @@ def flatten_words(key: str, value: Any) -> list[str]:
     if not nested:
         return [f"{key}={quote_value(value)}"]
     return [word for name, inner in value.items() for word in flatten_words(f"{key}.{name}", inner)]
-
-
-def quote_value(value: Any) -> str:
-    """Return a value as Hydra's command line reads it.
-
-    >>> quote_value([1, None, True, "it's"])
-    "[1,null,true,'it\\\\'s']"
-    """
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{quote_value(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(quote_value, value)) + "]"
-    if isinstance(value, str | Path):
-        return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return repr(value)
 
 
 def compose_config(name: str, words: list[str]) -> DictConfig:

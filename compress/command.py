@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,7 @@ from compress.install import CONF
 from compress.planning import chain
 from compress.planning.advice import report_user_errors
 from compress.planning.recorded import resume_words
+from compress.planning.words import quote_value
 from compress.sweeping import sweeper  # noqa: F401  registers the sweepers, after the chain has had Hydra find its own
 
 
@@ -39,33 +41,32 @@ def exit_if_failed(status: int) -> None:
 def train(words: list[str] | None = None) -> None:
     """Run `train.py` with the words of its command line, or those in ``sys.argv``."""
     with report_user_errors():
-        if words is not None:
-            sys.argv = ["train.py", *words]
-        sys.argv[1:] = chain.prepare_overrides(resume_words(sys.argv[1:]))
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_train_job)()
+        words = chain.prepare_overrides(resume_words(sys.argv[1:] if words is None else words))
+        run_hydra("train", run_train_job, words)
 
 
 def evaluate(words: list[str] | None = None) -> None:
     """Run `evaluate.py` with the words of its command line, or those in ``sys.argv``."""
     with report_user_errors():
-        if words is not None:
-            sys.argv = ["evaluate.py", *words]
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(run_evaluate_job)()
+        run_hydra("evaluate", run_evaluate_job, sys.argv[1:] if words is None else words)
+
+
+def run_hydra(name: str, task: Callable[[DictConfig], None], words: list[str]) -> None:
+    """Run the task with the config ``name`` and the words, which Hydra and a training's processes read in argv."""
+    sys.argv = [sys.argv[0], *words]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
 
 
 def write_report_again(words: list[str]) -> None:
     """Run `compress report`."""
+    keys = ("model", "task", "method", "seed")
     parser = argparse.ArgumentParser("compress report", description="Write the report of runs or sweeps again.")
     parser.add_argument("folder", nargs="+", help="a run or a sweep: multirun/DATE/TIME")
-    for key in ("model", "task", "method", "seed"):
+    for key in keys:
         parser.add_argument(f"--{key}", nargs="+", metavar="VALUE", help=f"keep the rows of these values of {key}")
-    given = parser.parse_args(words)
-    chosen = [
-        f"where.{key}={quote_list(values)}"
-        for key in ("model", "task", "method", "seed")
-        if (values := getattr(given, key))
-    ]
-    evaluate([f"report={quote_list(given.folder)}", *chosen])
+    given = vars(parser.parse_args(words))
+    chosen = [f"where.{key}={quote_value(given[key])}" for key in keys if given[key]]
+    evaluate([f"report={quote_value(given['folder'])}", *chosen])
 
 
 def compare_sweeps(words: list[str]) -> None:
@@ -76,7 +77,7 @@ def compare_sweeps(words: list[str]) -> None:
     parser.add_argument("before", help="a run or a sweep: multirun/DATE/TIME")
     parser.add_argument("after", help="another one")
     given = parser.parse_args(words)
-    evaluate([f"compare={quote_list([given.before, given.after])}"])
+    evaluate([f"compare={quote_value([given.before, given.after])}"])
 
 
 def manage_cache(words: list[str]) -> None:
@@ -84,12 +85,6 @@ def manage_cache(words: list[str]) -> None:
     from compress.cache.__main__ import main as manage
 
     manage(words, "compress cache")
-
-
-def quote_list(values: list[str]) -> str:
-    """Return the values as Hydra reads a list of texts."""
-    escaped = (value.replace("\\", "\\\\").replace("'", "\\'") for value in values)
-    return "[" + ",".join(f"'{value}'" for value in escaped) + "]"
 
 
 COMMANDS = {

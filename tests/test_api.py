@@ -9,7 +9,7 @@ import pytest
 from test_experiment import SMALL
 
 import compress
-from compress.api import quote_value
+from compress.planning.words import quote_value
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from compress.errors import UserError
 from compress.install import CONF
+from compress.planning.words import quote_value
 
 SWEEP, RUN = "multirun.yaml", ".hydra/hydra.yaml"
 """The files in which Hydra records a sweep and a run."""
@@ -50,5 +51,9 @@ def resume_words(words: list[str]) -> list[str]:
     if "command-line" in sources:
         flags += ["--config-dir", sources["command-line"]]
     kept = [word for word in overrides["hydra"] if not word.startswith(SET_ANEW)]
-    quoted = str(folder).replace("'", "\\'")
-    return [*flags, *overrides["task"], *kept, f"hydra.{'sweep' if file.name == SWEEP else 'run'}.dir='{quoted}'"]
+    return [
+        *flags,
+        *overrides["task"],
+        *kept,
+        f"hydra.{'sweep' if file.name == SWEEP else 'run'}.dir={quote_value(folder)}",
+    ]
