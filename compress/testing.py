@@ -23,6 +23,7 @@ from unittest import SkipTest
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
@@ -33,6 +34,7 @@ from compress.planning.settings import Hardware, to_plain
 from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
 from compress.running.resume import Checkpoints, make_trainer_options
 from compress.running.training import HoldZeros
+from compress.tasks.kinds import KINDS
 from compress.technique import Technique, Training
 from compress.techniques.finetune import FineTune
 from compress.tiny_models import QUIET, Theirs, make_bert, make_llama_lm, make_loader, make_tokenizer, make_trainer
@@ -192,7 +194,7 @@ def check_other_modules(case: Case) -> None:
     stage: Any = case.technique(**case.settings, **given)
     module: Any = Theirs(make())
     before = capture_state(module.model)
-    loader = make_loader(lm=make is make_llama_lm)
+    loader = _make_loader(module.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -222,19 +224,19 @@ def check_example(case: Case) -> None:
     """Check that the example in the docstring runs. It can use ``module`` and its ``model``, ``student``, ``teacher``,
     ``loader``, ``validation_loader`` and ``tokenizer``."""
     make = case.find_models()[0]
-    model, loader = make(), make_loader(lm=make is make_llama_lm)
+    model = make()
+    loader = _make_loader(model)
     names = {
         case.technique.__name__: case.technique,
         "Training": Training,
         "pl": SimpleNamespace(Trainer=partial(pl.Trainer, **QUIET)),
-        **{
-            "model": model,
-            "student": model,
-            "teacher": make(),
-            "module": FineTune(model),
-            "tokenizer": make_tokenizer(),
-        },
-        **{"loader": loader, "validation_loader": loader},
+        "model": model,
+        "student": model,
+        "teacher": make(),
+        "module": FineTune(model),
+        "tokenizer": make_tokenizer(),
+        "loader": loader,
+        "validation_loader": loader,
     }
     name = case.technique.__name__
     text = inspect.cleandoc(case.technique.__dict__.get("__doc__") or "")
@@ -265,7 +267,7 @@ def _fit(
     holding = [HoldZeros()] if training.epochs else []
     last = next((callback.last() for callback in callbacks if isinstance(callback, Checkpoints)), None)
     options = make_trainer_options(Hardware(accelerator="cpu"), together=False)
-    loader = make_loader(lm=detect_task_kind(model) == "lm")
+    loader = _make_loader(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning warns of loaders without worker processes
         trainer = make_trainer(
@@ -273,6 +275,11 @@ def _fit(
         )
         trainer.fit(module, loader, loader, ckpt_path=last)
     return stage, module
+
+
+def _make_loader(model: nn.Module) -> DataLoader:
+    """Return a loader with the labels that the model's head takes."""
+    return make_loader(lm=KINDS[detect_task_kind(model)].in_blocks)
 
 
 class _Stopped(BaseException):

@@ -6,6 +6,7 @@ that need torch import it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +33,7 @@ class Metric:
     """Whether the score is the share of correct examples, for which McNemar's test is exact."""
 
 
-class Kind:
+class Kind(ABC):
     """A kind of task; the defaults describe a text with named labels."""
 
     name: str
@@ -70,13 +71,13 @@ class Kind:
         """Return the names of all labels in order."""
         return sort_label_names(labels)
 
+    @abstractmethod
     def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[Any]:
         """Return the training targets: an index, a number or a list for every row.
 
         Raises:
             UserError: the task lacks a label.
         """
-        raise NotImplementedError
 
     # From texts to batches
 
@@ -211,6 +212,9 @@ class LanguageModel(Kind):
     probabilities = "softmax"
     in_blocks = True
     generates = True
+
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[Any]:
+        return labels  # none: a block of tokens is its own labels
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         ids = list(chain.from_iterable(tokenizer(rows["text"], verbose=False)["input_ids"]))

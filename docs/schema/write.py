@@ -18,7 +18,7 @@ from compress.models.backbone import Backbone
 from compress.planning.chain import read_stages
 from compress.planning.plan import make_step
 from compress.planning.settings import Hardware, Settings
-from compress.sweeping.search import Settings as Search
+from compress.sweeping.space import Settings as Search
 from compress.tasks.task import Task
 from compress.technique import Training
 
