@@ -21,7 +21,7 @@ from compress.reporting.jobs import RESULT
 from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, correct_p_values
 from compress.reporting.tables import build_table
 from compress.reporting.tensorboard import write_summaries
-from compress.runtimes.processor import EXACT, adds_exactly, read_instructions
+from compress.runtimes.processor import EXACT, adds_exactly, read_instructions, read_processor
 
 if TYPE_CHECKING:
     pass
@@ -79,12 +79,10 @@ def describe_machine() -> dict[str, str]:
     """Return the system, the processor and the versions of Python and of the libraries."""
     from importlib.metadata import PackageNotFoundError, version
 
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    named = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    cpu = read_processor().get("model name", platform.processor())
     machine = {
         "system": platform.platform(),
-        "cpu": f"{next(named, platform.processor())}, {os.cpu_count()} logical cores",
+        "cpu": f"{cpu}, {os.cpu_count()} logical cores",
         "8-bit products": ", ".join(sorted(EXACT & read_instructions())) or "exact" if adds_exactly() else "saturate",
         "python": platform.python_version(),
     }

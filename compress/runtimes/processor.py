@@ -22,23 +22,32 @@ EXACT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 """Instructions that add 8-bit products in 32 bits, as Linux names them: those of x86, and Arm's dot products."""
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
 @cache
-def read_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+def read_processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
+    """Return the fields of the first processor by their names in Linux; none on other systems."""
+    first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.is_file() else ""
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def read_instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """Return the names of the processor's instructions as Linux has them; none on other systems."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    found = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
-    return frozenset(found[0] if found else ())
+    fields = read_processor(cpuinfo)
+    return frozenset((fields.get("flags") or fields.get("Features") or "").split())
 
 
 def adds_exactly() -> bool:
-    """Return whether sums of 8-bit products are exact here. Instructions that nothing names count as missing, but for
-    those of Apple's processors, which all have dot products."""
+    """Return whether sums of 8-bit products are exact here. Unnamed instructions count as missing, except on Apple's
+    processors, which all have dot products."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     return apple or bool(EXACT & read_instructions())
 
 
 def require_exact_sums(subject: str, setting: str) -> None:
-    """Raise UserError where the ``subject``, an export that the ``setting`` has for VNNI, would answer wrongly here."""
+    """Raise UserError if the ``subject``, an export made for VNNI by the ``setting``, would answer wrongly here."""
     if not adds_exactly():
         raise UserError(
             f"{subject} is for processors with VNNI (or Arm's dot products); this processor names none of "
