@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -37,6 +38,15 @@ def silence_logs() -> None:
         "tensorboard",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def disable_telemetry() -> None:
+    """Keep OpenVINO and NNCF from reporting every conversion to their makers; call it before they are imported.
+
+    Each report forks this process, with the model in its memory, and a graph causes dozens. Both libraries work without
+    the package that sends them.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
 
 
 @contextlib.contextmanager

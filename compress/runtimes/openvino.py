@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from compress.models.backbone import from_pretrained
+from compress.quiet import disable_telemetry
 from compress.runtimes.decoder import Decoder
 from compress.runtimes.runtime import Loading, require_packages
 
@@ -43,6 +44,8 @@ AROUND = ("/fq_", "/nncf_smooth_quant", "rotary_emb")
 """Parts of the names of constants that are not weights: scales, ranges, and the angles of positions."""
 HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 """Settings for one caller that waits for each batch: all threads at once, on any core, as PyTorch's threads run."""
+
+disable_telemetry()
 
 
 @cache

@@ -237,3 +237,12 @@ def test_a_process_in_which_graphs_came_and_went_still_hears_signals(tmp_path):
     )
     command = [sys.executable, "-c", f"from pathlib import Path; {script}", str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True).stderr.endswith("heard\n")
+
+
+def test_no_library_reports_a_conversion_to_its_makers(tmp_path):
+    export(tiny.bert(), tmp_path, precision="int8")
+    import nncf
+    from openvino.tools.ovc import telemetry_utils
+
+    assert telemetry_utils.tm.__name__.endswith("telemetry_stub")
+    assert isinstance(nncf.telemetry.telemetry, nncf.telemetry.wrapper.NNCFTelemetryStub)
