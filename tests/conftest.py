@@ -1,14 +1,16 @@
-"""Real data and weights lie in folders of their own; without them the tests that need them are skipped."""
+"""What tests of several folders share: real data and weights, and whole runs on the built-in ones."""
 
 import os
 from pathlib import Path
 
 import pytest
+from small import SMALL
 
 BESIDE = Path(__file__).parents[2] / "shared"
 
 
 def folders(variable, name):
+    """Return a function that finds a folder of real data or weights, or skips the test without it."""
     root = Path(os.environ.get(variable, BESIDE / name))
 
     def folder(child):
@@ -27,3 +29,27 @@ def shared_data():
 @pytest.fixture
 def shared_models():
     return folders("COMPRESS_MODELS", "models")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def carry_out(cache, tmp_path):
+    """Run an experiment with its results in ``tmp_path``; the tests of a file share a cache."""
+    from hydra import compose, initialize_config_dir
+
+    from compress.install import CONF
+    from compress.running import experiment
+
+    def carry_out(*overrides, model="tiny", task="toy"):
+        chosen = [f"model={model}", f"task={task}", f"cache.dir={cache}", *SMALL, *overrides]
+        if "gptq" in overrides[0]:
+            chosen.append("technique.gptq.samples=16")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", chosen)
+        return experiment.run_experiment(cfg, tmp_path)
+
+    return carry_out

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_experiment import SMALL
+from small import SMALL
 
 import compress
 from compress.planning.words import quote_value

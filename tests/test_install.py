@@ -9,7 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from test_experiment import SMALL
+from small import SMALL
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,6 @@
 """Test what compression costs with real weights on real data."""
 
 import pytest
-from test_experiment import cache, carry_out  # noqa: F401
 
 import compress
 from compress.models.layers import find_linears, find_zeros
@@ -11,7 +10,7 @@ FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
 
 
 def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
-    carry_out,  # noqa: F811
+    carry_out,
     shared_models,
     shared_data,
     tmp_path,
@@ -35,7 +34,7 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
     ) >= 0.2 * sum(linear.weight.numel() for _, linear in find_linears(compress.load(tmp_path / "artifact").model))
 
 
-def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):  # noqa: F811
+def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):
     outcome = carry_out(
         "technique=prune+gptq",
         "technique.gptq.group_size=-1",
@@ -52,7 +51,7 @@ def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):  # n
     assert 4 < none < 7 and none < both < 1.25 * none
 
 
-def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_models, shared_data):  # noqa: F811
+def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_models, shared_data):
     def perplexity(criterion):
         outcome = carry_out(
             "technique=prune",
@@ -73,7 +72,7 @@ def test_criteria_order_as_their_papers_say_on_stories260k(carry_out, shared_mod
 
 
 def test_a_dense_baseline_recovers_what_pruning_lost_better_than_the_text_alone(
-    carry_out,  # noqa: F811
+    carry_out,
     shared_models,
     shared_data,
 ):
@@ -104,7 +103,7 @@ def test_a_dense_baseline_recovers_what_pruning_lost_better_than_the_text_alone(
         (["technique=prune", "pattern=2:4", "train.epochs=1"], 1.0),
     ],
 )
-def test_minilm_recovers_on_sst2(carry_out, shared_models, shared_data, settings, smaller):  # noqa: F811
+def test_minilm_recovers_on_sst2(carry_out, shared_models, shared_data, settings, smaller):
     chain, *settings = settings
     outcome = carry_out(
         chain,
@@ -122,7 +121,7 @@ def test_minilm_recovers_on_sst2(carry_out, shared_models, shared_data, settings
 
 
 @pytest.mark.parametrize("epochs", [6])
-def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, epochs):  # noqa: F811
+def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, epochs):
     outcome = carry_out(
         "technique=prune+gptq",
         f"task.path={shared_data('esconv')}",

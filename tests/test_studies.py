@@ -1,5 +1,6 @@
 """Check the experiments that repeat earlier studies: plan every row at both sizes, and run a row of each kind."""
 
+import functools
 import random
 
 import pytest
@@ -27,6 +28,12 @@ def rows(*words):
         with open_dict(config):
             del config["hydra"]
     return configs
+
+
+@functools.cache
+def study(experiment, scale="full"):
+    """Return all rows of a study, with models from their configs alone."""
+    return rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")
 
 
 def shortened(config):
@@ -77,7 +84,7 @@ def test_the_scale_swaps_the_model_where_none_is_typed():
 @pytest.mark.parametrize("scale", ["full", "small"])
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_row_can_be_planned(experiment, scale):
-    planned = [make_plan(config) for config in rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")]
+    planned = [make_plan(config) for config in study(experiment, scale)]
     assert len({(plan.method, str(plan.steps)) for plan in planned}) == len(planned)
 
 
@@ -90,7 +97,7 @@ def test_every_row_can_be_planned(experiment, scale):
     ],
 )
 def test_the_curves_are_the_studys(experiment, heads, ffn):
-    cuts = [(row.technique.name, row.technique.structured) for row in rows(f"experiment={experiment}")]
+    cuts = [(row.technique.name, row.technique.structured) for row in study(experiment)]
     assert {(cut.target_heads, cut.target_ffn_size) for _, cut in cuts} == {(a, b) for a in heads for b in ffn}
     assert {name for name, _ in cuts} == {"structured", "structured+finetune"}
     assert len(cuts) == 2 * len(heads) * len(ffn)
@@ -112,15 +119,10 @@ def test_the_curves_are_the_studys(experiment, heads, ffn):
     ],
 )
 def test_the_rows_are_the_studys(experiment, epochs, chains):
-    configs = rows(f"experiment={experiment}")
+    configs = study(experiment)
     assert set(chains.split()) <= {config.technique.name for config in configs}
     assert {config.task.epochs for config in configs} == {epochs}
     assert {config.technique.prune.sparsity for config in configs if "prune" in config.technique} <= {0.2}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize(

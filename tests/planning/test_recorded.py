@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_experiment import SMALL
+from small import SMALL
 
 from compress.errors import UserError
 from compress.install import CONF

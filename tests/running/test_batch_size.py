@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from hydra import compose, initialize_config_dir
+from small import SMALL
 from test_conf import CONF
-from test_experiment import SMALL
 
 from compress.errors import UserError
 from compress.planning.plan import make_plan

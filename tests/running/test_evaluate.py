@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from hydra import compose, initialize_config_dir
+from small import SMALL
 from test_conf import CONF
-from test_experiment import SMALL, cache, carry_out  # noqa: F401
 from test_report import OUTCOME, WORSE
 
 from compress.artifacts.artifact import Artifact, Description, Done, load_artifact
@@ -25,7 +25,7 @@ from compress.tasks.task import Task
 
 
 @pytest.fixture
-def measure_again(cache, tmp_path):  # noqa: F811
+def measure_again(cache, tmp_path):
     def measure_again(*overrides):
         small = [o for o in SMALL if o.startswith("hardware")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -36,7 +36,7 @@ def measure_again(cache, tmp_path):  # noqa: F811
     return measure_again
 
 
-def test_an_artifact_measured_again_has_the_same_figures(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_an_artifact_measured_again_has_the_same_figures(carry_out, measure_again, tmp_path):
     outcome = carry_out("technique=prune+gptq")
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}")
     first = outcome.measurements["prune+gptq"]
@@ -45,7 +45,7 @@ def test_an_artifact_measured_again_has_the_same_figures(carry_out, measure_agai
     assert row["speedup"] is None
 
 
-def test_an_artifact_is_measured_on_the_configured_runtime(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_an_artifact_is_measured_on_the_configured_runtime(carry_out, measure_again, tmp_path):
     first = carry_out("technique=none").measurements["none"]
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}", "hardware.runtime=openvino")
     assert row["runtime"] == "openvino" and row["value"] == first.quality["accuracy"]
@@ -85,7 +85,7 @@ def test_what_cannot_run_there_is_refused(there, sentence, tmp_path):
         move_artifact(loaded(**there), "openvino", tiny.batch(), tmp_path)
 
 
-def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):  # noqa: F811
+def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):
     carry_out("technique=prune")
     (tmp_path / "artifact").rename(tmp_path / "pruned")
     carry_out("technique=none")
@@ -93,7 +93,7 @@ def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache): 
     assert [row["method"] for row in rows] == ["none", "prune"] and rows[1]["speedup"] > 0
 
 
-def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_path):
     carry_out("technique=none")
     folder = tmp_path / "artifact"
     for name in ("compress.json", "config.yaml"):
@@ -106,7 +106,7 @@ def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_
         check_labels(folder, load_artifact(folder, "multiclass"), task_named("augesc"))
 
 
-def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure_again, tmp_path):
     alone = {}
     for name, count in (("few", 64), ("many", 256)):
         carry_out("technique=none", f"task.limit.train={count}", f"cache.dir={tmp_path / 'cache'}")
@@ -117,7 +117,7 @@ def test_every_artifact_reads_the_text_with_its_own_tokenizer(carry_out, measure
     assert [row["value"] for row in rows] == [alone["few"], alone["many"]]
 
 
-def test_labels_in_another_order_are_refused(carry_out, measure_again, tmp_path):  # noqa: F811
+def test_labels_in_another_order_are_refused(carry_out, measure_again, tmp_path):
     carry_out("technique=none")
     with pytest.raises(UserError, match=r"has the labels awful, bad, good, great; task `toy` has great, good"):
         measure_again(f"artifact={tmp_path / 'artifact'}", "task=toy", "task.labels=[great,good,bad,awful]")

@@ -1,17 +1,12 @@
 """A run from its config to its artifact, on the built-in model and data."""
 
 import json
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small import SMALL
 from test_conf import CONF
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,46 +16,13 @@ from compress.errors import PostconditionError, UserError
 from compress.maths.allocation import allocate_sparsity, read_points
 from compress.measuring.predictions import Predictions
 from compress.models.layers import dequantize_weight, find_linears, find_zeros, measure_sparsity
-from compress.models.teachers import KeptLogits
 from compress.planning.settings import parse_values, to_plain
-from compress.reporting.rows import Job, collect_rows
 from compress.running import experiment
 from compress.running.promises import capture_state, check_model
 from compress.tasks.splits import load_splits
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
-from compress.techniques.onnx import Onnx
 from compress.techniques.prune import Prune
-
-SMALL = [
-    "hardware=cpu",
-    "task.limit.train=256",
-    "task.limit.validation=64",
-    "task.limit.test=128",
-    "baseline.epochs=1",
-    "hardware.latency.seconds=0.05",
-    "hardware.latency.block_s=0.01",
-    "hardware.latency.batch_sizes=[1,4]",
-    "hardware.latency.memory=false",
-]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def carry_out(cache, tmp_path):
-    def carry_out(*overrides, model="tiny", task="toy"):
-        chosen = [f"model={model}", f"task={task}", f"cache.dir={cache}", *SMALL, *overrides]
-        if "gptq" in overrides[0]:
-            chosen.append("technique.gptq.samples=16")
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", chosen)
-        return experiment.run_experiment(cfg, tmp_path)
-
-    return carry_out
 
 
 @pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy"), ("tiny_llama", "toy_lm")])
@@ -102,18 +64,6 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     loaded = compress.load(tmp_path / "artifact")
     assert measure_sparsity(linear.weight for _, linear in find_linears(loaded.model)) >= 0.2
     assert loaded.description.weights == "integer"
-
-
-@pytest.mark.parametrize("stage", ["onnx", "openvino"])
-def test_integers_of_quantization_aware_training_run_on_other_runtimes(carry_out, tmp_path, stage):
-    outcome = carry_out(f"technique=prune+qat+{stage}", "technique.qat.samples=16")
-    none, exported = outcome.measurements.values()
-    assert exported.size_bytes < 0.7 * none.size_bytes and exported.parameters == none.parameters
-    assert exported.nonzeros < 0.95 * none.nonzeros
-    agreement = json.loads((tmp_path / f"report/3_{stage}/agreement.json").read_text())
-    # A sum in another order may round an input to a neighbouring integer, and change a close decision.
-    assert agreement["label_agreement"] >= 0.98
-    assert agreement["max_logit_difference"] < 0.05 * agreement["largest_logit"]
 
 
 @pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy"), ("prune+nf4", "toy_lm"), ("int8", "toy")])
@@ -222,47 +172,6 @@ def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, s
     assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
 
 
-DISTIL = "technique.distill."
-
-
-@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
-def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard(carry_out, tmp_path, model, task):
-    outcome = carry_out(
-        "technique=distill", f"{DISTIL}hard_weight=0.5", f"{DISTIL}train.epochs=3", model=model, task=task
-    )
-    none, student = outcome.measurements.values()
-    assert student.parameters < none.parameters and student.size_bytes < none.size_bytes
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload()
-    assert {"train/loss", "train/soft", "train/hard", "validation/loss"} <= set(events.Tags()["scalars"])
-    last = {
-        "train": events.Scalars("train/epoch_loss")[-1].value,
-        "validation": events.Scalars("validation/loss")[-1].value,
-    }
-    assert outcome.descriptions["distill"].losses == pytest.approx(last)
-
-
-@pytest.mark.parametrize("chain", ["prune+distill", "structured+distill+gptq", "drop_layers+distill", "distill+prune"])
-def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain):
-    settings = {
-        "prune": ["technique.prune.sparsity=0.5"],
-        "structured": ["technique.structured.target_ffn_size=128", "technique.structured.importance=activation"],
-    }
-    carry_out(f"technique={chain}", *(word for name in chain.split("+") for word in settings.get(name, ())))
-    model = compress.load(tmp_path / "artifact").model
-    if "prune" in chain:
-        assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
-
-
-@pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
-def test_a_student_is_compressed_further(carry_out, tmp_path, chain):
-    none, student = carry_out(f"technique={chain}").measurements.values()
-    loaded = compress.load(tmp_path / "artifact")
-    assert loaded.description.method == chain and loaded.description.weights == "bitsandbytes"
-    assert student.parameters < none.parameters and student.size_bytes < 0.5 * none.size_bytes
-    sparsity = measure_sparsity(dequantize_weight(linear.weight) for _, linear in find_linears(loaded.model))
-    assert (sparsity >= 0.2) == ("prune" in chain)
-
-
 @pytest.mark.parametrize(("chain", "task"), [("prune+gptq+distill", "toy"), ("gptq+finetune", "toy_lm")])
 def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, task):
     def tensors(technique):
@@ -274,42 +183,6 @@ def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, t
     assert before.keys() == after.keys() and any("norm" in name for name in changed)
     assert not any("proj" in name for name in changed)
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
-
-
-@pytest.mark.parametrize(("model", "task", "kept"), [("tiny", "toy", "all"), ("tiny_llama", "toy_lm", "2048")])
-def test_kept_logits_train_like_live_ones_and_are_kept_for_the_next_student(
-    carry_out, tmp_path, cache, monkeypatch, model, task, kept
-):
-    def weights(*overrides):
-        carry_out("technique=distill", f"{DISTIL}train.epochs=2", f"{DISTIL}temperature=1.0", *overrides,
-                  model=model, task=task)  # fmt: skip
-        return torch.cat([p.flatten() for p in compress.load(tmp_path / "artifact").model.parameters()])
-
-    live, kept_ones = weights(), weights(f"{DISTIL}kept_logits={kept}")
-    other = weights("seed=1")
-    assert (kept_ones - live).norm() < 0.05 * (other - live).norm()
-    monkeypatch.setattr(KeptLogits, "_write", lambda *args: pytest.fail("asked the teacher again"))
-    weights(f"{DISTIL}kept_logits={kept}", f"{DISTIL}student.layers=[0]")
-
-
-def test_extra_text_and_masking_take_part(carry_out, tmp_path):
-    (tmp_path / "extra.txt").write_text("the film was fine\nnobody came\n" * 8)
-    carry_out(
-        "technique=distill",
-        f"{DISTIL}extra_text={tmp_path / 'extra.txt'}",
-        f"{DISTIL}masking=0.2",
-        f"{DISTIL}train.epochs=3",
-    )
-    tags = EventAccumulator(str(tmp_path / "tensorboard" / "1_distill")).Reload().Tags()["scalars"]
-    assert "train/extra_soft" in tags
-
-
-def test_another_teacher_than_the_baseline_is_measured_beside_it(carry_out, tmp_path):
-    teacher = tmp_path / "teacher"
-    carry_out("technique=none", "baseline.epochs=2")
-    shutil.move(tmp_path / "artifact", teacher)
-    outcome = carry_out("technique=distill", f"{DISTIL}teacher={teacher}", f"{DISTIL}student.layers=1")
-    assert list(outcome.measurements) == ["none", "teacher", "distill"]
 
 
 @pytest.mark.parametrize("by", ["influence", "last"])
@@ -357,99 +230,6 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
     assert measure_size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
-
-
-WITHOUT_US = "import sys; sys.modules['compress'] = None\n{lines}\nprint(logits.tolist())"
-
-
-def without_us(folder):
-    """Return the logits of the code in the artifact's card, run without `compress`."""
-    (lines,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text(), re.DOTALL)
-    script = WITHOUT_US.format(lines=lines)
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.tensor(json.loads(done.stdout))
-
-
-@pytest.mark.parametrize(("stage", "lower"), [("onnx", "int8_dynamic"), ("openvino", "int8_weights")])
-@pytest.mark.parametrize(
-    ("chain", "model", "task", "precision"),
-    [("prune+", "tiny", "toy", "fp32"), ("gptq+", "tiny", "toy", "fp32"), ("", "tiny_llama", "toy_lm", None)],
-)
-def test_an_export_loads_without_us_and_without_a_model_in_pytorch(
-    carry_out, tmp_path, stage, lower, chain, model, task, precision
-):
-    lower = precision or lower
-    if stage == "openvino" and chain == "gptq+":
-        lower = "null"
-    outcome = carry_out(f"technique={chain}{stage}", f"technique.{stage}.precision={lower}", model=model, task=task)
-    none, exported = outcome.measurements.values()
-    assert exported.speedup.low > 0 and exported.parameters == none.parameters
-    assert exported.speedup_same_runtime.low > 0 and none.speedup_same_runtime is None
-    assert exported.quality == pytest.approx(none.quality, rel=0.2)
-    if lower != "fp32":
-        assert exported.size_bytes < 0.8 * none.size_bytes
-    loaded = compress.load(tmp_path / "artifact")
-    assert loaded.description.weights == stage
-    expected = loaded.model(**loaded.tokenizer("A text.", return_tensors="pt")).logits
-    assert torch.allclose(without_us(tmp_path / "artifact"), expected, atol=1e-6)
-    agreement = json.loads(next((tmp_path / "report").glob(f"*_{stage}/agreement.json")).read_text())
-    assert agreement["label_agreement"] > 0.9
-
-
-CHAINS = {
-    "none": [],
-    "prune": [],
-    "structured": ["target_heads=2", "target_ffn_size=64", "iterations=2"],
-    "drop_layers": ["drop=1"],
-    "distill": [],
-    "qat": ["samples=16"],
-    "gptq": [],
-    "awq": ["samples=16"],
-}
-
-
-@pytest.mark.parametrize("stage", ["onnx", "openvino"])
-@pytest.mark.parametrize("model", ["tiny", "tiny_llama"])
-@pytest.mark.parametrize("chain", CHAINS)
-def test_an_export_answers_like_the_classifier_of_any_chain(carry_out, tmp_path, chain, model, stage):
-    words = [f"technique.{chain}.{setting}" for setting in CHAINS[chain]]
-    if (chain, model) == ("awq", "tiny"):
-        with pytest.raises(UserError, match="awq"):
-            carry_out(f"technique={chain}+{stage}", *words, model=model)
-        return
-    method = stage if chain == "none" else f"{chain}+{stage}"
-    outcome = carry_out(f"technique={method}", *words, model=model)
-    (agreement,) = outcome.agreements.values()
-    rounded = chain in ("qat", "gptq", "awq")  # inputs are rounded too: by qat, and by ONNX Runtime's kernels
-    assert agreement.label_agreement >= (0.98 if rounded else 1)
-    assert agreement.max_logit_difference < (0.05 if rounded else 1e-3) * agreement.largest_logit
-    row = collect_rows(tmp_path, Job(method, model, "toy", 0), outcome)[-1]
-    assert row["label_agreement"] == agreement.label_agreement
-    assert row["max_logit_difference"] == agreement.max_logit_difference
-
-
-def test_a_quantized_model_stays_as_small_in_onnx_and_its_format_is_no_limit_there(carry_out):
-    *_, packed = carry_out("technique=prune+gptq").measurements.values()
-    outcome = carry_out("technique=prune+gptq+onnx")
-    *_, exported = outcome.measurements.values()
-    assert exported.size_bytes < 1.15 * packed.size_bytes and exported.parameters == packed.parameters
-    assert exported.nonzeros == packed.nonzeros
-    *_, description = outcome.descriptions.values()
-    assert [limit.partition(":")[0] for limit in description.limits] == ["prune"]
-
-
-class Drifts(Onnx):
-    def save(self, model, folder):
-        super().save(model, folder)
-        shutil.copy(Path(self.folder.name) / "traced/model.onnx", folder / "model.onnx")
-
-
-def test_an_export_in_lower_precision_must_reload_to_the_exported_model(carry_out):
-    target = f"technique.onnx._target_={__name__}.Drifts"
-    with pytest.raises(PostconditionError, match="the artifact of `onnx` reloads to other logits"):
-        carry_out("technique=onnx", target, "technique.onnx.precision=int8_dynamic")
-    carry_out("technique=onnx", target)  # in full precision it must agree with the model
 
 
 def test_without_a_stage_the_baseline_is_measured_alone(carry_out):

@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 
+from small import SMALL
 from test_command_line import ROOT
-from test_experiment import SMALL
 
 from compress.cache.digests import compute_checksum
 from compress.cache.store import list_entries, lock_if_unused

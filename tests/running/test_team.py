@@ -12,8 +12,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.demos.boring_classes import BoringModel
+from small import SMALL
 from test_command_line import ROOT
-from test_experiment import SMALL
 
 from compress.cache.digests import compute_checksum
 from compress.errors import UserError

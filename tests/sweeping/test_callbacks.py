@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import psutil
 import pytest
 from filelock import FileLock
+from small import SMALL
 from test_command_line import python
-from test_experiment import SMALL
 from test_kills import FORK, read_results, sweep
 
 from compress.errors import explain_error

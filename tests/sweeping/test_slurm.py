@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import BESIDE
+from small import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_command_line import ROOT
-from test_experiment import SMALL
 
 from compress.reporting.jobs import gather_rows
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from small import SMALL
 from test_command_line import ROOT
-from test_experiment import SMALL
 from test_kills import FORK
 from test_report import OUTCOME, measured
 

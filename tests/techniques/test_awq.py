@@ -6,8 +6,8 @@ import tiny
 import torch
 from hydra import compose, initialize_config_dir
 from pydantic import ValidationError
+from small import SMALL
 from test_conf import CONF
-from test_experiment import SMALL
 from test_prune import fit
 from transformers import (
     AutoModelForCausalLM,

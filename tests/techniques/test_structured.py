@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
-from test_experiment import SMALL
+from small import SMALL
 from test_shapes import FAMILIES, INPUTS, PLAIN, family, logits, uneven
 
 import compress
