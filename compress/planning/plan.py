@@ -24,7 +24,7 @@ from compress.models.backbone import Backbone
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
 from compress.tasks.kinds import KINDS
-from compress.tasks.sources import read_file, split_documents
+from compress.tasks.reading import read_documents
 from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
@@ -47,8 +47,7 @@ class Calibration:
         """Return this calibration with its rows."""
         if isinstance(self.source, Task):
             return replace(self, rows=load_splits(self.source, seed).train.select_columns("text"))
-        table = split_documents(read_file(self.source, None, "text"))
-        return replace(self, rows=Dataset.from_dict(table))
+        return replace(self, rows=Dataset.from_dict({"text": read_documents(self.source)}))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from compress.running.promises import capture_state, check_bits, check_folder, c
 from compress.running.training import HoldZeros, fit_module, list_limits, make_task_data
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import Splits
+from compress.tasks.task import SPLITS
 from compress.technique import Technique, Training
 from compress.techniques.finetune import FineTune
 
@@ -52,6 +53,8 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to {data.max_length} tokens because the model has no more positions")
     check_blocks(planned, data)
+    for note in filter(None, map(data.describe_cut, SPLITS)):
+        log.info(f"  {note}")
     seconds, losses = 0.0, dict[str, float]()
     if training.epochs:
         module = FineTune(model, TaskMetrics(planned.task), training)

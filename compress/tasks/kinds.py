@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from compress.maths import scores
-from compress.tasks.labels import LabelledTask, build_label_index, parse_numbers, sort_label_names, split_labels
+from compress.tasks.labels import (
+    Columns,
+    LabelledTask,
+    Labels,
+    encode_names,
+    is_blank,
+    parse_numbers,
+    read_name_lists,
+    read_names,
+    sort_label_names,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +73,22 @@ class Kind(ABC):
 
     # From a data set to labels
 
+    def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
+        """Return the labels of every split in one form; the defaults below expect names.
+
+        Args:
+            columns: the labels as the data spells them, by split.
+            names: names of all labels; None if they are to be found in the data.
+            bases: number of the first label, by split, where labels are numbers.
+
+        Raises:
+            LabelError: a label cannot be read.
+        """
+        return Labels(columns, names)
+
     def is_missing(self, label: Any) -> bool:
         """Return whether a row has no label and is therefore left out."""
-        return label is None or label == ""
+        return is_blank(label)
 
     def find_label_names(self, labels: list[Any]) -> tuple[str, ...]:
         """Return the names of all labels in order."""
@@ -76,15 +99,24 @@ class Kind(ABC):
         """Return the training targets: an index, a number or a list for every row.
 
         Raises:
-            UserError: the task lacks a label.
+            LabelError: the task lacks a label.
         """
 
     # From texts to batches
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        """Return the model's input columns, and ``labels`` if the rows have labels."""
-        encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
-        return {**encoded, "labels": rows["label"]} if "label" in rows else dict(encoded)
+        """Return the model's input columns, and ``labels`` if the rows have labels; the ``input_ids`` of whole
+        documents, if the kind cuts them into blocks.
+
+        A text without tokens, such as an empty one where the tokenizer adds none, gets one special token.
+        """
+        encoded = dict(tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length))
+        for i, ids in enumerate(encoded["input_ids"]):
+            if not ids:
+                for name, column in encoded.items():
+                    column[i] = [int(name == "attention_mask")]
+                encoded["input_ids"][i] = [choose_filler(tokenizer)]
+        return {**encoded, "labels": rows["label"]} if "label" in rows else encoded
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor | None:
         """Return the labels of a padded batch; None if its rows have no labels."""
@@ -119,6 +151,12 @@ class Kind(ABC):
         return {}
 
 
+def choose_filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that is the input for a text without tokens."""
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    return next((token for token in special if token is not None), 0)
+
+
 class Multiclass(Kind):
     """A text has one of several labels."""
 
@@ -137,8 +175,11 @@ class Multiclass(Kind):
     problem_type = "single_label_classification"
     probabilities = "softmax"
 
+    def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
+        return read_names(columns, names, bases)
+
     def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[int]:
-        return list(map(build_label_index(task, split), labels))
+        return [index for (index,) in encode_names(task, ([name] for name in labels), split)]
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:
         return outputs.argmax(-1)
@@ -163,16 +204,18 @@ class Multilabel(Kind):
     probabilities = "sigmoid"
     flag_columns = True
 
+    def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
+        return read_name_lists(columns, names, bases)
+
     def is_missing(self, label: Any) -> bool:
-        return label is None  # an empty label is an answer: the text has no label at all
+        return label is None  # an empty list is an answer: the text has no label at all
 
     def find_label_names(self, labels: list[Any]) -> tuple[str, ...]:
-        return sort_label_names(chain.from_iterable(map(split_labels, labels)))
+        return sort_label_names(chain.from_iterable(labels))
 
     def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[list[float]]:
-        find_index = build_label_index(task, split)
-        rows = [{find_index(label) for label in split_labels(row)} for row in labels]
-        return [[float(i in indices) for i in range(task.num_labels)] for indices in rows]
+        rows = map(set, encode_names(task, labels, split))
+        return [[float(i in row) for i in range(task.num_labels)] for row in rows]
 
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return (logits > 0).float()
@@ -217,10 +260,7 @@ class LanguageModel(Kind):
         return labels  # none: a block of tokens is its own labels
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        ids = list(chain.from_iterable(tokenizer(rows["text"], verbose=False)["input_ids"]))
-        cuts = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-        blocks = [block for block in cuts if len(block) > 1]  # one token predicts nothing
-        return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}
+        return {"input_ids": tokenizer(rows["text"], verbose=False)["input_ids"]}
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.tasks.formats import Table, read_file
 from compress.tasks.kinds import KINDS
-from compress.tasks.labels import parse_flag, shift_label
+from compress.tasks.labels import is_blank, parse_flag, replace_surrogates
 from compress.tasks.sources import (
-    Columns,
-    Table,
+    File,
+    Rows,
     choose_layout,
     parse_dialogues,
     read_files,
@@ -22,14 +24,32 @@ from compress.tasks.sources import (
 from compress.tasks.task import SPLITS, Task
 
 
-def read_tables(task: Task) -> dict[str, Table]:
-    """Return the data set's splits as tables with the columns text, text_pair, label and group."""
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one split: the columns text, text_pair, label and group of ``rows``.
+
+    ``label_column`` is the name of the labels' column in the data, and ``label_base`` the number of the first label.
+    """
+
+    table: Table
+    rows: Rows
+    label_column: str | None = None
+    label_base: int = 0
+    notes: tuple[str, ...] = ()
+
+    def locate_label(self, row: int) -> str:
+        """Return the file, the row and the column of a label."""
+        return self.rows.locate_row(row) + (f", column `{self.label_column}`" if self.label_column else "")
+
+
+def read_examples(task: Task) -> dict[str, Examples]:
+    """Return the examples of the data set's splits."""
     if task.generate:
         from compress.tasks.toy import generate_splits
 
         texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
         return {
-            split: _select_columns(task, {name: table[name] for name in texts}, task.columns, split)
+            split: _select_columns(task, _name_rows({name: table[name] for name in texts}, split), split)
             for split, table in generate_splits().items()
         }
     if task.path is not None:
@@ -42,7 +62,27 @@ def read_tables(task: Task) -> dict[str, Table]:
     )
 
 
-def _read_folder(task: Task) -> dict[str, Table]:
+def read_documents(path: Path) -> list[str]:
+    """Return the documents of a file: of its column ``text``, or of a text file.
+
+    Raises:
+        UserError: the file cannot be read or holds no text.
+    """
+    table, _ = read_file(path, None, "text")
+    if "text" not in table:
+        raise UserError(f"{path} has the columns {list_names(table)}; `text` is expected. Rename a column to text.")
+    texts, _ = _read_texts([table["text"]], "text", _name_rows(table, path.name))
+    documents = split_documents({"text": texts})["text"]
+    if not documents:
+        raise UserError(f"{path} holds no text. Set another file.")
+    return documents
+
+
+def _name_rows(table: Table, name: str) -> Rows:
+    return Rows(table, files=((name, max(map(len, table.values()), default=0)),))
+
+
+def _read_folder(task: Task) -> dict[str, Examples]:
     assert task.path is not None
     folder, layout = choose_layout(task.files, Path(task.path).expanduser())
     files = layout.files()
@@ -56,20 +96,21 @@ def _read_folder(task: Task) -> dict[str, Table]:
     present = {split: file for split, file in files.items() if split not in missing}
     _check_holdout(task, present, str(folder), files)
     txt = {"dialogues": "jsonl"}.get(task.rows, "text" if KINDS[task.kind].in_blocks else "tsv")
-    tables = {}
+    examples = {}
     for split, file in present.items():
-        table = read_files(folder, file, txt)
-        is_text = txt == "text" and list(table) == ["text"]
-        parsed = split_documents(table) if is_text and task.rows == "table" else _parse_table(task, table)
-        tables[split] = _select_columns(task, parsed, file.columns or task.columns, file.file, file.label_base)
-    return tables
+        rows = read_files(folder, file, txt)
+        if txt == "text" and list(rows.table) == ["text"] and task.rows == "table":
+            texts, notes = _read_texts([rows.table["text"]], "text", rows)
+            rows = replace(rows, table=split_documents({"text": texts}), notes=(*rows.notes, *notes))
+        examples[split] = _select_columns(task, _parse_rows(task, rows, file.file), split, file)
+    return examples
 
 
-def _read_hub(task: Task) -> dict[str, Table]:
+def _read_hub(task: Task) -> dict[str, Examples]:
     assert task.hub is not None
     named = {split: name for split in SPLITS if (name := getattr(task.hub, split))}
     _check_holdout(task, named, f"the hub's {task.hub.id}")
-    tables = {}
+    examples = {}
     for split, name in named.items():
         try:
             table = read_hub(task.hub, name)
@@ -78,8 +119,9 @@ def _read_hub(task: Task) -> dict[str, Table]:
         except (OSError, ValueError) as error:  # no such data set, split, configuration or revision
             reason = str(error).strip().splitlines()[0]
             raise UserError(_describe_missing_data(task, f"the hub answered “{reason}” for")) from error
-        tables[split] = _select_columns(task, _parse_table(task, table), task.columns, f"{task.hub.id}, {name}")
-    return tables
+        where = f"{task.hub.id}, {name}"
+        examples[split] = _select_columns(task, _parse_rows(task, _name_rows(table, where), where), split)
+    return examples
 
 
 def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: dict[str, Any] | None = None) -> None:
@@ -92,49 +134,132 @@ def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: di
             )
 
 
-def _parse_table(task: Task, table: Table) -> Table:
+def _parse_rows(task: Task, rows: Rows, where: str) -> Rows:
+    """Return the rows that dialogues or articles hold; return those of a table as they are."""
+    if task.rows == "table":
+        return rows
     try:
-        return {"table": dict, "dialogues": parse_dialogues, "articles": split_articles}[task.rows](table)
+        table = {"dialogues": parse_dialogues, "articles": split_articles}[task.rows](rows.table)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"Task `{task.name}` expects {task.rows}, which the columns {', '.join(table)} do not hold. Set task.path "
-            "to other data, or task.rows=table."
+            f"Task `{task.name}` expects {task.rows}, which the columns {list_names(rows.table)} do not hold. Set "
+            "task.path to other data, or task.rows=table."
         ) from error
+    return replace(_name_rows(table, where), notes=rows.notes)
 
 
-def _select_columns(task: Task, table: Table, columns: Columns, where: str, label_base: int = 0) -> Table:
+def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None) -> Examples:
     """Return the columns that the task uses, renamed to text, text_pair, label and group."""
+    columns, kind = (file and file.columns) or task.columns, KINDS[task.kind]
 
-    def column(name: str, key: str) -> list[Any]:
-        if name not in table:
-            raise UserError(
-                f"Task `{task.name}` has no column `{name}` in {where}, which has {', '.join(table) or 'none'}. "
-                f"Set {key} to one of these."
-            )
-        return table[name]
-
-    parts = (columns.text,) if isinstance(columns.text, str) else columns.text
-    texts = [column(name, "task.columns.text") for name in parts]
-    selected: Table = {"text": [" ".join(str(part) for part in row if part is not None) for row in zip(*texts)]}
+    # 1) Read the texts
+    names = (columns.text,) if isinstance(columns.text, str) else columns.text
+    texts = [_find_column(task, rows, name, "task.columns.text") for name in names]
+    table: Table = {}
+    table["text"], notes = _read_texts(texts, columns.text, rows)
     if columns.text_pair:
-        pairs = column(columns.text_pair, "task.columns.text_pair")
-        selected["text_pair"] = ["" if text is None else str(text) for text in pairs]
-    kind = KINDS[task.kind]
+        pairs = _find_column(task, rows, columns.text_pair, "task.columns.text_pair")
+        table["text_pair"], more = _read_texts([pairs], columns.text_pair, rows)
+        notes += more
+    notes = (*rows.notes, *notes)
     if kind.in_blocks:
-        filled = [i for i, text in enumerate(selected["text"]) if text.strip()]
-        return take_rows(selected, filled)
+        return Examples(
+            take_rows(table, [i for i, text in enumerate(table["text"]) if text.strip()]), rows, notes=notes
+        )
+
+    # 2) Read the labels
+    label = None
     if columns.label is None and kind.flag_columns:
-        assert task.labels is not None  # checked by the constructor
-        flags = [column(label, "task.labels") for label in task.labels]
-        selected["label"] = [
-            [label for label, flag in zip(task.labels, row) if parse_flag(flag)] for row in zip(*flags)
-        ]
+        table["label"] = _read_flags(task, rows)
     else:
-        labels = column(columns.label or "label", "task.columns.label")
-        selected["label"] = [shift_label(label, label_base, task.labels) for label in labels] if label_base else labels
+        label = columns.label or "label"
+        if split != "train" and label not in rows.table:
+            raise UserError(
+                f"Task `{task.name}` has no column `{label}` in {rows.files[0][0]}, which has {list_names(rows.table)} "
+                f"and would be a {split} split without labels. Set task.columns.label, or leave {split} out of "
+                f"task.files and set task.holdout.{split}=0.1."
+            )
+        table["label"] = _find_column(task, rows, label, "task.columns.label")
     if columns.group:
-        selected["group"] = column(columns.group, "task.columns.group")
-    return selected
+        groups = _find_column(task, rows, columns.group, "task.columns.group")
+        table["group"] = [row if is_blank(group) else str(group) for row, group in enumerate(groups)]
+    return Examples(table, rows, label, file.label_base if file else 0, notes)
+
+
+def _find_column(task: Task, rows: Rows, name: str, key: str) -> list[Any]:
+    if name not in rows.table:
+        where = rows.files[0][0] if len(rows.files) == 1 else "any of its files"
+        raise UserError(
+            f"Task `{task.name}` has no column `{name}` in {where}, which has {list_names(rows.table)}. Set {key} to "
+            "one of these."
+        )
+    if name in rows.incomplete:
+        raise UserError(
+            f"Task `{task.name}` has no column `{name}` in {rows.incomplete[name]}, and other files have it. Rename "
+            "the column in this file, or name the files to read in task.files."
+        )
+    return rows.table[name]
+
+
+def _read_texts(columns: list[list[Any]], name: str | tuple[str, ...], rows: Rows) -> tuple[list[str], tuple[str, ...]]:
+    """Return the columns joined by a space as text, and notes; a list of words becomes their text, and a missing
+    value none."""
+
+    def join(row: int, cells: tuple[Any, ...]) -> str:
+        try:
+            return " ".join(text for cell in cells if (text := _read_text(cell)) is not None)
+        except ValueError as error:
+            raise UserError(
+                f"{rows.locate_row(row)}, column `{name}`: {error}. Set task.columns.text (or text_pair) to a column "
+                "of text."
+            ) from error
+
+    joined = [join(row, cells) for row, cells in enumerate(zip(*columns))]
+    texts = [replace_surrogates(text) for text in joined]
+    repaired = sum(old != new for old, new in zip(joined, texts))
+    return texts, (f"{rows.files[0][0]}: {repaired:,} texts with half a surrogate pair; U+FFFD replaces it",) * bool(
+        repaired
+    )
+
+
+def _read_text(cell: Any) -> str | None:
+    """Return a cell as text; None if it is missing.
+
+    Raises:
+        ValueError: the cell is an object or a list of other things than words.
+    """
+    if isinstance(cell, str):
+        return cell
+    if cell is None or cell != cell:  # NaN
+        return None
+    if isinstance(cell, (list, tuple)) and all(isinstance(word, str) for word in cell):
+        return " ".join(cell)
+    if isinstance(cell, (list, tuple, dict, bytes)):
+        raise ValueError(f"`{str(cell)[:60]}` is not text but {type(cell).__name__}")
+    return str(cell)
+
+
+def _read_flags(task: Task, rows: Rows) -> list[list[str]]:
+    """Return the names of every row's labels from a 0/1 column for each label."""
+    assert task.labels is not None  # checked by the constructor
+    flags = [_find_column(task, rows, label, "task.labels") for label in task.labels]
+
+    def read(row: int, name: str, cell: Any) -> bool:
+        try:
+            return parse_flag(cell)
+        except ValueError as error:
+            raise UserError(f"{rows.locate_row(row)}, column `{name}`: {error}") from error
+
+    return [
+        [name for name, cell in zip(task.labels, cells) if read(row, name, cell)]
+        for row, cells in enumerate(zip(*flags))
+    ]
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return the names of columns as one line of a sentence; those of a file without a header can be whole texts."""
+    listed = [" ".join(name[:40].split()) for name in names]
+    return ", ".join(listed[:12]) + (f" and {len(listed) - 12} more" if len(listed) > 12 else "") or "none"
 
 
 def _describe_missing_data(task: Task, why: str) -> str:

@@ -1,25 +1,25 @@
 """Read rows from a data set of the Hugging Face hub, or from a folder of files.
 
-Every reader returns a table, a dict of columns. This module knows no splits, labels or models.
+This module knows no splits, labels or models.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from compress.errors import UserError
 from compress.hub import offline_if_unreachable
+from compress.tasks.formats import Table, read_file
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-Table = dict[str, list[Any]]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -85,6 +85,28 @@ class Layout:
         return [split for split, file in self.files().items() if not file.find_paths(folder)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of one or several files, one after another.
+
+    ``files`` are the files' names and numbers of rows. ``incomplete`` has, for a column that some files lack, the name
+    of one of them; its rows are None there. ``notes`` say what the readers decided or left out.
+    """
+
+    table: Table
+    files: tuple[tuple[str, int], ...]
+    incomplete: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def locate_row(self, row: int) -> str:
+        """Return the file of a row, counted from 0, and its number in this file, counted from 1 after the header."""
+        for name, size in self.files:
+            if row < size:
+                return f"{name}, row {row + 1}"
+            row -= size
+        return self.files[-1][0]
+
+
 def choose_layout(layouts: tuple[Layout, ...], path: Path) -> tuple[Path, Layout]:
     """Return the folder, and the layout with the fewest files missing from it; a path to one file is all of train."""
     if path.is_file():
@@ -107,97 +129,26 @@ def read_hub(hub: Hub, split: str) -> Table:
     return rows.to_dict()
 
 
-def read_files(folder: Path, file: File, txt: str) -> Table:
+def read_files(folder: Path, file: File, txt: str) -> Rows:
     """Return the rows of all files that ``file`` names; ``txt`` is the format of ``.txt`` files: tsv, jsonl or text."""
     paths = file.find_paths(folder)
     if len({path.suffix for path in paths}) > 1:
         names = " and ".join(path.name for path in paths)
         raise UserError(f"{folder} has {names}. Name the file to read in task.files, or move the other away.")
-    tables = [read_file(path, file.names, txt) for path in paths]
-    return {name: [value for table in tables for value in table.get(name, [])] for name in tables[0]}
-
-
-def read_file(path: Path, names: tuple[str, ...] | None, txt: str) -> Table:
-    """Return the rows of one file; its columns are ``names`` if it has no header.
-
-    Raises:
-        UserError: the file has an unknown or a broken format.
-    """
-    suffix = path.suffix.lower().lstrip(".")
-    kind = txt if suffix in ("txt", "raw", "tokens") else suffix
-    if kind not in READERS:
-        raise UserError(f"{path.name} ends in .{suffix}; expected csv, tsv, jsonl, json, parquet or txt.")
-    try:
-        return READERS[kind](path, names)
-    except (ValueError, KeyError, TypeError, OSError) as error:  # pandas, pyarrow and json errors are ValueErrors
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path.name} could not be read as {kind} ({reason}). Fix the file, or set task.path."
-        ) from error
-
-
-def _read_csv(path: Path, names: tuple[str, ...] | None) -> Table:
-    return _read_separated(path, names, sep=",", quoting=csv.QUOTE_MINIMAL)
-
-
-def _read_tsv(path: Path, names: tuple[str, ...] | None) -> Table:
-    # In GLUE's files quotation marks are text, and a lone carriage return does not end a line.
-    return _read_separated(path, names, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
-
-
-def _read_separated(path: Path, names: tuple[str, ...] | None, **options: Any) -> Table:
-    import pandas as pd
-
-    options |= {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    frame = pd.read_csv(path, **options)  # pandas takes the number of fields from the first line
-    last = frame.columns[-1]
-    frame[last] = frame[last].str.rstrip("\r")
-    first = frame.iloc[0]
-    if names and len(names) != len(first):
-        raise UserError(
-            f"{path.name} has {len(first)} columns in its first line and {len(names)} are named ({', '.join(names)}). "
-            "Set task.files."
-        )
-    frame.columns = list(names or first)
-    if not names:
-        frame = frame[1:]
-    return frame.to_dict("list")
-
-
-def _read_jsonl(path: Path, _: object) -> Table:
-    with path.open(encoding="utf-8-sig") as lines:
-        return _parse_records([json.loads(line) for line in lines if line.strip()])
-
-
-def _read_json(path: Path, _: object) -> Table:
-    return _parse_records(json.loads(path.read_text(encoding="utf-8-sig")))
-
-
-def _parse_records(records: list[dict[str, Any]]) -> Table:
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("expected a list of objects")
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _read_parquet(path: Path, _: object) -> Table:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pydict()
-
-
-def _read_text(path: Path, _: object) -> Table:
-    return {"text": path.read_text(encoding="utf-8-sig").split("\n")}
-
-
-READERS = {
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-    "parquet": _read_parquet,
-    "text": _read_text,
-}
+    tables, notes = zip(*(read_file(path, file.names, txt) for path in paths))
+    sizes = [max(map(len, table.values()), default=0) for table in tables]
+    columns = dict.fromkeys(chain.from_iterable(tables))
+    return Rows(
+        table={
+            name: [value for table, size in zip(tables, sizes) for value in table.get(name, [None] * size)]
+            for name in columns
+        },
+        files=tuple((path.name, size) for path, size in zip(paths, sizes)),
+        incomplete={
+            name: path.name for name in columns for path, table in zip(paths, tables) if table and name not in table
+        },
+        notes=tuple(chain.from_iterable(notes)),
+    )
 
 
 def parse_dialogues(table: Table) -> Table:

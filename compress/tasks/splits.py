@@ -1,4 +1,4 @@
-"""Make a task's splits: read the rows, hold out, limit, and encode the labels."""
+"""Make a task's splits: read the rows, encode the labels, hold out, and limit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from compress.errors import UserError
+from compress.tasks.formats import Table
 from compress.tasks.kinds import KINDS
-from compress.tasks.reading import read_tables, take_rows
-from compress.tasks.sources import Table
+from compress.tasks.labels import LabelError, Labels
+from compress.tasks.reading import Examples, read_examples, take_rows
 from compress.tasks.task import SPLITS, Task
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Splits:
 
 
 def load_splits(task: Task, seed: int = 0) -> Splits:
-    """Read the rows, hold out missing splits, apply the limits and encode the labels.
+    """Read the rows, encode the labels, hold out missing splits and apply the limits.
 
     ``seed`` draws the rows held out for validation and the rows that a limit leaves in train. Test and validation
     limits, and a test split held out of train, are drawn the same way for every seed, so that runs with different
@@ -53,15 +54,20 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     """
     from datasets import Dataset
 
-    # 1) Read the rows and leave out those without a label
-    tables, kind = read_tables(task), KINDS[task.kind]
-    notes = []
-    if not kind.in_blocks:
-        for split, table in tables.items():
-            labelled = [i for i, label in enumerate(table["label"]) if not kind.is_missing(label)]
-            if dropped := len(table["label"]) - len(labelled):
-                notes.append(f"{split}: {dropped:,} rows without a label left out")
-                tables[split] = take_rows(table, labelled)
+    # 1) Read the rows, and encode their labels
+    examples = read_examples(task)
+    notes = [note for part in examples.values() for note in part.notes]
+    tables = {split: part.table for split, part in examples.items()}
+    if KINDS[task.kind].num_labels is not None:
+        task = dataclasses.replace(task, labels=())
+    if not KINDS[task.kind].in_blocks:
+        task, tables, more = _encode_labels(task, examples)
+        notes += more
+    for split, table in tables.items():
+        if not table["text"]:
+            raise UserError(
+                f"Task `{task.name}` has no rows in {split}{_list_reasons(split, notes)}. Set task.path to other data."
+            )
 
     # 2) Hold out the splits that the data set lacks
     for split, draw in (("test", 0), ("validation", seed)):
@@ -73,21 +79,76 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     # 3) Limit the rows
     for split, draw in (("train", seed), ("validation", 0), ("test", 0)):
         limit, size = getattr(task.limit, split), len(tables[split]["text"])
-        if not size:
-            raise UserError(f"Task `{task.name}` has no rows in {split}. Set task.path to other data.")
         if limit and limit < size:
             tables[split] = take_rows(tables[split], sorted(random.Random(draw).sample(range(size), limit)))
             notes.append(f"{split}: {limit:,} of {size:,} rows (task.limit.{split})")
 
-    # 4) Encode the labels
-    task = _find_labels(task, tables["train"])
-    encoded = {}
+    # 4) Report what bounds the figures, and make the splits
+    notes += describe_texts(tables)
+    rows = {
+        split: Dataset.from_dict({name: column for name, column in tables[split].items() if name != "group"})
+        for split in SPLITS
+    }
+    return Splits(**rows, task=task, notes=tuple(notes))
+
+
+def _list_reasons(split: str, notes: list[str]) -> str:
+    reasons = [note.removeprefix(f"{split}: ") for note in notes if note.startswith(f"{split}: ")]
+    return f" ({', '.join(reasons)})" if reasons else ""
+
+
+def _encode_labels(task: Task, examples: dict[str, Examples]) -> tuple[Task, dict[str, Table], list[str]]:
+    """Return the task with its labels, the tables with encoded labels and without the rows that have none, and notes.
+
+    Names are found in the whole of train: neither a limit nor the rows held out change what a model's outputs mean.
+    """
+    kind = KINDS[task.kind]
+    kept: dict[str, Sequence[int]] = {split: range(len(part.table["text"])) for split, part in examples.items()}
+    try:
+        # 1) Bring the labels into one form
+        columns = {split: part.table["label"] for split, part in examples.items()}
+        labels = Labels(columns, task.labels)
+        if any(part.label_column for part in examples.values()):
+            bases = {split: part.label_base for split, part in examples.items()}
+            labels = kind.read_labels(columns, task.labels, bases)
+        notes = list(labels.notes)
+        # 2) Leave out the rows without a label
+        for split, column in labels.columns.items():
+            kept[split] = [row for row, label in enumerate(column) if not kind.is_missing(label)]
+            if dropped := len(column) - len(kept[split]):
+                notes.append(f"{split}: {dropped:,} rows without a label left out")
+        present = {split: [column[row] for row in kept[split]] for split, column in labels.columns.items()}
+        # 3) Find the names, and encode
+        names = kind.find_label_names(present["train"]) if labels.names is None else labels.names
+        if kind.num_labels is None and len(names) < 2 and present["train"]:
+            raise UserError(
+                f"Task `{task.name}` has one label in train, `{', '.join(names)}`; two or more are expected. Set "
+                "task.columns.label to another column, or task.labels to the names of all labels."
+            )
+        task = dataclasses.replace(task, labels=names)
+        tables = {}
+        for split, part in examples.items():
+            tables[split] = take_rows(part.table, kept[split])
+            tables[split]["label"] = kind.encode(task, present[split], split)
+    except LabelError as error:
+        part = examples[error.split]
+        raise UserError(f"{part.locate_label(kept[error.split][error.row])}: {error}") from error
+    return task, tables, notes
+
+
+def describe_texts(tables: dict[str, Table]) -> list[str]:
+    """Return notes on empty texts, and on texts of validation and test that are in train as well."""
+    notes = []
+    pairs = {split: list(zip(*(table[name] for name in ("text", "text_pair") if name in table)))
+             for split, table in tables.items()}  # fmt: skip
+    trained = set(pairs["train"])
     for split in SPLITS:
-        table = {name: column for name, column in tables[split].items() if name != "group"}
-        if not kind.in_blocks:
-            table["label"] = kind.encode(task, table["label"], split)
-        encoded[split] = Dataset.from_dict(table)
-    return Splits(**encoded, task=task, notes=tuple(notes))
+        size = len(pairs[split])
+        if empty := sum(not any(text.strip() for text in texts) for texts in pairs[split]):
+            notes.append(f"{split}: {empty:,} of {size:,} texts are empty")
+        if split != "train" and (copies := sum(texts in trained for texts in pairs[split])):
+            notes.append(f"{split}: {copies:,} of {size:,} texts are in train as well")
+    return notes
 
 
 def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, Table]:
@@ -97,7 +158,7 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
     if size >= total:
         raise UserError(
             f"Task `{task.name}` has {total:,} rows and {size:,} of them are to be held out for {split}. Set "
-            f"task.holdout.{split} to less."
+            f"task.holdout.{split} to less, or task.path to more rows."
         )
     if KINDS[task.kind].in_blocks and "group" not in table:
         # Neighbouring documents may belong to one story. Only the end of train is sure to be unseen in training.
@@ -105,16 +166,13 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
     else:
         held = draw_held_out_rows(table.get("group", table["text"]), size, seed)
     kept = sorted(set(range(total)) - set(held))
+    if not kept:
+        raise UserError(
+            f"Task `{task.name}` has {total:,} rows of one {'group' if 'group' in table else 'text'} in train, and "
+            f"rows that belong together stay in one split, so none can be held out for {split}. Set task.columns to "
+            "other columns, or task.path to other data."
+        )
     return take_rows(table, kept), take_rows(table, held)
-
-
-def _find_labels(task: Task, train: Table) -> Task:
-    kind = KINDS[task.kind]
-    if kind.num_labels is not None:
-        return dataclasses.replace(task, labels=())
-    if task.labels is not None:
-        return task
-    return dataclasses.replace(task, labels=kind.find_label_names(train["label"]))
 
 
 def hash_rows(dataset: Dataset) -> str:
@@ -129,7 +187,8 @@ def draw_held_out_rows(groups: Sequence[Hashable], size: int, seed: int) -> list
     """Draw whole groups until they have at least ``size`` rows, and return these rows in their old order.
 
     Rows of one group (the utterances of a dialogue, or copies of one text) stay together, so that training sees
-    nothing of the held-out rows.
+    nothing of the held-out rows. A group of more than ``size`` rows, such as all empty texts, is not drawn, unless all
+    groups have more: then the smallest is.
     """
     rows: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
@@ -140,5 +199,5 @@ def draw_held_out_rows(groups: Sequence[Hashable], size: int, seed: int) -> list
     for group in order:
         if len(held) >= size:
             break
-        held += rows[group]
-    return sorted(held)
+        held += rows[group] if len(rows[group]) <= size else []
+    return sorted(held or rows[min(rows, key=lambda group: len(rows[group]))])

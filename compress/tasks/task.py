@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -14,6 +14,17 @@ from compress.tasks.kinds import KINDS
 from compress.tasks.sources import STRICT, Columns, Hub, Layout
 
 SPLITS = ("train", "validation", "test")
+
+
+def check_label_name(name: Any) -> Any:
+    """Return ``name``; raise pydantic's error if it is a boolean."""
+    if isinstance(name, bool):
+        reason = "YAML reads yes, no, on, off, true and false as booleans. Set the name in quotation marks"
+        raise PydanticCustomError("label", reason)  # type: ignore[misc]
+    return name
+
+
+LabelName = Annotated[str, BeforeValidator(check_label_name)]
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
 Rows = Annotated[int, Field(ge=1)] | None
 
@@ -57,7 +68,7 @@ class Task:
     kind: Annotated[str, AfterValidator(check_kind)]
     metrics: tuple[str, ...]
     primary: str
-    labels: tuple[str, ...] | None = None
+    labels: tuple[LabelName, ...] | None = None
     generate: Literal["toy"] | None = None
     hub: Hub | None = None
     path: str | None = None

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytorch_lightning as pl
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
@@ -164,15 +166,38 @@ class TaskData(pl.LightningDataModule):
         columns: list[list[str]] = [chosen[name] for name in ("text", "text_pair") if name in texts.column_names]
         return list(zip(*columns))
 
+    def describe_cut(self, split: str) -> str:
+        """Return a note on the texts that are longer than ``max_length`` tokens; empty if there are none."""
+        rows, texts = self.tokenised(split), getattr(self.splits, split)
+        full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
+        if self.kind.in_blocks or not full:
+            return ""
+        cut = 0
+        for batch in texts.select(full).iter(1000):
+            whole = self.tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]
+            cut += sum(len(ids) > self.max_length for ids in whole)
+        share = f"{cut:,} of {len(rows):,} texts ({cut / len(rows):.1%}) are cut to {self.max_length} tokens"
+        return f"{split}: {share} (task.max_length)" if cut else ""
+
     def in_order(self, split: str) -> list[int]:
         """Return the indices of a split's rows in the order of its batches: from long to short."""
         lengths = [-len(ids) for ids in self.tokenised(split)["input_ids"]]
         return sorted(range(len(lengths)), key=lengths.__getitem__)
 
     def tokenised(self, split: str) -> Dataset:
-        """Return the split's ``input_ids``, ``attention_mask`` and, except for a language model, ``labels``."""
+        """Return the split's ``input_ids``, ``attention_mask`` and, except for a language model, ``labels``.
+
+        Raises:
+            UserError: the split makes no block of tokens.
+        """
         if split not in self._tokenised:
-            self._tokenised[split] = self._kept(getattr(self.splits, split))
+            rows = self._kept(getattr(self.splits, split))
+            if not len(rows):
+                raise UserError(
+                    f"Task `{self.splits.task.name}` has too little text in {split} for one {self.kind.unit[:-1]} of "
+                    "two tokens. Set task.path to more text."
+                )
+            self._tokenised[split] = rows
         return self._tokenised[split]
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
@@ -219,5 +244,28 @@ class TaskData(pl.LightningDataModule):
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
         encode = partial(self.kind.tokenise, tokenizer=self.tokenizer, max_length=self.max_length)
-        return rows.map(encode, batched=True, batch_size=None if self.kind.in_blocks else 1000,
-                        remove_columns=rows.column_names, desc="tokenising")  # fmt: skip
+        tokenised = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+        return cut_blocks(tokenised, self.max_length) if self.kind.in_blocks else tokenised
+
+
+def cut_blocks(documents: Dataset, max_length: int) -> Dataset:
+    """Return the documents' tokens, joined and cut into blocks of ``max_length`` tokens with their masks.
+
+    The tokens stay in Arrow's buffers: as Python lists, those of a large split would need ten times the memory.
+    """
+    column = documents.data.column("input_ids").cast(pa.list_(pa.int32())).combine_chunks()
+    ids = column.flatten()
+    starts = list(range(0, len(ids), max_length))
+    if len(ids) % max_length == 1:  # one token predicts nothing
+        ids = ids[:-1]
+        starts.pop()
+    cuts = pa.array([*starts, len(ids)], pa.int32())
+    mask = pa.array(np.ones(len(ids), np.int8))
+    return Dataset(
+        pa.table(
+            {
+                "input_ids": pa.ListArray.from_arrays(cuts, ids),
+                "attention_mask": pa.ListArray.from_arrays(cuts, mask),
+            }
+        )
+    )

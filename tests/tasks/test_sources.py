@@ -23,18 +23,18 @@ from compress.tasks.sources import (
 
 def test_tsv_keeps_quotation_marks_and_fills_short_rows_with_an_empty_value(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbftext\tlabel\r\n"quoted\t1\r\nshort\nlone\rreturn\t0\r\n')
-    table = read_files(tmp_path, File(file="a.tsv"), "tsv")
+    table = read_files(tmp_path, File(file="a.tsv"), "tsv").table
     assert table == {"text": ['"quoted', "short", "lone\rreturn"], "label": ["1", "", "0"]}
 
 
 def test_csv_reads_quoted_fields_and_na_is_a_word(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\n"one, two\nthree",NA\n')
-    assert read_files(tmp_path, File(file="a.csv"), "tsv") == {"text": ["one, two\nthree"], "label": ["NA"]}
+    assert read_files(tmp_path, File(file="a.csv"), "tsv").table == {"text": ["one, two\nthree"], "label": ["NA"]}
 
 
 def test_names_are_for_files_without_a_header(tmp_path):
     (tmp_path / "a.tsv").write_text("1\tyes\n")
-    assert read_files(tmp_path, File(file="a.tsv", names=("label", "text")), "tsv") == {
+    assert read_files(tmp_path, File(file="a.tsv", names=("label", "text")), "tsv").table == {
         "label": ["1"],
         "text": ["yes"],
     }
@@ -55,7 +55,7 @@ def test_records_keep_their_types(tmp_path, suffix):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
-    assert read_files(tmp_path, File(file=path.name), "tsv") == {"text": ["a", "b"], "label": [[0, 2], []]}
+    assert read_files(tmp_path, File(file=path.name), "tsv").table == {"text": ["a", "b"], "label": [[0, 2], []]}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_other_formats_are_refused_with_the_list(tmp_path):
 def test_a_pattern_reads_its_files_one_after_another_but_not_two_formats(tmp_path):
     (tmp_path / "b_dev.tsv").write_text("text\n2\n")
     (tmp_path / "a_dev.tsv").write_text("text\n1\n")
-    assert read_files(tmp_path, File(file="*_dev.tsv"), "tsv") == {"text": ["1", "2"]}
+    assert read_files(tmp_path, File(file="*_dev.tsv"), "tsv").table == {"text": ["1", "2"]}
     (tmp_path / "a_dev.csv").write_text("text\n1\n")
     with pytest.raises(UserError, match=r"has a_dev.csv and a_dev.tsv and b_dev.tsv. Name the file to read"):
         read_files(tmp_path, File(file="*_dev.*"), "tsv")

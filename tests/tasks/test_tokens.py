@@ -178,3 +178,61 @@ def test_training_batches_hold_texts_of_like_length_in_random_order():
     assert means != sorted(means) and means != sorted(means, reverse=True)
     ordered = sum(a > b for a, b in itertools.pairwise(means))
     assert 30 < ordered < 70  # about half of the steps go down
+
+
+@pytest.mark.parametrize("max_length", [5, 6, 7])
+def test_documents_are_tokenised_in_batches_and_cut_as_one_text(tokenizer, max_length):
+    data = splits("lm", train=2500)  # more than a batch of datasets' map
+    rows = TaskData(data, tokenizer, max_length).tokenised("train")
+    ids = [i for text in data.train["text"] for i in tokenizer(text)["input_ids"]]
+    blocks = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    blocks = blocks[:-1] if len(blocks[-1]) == 1 else blocks
+    assert rows["input_ids"][:] == blocks
+    assert rows["attention_mask"][:] == [[1] * len(block) for block in blocks]
+    dtypes = {name: feature.feature.dtype for name, feature in rows.features.items()}
+    assert dtypes == {"input_ids": "int32", "attention_mask": "int8"}
+
+
+def test_a_language_model_reads_a_split_of_one_block_and_refuses_one_without(tokenizer):
+    data = splits("lm")
+    for texts, count in ((["w1"], 1), (["", ""], 1)):
+        one = Splits(
+            train=data.train, validation=data.validation, test=Dataset.from_dict({"text": texts}), task=data.task
+        )
+        assert len(list(TaskData(one, tokenizer, 8).test_dataloader())) == count  # "" is its special tokens
+    tokenizer.backend_tokenizer.post_processor = None
+    for texts in ([""], ["w1"]):  # one token predicts nothing
+        none = Splits(
+            train=data.train, validation=data.validation, test=Dataset.from_dict({"text": texts}), task=data.task
+        )
+        with pytest.raises(
+            UserError, match=r"`t` has too little text in test for one block of two tokens. Set task.path"
+        ):
+            TaskData(none, tokenizer, 8).test_dataloader()
+
+
+def test_texts_without_tokens_have_one_token_and_are_trained_on(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = None  # as of GPT-2 or Qwen2, which add no special tokens
+    tokenizer.eos_token = "</s>"
+    empty = Dataset.from_dict({"text": ["", "w1 w2", " "], "label": [0, 1, 0]})
+    task = Task(name="t", kind="multiclass", metrics=["accuracy"], primary="accuracy", labels=("a", "b"))
+    data = TaskData(Splits(train=empty, validation=empty, test=empty, task=task), tokenizer, 8, batch_size=2)
+    assert data.tokenised("train")["input_ids"][:] == [[3], [5, 6], [3]]
+    assert data.tokenised("train")["attention_mask"][:] == [[1], [1, 1], [1]]
+    for loader in (data.train_dataloader(), data.test_dataloader(), data.calibration(3, 1), data.texts(3, "test")):
+        batches = list(loader)
+        assert all(batch["attention_mask"].any(1).all() for batch in batches)
+
+
+def test_the_share_of_texts_that_are_cut_is_exact(tokenizer):
+    data = TaskData(splits(), tokenizer, max_length=6)
+    lengths = [len(text.split()) + 2 for text in data.splits.test["text"]]
+    cut = sum(length > 6 for length in lengths)
+    assert lengths.count(6) and 0 < cut < 11  # a text of exactly 6 tokens is whole
+    assert (
+        data.describe_cut("test") == f"test: {cut} of 11 texts ({cut / 11:.1%}) are cut to 6 tokens (task.max_length)"
+    )
+    assert TaskData(splits(), tokenizer, max_length=16).describe_cut("test") == ""
+    assert TaskData(splits("lm"), tokenizer, max_length=8).describe_cut("test") == ""
+    pairs = TaskData(splits(text_pair=["w1"] * 40), tokenizer, max_length=6)
+    assert f"test: {sum(length + 2 > 6 for length in lengths)} of 11" in pairs.describe_cut("test")
