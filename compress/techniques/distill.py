@@ -24,6 +24,7 @@ from compress.models.matches import Match, Relations, collect_features
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
 from compress.models.teachers import Batch, KeptLogits, round_teacher
+from compress.tasks.formats import read_lines
 from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import hash_rows as content
@@ -174,6 +175,10 @@ class Distill(FineTune):
             raise UserError(
                 f"{self.key}.extra_text is {self.extra_text}, which is no file. Set it to a text file, one text a line."
             )
+        if self.extra_text and not read_lines(self.extra_text):
+            raise UserError(
+                f"{self.key}.extra_text is {self.extra_text}, which holds no text. Set another file, or null."
+            )
         if isinstance(self.teacher, str) and not Path(self.teacher).is_dir():
             raise UserError(
                 f"{self.key}.teacher is {self.teacher}, which is no folder. Set it to the folder of an artifact or a "
@@ -291,16 +296,15 @@ class Distill(FineTune):
 
     def _extra_batches(self, data: Any) -> Iterator[Batch]:
         """Yield batches of the unlabelled text without end, in a new order every time."""
-        lines = self.extra_text.read_text().splitlines() if self.extra_text else []
-        texts = [line.strip() for line in lines if line.strip()]
-        if data is None or not texts:
+        texts = [line.strip() for line in read_lines(self.extra_text)] if self.extra_text else []
+        ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"] if data and texts else []
+        rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids if row]
+        if not rows:
             raise UserError(
                 f"{self.key}.extra_text is {self.extra_text}, which holds no text, or the fit has no datamodule. Set "
                 "another file, or null."
             )
-        ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
-        rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
-        buckets = LengthBuckets([len(row) for row in ids], data.batch_size, data.seed)
+        buckets = LengthBuckets([len(row["input_ids"]) for row in rows], data.batch_size, data.seed)
         while True:
             for cut in buckets:
                 yield data.tokenizer.pad([rows[i] for i in cut], return_tensors="pt").to(self.device)

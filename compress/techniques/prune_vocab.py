@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compress.errors import UserError
 from compress.models.layers import unwrap_model
+from compress.tasks.formats import read_lines
 from compress.technique import Technique, Training
 
 
@@ -73,7 +74,7 @@ class PruneVocab(Technique, pl.Callback):
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         self.min_count = min_count
-        self.keep = [*keep, *(keep_file.read_text().splitlines() if keep_file else [])]
+        self.keep = [*keep, *(read_lines(keep_file) if keep_file else [])]
         self.tokenizer = tokenizer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
