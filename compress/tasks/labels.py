@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
 import re
 import tokenize
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ Columns = dict[str, list[Any]]
 """A column of labels for every split."""
 WHOLE = re.compile(r"[-+]?\d+(\.0*)?", re.ASCII)
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?", re.ASCII)
-LIST = re.compile(r"\[.*\]|\(.*,.*\)|\{.*\}", re.DOTALL)
+LIST = re.compile(r"\[.*\]|\((.*,.*)?\)|\{.*\}|set\(\)", re.DOTALL)
 """What looks like a list, a tuple or a set that was written as text."""
 SEPARATORS = ",;|"
 
@@ -84,7 +85,11 @@ def label_text(label: Any) -> str:
 
 def replace_surrogates(text: str) -> str:
     """Return the text with U+FFFD for half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
-    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
 
 
 def sort_label_names(labels: Iterable[Any]) -> tuple[str, ...]:
@@ -125,20 +130,28 @@ def read_names(columns: Columns, names: tuple[str, ...] | None, bases: dict[str,
         LabelError: a label is a list or an object.
     """
 
-    def read(split: str) -> Iterator[str | None]:
+    def build_reader(split: str) -> Callable[[int, Any], str | None]:
         read_name = build_name_reader(names, bases[split])
-        for row, label in enumerate(columns[split]):
+
+        @functools.lru_cache(maxsize=10_000, typed=True)  # True, 1 and 1.0 are equal keys
+        def read_cell(label: Any) -> str | None:
             if is_list(label) and str(label).strip() not in (names or ()):
-                reason = (
+                raise ValueError(
                     f"`{str(label)[:60]}` is a list. Set task.kind=multilabel, or task.columns.label to another column"
                 )
-                raise LabelError(f"{reason}.", split, row)
+            return None if is_blank(label) else read_name(label)
+
+        def read(row: int, label: Any) -> str | None:
             try:
-                yield None if is_blank(label) else read_name(label)
+                return (read_cell if isinstance(label, str | int | float) else read_cell.__wrapped__)(label)
             except ValueError as error:
                 raise LabelError(f"{error}.", split, row) from error
 
-    return Labels({split: list(read(split)) for split in columns}, names)
+        return read
+
+    readers = {split: build_reader(split) for split in columns}
+    read = {split: [readers[split](row, label) for row, label in enumerate(columns[split])] for split in columns}
+    return Labels(read, names)
 
 
 def encode_names(task: LabelledTask, rows: Iterable[Iterable[str]], split: str) -> list[list[int]]:
@@ -209,7 +222,7 @@ def parse_list(text: str) -> list[Any] | None:
         for token in list(tokenize.generate_tokens(io.StringIO(text.strip()).readline)):
             if token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in ("True", "False"):
                 items.append(literal_eval(token.string))
-            elif token.string.strip() not in ("", *"[](){},"):
+            elif token.string.strip() not in ("", "set", *"[](){},"):
                 return None
     except (tokenize.TokenError, SyntaxError, ValueError):
         return None
@@ -321,7 +334,7 @@ def _parse_cell(cell: Any, names: tuple[str, ...] | None, separator: str, split:
 def _name_lists(
     cells: list[list[Any] | None], names: tuple[str, ...] | None, base: int, split: str
 ) -> list[list[str] | None]:
-    read_name = build_name_reader(names, base)
+    read_name = functools.lru_cache(maxsize=10_000, typed=True)(build_name_reader(names, base))
     lists = []
     for row, cell in enumerate(cells):
         if cell and len(set(map(label_text, cell))) < len(cell):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import UserError
 from compress.tasks.formats import Table
@@ -63,11 +63,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     if not KINDS[task.kind].in_blocks:
         task, tables, more = _encode_labels(task, examples)
         notes += more
-    for split, table in tables.items():
-        if not table["text"]:
-            raise UserError(
-                f"Task `{task.name}` has no rows in {split}{_list_reasons(split, notes)}. Set task.path to other data."
-            )
+    _check_filled(task, {split: table["text"] for split, table in tables.items()}, notes)
 
     # 2) Hold out the splits that the data set lacks
     for split, draw in (("test", 0), ("validation", seed)):
@@ -92,9 +88,12 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     return Splits(**rows, task=task, notes=tuple(notes))
 
 
-def _list_reasons(split: str, notes: list[str]) -> str:
-    reasons = [note.removeprefix(f"{split}: ") for note in notes if note.startswith(f"{split}: ")]
-    return f" ({', '.join(reasons)})" if reasons else ""
+def _check_filled(task: Task, rows: dict[str, list[Any]], notes: list[str]) -> None:
+    """Raise UserError, with the notes on it, if a split has no rows."""
+    for split in (split for split, values in rows.items() if not values):
+        reasons = [note.removeprefix(f"{split}: ") for note in notes if note.startswith(f"{split}: ")]
+        why = f" ({'; '.join(reasons)})" if reasons else ""
+        raise UserError(f"Task `{task.name}` has no rows in {split}{why}. Set task.path to other data.")
 
 
 def _encode_labels(task: Task, examples: dict[str, Examples]) -> tuple[Task, dict[str, Table], list[str]]:
@@ -118,9 +117,10 @@ def _encode_labels(task: Task, examples: dict[str, Examples]) -> tuple[Task, dic
             if dropped := len(column) - len(kept[split]):
                 notes.append(f"{split}: {dropped:,} rows without a label left out")
         present = {split: [column[row] for row in kept[split]] for split, column in labels.columns.items()}
+        _check_filled(task, present, notes)
         # 3) Find the names, and encode
         names = kind.find_label_names(present["train"]) if labels.names is None else labels.names
-        if kind.num_labels is None and len(names) < 2 and present["train"]:
+        if kind.num_labels is None and len(names) < 2:
             raise UserError(
                 f"Task `{task.name}` has one label in train, `{', '.join(names)}`; two or more are expected. Set "
                 "task.columns.label to another column, or task.labels to the names of all labels."

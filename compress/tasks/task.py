@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 def check_label_name(name: Any) -> Any:
     """Return ``name``; raise pydantic's error if it is a boolean."""
     if isinstance(name, bool):
-        reason = "YAML reads yes, no, on, off, true and false as booleans. Set the name in quotation marks"
+        reason = "Unquoted yes, no, on, off, true and false are booleans in YAML. Set the name in quotation marks"
         raise PydanticCustomError("label", reason)  # type: ignore[misc]
     return name
 

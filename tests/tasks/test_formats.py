@@ -1,5 +1,6 @@
 """Files are read as pandas, datasets, spreadsheets and people write them, or refused with the line and the remedy."""
 
+import csv
 import json
 
 import pandas as pd
@@ -150,3 +151,19 @@ def test_rows_of_several_files_are_located_and_their_columns_keep_together(tmp_p
     }
     assert rows.incomplete == {"label": "train-1.csv", "stars": "train-2.csv"}
     assert [rows.locate_row(i) for i in (0, 2, 3)] == ["train-0.csv, row 1", "train-1.csv, row 1", "train-2.csv, row 1"]
+
+
+@pytest.mark.parametrize(
+    "folder, name, names",
+    [
+        ("goemotions", "dev.tsv", ("text", "labels", "id")),  # both hold the quotation marks of a csv writer
+        ("agnews", "train-sample-10k.tsv", ("text", "label")),
+    ],
+)
+def test_published_tsv_with_quoted_fields_is_read_as_the_csv_module_reads_it(shared_data, folder, name, names):
+    path = shared_data(folder) / name
+    with path.open(encoding="utf-8", newline="") as lines:
+        expected = list(csv.reader(lines, delimiter="\t"))
+    table, notes = read_file(path, names, "tsv")
+    assert list(map(list, zip(*(table[column] for column in names)))) == expected
+    assert "fields are read as quoted" in notes[0]

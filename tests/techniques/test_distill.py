@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
 from test_prune import fit as one_shot
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
 from compress.models.layers import find_linears, find_zeros
@@ -175,6 +177,25 @@ def test_settings_that_contradict_are_reported(wrong, message):
 def test_what_does_not_fit_is_reported_before_anything_is_loaded(settings, before, message):
     with pytest.raises(UserError, match=message):
         Distill(tiny.bert(), **{"training": FAST, **settings}).check(tiny.bert(), before)
+
+
+def test_extra_text_is_utf_8_with_a_text_a_line_and_checked_before_anything_is_loaded(tmp_path):
+    file = tmp_path / "extra.txt"
+    stage = Distill(tiny.bert(), training=FAST, extra_text=file)
+    for content, message in ((b"\n \n", "extra.txt, which holds no text"), (b"ok\ncaf\xe9", "line 2 is not UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            stage.check(tiny.bert(), [])
+    file.write_bytes("\ufeffone\u2028two\r\n\n three \x0c\n\x00\n".encode())
+    stage.check(tiny.bert(), [])
+
+    def tokenizer(texts, **_):
+        return {"input_ids": [[len(text)] * (text != "\x00") for text in texts]}  # a text without tokens
+
+    tokenizer.pad = lambda rows, **_: BatchEncoding({"input_ids": torch.tensor([row["input_ids"] for row in rows])})
+    data = SimpleNamespace(tokenizer=tokenizer, max_length=8, batch_size=4, seed=0)
+    batch = next(stage._extra_batches(data))
+    assert sorted(batch["input_ids"].flatten().tolist()) == [len("three"), len("one\u2028two")]
 
 
 def test_the_first_stage_without_a_student_distils_into_half_of_the_layers():

@@ -409,7 +409,7 @@ def tokens_of(stage, model, tokenizer, texts=("the sparsity",), **kwargs):
 def test_rare_tokens_go_and_kept_texts_stay(made, tmp_path):
     tokenizer = made[wordpiece]
     file = tmp_path / "keep.txt"
-    file.write_text("memory\ncached")
+    file.write_bytes("\ufeffmemory\r\n\u2028cached\n".encode())
     assert len(tokenizer.tokenize("the model artifact memory cached")) < 12
 
     def left(**settings):
@@ -420,6 +420,14 @@ def test_rare_tokens_go_and_kept_texts_stay(made, tmp_path):
     assert "the" in twice and not {"model", "task"} & twice and {"the", "model", "task"} <= once
     more = left(min_count=2, keep=["the model"], keep_file=str(file))
     assert more - twice == {*tokenizer.tokenize("model memory cached")} - twice and "model" in more
+
+
+def test_a_file_of_kept_texts_is_utf_8_with_a_text_a_line(made, tmp_path):
+    (tmp_path / "keep.txt").write_bytes("\ufeffé one\u2028two\n\n three\x0cfour\r\n".encode())
+    assert PruneVocab(keep=["a"], keep_file=tmp_path / "keep.txt").keep == ["a", "é one\u2028two", " three\x0cfour"]
+    (tmp_path / "keep.txt").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="keep.txt could not be read as text .line 1 is not UTF-8 but perhaps CP1252"):
+        PruneVocab(keep_file=tmp_path / "keep.txt")
 
 
 def test_the_rows_of_a_datamodule_are_read_and_no_other_split(made):
