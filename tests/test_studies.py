@@ -11,6 +11,7 @@ from test_conf import CONF, hydra, jobs  # noqa: F401
 from compress.planning.chain import drop_unused_settings, read_stages
 from compress.planning.plan import make_plan
 from compress.running.experiment import run_experiment
+from compress.tasks.reading import Examples, name_rows
 from compress.tasks.task import SPLITS
 
 TEXTS = {path.stem: path.read_text() for path in sorted((CONF / "experiment").glob("*.yaml"))}
@@ -64,9 +65,10 @@ def generated(words):
             name = task.labels[i % len(task.labels)]
             return [name] if task.kind == "multilabel" else name
 
-        return {
+        tables = {
             split: {"text": [text() for _ in range(64)], "label": [label(i) for i in range(64)]} for split in SPLITS
         }
+        return {split: Examples(table, name_rows(table, split), "label") for split, table in tables.items()}
 
     return read
 

@@ -42,14 +42,14 @@ class Examples:
         return self.rows.locate_row(row) + (f", column `{self.label_column}`" if self.label_column else "")
 
 
-def read_examples(task: Task) -> dict[str, Examples]:
+def read_tables(task: Task) -> dict[str, Examples]:
     """Return the examples of the data set's splits."""
     if task.generate:
         from compress.tasks.toy import generate_splits
 
         texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
         return {
-            split: _select_columns(task, _name_rows({name: table[name] for name in texts}, split), split)
+            split: _select_columns(task, name_rows({name: table[name] for name in texts}, split), split)
             for split, table in generate_splits().items()
         }
     if task.path is not None:
@@ -71,14 +71,15 @@ def read_documents(path: Path) -> list[str]:
     table, _ = read_file(path, None, "text")
     if "text" not in table:
         raise UserError(f"{path} has the columns {list_names(table)}; `text` is expected. Rename a column to text.")
-    texts, _ = _read_texts([table["text"]], "text", _name_rows(table, path.name))
+    texts, _ = _read_texts([table["text"]], "text", name_rows(table, path.name))
     documents = split_documents({"text": texts})["text"]
     if not documents:
         raise UserError(f"{path} holds no text. Set another file.")
     return documents
 
 
-def _name_rows(table: Table, name: str) -> Rows:
+def name_rows(table: Table, name: str) -> Rows:
+    """Return a table as the rows of one file of this name."""
     return Rows(table, files=((name, max(map(len, table.values()), default=0)),))
 
 
@@ -120,7 +121,7 @@ def _read_hub(task: Task) -> dict[str, Examples]:
             reason = str(error).strip().splitlines()[0]
             raise UserError(_describe_missing_data(task, f"the hub answered “{reason}” for")) from error
         where = f"{task.hub.id}, {name}"
-        examples[split] = _select_columns(task, _parse_rows(task, _name_rows(table, where), where), split)
+        examples[split] = _select_columns(task, _parse_rows(task, name_rows(table, where), where), split)
     return examples
 
 
@@ -145,7 +146,7 @@ def _parse_rows(task: Task, rows: Rows, where: str) -> Rows:
             f"Task `{task.name}` expects {task.rows}, which the columns {list_names(rows.table)} do not hold. Set "
             "task.path to other data, or task.rows=table."
         ) from error
-    return replace(_name_rows(table, where), notes=rows.notes)
+    return replace(name_rows(table, where), notes=rows.notes)
 
 
 def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None) -> Examples:

@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.tasks.formats import Table
 from compress.tasks.kinds import KINDS
 from compress.tasks.labels import LabelError, Labels
-from compress.tasks.reading import Examples, read_examples, take_rows
+from compress.tasks.reading import Examples, read_tables, take_rows
 from compress.tasks.task import SPLITS, Task
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     from datasets import Dataset
 
     # 1) Read the rows, and encode their labels
-    examples = read_examples(task)
+    examples = read_tables(task)
     notes = [note for part in examples.values() for note in part.notes]
     tables = {split: part.table for split, part in examples.items()}
     if KINDS[task.kind].num_labels is not None:
