@@ -29,8 +29,10 @@ def explain_error(error: BaseException) -> str:
         )
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
             return (
-                f"No space is left on the disk{f' of {where}' if where else ''}. Free some space (python -m "
-                "compress.cache prune) and repeat the command with the same folder, which keeps finished work."
+                f"No space is left on the disk{f' of {where}' if where else ''}. Free some space, e.g. with `python -m "
+                "compress.cache prune --dir CACHE --max-gb SIZE`, which keeps SIZE GB of the finished stages used last "
+                "(the others will be made again when they are needed) and every stopped training; then repeat the "
+                "command with the same folder."
             )
         short = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"  # PyTorch on a GPU
         if short or number == errno.ENOMEM or "can't allocate memory" in str(cause):  # PyTorch on a CPU

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compress.cache.files import apply_umask
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
@@ -99,6 +100,7 @@ def write_artifact(
         (stage or Technique()).save(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str))
+    apply_umask(folder)  # safetensors writes weights for their owner alone
 
 
 def read_description(folder: Path | str, kind: str | None = None) -> Description:

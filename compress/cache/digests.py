@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from functools import cache as memoised
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from compress.cache.files import write_atomically
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "pytorch-lightning", "torchmetrics")
+RECENT_S = 2.0
+"""Age of a change below which a file may change again without a change of its times: clocks of disks are coarse."""
 
 
 def compute_digest(content: Any) -> str:
@@ -19,23 +24,66 @@ def compute_digest(content: Any) -> str:
 
 @memoised
 def digest_environment() -> dict[str, str]:
-    """Return what every result depends on: this package's source and the versions of its libraries."""
-    source = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        source.update(path.read_bytes())
-    return {"compress": source.hexdigest(), **{name: version(name) for name in LIBRARIES}}
+    """Return the versions of the libraries that every result depends on."""
+    return {name: version(name) for name in LIBRARIES}
 
 
-def compute_checksum(file: Path) -> str:
-    """Return the digest of a file's content."""
+def describe_machine() -> dict[str, str]:
+    """Return what can change the last bits of a result and is recorded with it, but is no part of its address."""
+    import platform
+
+    import torch
+
+    machine = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in (*LIBRARIES, "numpy", "datasets")},
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+    return {**machine, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else machine
+
+
+def compute_checksum(file: Path, known: Path | None = None) -> str:
+    """Return the digest of a file's content, which is read again only if the file's size, times or inode changed.
+
+    Args:
+        known: a folder that keeps the digests of files for other processes.
+    """
+    identity = identify_file(file)
+    if identity in CHECKSUMS:
+        return CHECKSUMS[identity]
+    note = known and known / f"{compute_digest(identity)}.txt"
+    if note and note.is_file():
+        CHECKSUMS[identity] = note.read_text()
+        return CHECKSUMS[identity]
     content = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             content.update(chunk)
+    if time.time() - max(identity[2:4]) / 1e9 > RECENT_S and identify_file(file) == identity:
+        CHECKSUMS[identity] = content.hexdigest()
+        if note:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(note, content.hexdigest())
     return content.hexdigest()
 
 
-def fingerprint_files(folder: Path) -> str:
-    """Return the digest of a file's content, or of all files in a folder."""
-    files = [file for file in sorted(folder.rglob("*")) or [folder] if file.is_file()]
-    return compute_digest([(file.name, compute_checksum(file)) for file in files])
+Identity = tuple[str, int, int, int, int, int]
+CHECKSUMS: dict[Identity, str] = {}
+"""The digests that this process has computed or read."""
+
+
+def identify_file(file: Path) -> Identity:
+    """Return what changes with a file's content: its path, size, times of change in nanoseconds, inode and device."""
+    status = file.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return (str(file.resolve()), status.st_size, *times, status.st_ino, status.st_dev)
+
+
+def fingerprint_files(path: Path, known: Path | None = None) -> str:
+    """Return the digest of a file's content, or of all files in a folder and their names in it; see
+    :func:`compute_checksum` for ``known``."""
+    if not path.is_dir():
+        return compute_digest([(path.name, compute_checksum(path, known))])
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return compute_digest([(str(file.relative_to(path)), compute_checksum(file, known)) for file in files])

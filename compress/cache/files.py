@@ -17,17 +17,28 @@ def flush_folder(folder: Path) -> None:
 
 def remove_path(path: Path) -> None:
     """Remove a folder or a file, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file completely or not at all, even if the power fails."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give all files of a folder the permissions of a new file, which some libraries give to their owner alone."""
+    sample = folder / ".umask"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o666
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from filelock import FileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from compress.cache.store import make_once
 from compress.maths.losses import expand_topk, top_k
 
 Batch = dict[str, Tensor]
@@ -45,21 +44,16 @@ class KeptLogits:
         self.starts = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])])
         self.places = {np.asarray(ids, dtype=np.int64).tobytes(): row for row, ids in enumerate(tokens)}
         self.kept: dict[str, np.ndarray] = {}
+        self.use: IO | None = None
+        """The lock that keeps the folder while it is read."""
         self.labels = 0
         """Number of a classifier's labels, or of the vocabulary's tokens."""
 
     def fill(self, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int) -> None:
         """Read the logits from the folder; if it does not exist, first compute and write them with ``ask(batch)``."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.folder}.lock"):
-            if not self.folder.is_dir():
-                partial = self.folder.with_suffix(".partial")
-                partial.mkdir(exist_ok=True)
-                self._write(partial, ask, collate, batch_size)
-                os.replace(partial, self.folder)
-            self.folder.with_suffix(".used").touch()
-            self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
-            self.labels = int((self.folder / "labels").read_text())
+        self.use = make_once(self.folder, lambda into: self._write(into, ask, collate, batch_size))
+        self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
+        self.labels = int((self.folder / "labels").read_text())
 
     def _write(
         self, folder: Path, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pytorch_lightning as pl
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
-from filelock import FileLock
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from compress.cache.digests import compute_digest, digest_environment
+from compress.cache.sources import digest_source
+from compress.cache.store import make_once
 from compress.errors import UserError
 from compress.tasks.kinds import KINDS
 from compress.tasks.splits import Splits, hash_rows
@@ -107,6 +106,8 @@ class TaskData(pl.LightningDataModule):
         self.kind = KINDS[splits.task.kind]
         self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
+        self._uses: list[IO] = []
+        """Stored tokens in use, which are read from the disk when they are needed."""
 
     def state_dict(self) -> dict[str, int]:
         return {"seen": self.trainer.fit_loop.total_batch_idx + 1}  # type: ignore[union-attr]
@@ -227,19 +228,16 @@ class TaskData(pl.LightningDataModule):
         rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
         del rules["truncation"], rules["padding"]  # set by the last call, so no property of the tokenizer
         outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        key = [hash_rows(rows), rules, outputs, self.kind.name, self.max_length, digest_environment()]
+        key = [hash_rows(rows), rules, outputs, self.kind.name, self.max_length]
+        key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                partial = folder.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                tokenised = self._tokenise(rows)
-                disable_progress_bars()
-                tokenised.save_to_disk(partial)
-                os.replace(partial, folder)
-            folder.with_suffix(".used").touch()
-            return load_from_disk(str(folder))
+        self._uses.append(make_once(folder, lambda into: self._write_tokens(rows, into)))
+        return load_from_disk(str(folder))
+
+    def _write_tokens(self, rows: Dataset, folder: Path) -> None:
+        tokenised = self._tokenise(rows)
+        disable_progress_bars()
+        tokenised.save_to_disk(folder)
 
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
