@@ -53,6 +53,9 @@ class Technique:
     """Required packages beyond the base install; their extra has the stage's name."""
     versions: tuple[str, ...] = ()
     """Optional packages that the stage uses if installed; its result depends on their versions too."""
+    files: tuple[str, ...] = ()
+    """Settings that name a file or a folder that the stage reads, such as ``teacher`` or ``student.path``; its result
+    depends on what is in them. Another value of such a setting, such as ``uniform``, is no file and just a value."""
     instead: Mapping[str, str] = MappingProxyType({})
     """Settings of this stage that replace an earlier stage whose weights it does not accept, by that stage's name."""
     changes: bool = True

@@ -49,8 +49,13 @@ def export_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], 
     Args:
         example: a batch of the shape that the model will be called with.
     """
-    exporter = importlib.import_module(f"compress.exporting.{import_runtime(runtime).STAGE}")
-    exporter.export(loaded.model.cpu().float(), example, folder)
+    _, exporter, *_ = name_export_modules(runtime)
+    importlib.import_module(exporter).export(loaded.model.cpu().float(), example, folder)
+
+
+def name_export_modules(runtime: str) -> tuple[str, str, str]:
+    """Return the names of the modules that export for a runtime: this one, the exporter and the runtime."""
+    return __name__, f"compress.exporting.{import_runtime(runtime).STAGE}", f"compress.runtimes.{runtime}"
 
 
 def load_exported_artifact(loaded: Artifact, runtime: str, folder: Path) -> Artifact:

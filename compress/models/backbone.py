@@ -104,12 +104,17 @@ class Backbone:
                 f"model.config is not a valid architecture ({join_lines(error)[:200]}). Correct it, or set model.path."
             ) from error
 
-    def fingerprint(self, task: Task) -> str | None:
-        """Return an identity of the weights: a digest of the folder's content, or the hub's id and commit."""
+    def fingerprint(self, task: Task, known: Path | None = None) -> str | None:
+        """Return an identity of the weights: a digest of the folder's content, or the hub's id and commit.
+
+        The folder ``known`` keeps the checksums of files, so that they are read once and not for every job.
+        """
         if self.path is None:
             return None
         folder = Path(self.path).expanduser()
-        return fingerprint_files(folder) if folder.is_dir() else f"{self.path}@{self.configuration(task)._commit_hash}"
+        if folder.is_dir():
+            return fingerprint_files(folder, known)
+        return f"{self.path}@{self.configuration(task)._commit_hash}"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer stored with the weights at ``path``."""

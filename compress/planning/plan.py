@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import os
-import sys
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
-from compress.cache.digests import compute_digest, fingerprint_files
+from compress.cache.digests import fingerprint_files
+from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.install import format_command, format_install
 from compress.models.backbone import Backbone
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
-from compress.planning.settings import Settings, find_strings, parse_values, read_settings, to_plain
+from compress.planning.settings import Settings, parse_values, read_settings, to_plain
 from compress.tasks.kinds import KINDS
 from compress.tasks.reading import read_documents
 from compress.tasks.splits import Splits, load_splits
@@ -72,16 +70,20 @@ class Step:
     @property
     def address(self) -> dict[str, Any]:
         """Return everything that decides the stage's result: its settings, the content of the files that they name,
-        its source code (which may be the user's own), and the versions of its libraries."""
-        source = inspect.getsource(sys.modules[self.technique.__module__])
+        its source code (which may be the user's own) with all that it imports, and the versions of its libraries."""
+        return self.compute_address()
+
+    def compute_address(self, known: Path | None = None) -> dict[str, Any]:
+        """Return the :attr:`address`; the folder ``known`` keeps the checksums of files."""
         used = [*self.technique.packages, *self.technique.versions]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
-        paths = [Path(value).expanduser() for value in find_strings(self.arguments)]
+        named = (OmegaConf.select(OmegaConf.create(self.arguments), setting) for setting in self.technique.files)
+        paths = [Path(value).expanduser() for value in named if isinstance(value, str)]
         return {
             **self.settings,
             "class": self.technique.__qualname__,
-            "source": compute_digest(source),
-            "files": [fingerprint_files(path) for path in paths if os.path.exists(path)],
+            "source": digest_source(self.technique.__module__, f"compress.runtimes.{self.technique.runtime}"),
+            "files": [fingerprint_files(path, known) for path in paths if path.exists()],
             "calibration": self.calibration and content(self.calibration.rows),
             "libraries": libraries,
         }
@@ -120,18 +122,26 @@ class Plan:
         return replace(self, task=splits.task, steps=steps, team=team)
 
     def compute_addresses(self, data: str) -> list[Any]:
-        """Return the address of the baseline, its training and the address of every stage, for the data's fingerprint.
-        This reads the files of models."""
-        return [self.address(data), to_plain(self.training), *(step.address for step in self.steps)]
+        """Return the address of the baseline, its training and the address of every stage, for the fingerprint of the
+        rows that training sees. This reads the files of models that no job with this cache has read before."""
+        caching = self.settings.cache
+        known = Path(caching.dir) / "checksums" if caching.mode != "off" else None
+        steps = (step.compute_address(known) for step in self.steps)
+        return [self.address(data, known), to_plain(self.training), *steps]
 
-    def address(self, data: str) -> dict[str, Any]:
-        """Return everything that decides the baseline except its training, for the fingerprint of the data."""
-        task = to_plain(self.task)
-        for key in ("path", "hub", "files"):
-            del task[key]  # the data's place decides nothing, and the fingerprint covers its content
+    def address(self, data: str, known: Path | None = None) -> dict[str, Any]:
+        """Return everything that decides the baseline except its training, for the fingerprint of the rows that
+        training sees; the folder ``known`` keeps the checksums of files.
+
+        What only measuring reads is left out, and so is what changes no more than the order of sums: the number of
+        threads and the processor, which are recorded with the entry.
+        """
+        task = {key: value for key, value in to_plain(self.task).items() if key not in NOT_TRAINED_WITH}
+        model = to_plain(self.backbone)
+        del model["learning_rate"], model["from_scratch"]  # a default of the training's, and a check
         hardware = self.settings.hardware
         return {
-            "model": {**to_plain(self.backbone), "path": self.backbone.fingerprint(self.task)},
+            "model": {**model, "path": self.backbone.fingerprint(self.task, known)},
             "task": task,
             "data": data,
             "seed": self.settings.seed,
@@ -139,8 +149,18 @@ class Plan:
             "processes": hardware.processes,
             "precision": hardware.precision,
             "batch_size": hardware.batch_size,
-            "threads": torch.get_num_threads(),
+            "source": digest_source(*TRAINING),
         }
+
+
+TRAINING = ("compress.running.stages", "compress.runtimes.torch")
+"""Modules whose source, with that of all modules that they import, decides what a training leaves."""
+NOT_TRAINED_WITH = (
+    *("path", "hub", "files", "generate", "rows", "columns", "holdout", "limit"),  # the fingerprint covers the content
+    *("epochs", "batch_size"),  # defaults of the training's settings, and for measuring
+    "metrics",  # the primary one selects the epoch
+)
+"""Settings of a task that no training depends on, given the fingerprint of its rows."""
 
 
 def make_plan(cfg: DictConfig) -> Plan:

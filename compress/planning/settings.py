@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, field, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -51,6 +51,8 @@ class Hardware:
     batch_size: Literal["auto"] | None = None
     """``auto``: training uses batches that fit into memory and accumulates gradients to the batch size that is set."""
     threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of everything that the process does; None: PyTorch's choice. A baseline or stage in the cache serves
+    any number of them: like the processor, it changes a training only by the order of sums. Both are recorded."""
     runtime: str | None = None
     """Module of ``compress.runtimes`` that runs artifacts; None: the runtime that each was exported for."""
     latency: Latency = field(default_factory=Latency)
@@ -142,15 +144,6 @@ def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) 
         raise UserError(f"{where} is {wrong.get('input')!r}; {reason}.") from None
     except TypeError as error:
         raise UserError(f"{key}: {error}; expected {', '.join(inspect.signature(schema).parameters)}.") from None
-
-
-def find_strings(value: Any) -> Iterator[str]:
-    """Yield all strings in nested containers."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from find_strings(item)
 
 
 def to_plain(node: Any) -> Any:

@@ -38,7 +38,15 @@ class Splits:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Return a digest of all rows and the names of the labels."""
-        parts = [*(self.task.labels or ()), *(hash_rows(getattr(self, split)) for split in SPLITS)]
+        return self._digest_rows(*SPLITS)
+
+    @functools.cached_property
+    def training_fingerprint(self) -> str:
+        """Return a digest of what a training sees: the rows of train and validation, and the names of the labels."""
+        return self._digest_rows("train", "validation")
+
+    def _digest_rows(self, *splits: str) -> str:
+        parts = [*(self.task.labels or ()), *(hash_rows(getattr(self, split)) for split in splits)]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

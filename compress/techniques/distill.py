@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from compress.artifacts.artifact import load_artifact
 from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
+from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.maths import losses
 from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
@@ -74,6 +75,7 @@ class Distill(FineTune):
     """
 
     packages = ("textbrewer",)
+    files = ("teacher", "extra_text", "student.path")
 
     @validate_call(config={"arbitrary_types_allowed": True})
     def __init__(
@@ -289,7 +291,8 @@ class Distill(FineTune):
         rows = data.tokenised("train")
         k = None if self.kept_logits == "all" else self.kept_logits
         dtype = next(self._teacher[0].parameters()).dtype
-        key = [fingerprint_files(Path(folder)), content(rows), k, str(dtype), digest_environment()]
+        decides = fingerprint_files(Path(folder)), content(rows), k, str(dtype), digest_source(__name__)
+        key = [*decides, digest_environment()]
         kept = KeptLogits(self.keep_in / compute_digest(key), rows, k)
         kept.fill(lambda batch: self._ask(send_batch(batch, self.device)).logits, data.collate, data.batch_size)
         return kept

@@ -83,6 +83,7 @@ class Prune(Technique, pl.Callback):
     """
 
     resumes = True
+    files = ("ratios",)
     together = True
     limits = "pruned weights are stored and multiplied as zeros: no size, no speed on a dense runtime"
 

@@ -51,6 +51,7 @@ class PruneVocab(Technique, pl.Callback):
     """
 
     resumes = True
+    files = ("keep_file",)
     shrinks = True
     limits = (
         "texts with other words cost more tokens, and a language model's perplexity, which is per token, does not "

@@ -76,6 +76,7 @@ class Structured(Technique, pl.Callback):
     """
 
     resumes = True
+    files = ("head_mask", "ffn_mask")
     versions = ("textpruner",)
     keeps_zeros = False  # layers get another shape
     shrinks = True

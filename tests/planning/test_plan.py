@@ -1,5 +1,6 @@
 """A mistake is reported on one line, before anything is loaded or trained."""
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from test_conf import CONF
 from transformers import BertConfig
 
+import compress
 from compress.errors import UserError
 from compress.planning import plan
 
@@ -240,6 +242,53 @@ def test_a_file_that_a_stage_reads_is_part_of_its_address(tmp_path):
 def test_the_place_of_the_data_is_no_part_of_the_address():
     here, there = (check("task=sst2", f"task.path={path}").address("same rows") for path in ("here", "there"))
     assert here == there != check("task=sst2", "task.path=here", "seed=1").address("same rows")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("hardware.threads=2", "task.limit.test=10", "task.limit.train=10", "task.metrics=[accuracy,matthews]"),
+        *("model.learning_rate=1", "task.epochs=9", "split=validation", "hardware.latency.seconds=9"),
+    ],
+)
+def test_what_only_measuring_reads_trains_no_baseline(setting, monkeypatch):
+    """Nor do limits, given the fingerprint of the rows, or defaults, given the settings that they became."""
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    fixed = ("technique=prune", "baseline.learning_rate=0.001", "baseline.epochs=1")
+    assert check(*fixed).compute_addresses("rows") == check(*fixed, setting).compute_addresses("rows")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("seed=1", "task.max_length=16", "task.primary=f1_macro", "baseline.weight_decay=0.1", "model.dtype=bfloat16"),
+        *("hardware.precision=bf16-mixed", "hardware.batch_size=auto", "technique.prune.sparsity=0.3"),
+    ],
+)
+def test_what_training_reads_is_part_of_the_addresses(setting):
+    assert check("technique=prune").compute_addresses("rows") != check("technique=prune", setting).compute_addresses(
+        "rows"
+    )
+
+
+def test_a_word_that_is_no_file_reads_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "head").mkdir()
+
+    def address():
+        words = ['technique.prune_vocab.keep=[".","~ 5 dollars"]', "technique.gptq.skip=[embeddings,head]"]
+        return [step.address for step in check("technique=prune_vocab+gptq", *words).steps]
+
+    before = address()
+    (tmp_path / "head" / "file").write_text("new")
+    assert address() == before
+
+
+def test_every_file_that_a_stage_names_is_one_of_its_settings():
+    for name in ("Prune", "PruneVocab", "Structured", "Distill"):
+        technique = getattr(compress, name)
+        settings = {setting.partition(".")[0] for setting in technique.files}
+        assert settings and settings <= {*inspect.signature(technique).parameters}
 
 
 def test_a_mistake_in_a_second_stage_of_a_name_is_reported_with_its_own_key():
