@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from compress.planning.advice import explain_hydra_error
 from compress.planning.settings import read_settings
 from compress.planning.words import quote_value
 from compress.quiet import silence_libraries
+from compress.reporting.folder import ARTIFACT, PAGE, RunFolder
 from compress.reporting.jobs import describe_job
 from compress.reporting.report import report_success, write_report, write_result
 from compress.reporting.rows import Row
@@ -124,12 +126,14 @@ def compress(
                 f"hardware asks for {processes} processes; from Python one process trains. Set hardware.devices=1 and "
                 f"hardware.nodes=1, or type {format_command('train')}."
             )
-        folder = choose_output_folder(output)
+        run = RunFolder(choose_output_folder(output), key="output")
         prepared = prepare_experiment(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        outcome = execute_plan(cfg, *prepared, folder)
-    rows = report_success(folder, describe_job(cfg, words), outcome)
-    return Result(folder, write_report(folder, rows), folder / "artifact")
+        run.claim()
+        outcome = execute_plan(cfg, *prepared, run, begun=time.time())
+    rows = report_success(run.new, describe_job(cfg, words), outcome, home=run.path)
+    run.commit()
+    run.register([PAGE])
+    return Result(run.path, write_report(run.path, rows), run.path / ARTIFACT)
 
 
 def measure(
@@ -162,10 +166,13 @@ def measure(
     words = [f"artifact={quote_value(str(artifact))}", f"baseline={quote_value(baseline and str(baseline))}"]
     words += choose_group("task", task) if task else []
     cfg = compose_config("evaluate", [*words, *set_values("", settings)])
-    folder = choose_output_folder(output)
-    rows = evaluate_artifact(cfg, folder)
-    write_result(folder, rows)
-    return Result(folder, write_report(folder, rows), Path(artifact))
+    run = RunFolder(choose_output_folder(output), key="output")
+    rows = evaluate_artifact(cfg, run.new, home=run.path)
+    run.claim()
+    write_result(run.new, rows)
+    run.commit()
+    run.register([PAGE])
+    return Result(run.path, write_report(run.path, rows), Path(artifact))
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.cache.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +32,10 @@ def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
     paths = []
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for name, figure in figures.items():
+            content = io.BytesIO()
+            figure.savefig(content, format="png")
             paths.append(folder / "curves" / f"{name}.png")
-            figure.savefig(paths[-1])
+            write_atomically(paths[-1], content.getvalue())
             writer.add_figure(f"curves/{name}", figure)
     return paths
 

@@ -14,8 +14,12 @@ from omegaconf import OmegaConf
 
 from compress.reporting.rows import Job, Row, build_failed_row
 
-STAGE = "running"
+PRIVATE = ".compress"
+"""The folder in a job's folder with what only the program reads."""
+STAGE = f"{PRIVATE}/running"
 """The file that names the current stage of a job."""
+FAILED = f"{PRIVATE}/failed.json"
+"""The rows of a job that failed and left the result of an earlier run in its place."""
 CONFIG = ".hydra/config.yaml"
 """The file that Hydra writes when a job begins."""
 RESULT = "result.json"
@@ -26,27 +30,46 @@ def mark_as_reused(job: Path) -> None:
     """Make an earlier result count for this run."""
     start = (job / CONFIG).stat().st_mtime_ns
     os.utime(job / RESULT, ns=(start, start))
+    (job / FAILED).unlink(missing_ok=True)
+
+
+def find_result(job: Path) -> Path:
+    """Return the file with the rows of the job's last run, which need not exist."""
+    return job / FAILED if (job / FAILED).is_file() else job / RESULT
 
 
 def gather_rows(folder: Path, begun: float = 0.0) -> list[Row]:
     """Return the rows of a run, or of a sweep's jobs that began at ``begun`` or later, in order.
 
-    A job without a result counts as failed.
+    A job without a result counts as failed, and so does a sweep's job that failed but whose earlier run did not.
     """
-    jobs = find_jobs(folder, begun) or [folder] * (folder / RESULT).is_file()
-    return [row for job in jobs for row in read_job_rows(job)]
+    if jobs := find_jobs(folder, begun):
+        return [row for job in jobs for row in read_job_rows(job, begun)]
+    return load_rows(folder / RESULT, folder) if (folder / RESULT).is_file() else []
 
 
-def read_job_rows(job: Path) -> list[Row]:
-    """Return the rows in the folder of a job, even if the folder was moved."""
-    if (job / RESULT).is_file():
-        rows = json.loads((job / RESULT).read_text())["rows"]
+def load_rows(file: Path, job: Path) -> list[Row]:
+    """Return the rows in a file of results, with the folder that the job has now."""
+    return [{**row, "folder": str(job)} for row in json.loads(file.read_text())["rows"]]
+
+
+def read_job_rows(job: Path, begun: float = 0.0) -> list[Row]:
+    """Return the rows in the folder of a job, even if the folder was moved.
+
+    Args:
+        begun: start of the sweep that asks, in seconds since 1970: a result from before the job's start is not its own.
+    """
+    file = find_result(job)
+    if file.is_file() and not (begun and file.stat().st_mtime_ns < (job / CONFIG).stat().st_mtime_ns):
+        rows = load_rows(file, job)
     else:
         hydra = job / ".hydra"
         words: Any = OmegaConf.load(hydra / "overrides.yaml") if (hydra / "overrides.yaml").is_file() else []
         lost = describe_job(OmegaConf.load(hydra / "config.yaml"), words)
-        rows = [build_failed_row(replace(lost, method=lost.method or job.name), f"{LOST}. See {job}")]
-    return [{**row, "folder": str(job)} for row in rows]
+        kept = " (The result of an earlier run is kept there.)" if (job / RESULT).is_file() else ""
+        reason = f"{LOST}. See {job}{kept}"
+        rows = [{**build_failed_row(replace(lost, method=lost.method or job.name), reason), "folder": str(job)}]
+    return rows
 
 
 def find_jobs(folder: Path, begun: float = 0.0) -> list[Path]:

@@ -13,19 +13,16 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from compress.cache import digests
 from compress.cache.files import write_atomically
 from compress.reporting.findings import format_markdown, list_notes, read_conclusions
-from compress.reporting.jobs import RESULT
+from compress.reporting.folder import TABLES, RunFolder
+from compress.reporting.jobs import FAILED, RESULT
 from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, correct_p_values
 from compress.reporting.tables import build_table
 from compress.reporting.tensorboard import write_summaries
 from compress.runtimes.processor import EXACT, adds_exactly, read_instructions, read_processor
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 FIRST = (
@@ -54,9 +51,9 @@ LIBRARIES = (
 )
 
 
-def report_success(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
-    """Write a completed job's results."""
-    rows = collect_rows(folder, job, outcome)
+def report_success(folder: Path, job: Job, outcome: Outcome, home: Path | None = None) -> list[Row]:
+    """Write a completed job's results into ``folder``, from where they will be moved to ``home``."""
+    rows = collect_rows(folder, job, outcome, home)
     write_result(folder, rows)
     write_summaries(folder / "tensorboard", rows[-1])
     return rows
@@ -67,6 +64,19 @@ def report_failure(folder: Path, job: Job, reason: str) -> None:
     rows = [build_failed_row(job, reason)]
     write_result(folder, rows)
     write_summaries(folder / "tensorboard", rows[-1])
+
+
+def record_failure(run: RunFolder, job: Job, reason: str) -> None:
+    """Write why a run failed: in place of its results, or beside the results of an earlier run that finished."""
+    if run.settle():  # it was stopped when its results were complete
+        return
+    run.discard()
+    if run.state.finished is None and not run.holds_foreign():
+        report_failure(run.begin(), job, reason)
+        run.commit()
+    else:
+        rows = [build_failed_row(job, f"{reason} (The result of an earlier run is kept in {run.path}.)")]
+        write_atomically(run.path / FAILED, json.dumps({"rows": rows}, indent=2))
 
 
 def write_result(folder: Path, rows: list[Row]) -> None:
@@ -86,6 +96,8 @@ def describe_machine() -> dict[str, str]:
         "8-bit products": ", ".join(sorted(EXACT & read_instructions())) or "exact" if adds_exactly() else "saturate",
         "python": platform.python_version(),
     }
+    recorded = digests.describe_machine()
+    machine |= {key: recorded[key] for key in ("cpu_capability", "gpu") if key in recorded}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             machine[name] = version(name)
@@ -110,17 +122,19 @@ def write_report(folder: Path, rows: list[Row]) -> list[Row]:
 
 
 def write_tables(folder: Path, rows: list[Row]) -> None:
-    """Write ``results.csv``, ``results.parquet`` and ``results.md``."""
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``, each as a whole."""
     import pandas
+
+    table, parquet, markdown = (folder / name for name in TABLES)
 
     text = io.StringIO()
     columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "results.csv", text.getvalue())
-    pandas.DataFrame(rows, columns=columns).to_parquet(folder / "results.parquet")
-    write_atomically(folder / "results.md", format_markdown(rows, read_conclusions(folder, rows)))
+    write_atomically(table, text.getvalue())
+    write_atomically(parquet, pandas.DataFrame(rows, columns=columns).to_parquet())
+    write_atomically(markdown, format_markdown(rows, read_conclusions(folder, rows)))
 
 
 def show_table(rows: list[Row], folder: Path) -> None:

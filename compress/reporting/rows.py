@@ -48,11 +48,15 @@ class Outcome:
 Row = dict[str, Any]
 
 
-def collect_rows(folder: Path, job: Job, outcome: Outcome) -> list[Row]:
-    """Return a row for every measurement, and save the predictions in ``folder``."""
+def collect_rows(folder: Path, job: Job, outcome: Outcome, home: Path | None = None) -> list[Row]:
+    """Return a row for every measurement, and save the predictions in ``folder``.
+
+    Args:
+        home: the folder that the predictions will be in, if it is another.
+    """
     rows = []
     for number, method in enumerate(outcome.measurements):
-        row = {**build_row(job, method, outcome), "folder": str(folder)}
+        row = {**build_row(job, method, outcome), "folder": str(home or folder)}
         if method in outcome.predictions:
             row["predictions"] = f"predictions/{number}.npz"
             outcome.predictions[method].save(folder / row["predictions"])

@@ -125,7 +125,10 @@ def differing_settings(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def find_stage_folders(row: Row, rows: list[Row]) -> list[Path]:
-    """Return the row's own folders of curves: the baseline's training for a baseline, else the later stages."""
+    """Return the row's own folders of curves: the baseline's training for a baseline, else the later stages. The folder
+    of a failed job may hold an earlier run's."""
+    if row["status"] == "failed":
+        return []
     job = Path(row["folder"]) / "tensorboard"
     if row["method"] == "none":
         return sorted(job.glob("0_*"))

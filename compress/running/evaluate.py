@@ -25,9 +25,10 @@ from compress.quiet import silence_libraries
 from compress.reporting import jobs, report
 from compress.reporting.compare import describe_changes
 from compress.reporting.curves import write_curves
+from compress.reporting.folder import ARTIFACT, PAGE, SWEEP, RunFolder
 from compress.reporting.jobs import gather_rows
-from compress.reporting.report import write_result
-from compress.reporting.rows import Job, Outcome, Row, build_failed_row, collect_rows, drop_repeated_baselines
+from compress.reporting.report import record_failure, write_result
+from compress.reporting.rows import Job, Outcome, Row, collect_rows, drop_repeated_baselines
 from compress.running.experiment import make_split_bench
 from compress.running.job import run_guarded
 from compress.tasks.kinds import KINDS
@@ -39,28 +40,42 @@ def main(cfg: DictConfig) -> int:
     """Do what the command line asks and write the results. Return 1, after logging the reason, if it failed."""
     silence_libraries()
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    run = RunFolder(Path(hydra.runtime.output_dir))
+    owned = done = False
 
     def work() -> None:
-        if cfg.compare:
-            lines = describe_changes(
-                *(gather_rows(find_results_folder(path)) for path in check_two_folders(cfg.compare))
+        nonlocal owned, done
+        run.claim()
+        if ARTIFACT in run.state.made:
+            raise UserError(
+                f"hydra.run.dir is {run.path}, which holds the results of a run, and those of an evaluation would "
+                "replace them. Set hydra.run.dir=... to another folder."
             )
-            write_atomically(folder / "comparison.md", "".join(f"- {line}\n" for line in lines))
+        owned = True
+        if cfg.compare:
+            folders = check_two_folders(cfg.compare)
+            lines = describe_changes(*(gather_rows(find_results_folder(path)) for path in folders))
+            run.register(["comparison.md"])
+            write_atomically(run.path / "comparison.md", "".join(f"- {line}\n" for line in lines))
             print(*lines, sep="\n")
         elif cfg.report:
             rows = choose_rows(cfg)
-            report.publish_report(folder, rows)
-            write_curves(folder, rows)
+            run.register(SWEEP)
+            report.publish_report(run.path, rows)
+            write_curves(run.path, rows)
         else:
-            rows = evaluate_artifact(cfg, folder)
-            write_result(folder, rows)
+            rows = evaluate_artifact(cfg, run.begin(), home=run.path)
+            write_result(run.new, rows)
+            run.commit("evaluated")
+            done = True
             if hydra.mode == RunMode.RUN:
-                report.publish_report(folder, rows)
+                run.register([PAGE])
+                report.publish_report(run.path, rows)
 
     def fail(reason: str) -> None:
         name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
-        write_result(folder, [build_failed_row(Job(name, "", "", cfg.seed), reason)])
+        if owned and not done:
+            record_failure(run, Job(name, "", "", cfg.seed), reason)
 
     return run_guarded(work, fail)
 
@@ -102,8 +117,9 @@ def find_results_folder(folder: str) -> Path:
     return path
 
 
-def evaluate_artifact(cfg: DictConfig, folder: Path) -> list[Row]:
-    """Return a row for ``cfg.artifact``, after a row for ``cfg.baseline`` if it is set; save predictions in ``folder``.
+def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -> list[Row]:
+    """Return a row for ``cfg.artifact``, after a row for ``cfg.baseline`` if it is set; save predictions in ``folder``,
+    from where they will be moved to ``home``.
 
     Raises:
         UserError: there is no such folder, or its model does not fit the task.
@@ -147,7 +163,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path) -> list[Row]:
     descriptions = {names[path]: each.description for path, each in loaded.items()}
     outcome = Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
     model = loaded[folders[-1]].description.model
-    return collect_rows(folder, Job("", model, task.name, settings.seed), outcome)
+    return collect_rows(folder, Job("", model, task.name, settings.seed), outcome, home)
 
 
 def read_task(cfg: DictConfig) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from compress.artifacts.artifact import Artifact, load_artifact, read_description
-from compress.artifacts.moving import export_artifact, load_exported_artifact
+from compress.artifacts.moving import export_artifact, load_exported_artifact, name_export_modules
 from compress.cache.files import remove_path, write_atomically
-from compress.cache.store import BEGAN, MANIFEST, Cache, prune_cache
+from compress.cache.sources import digest_source
+from compress.cache.store import MANIFEST, Cache, prune_cache
 from compress.exporting.agreement import read_agreement
 from compress.measuring.bench import Bench, build_bench
 from compress.measuring.measure import measure_artifacts
@@ -26,6 +28,7 @@ from compress.planning.settings import Settings
 from compress.quiet import silence_libraries
 from compress.reporting import jobs
 from compress.reporting.card import write_card
+from compress.reporting.folder import ARTIFACT, RunFolder
 from compress.reporting.rows import Outcome
 from compress.running.stages import apply_stage, write_baseline
 from compress.running.team import Team
@@ -42,7 +45,11 @@ def run_experiment(cfg: DictConfig, folder: Path) -> Outcome:
         UserError: a setting cannot work; raised before anything is loaded or trained.
         PostconditionError: a stage broke one of its promises.
     """
-    return execute_plan(cfg, *prepare_experiment(cfg), folder)
+    run = RunFolder(folder, key="folder")
+    run.claim()
+    outcome = execute_plan(cfg, *prepare_experiment(cfg), run, begun=time.time())
+    run.commit()
+    return outcome
 
 
 def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan, Splits, list[Any]]:
@@ -58,33 +65,38 @@ def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan,
         log.info(f"  {note}")
     planned = planned.read(splits, team)
     check_data(planned, splits)
-    return planned, splits, planned.compute_addresses(splits.fingerprint)
+    return planned, splits, planned.compute_addresses(splits.training_fingerprint)
 
 
 def execute_plan(
-    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], folder: Path, begun: float = BEGAN
+    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], run: RunFolder, begun: float
 ) -> Outcome:
-    """Run the experiment with its cache; ``cache.mode=refresh`` makes entries from before ``begun`` again."""
+    """Run the experiment with its cache, and write its artifact and figures to ``run.new``.
+
+    With ``cache.mode=refresh``, entries from before ``begun`` are made again.
+    """
+    run.begin()
     caching = planned.settings.cache
     if caching.mode == "off":
-        caching = replace(caching, dir=str(folder / "cache"))
+        caching = replace(caching, dir=str(run.cache))
         planned = replace(planned, settings=replace(planned.settings, cache=caching))
     with Cache(caching.dir, since=begun if caching.mode == "refresh" else 0.0) as cache:
-        outcome = run_chain(cfg, planned, splits, addresses, cache, folder)
+        outcome = run_chain(cfg, planned, splits, addresses, cache, run)
     if caching.mode == "off":
-        remove_path(Path(caching.dir))
+        remove_path(run.cache)
     elif caching.max_gb is not None:
         prune_cache(Path(caching.dir), caching.max_gb)
     return outcome
 
 
 def run_chain(
-    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], cache: Cache, folder: Path
+    cfg: DictConfig, planned: Plan, splits: Splits, addresses: list[Any], cache: Cache, run: RunFolder
 ) -> Outcome:
     """Train the baseline, apply stage after stage, and measure the artifact."""
+    folder = run.new
     # 1) Train the baseline and apply the stages
     address = addresses[:2]  # the baseline's
-    mark_stage = partial(write_atomically, folder / jobs.STAGE)
+    mark_stage = partial(write_atomically, run.path / jobs.STAGE)
     mark_stage("baseline")
     baseline = source = cache.get(address, partial(write_baseline, planned, splits), "baseline")
     entries = {"baseline": baseline}
@@ -95,8 +107,7 @@ def run_chain(
         entries[step.key] = source
 
     # 2) Copy the artifact, the logs and the stages' reports
-    into = folder / "artifact"
-    shutil.rmtree(into, ignore_errors=True)
+    into = folder / ARTIFACT
     shutil.copytree(source, into, ignore=shutil.ignore_patterns("tensorboard", "report", MANIFEST))
     OmegaConf.save(cfg, into / "config.yaml", resolve=True)
     for number, (name, entry) in enumerate(entries.items()):
@@ -114,7 +125,7 @@ def run_chain(
     mark_stage("measuring")
     runtime, graph = read_description(into).runtime, None
     if runtime != "torch":  # before the loaded artifacts take memory
-        key = [*addresses[:2], runtime, addresses[-1]["libraries"]]
+        key = [*addresses[:2], runtime, addresses[-1]["libraries"], digest_source(*name_export_modules(runtime))]
         graph = cache.get(key, partial(export_baseline, planned, splits, baseline, runtime), f"baseline for {runtime}")
     loaded = {name: load_artifact(path, planned.task.kind) for name, path in measured.items()}
     benches = {name: make_split_bench(splits, measured[name], each, planned.settings) for name, each in loaded.items()}
@@ -146,7 +157,8 @@ def run_chain(
 def export_baseline(planned: Plan, splits: Splits, baseline: Path, runtime: str, into: Path) -> None:
     """Write the baseline for another runtime; a chain that ends on that runtime is compared with it too."""
     loaded = load_artifact(baseline, planned.task.kind)
-    example = make_split_bench(splits, baseline, loaded, planned.settings).texts[0]
+    data = make_task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, planned.settings)
+    (example,) = data.texts(1, "validation")
     export_artifact(loaded, runtime, example, into)
 
 

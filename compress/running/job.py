@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -20,85 +19,86 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from compress.cache.digests import compute_digest, digest_environment
-from compress.cache.files import flush_folder, remove_path, write_atomically
+from compress.cache.sources import digest_source
 from compress.cache.store import BEGAN
 from compress.errors import PostconditionError, UserError, explain_error, iterate_causes
 from compress.install import format_command
 from compress.planning.chain import TARGET, drop_unused_settings
 from compress.planning.settings import read_settings, to_plain
 from compress.quiet import silence_libraries
-from compress.reporting import jobs, report
-from compress.reporting.jobs import describe_job, mark_as_reused
-from compress.reporting.report import report_failure, report_success
+from compress.reporting import report
+from compress.reporting.folder import PAGE, RunFolder
+from compress.reporting.jobs import RESULT, describe_job, load_rows, mark_as_reused
+from compress.reporting.report import record_failure, report_success
 from compress.running.experiment import execute_plan, follow_first_process, prepare_experiment
 from compress.running.team import gather_team
 
 log = logging.getLogger(__name__)
-
-FINISHED = "finished"
-"""File of a finished job with the digests of its config and content, so that it is not repeated."""
+WORK = "compress.running.experiment"
+"""The module whose source, with that of all modules that it imports, decides a job's results."""
 
 
 def main(cfg: DictConfig) -> int:
     """Run one job and write its results. Return 1, after logging the reason, if it failed.
 
-    A job that an earlier run finished in the same folder with the same config, data, models and code is kept.
+    A job that an earlier run finished in the same folder with the same config, data, models and code is kept. The
+    results of another earlier run stay in the folder until those of this run are complete.
     """
     silence_libraries()
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    run = RunFolder(Path(hydra.runtime.output_dir))
     job = describe_job(cfg, hydra.overrides.task)
-
     with open_dict(cfg):
         search = cfg.pop("search", None)
-    finished, request = folder / FINISHED, compute_digest([resolve_config(cfg), digest_environment()])
-    lock = FileLock(folder / ".job.lock", timeout=0)
-    done = finished.is_file() and finished.read_text().startswith(request)  # its result is kept until it must be redone
-    owns_folder = os.environ.get("SLURM_PROCID", "0") == "0"
+    lock = FileLock(run.path / ".job.lock", timeout=0)
+    owned = done = False
 
     def work() -> None:
-        nonlocal done, owns_folder
-        if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
-            command = f"{format_command('train')} -m search=latency ..."
-            raise UserError(f"search is set for a single run; it needs a sweep. Type {command}")
-        if owns_folder:
+        nonlocal owned, done
+        # 1) Lock the folder, and refuse one that holds what no run wrote
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            run.check()  # taking the lock writes a file
             try:
                 lock.acquire()
             except Timeout:
-                owns_folder = False
-                raise UserError(f"Another process is running this job in {folder}. Wait for its end.") from None
+                raise UserError(f"Another process is running this job in {run.path}. Wait for its end.") from None
+            run.claim()
+            owned = True
+        if search is not None and (hydra.mode == RunMode.RUN or hydra.sweeper._target_ != TARGET):
+            command = f"{format_command('train')} -m search=latency ..."
+            raise UserError(f"search is set for a single run; it needs a sweep. Type {command}")
+
+        # 2) Run the experiment, unless an earlier run finished it
+        request = compute_digest([resolve_config(cfg), digest_environment(), digest_source(WORK)])
         drop_unused_settings(cfg.technique, hydra.overrides.task)
         with gather_team(cfg, read_settings(cfg).hardware, follow_first_process) as team:
             if team and team.rank:
                 return follow_first_process(cfg, team)
             planned, splits, addresses = prepare_experiment(cfg, team)
-            key = f"{request} {compute_digest(addresses)}"
-            if finished.is_file() and finished.read_text() == key:
-                log.info(f"finished before: {folder}")
-                rows = json.loads((folder / jobs.RESULT).read_text())["rows"]
-                mark_as_reused(folder)
+            key, begun = f"{request} {compute_digest([addresses, splits.fingerprint])}", find_start_time(hydra)
+            refresh = planned.settings.cache.mode == "refresh"
+            if run.is_finished(key, since=begun if refresh else 0.0):
+                log.info(f"finished before: {run.path}")
+                rows = load_rows(run.path / RESULT, run.path)
+                mark_as_reused(run.path)
+                run.discard()
             else:
-                done = False
-                for earlier in (FINISHED, jobs.RESULT, "tensorboard", "report", "predictions"):
-                    remove_path(folder / earlier)
-                rows = report_success(
-                    folder, job, execute_plan(cfg, planned, splits, addresses, folder, find_start_time(hydra))
-                )
-                flush_folder(folder)
-                write_atomically(finished, key)
-                done = True
-                remove_path(folder / jobs.STAGE)
-        if hydra.mode == RunMode.RUN:  # a sweep shows one table of all its jobs at the end
-            report.publish_report(folder, rows)
+                outcome = execute_plan(cfg, planned, splits, addresses, run, begun)
+                rows = report_success(run.new, job, outcome, home=run.path)
+                run.commit(key)
+        done = True
+
+        # 3) Show the results; a sweep shows one table of all its jobs at the end
+        if hydra.mode == RunMode.RUN:
+            run.register([PAGE])
+            report.publish_report(run.path, rows)
         return None
 
     def fail(reason: str) -> None:
         if done:
-            log.info(f"The earlier result of the job is kept: {folder}")
-        elif owns_folder:
-            for incomplete in (finished, folder / "artifact"):
-                remove_path(incomplete)
-            report_failure(folder, job, reason)
+            log.info(f"The results are complete except for the report: {run.path}")
+        elif owned:
+            record_failure(run, job, reason)
 
     try:
         return run_guarded(work, fail)

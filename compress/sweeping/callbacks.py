@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 
-from compress.errors import explain_error
+from compress.errors import UserError, explain_error
 from compress.install import format_command
 from compress.quiet import silence_logs
 from compress.reporting import report
 from compress.reporting.curves import write_curves
+from compress.reporting.folder import SWEEP, RunFolder
 from compress.reporting.jobs import gather_rows
 from compress.reporting.report import publish_report
 from compress.reporting.rows import drop_repeated_baselines
@@ -77,7 +78,7 @@ class Folder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        self._lock_folder(folder, "hydra.sweep.dir")
+        self._lock_folder(folder, "hydra.sweep.dir", SWEEP)
         if "submitit" in config.hydra.launcher._target_:
             tolerate_lost_jobs()
         atexit.register(self._report_unfinished, folder)
@@ -101,13 +102,21 @@ class Folder(Callback):
         self.ended = True
         close_live_lines()
 
-    def _lock_folder(self, folder: Path, key: str) -> None:
-        """Lock ``folder`` or exit. Hydra would turn an exception into a warning, but not ``SystemExit``."""
+    def _lock_folder(self, folder: Path, key: str, names: tuple[str, ...] = ()) -> None:
+        """Lock ``folder``, to write ``names`` there, or exit. Hydra would turn an exception into a warning, but not
+        ``SystemExit``."""
+        run = RunFolder(folder, key)
         try:
+            run.check()
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / ".lock", timeout=0)
             lock.acquire()
             HELD.append(lock)
+            if names:
+                run.claim()
+                run.register(names)
+        except UserError as error:
+            sys.exit(str(error))
         except Timeout:
             sys.exit(f"{key} is {folder}, which another run uses. Wait for its end, or set {key} to another folder.")
         except OSError as error:

@@ -17,8 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from compress.planning.chain import expand_jobs, read_chain_name
-from compress.reporting import jobs as jobs_reporting
-from compress.reporting.jobs import CONFIG, STAGE, find_jobs, job_number
+from compress.reporting.jobs import CONFIG, STAGE, find_jobs, find_result, job_number
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,10 +62,8 @@ def read_job_state(name: str, job: Path) -> State:
     """Return the state of the job in the folder ``job``."""
     start, end = (job / CONFIG).stat().st_mtime, 0.0
     with suppress(FileNotFoundError):
-        rows, end = (
-            json.loads((job / jobs_reporting.RESULT).read_text())["rows"],
-            (job / jobs_reporting.RESULT).stat().st_mtime,
-        )
+        result = find_result(job)
+        rows, end = json.loads(result.read_text())["rows"], result.stat().st_mtime
     if end < start:  # the result is of an earlier run
         stage = "starting"
         with suppress(FileNotFoundError):

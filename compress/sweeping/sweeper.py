@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress.cache.digests import compute_digest, digest_environment
 from compress.cache.files import remove_path, write_atomically
+from compress.cache.sources import digest_package
 from compress.errors import UserError
 from compress.install import format_install
 from compress.planning import chain
@@ -152,7 +153,7 @@ class SearchSweeper(Sweeper):
             lambda words: self._explain_fault([*shared, *words]),
             planned.settings.seed,
             folder / STUDY,
-            compute_digest([decides, shared, digest_environment()]),
+            compute_digest([decides, shared, digest_environment(), digest_package()]),
         )
 
     def _compose_config(self, words: list[str], key: str) -> DictConfig:

@@ -152,7 +152,7 @@ def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(s
     if not find_spec("submitit"):
         pytest.skip("hydra-submitit-launcher is not installed")
     process = start("technique=none,prune", "baseline.epochs=10", "hydra/launcher=submitit_local", "cache.mode=off")
-    while process.is_alive() and not list(tmp_path.glob("sweep/0_*/cache/stages/*.partial/resume/*.ckpt")):
+    while process.is_alive() and not list(tmp_path.glob("sweep/0_*/.compress/cache/stages/*.partial/resume/*.ckpt")):
         process.join(0.05)
     for child in psutil.Process(process.pid).children(recursive=True):
         if "submitit.core._submit" in child.cmdline() and f"{tmp_path}/sweep/0_" in str(child.open_files()):
@@ -196,7 +196,8 @@ def test_a_rerun_keeps_finished_jobs_and_repeats_changed_ones(start, jobs, tmp_p
     def rerun():
         process = start("technique=none,prune", "task=files", f"task.path={data}")
         process.join()
-        rows, when = jobs(), {job.parent.name: job.stat().st_mtime_ns for job in tmp_path.glob("sweep/*/finished")}
+        markers = tmp_path.glob("sweep/*/.compress/made.json")
+        rows, when = jobs(), {marker.parents[1].name: marker.stat().st_mtime_ns for marker in markers}
         return process.exitcode, {row["status"] for row in rows.values()}, when
 
     write("good")
@@ -204,7 +205,10 @@ def test_a_rerun_keeps_finished_jobs_and_repeats_changed_ones(start, jobs, tmp_p
     assert (code, statuses, len(first)) == (0, {"completed"}, 2)
     assert rerun() == (0, {"completed"}, first)
     (data / "train.csv").rename(data / "away")
-    assert rerun()[1:] == ({"completed"}, first)  # the earlier result is not lost
+    code, statuses, after = rerun()  # the table says that the job failed, and the earlier result is not lost
+    assert (code, statuses, after) == (1, {"failed"}, first)
+    assert all("earlier run is kept" in row["reason"] for row in jobs().values())
+    assert len(list(tmp_path.glob("sweep/*/artifact/compress.json"))) == 2
     write("great")
     code, statuses, again = rerun()
     assert (code, statuses) == (0, {"completed"}) and all(again[job] > first[job] for job in first)

@@ -10,7 +10,7 @@ from rich.console import Console
 from test_conf import CONF
 
 import compress.sweeping.sweeper  # noqa: F401  registers the sweeper of the jobs
-from compress.reporting.jobs import mark_as_reused
+from compress.reporting.jobs import STAGE, mark_as_reused
 from compress.sweeping.live import draw_states, name_jobs, read_job_states, summarise_states
 
 SETTINGS = ("seed=1 technique.prune.sparsity=0.2", "seed=2 technique.prune.sparsity=0.2")
@@ -24,7 +24,8 @@ def job(tmp_path):
         (folder / ".hydra" / "config.yaml").touch()
         os.utime(folder / ".hydra" / "config.yaml", (begun, begun))
         if stage:
-            (folder / "running").write_text(stage)
+            (folder / STAGE).parent.mkdir()
+            (folder / STAGE).write_text(stage)
         if ended:
             row = {"status": "failed" if reason else "completed", "reason": reason}
             (folder / "result.json").write_text(json.dumps({"rows": [row]}))
