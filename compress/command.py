@@ -17,6 +17,7 @@ from compress.planning import chain
 from compress.planning.advice import report_user_errors
 from compress.planning.recorded import resume_words
 from compress.planning.words import quote_value
+from compress.quiet import escape_unencodable_output
 from compress.sweeping import sweeper  # noqa: F401  registers the sweepers, after the chain has had Hydra find its own
 
 
@@ -53,6 +54,7 @@ def evaluate(words: list[str] | None = None) -> None:
 
 def run_hydra(name: str, task: Callable[[DictConfig], None], words: list[str]) -> None:
     """Run the task with the config ``name`` and the words, which Hydra and a training's processes read in argv."""
+    escape_unencodable_output()
     sys.argv = [sys.argv[0], *words]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
 

@@ -49,6 +49,13 @@ def disable_telemetry() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: importing it fails
 
 
+def escape_unencodable_output() -> None:
+    """Have standard output and error write characters that the terminal's encoding lacks as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def hide_progress_bars() -> Iterator[None]:
     """Hide the progress bars of calls that take only a moment."""

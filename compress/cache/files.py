@@ -24,10 +24,13 @@ def remove_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file completely or not at all, even if the power fails."""
+    """Write a file completely or not at all, even if the power fails; text as UTF-8.
+
+    A byte of a path that was no UTF-8 is written as an escape.
+    """
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -10,7 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from compress.artifacts.artifact import Description
+from compress.cache.files import write_atomically
 from compress.measuring.measure import Measurement
+from compress.reporting.escaping import escape_markdown, make_rows_printable
 from compress.reporting.findings import format_markdown, recommend_rows
 from compress.reporting.rows import Job, Outcome, build_row
 from compress.runtimes.runtime import import_runtime
@@ -28,7 +30,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     # 1) Choose the text on how to load it
     description, measured = outcome.descriptions[method], outcome.measurements[method]
     job = Job(method, description.model, description.task, seed=0)
-    rows = [build_row(job, name, outcome) for name in outcome.measurements]
+    rows = make_rows_printable([build_row(job, name, outcome) for name in outcome.measurements])
     loading = import_runtime(description.runtime).describe_loading(folder, description.kind)
     # 2) Write the card
     lines = [
@@ -36,11 +38,14 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         format_front_matter(folder, description, measured),
         "---",
         "",
-        f"# {description.model} on {description.task}: {method}",
+        f"# {escape_markdown(f'{description.model} on {description.task}: {method}')}",
         "",
         "| step | time, s | settings |",
         "|---|---|---|",
-        *(f"| {done.name} | {done.seconds:.1f} | {format_settings(done.settings)} |" for done in description.history),
+        *(
+            f"| {escape_markdown(done.name)} | {done.seconds:.1f} | {escape_markdown(format_settings(done.settings))} |"
+            for done in description.history
+        ),
         "",
         "## Measured",
         "",
@@ -52,7 +57,11 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         *describe_cost(measured),
         "",
         *([HOLDS[description.processor], ""] if description.processor else ()),
-        *(["## Limits", "", *(f"- {limit}" for limit in description.limits), ""] if description.limits else ()),
+        *(
+            ["## Limits", "", *(f"- {escape_markdown(limit)}" for limit in description.limits), ""]
+            if description.limits
+            else ()
+        ),
         f"## Load it {'with' if loading.needs_us else 'without'} `compress`",
         "",
         *(line for note in loading.notes for line in (note, "")),
@@ -60,7 +69,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         loading.code + "```",
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines))
+    write_atomically(folder / "README.md", "\n".join(lines))
 
 
 def format_front_matter(folder: Path, description: Description, measured: Measurement) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cache.files import write_atomically
+from compress.reporting.escaping import make_file_name, make_rows_printable, plain_figures, shorten_label
+from compress.reporting.rows import split_overrides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +24,10 @@ MOST_TICKS = 12
 BASELINE = {"color": "0.45", "linestyle": "--", "linewidth": 1}
 
 
+@plain_figures()
 def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
     """Write ``curves/<setting>.png`` and the same figures for TensorBoard. Return the paths."""
-    if not (figures := draw_curves(rows)):
+    if not (figures := draw_curves(make_rows_printable(rows))):
         return []
     from torch.utils.tensorboard import SummaryWriter
 
@@ -34,7 +37,7 @@ def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
         for name, figure in figures.items():
             content = io.BytesIO()
             figure.savefig(content, format="png")
-            paths.append(folder / "curves" / f"{name}.png")
+            paths.append(folder / "curves" / f"{make_file_name(name, [path.stem for path in paths])}.png")
             write_atomically(paths[-1], content.getvalue())
             writer.add_figure(f"curves/{name}", figure)
     return paths
@@ -55,7 +58,7 @@ def draw_curves(rows: list[Row]) -> dict[str, Figure]:
         for name in dict.fromkeys(name for values in settings for name in values):
             if len({values[name] for values in settings if name in values}) > 1:
                 full = "-".join((*group_name, name)) if len(groups) > 1 else name
-                figures[full.replace("/", "_")] = draw_curve(group, name)
+                figures[full] = draw_curve(group, name)
     return figures
 
 
@@ -69,7 +72,7 @@ def numeric_settings(row: Row) -> dict[str, float]:
 
 
 def parse_overrides(row: Row) -> dict[str, str]:
-    words = (word.lstrip("+").partition("=") for word in row["overrides"].split())
+    words = (word.lstrip("+").partition("=") for word in split_overrides(row))
     return {key: value for key, _, value in words}
 
 
@@ -138,7 +141,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
     place_ticks(bottom, sorted({numeric_settings(row)[name] for line in drawn.values() for row in line}))
 
     # 2) Add the legend and the title
-    labels = [", ".join(value or "-" for value in values) for values in drawn] if varying else []
+    labels = [shorten_label(", ".join(value or "-" for value in values)) for values in drawn] if varying else []
     handles = [*top.lines[: len(labels)], *top.lines[len(drawn) :][:1]]
     labels += ["baseline"] if len(handles) > len(labels) else []
     if labels:
@@ -146,7 +149,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
             handles,
             labels,
             loc="outside right upper",
-            title=",\n".join(varying),
+            title=",\n".join(map(shorten_label, varying)),
             ncols=math.ceil(len(labels) / 24),
             fontsize=8,
             title_fontsize=8,
@@ -155,7 +158,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
         )
     methods = {row["method"] for line in drawn.values() for row in line}
     method = f": {methods.pop()}" if len(methods) == 1 else ""
-    panel.suptitle(f"{rows[0]['model']} on {rows[0]['task']}{method}", fontsize=11)
+    panel.suptitle(shorten_label(f"{rows[0]['model']} on {rows[0]['task']}{method}"), fontsize=11)
     return panel
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.reporting.escaping import escape_markdown, make_printable, make_rows_printable
 from compress.reporting.rows import Row, group_rows, is_faster, is_near_baseline, is_significant, is_smaller
 from compress.reporting.tables import (
     build_table,
@@ -32,12 +33,15 @@ def format_markdown(rows: list[Row], concluded: list[str]) -> str:
     from rich import box
     from rich.console import Console
 
-    drawn = build_table(rows)
+    rows = make_rows_printable(rows)
+    drawn = build_table(rows, escape=escape_markdown)
     drawn.box, drawn.title, drawn.caption = box.MARKDOWN, None, None
     text = io.StringIO()
-    Console(file=text, width=1000, force_jupyter=False).print(drawn)  # rich writes to a notebook's cell otherwise
-    lines = [f"# {format_title(rows)}", "", *(line.strip() for line in text.getvalue().strip().splitlines()), ""]
-    lines += [f"- {note}" for note in (*concluded, *list_notes(rows))]
+    # A line of any length holds a row. Rich writes to a notebook's cell unless it is told not to.
+    Console(file=text, width=1_000_000, force_jupyter=False).print(drawn)
+    table = [line.strip() for line in text.getvalue().strip().split("\n")]
+    lines = [f"# {escape_markdown(format_title(rows))}", "", *table, ""]
+    lines += [f"- {escape_markdown(note)}" for note in (*concluded, *list_notes(rows))]
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +115,9 @@ def describe_lengths(rows: list[Row], what: str) -> str:
 def read_conclusions(folder: Path, rows: list[Row]) -> list[str]:
     """Return the conclusions of a search if the folder has them, else the recommendations from ``rows``."""
     path = folder / CONCLUSIONS
-    return path.read_text().splitlines() if path.is_file() else recommend_rows(rows)
+    if not path.is_file():
+        return recommend_rows(rows)
+    return [make_printable(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def recommend_rows(rows: list[Row]) -> list[str]:

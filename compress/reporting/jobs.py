@@ -50,7 +50,7 @@ def gather_rows(folder: Path, begun: float = 0.0) -> list[Row]:
 
 def load_rows(file: Path, job: Path) -> list[Row]:
     """Return the rows in a file of results, with the folder that the job has now."""
-    return [{**row, "folder": str(job)} for row in json.loads(file.read_text())["rows"]]
+    return [{**row, "folder": str(job)} for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
 
 
 def read_job_rows(job: Path, begun: float = 0.0) -> list[Row]:

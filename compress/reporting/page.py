@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from compress.cache.files import write_atomically
 from compress.install import format_command
 from compress.reporting import jobs
 from compress.reporting.curves import draw_curves
+from compress.reporting.escaping import make_printable, make_rows_printable, plain_figures
 from compress.reporting.findings import list_notes, read_conclusions
 from compress.reporting.plots import Picture, draw_figures
 from compress.reporting.rows import is_significant
@@ -92,12 +96,13 @@ DETAILS = (
 )
 
 
+@plain_figures()
 def write_page(folder: Path, rows: list[Row]) -> Path:
     """Write ``report.html`` of ``rows`` into ``folder``, and return its path."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    rows = [{**row, "mmacs": row["macs"] / 1e6 if row.get("macs") else None} for row in rows]
+    rows = [{**row, "mmacs": row["macs"] / 1e6 if row.get("macs") else None} for row in make_rows_printable(rows)]
     labels = label_rows(rows)
     content = environment.get_template("page.html.j2").render(
         title=format_title(rows),
@@ -158,10 +163,12 @@ def list_commands(rows: list[Row]) -> list[dict[str, str]]:
     for row in rows:
         hydra = Path(row.get("folder") or ".") / ".hydra"
         if row.get("folder") and row["folder"] not in commands and (hydra / "config.yaml").is_file():
-            words = [line.removeprefix("- ") for line in (hydra / "overrides.yaml").read_text().splitlines()]
+            config = (hydra / "config.yaml").read_text(encoding="utf-8")
+            program = "evaluate" if "artifact" in OmegaConf.create(config) else "train"
+            words = shlex.join(OmegaConf.load(hydra / "overrides.yaml"))
             commands[row["folder"]] = {
-                "command": " ".join([format_command("train"), *(word for word in words if word != "[]")]),
-                "config": (hydra / "config.yaml").read_text(),
+                "command": make_printable(f"{format_command(program)} {words}".strip()),
+                "config": config,
                 "data": row.get("data", ""),
             }
     return list(commands.values())
@@ -172,7 +179,7 @@ def list_environments(rows: list[Row]) -> list[dict[str, str]]:
     environments: list[dict[str, str]] = []
     for folder in dict.fromkeys(row["folder"] for row in rows if row.get("folder")):
         result = Path(folder) / jobs.RESULT
-        environment = json.loads(result.read_text()).get("environment") if result.is_file() else None
+        environment = json.loads(result.read_text(encoding="utf-8")).get("environment") if result.is_file() else None
         if environment and environment not in environments:
             environments.append(environment)
     return environments

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.maths.statistics import pareto_indices
+from compress.reporting.escaping import shorten_label
 from compress.reporting.rows import group_rows
 from compress.reporting.tables import label_rows
 
@@ -36,7 +37,7 @@ def draw_figures(rows: list[Row]) -> list[tuple[str, Figure]]:
     figures = []
     groups = group_rows(rows)
     for (model, task, _), group in groups.items():
-        names = [f"{numbers[id(row)]} {label}" for row, label in zip(group, label_rows(group))]
+        names = [shorten_label(f"{numbers[id(row)]} {label}") for row, label in zip(group, label_rows(group))]
         where = f"{model} on {task}: " if len(groups) > 1 else ""
         if len(group) > 1:
             fronts = draw_pareto_fronts(group, names)
@@ -209,8 +210,8 @@ def draw_heat_map(names: list[str], changes: list[list[Regression]]) -> Figure:
             dark = abs(100 * change.change) > 0.6 * reach
             axis.text(columns.index(change.name), row, shown, ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip
-    axis.set_xticks(range(len(columns)), [f"{name} ({sizes[name]})" for name in columns], fontsize=8, rotation=35,
-                    ha="right", rotation_mode="anchor")  # fmt: skip
+    headings = [f"{shorten_label(name)} ({sizes[name]})" for name in columns]
+    axis.set_xticks(range(len(columns)), headings, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
     return figure

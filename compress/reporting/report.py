@@ -13,9 +13,12 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from compress.cache import digests
 from compress.cache.files import write_atomically
+from compress.quiet import escape_unencodable_output
+from compress.reporting.escaping import make_printable, make_rows_printable
 from compress.reporting.findings import format_markdown, list_notes, read_conclusions
 from compress.reporting.folder import TABLES, RunFolder
 from compress.reporting.jobs import FAILED, RESULT
@@ -126,28 +129,41 @@ def write_tables(folder: Path, rows: list[Row]) -> None:
     import pandas
 
     table, parquet, markdown = (folder / name for name in TABLES)
-
-    text = io.StringIO()
     columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(table, text.getvalue())
-    write_atomically(parquet, pandas.DataFrame(rows, columns=columns).to_parquet())
+    encodable = [{key: replace_surrogates(value) for key, value in row.items()} for row in rows]
+    write_atomically(table, format_csv(columns, rows))
+    write_atomically(parquet, pandas.DataFrame(encodable, columns=columns).to_parquet())
     write_atomically(markdown, format_markdown(rows, read_conclusions(folder, rows)))
+
+
+def format_csv(columns: list[str], rows: list[Row]) -> str:
+    """Return the rows as CSV with Unix line ends, after a line of the column names."""
+    lines = []
+    for row in (dict(zip(columns, columns)), *rows):
+        line = io.StringIO()
+        csv.DictWriter(line, columns).writerow(row)  # with its own line end, or it would not quote a carriage return
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
+
+
+def replace_surrogates(value: Any) -> Any:
+    """Return a text without the surrogates of a path that is no UTF-8, and any other value as it is."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def show_table(rows: list[Row], folder: Path) -> None:
     """Draw the table in the terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    escape_unencodable_output()
+    rows = make_rows_printable(rows)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
     console.print()
     console.print(build_table(rows, console.width))
     for line in read_conclusions(folder, rows):
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     for note in list_notes(rows):
         console.print(f"  {note}", style="dim")
-    console.print(f"  results: {folder}", soft_wrap=True)
+    console.print(f"  results: {make_printable(str(folder))}", soft_wrap=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.reporting.rows import Row, is_significant
+from compress.reporting.rows import Row, is_significant, split_overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,29 +41,31 @@ def format_title(rows: list[Row]) -> str:
     return f"{models} on {tasks}" + (f": {', '.join(facts)}" if len(facts) == 3 else "")
 
 
-def build_table(rows: list[Row], width: int | None = None) -> Table:
+def build_table(rows: list[Row], width: int | None = None, escape: Callable[[str], str] = str) -> Table:
     """Return the table of the main columns, with settings if rows differ in them.
 
-    In a terminal of ``width`` characters, columns without room are dropped.
+    In a terminal of ``width`` characters, columns without room are dropped. ``escape`` is applied to names, which may
+    hold any characters. The cells are texts without markup.
     """
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=format_title(rows), title_justify="left")
+    table = Table(title=Text(format_title(rows), style="table.title"), title_justify="left")
     settings = differing_overrides(rows)
     names = {"method": [row["method"] for row in rows]}
     for key in varying_keys(rows):
         names[key] = [str(row[key]) for row in rows]
     if len(set(settings)) > 1:
         names["settings"] = settings
+    names = {name: [escape(cell) for cell in cells] for name, cells in names.items()}
     columns = figure_columns(rows)
     widths = fit_columns(names, columns, width) if width else {}
     for name in names:
         table.add_column(name, overflow="fold", width=widths.get(name))
     for name in columns:
-        table.add_column(escape(name if width else name.replace("\n", " ")), justify="right", no_wrap=True)
+        table.add_column(Text(name if width else name.replace("\n", " ")), justify="right", no_wrap=True)
     for row, *cells in zip(rows, *names.values(), *columns.values()):
-        table.add_row(*map(escape, cells), style="red" if row["status"] == "failed" else None)
+        table.add_row(*map(Text, cells), style="red" if row["status"] == "failed" else None)
     return table
 
 
@@ -85,9 +87,10 @@ def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], widt
     A name column is as wide as its longest word, up to 24 characters, or up to 10 as a last resort. Remaining space
     is given to the name columns.
     """
+    from rich.cells import cell_len
 
     def size(texts: Iterable[str]) -> int:
-        return max(len(line) for text in texts for line in text.split("\n"))
+        return max(cell_len(line) for text in texts for line in text.split("\n"))
 
     words = {name: size((name, *(word for cell in cells for word in cell.split()))) for name, cells in names.items()}
     for most, gone in [(24, ""), *((24, name) for name in GIVE_WAY), (10, ""), (10, "faster [95%]")]:
@@ -174,9 +177,9 @@ def differing_overrides(rows: list[Row]) -> list[str]:
 
     Baselines, which have no technique settings, and killed jobs, which have no overrides, do not count.
     """
-    compared = [set(row["overrides"].split()) for row in rows if row["method"] != "none" and row["model"]]
+    compared = [set(split_overrides(row)) for row in rows if row["method"] != "none" and row["model"]]
     shared = set.intersection(*compared) if compared else set()
-    differing = [[o.lstrip("+") for o in row["overrides"].split() if o not in shared] for row in rows]
+    differing = [[o.lstrip("+") for o in split_overrides(row) if o not in shared] for row in rows]
     stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in differing for o in overrides}
     only = f"{stages.pop()}." if len(stages) == 1 else "technique."  # the name of a single stage is redundant
     return [" ".join(override.removeprefix(only) for override in overrides) for overrides in differing]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.cache.files import write_atomically
+from compress.reporting.escaping import make_file_name, make_printable, make_rows_printable, plain_figures
+from compress.reporting.tables import label_rows
 
 if TYPE_CHECKING:
     from compress.reporting.rows import Row
@@ -39,7 +43,10 @@ LAYOUT = {
 }
 """The charts of the Custom Scalars tab, each with a line for every run."""
 
-LONGEST = 100  # characters of a run's name, which is also a folder's
+MARK, HIDDEN = "tfevents", "hidden"
+"""What TensorBoard knows an event file by, and what its name has in this place to keep the file from TensorBoard."""
+RUNS = ".runs.json"
+"""The file that lists the runs of an overlay, which are removed when it is written again."""
 
 
 def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = None) -> None:
@@ -59,7 +66,8 @@ def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = N
     figures = {f"final/{name}": result[name] for name in FIGURES if result.get(name) is not None}
     status = "SUCCESS" if result["status"] == "completed" else "FAILURE"
     with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(collect_settings(result) if chosen is None else chosen, dict.fromkeys(figures, 0.0))[:2]:
+        settings = collect_settings(result) if chosen is None else chosen
+        for summary in hparams(settings, dict.fromkeys(figures, 0.0))[:2]:
             writer.file_writer.add_summary(summary)
         for name, value in figures.items():
             writer.add_scalar(name, value)
@@ -69,20 +77,37 @@ def write_summaries(folder: Path, result: Row, chosen: dict[str, Any] | None = N
 
 
 def collect_settings(result: Row) -> dict[str, Any]:
-    """Return the settings by column, numbers as numbers, so that the tab can draw axes."""
+    """Return the settings by column: numbers as numbers, so that the tab can draw axes, and others as texts."""
     from compress.reporting.curves import parse_number, parse_overrides
 
-    chosen = {key: result[key] for key in ("method", "model", "task", "metric") if result.get(key)}
+    chosen = {key: result[key] for key in ("method", "model", "task", "metric", "seed") if result.get(key) is not None}
     for key, value in parse_overrides(result).items():
         number = parse_number(value)
         chosen[key.removeprefix("technique.")] = value if number is None else number
-    return {**chosen, "seed": result["seed"]}
+    return {
+        make_printable(key): value if isinstance(value, int | float) else make_printable(str(value))
+        for key, value in chosen.items()
+    }
 
 
-def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
+def hide_events(folder: Path) -> None:
+    """Rename the event files below ``folder``, so that TensorBoard, which looks into every folder, leaves them out."""
+    for path in list(folder.rglob(f"*{MARK}*")):
+        path.rename(path.with_name(path.name.replace(MARK, HIDDEN)))
+
+
+def reveal_events(folder: Path) -> None:
+    """Give hidden event files below ``folder`` the names by which TensorBoard finds them."""
+    for path in list(folder.rglob(f"events*{HIDDEN}*")):
+        path.rename(path.with_name(path.name.replace(HIDDEN, MARK)))
+
+
+@plain_figures()
+def write_overlay(folder: Path, rows: list[Row]) -> None:
     """Write ``tensorboard/`` of a sweep: a run for every row, charts that overlay the runs, and the report's figures.
 
-    A run has a short name, the row's training curves, and the settings in which rows differ.
+    A run has a short name, the row's training curves, and the settings in which rows differ. The jobs' own event files
+    are hidden then, so that ``tensorboard --logdir multirun`` shows each job once.
 
     tensorboard --logdir multirun/2026-01-31/12-00-00/tensorboard
     """
@@ -91,24 +116,33 @@ def write_overlay(folder: Path, rows: list[Row], labels: list[str]) -> None:
 
     from compress.reporting.plots import draw_figures
 
+    rows = make_rows_printable(rows)
     target = folder / "tensorboard"
+    target.mkdir(exist_ok=True)
+    if (target / RUNS).is_file():
+        for name in json.loads((target / RUNS).read_text(encoding="utf-8")):
+            shutil.rmtree(target / name, ignore_errors=True)
+    jobs = [Path(job) / "tensorboard" for job in dict.fromkeys(row["folder"] for row in rows)]
+    for job in jobs:
+        reveal_events(job)
     names: list[str] = []
-    for row, label, chosen in zip(rows, labels, differing_settings(rows)):
-        name = re.sub(r"[^\w+.= -]+", "-", label)[:LONGEST]
-        names.append(f"{name} ({len(names)})" if name in names else name)
-        shutil.rmtree(target / names[-1], ignore_errors=True)
+    for row, label, chosen in zip(rows, label_rows(rows), differing_settings(rows)):
+        names.append(make_file_name(label, names))
         trained = [stage for stage in find_stage_folders(row, rows) if has_curves(stage)]
         for stage in trained:
             alone = len(trained) == 1
             shutil.copytree(stage, target / names[-1] / ("" if alone else stage.name), dirs_exist_ok=True)
         write_summaries(target / names[-1], row, chosen)
+    write_atomically(target / RUNS, json.dumps(names))
+    for job in jobs:
+        hide_events(job)
     with SummaryWriter(str(target)) as writer:
         writer.add_custom_scalars(LAYOUT)
         for title, figure in draw_figures(rows):
             content = io.BytesIO()
             figure.savefig(content, dpi=120, bbox_inches="tight")
             content.seek(0)
-            writer.add_image(f"report/{title}", imread(content)[..., :3], dataformats="HWC")
+            writer.add_image(f"report/{make_printable(title)}", imread(content)[..., :3], dataformats="HWC")
 
 
 def differing_settings(rows: list[Row]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from compress.reporting import jobs
 from compress.reporting.card import write_card
 from compress.reporting.folder import ARTIFACT, RunFolder
 from compress.reporting.rows import Outcome
+from compress.reporting.tensorboard import reveal_events
 from compress.running.stages import apply_stage, write_baseline
 from compress.running.team import Team
 from compress.running.training import make_task_data
@@ -114,6 +115,7 @@ def run_chain(
         shutil.copytree(entry / "tensorboard", folder / "tensorboard" / f"{number}_{name}", dirs_exist_ok=True)
         if (entry / "report").is_dir():
             shutil.copytree(entry / "report", folder / "report" / f"{number}_{name}", dirs_exist_ok=True)
+    reveal_events(folder / "tensorboard")
 
     # 3) Load what is measured: the baseline, teachers, the artifact
     teachers = [step.arguments["teacher"] for step in planned.steps if step.arguments.get("teacher")]

@@ -44,7 +44,7 @@ def free_memory_after(work: Callable[..., None]) -> Callable[..., None]:
 
 @free_memory_after
 def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
-    """Write the baseline: the model with the task's head, fine-tuned."""
+    """Write the baseline: the model with the task's head, fine-tuned. A follower only trains it."""
     announce_training(planned, planned.training, stage="baseline")
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     model, tokenizer, trained = planned.backbone.build(planned.task, splits.train["text"])
@@ -59,6 +59,8 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     if training.epochs:
         module = FineTune(model, TaskMetrics(planned.task), training)
         training, seconds, losses = fit_module(module, [], data, planned, training, into, "baseline")
+    if is_follower(planned):
+        return
     (into / "tensorboard").mkdir(exist_ok=True)
     untrained = "baseline: some weights are random and were not trained, so the quality is meaningless"
     description = Description(
@@ -73,7 +75,10 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
 
 @free_memory_after
 def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, source: Path, into: Path) -> None:
-    """Apply ``step`` to the artifact in ``source``, check its promises and write the new artifact."""
+    """Apply ``step`` to the artifact in ``source``, check its promises and write the new artifact.
+
+    A follower only trains.
+    """
     # 1) Load the artifact before the stage, and its data
     announce_training(planned, step.training, stage=step.key, baseline=str(baseline), source=str(source))
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
@@ -101,6 +106,8 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     if before.zeros and step.training.epochs:
         callbacks.append(HoldZeros())
     training, seconds, losses = fit_module(module, callbacks, data, planned, step.training, into, step.key)
+    if is_follower(planned):
+        return
     model = unwrap_model(module)
 
     # 3) Check the model, and compute logits to compare the saved artifact with
@@ -135,6 +142,11 @@ def write_stage_report(stage: Technique, folder: Path) -> None:
     stage.report(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def is_follower(planned: Plan) -> bool:
+    """Return whether another process checks and writes what this one trains."""
+    return planned.team is not None and planned.team.rank > 0
 
 
 def announce_training(planned: Plan, training: Training, **stage: str) -> None:

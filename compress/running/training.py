@@ -23,6 +23,7 @@ from compress.models.backbone import limit_length
 from compress.models.layers import apply_masks, find_zeros, unwrap_model
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
+from compress.reporting.tensorboard import hide_events
 from compress.running.batch_size import fit_batch_size
 from compress.running.resume import Checkpoints, make_trainer_options
 from compress.tasks.kinds import higher_is_better
@@ -149,6 +150,7 @@ def fit_module(
             log.info(f"  {name}: its training was stopped, cannot be resumed and starts again")
         for old in (best, logs):
             remove_path(old)
+    logs.mkdir(exist_ok=True)
 
     # 3) Train
     if training.epochs:
@@ -165,7 +167,13 @@ def fit_module(
         **make_trainer_options(hardware, together=team is not None),
         accumulate_grad_batches=training.accumulate,
         callbacks=[*callbacks, *([checkpoints] if resumes else []), *([StageBar(name)] if bar else [])],
-        logger=TensorBoardLogger(into, name=logs.name, version="", purge_step=checkpoints.step(last) if last else None),
+        logger=TensorBoardLogger(
+            into,
+            name=logs.name,
+            version="",
+            default_hp_metric=False,
+            purge_step=checkpoints.step(last) if last else None,
+        ),
         default_root_dir=into,
         enable_checkpointing=resumes or training.epochs > 1,
         enable_progress_bar=bar,
@@ -174,8 +182,11 @@ def fit_module(
         log_every_n_steps=min(10, len(data.train_dataloader())),  # small tasks too
     )
     begin = time.perf_counter()
-    with team.training(hardware) if team else nullcontext():
-        trainer.fit(module, datamodule=data, ckpt_path=last)
+    try:
+        with team.training(hardware) if team else nullcontext():
+            trainer.fit(module, datamodule=data, ckpt_path=last)
+    finally:
+        hide_events(logs)  # the cache is below multirun/, and every job has a copy of them
     if not trainer.state.finished or trainer.current_epoch < training.epochs:
         raise KeyboardInterrupt  # Lightning has ended normally
     means = {"train": "train/epoch_loss", "validation": "validation/loss"}

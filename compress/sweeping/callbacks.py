@@ -23,7 +23,6 @@ from compress.reporting.folder import SWEEP, RunFolder
 from compress.reporting.jobs import gather_rows
 from compress.reporting.report import publish_report
 from compress.reporting.rows import drop_repeated_baselines
-from compress.reporting.tables import label_rows
 from compress.reporting.tensorboard import write_overlay
 from compress.sweeping.live import Lines, name_jobs
 
@@ -49,7 +48,7 @@ class SweepReport(Callback):
             rows = publish_report(folder, drop_repeated_baselines(gather_rows(folder, begun)))
             if write_curves(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
-            write_overlay(folder, rows, label_rows(rows))
+            write_overlay(folder, rows)
             print(f"  TensorBoard: tensorboard --logdir {folder / 'tensorboard'}")
         except Exception as error:  # Hydra would log a warning, and the sweep would succeed
             reason = explain_error(error)

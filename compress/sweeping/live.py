@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from compress.planning.chain import expand_jobs, read_chain_name
+from compress.reporting.escaping import make_printable
 from compress.reporting.jobs import CONFIG, STAGE, find_jobs, find_result, job_number
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def read_job_state(name: str, job: Path) -> State:
     start, end = (job / CONFIG).stat().st_mtime, 0.0
     with suppress(FileNotFoundError):
         result = find_result(job)
-        rows, end = json.loads(result.read_text())["rows"], result.stat().st_mtime
+        rows, end = json.loads(result.read_text(encoding="utf-8"))["rows"], result.stat().st_mtime
     if end < start:  # the result is of an earlier run
         stage = "starting"
         with suppress(FileNotFoundError):
@@ -89,14 +90,15 @@ def summarise_states(states: list[State]) -> str:
 def draw_states(states: list[State]) -> Group:
     """Return a line for every job, and a summary, for the terminal."""
     from rich.console import Group
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     lines = Table.grid(padding=(0, 2))
     colours = {"queued": "dim", "running": "", "done": "green", "failed": "red"}
     for job in states:
         seconds = f"{job.seconds:.0f} s" if job.seconds else ""
-        lines.add_row(escape(job.name), job.state, seconds, escape(job.what), style=colours[job.state])
+        name, what = Text(make_printable(job.name)), Text(make_printable(job.what))
+        lines.add_row(name, job.state, seconds, what, style=colours[job.state])
     return Group(lines, summarise_states(states))
 
 

@@ -44,7 +44,6 @@ from compress.reporting.tables import (
     figure_columns,
     format_figures,
     format_title,
-    label_rows,
     summarise_seeds,
 )
 from compress.reporting.tensorboard import differing_settings, write_overlay
@@ -144,7 +143,7 @@ def drawn(rows, width):
     lines = [line for line in console.file.getvalue().splitlines() if line[0] in "┃│"]
     cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
     shown = ["".join(column) for column in zip(*cells)]
-    expected = [str(column.header) + "".join(column.cells) for column in table.columns]
+    expected = [str(column.header) + "".join(map(str, column.cells)) for column in table.columns]
     assert [text.replace(" ", "") for text in shown] == [re.sub(r"\s", "", text) for text in expected]
     assert max(map(len, console.file.getvalue().splitlines())) <= width
     return [str(column.header).replace("\n", " ") for column in table.columns]
@@ -323,7 +322,7 @@ def test_a_sweep_in_tensorboard_has_short_names_and_charts_over_all_of_it(tmp_pa
                 writer.add_scalar(tag, number)
     begin(tmp_path / "2_job")
     rows = drop_repeated_baselines(gather_rows(tmp_path))
-    write_overlay(tmp_path, rows, label_rows(rows))
+    write_overlay(tmp_path, rows)
     folder = tmp_path / "tensorboard"
     # A run for each row with its own training: once for the baseline, none if nothing was trained.
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("events*")}
