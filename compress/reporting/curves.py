@@ -32,7 +32,7 @@ def write_curves(folder: Path, rows: list[Row]) -> list[Path]:
     from torch.utils.tensorboard import SummaryWriter
 
     (folder / "curves").mkdir(exist_ok=True)
-    paths = []
+    paths: list[Path] = []
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for name, figure in figures.items():
             content = io.BytesIO()

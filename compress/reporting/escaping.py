@@ -84,7 +84,9 @@ def plain_figures() -> Iterator[None]:
     """
     import matplotlib
 
-    settings = {"text.parse_math": False, "text.usetex": False, "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "svg.fonttype": "none"}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -150,7 +150,7 @@ def fit_module(
             log.info(f"  {name}: its training was stopped, cannot be resumed and starts again")
         for old in (best, logs):
             remove_path(old)
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
 
     # 3) Train
     if training.epochs:

@@ -8,10 +8,12 @@ import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tokens import splits, tokenizer  # noqa: F401  (a fixture)
 
 from compress.errors import UserError
 from compress.planning.settings import Hardware
+from compress.reporting.tensorboard import reveal_events
 from compress.running import resume
 from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
 from compress.tasks.metrics import TaskMetrics
@@ -104,6 +106,12 @@ def test_a_process_that_is_asked_to_stop_saves_first_and_then_obeys_its_own_hand
     assert last.name.startswith("7-")
     again = fit("nothing")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+    logs = tmp_path / "stopped" / "tensorboard"
+    assert not list(logs.rglob("*tfevents*"))  # `tensorboard --logdir multirun` leaves the cache out
+    reveal_events(logs)
+    events = EventAccumulator(str(logs)).Reload()
+    assert [event.step for event in events.Scalars("validation/loss")] == [4, 9, 14]
+    assert "hp_metric" not in events.Tags()["scalars"]  # a second session of the job in HParams
 
 
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])

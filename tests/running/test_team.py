@@ -7,17 +7,23 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 from pytorch_lightning.demos.boring_classes import BoringModel
 from small import SMALL
 from test_command_line import ROOT
+from test_conf import CONF
 
 from compress.cache.digests import compute_checksum
 from compress.errors import UserError
 from compress.planning.settings import Hardware
+from compress.running import stages
+from compress.running.experiment import prepare_experiment
 from compress.running.resume import Checkpoints, make_trainer_options
 from compress.running.team import Team, set_rank_variables
 
@@ -49,6 +55,23 @@ def test_two_processes_that_were_stopped_end_like_two_uninterrupted_ones(tmp_pat
         assert ("resumes after step" in output) == stopped
         weights.append(compute_checksum(folder / "run" / "artifact" / "model.safetensors"))
     assert weights[0] == weights[1]
+
+
+def test_another_process_trains_and_writes_nothing(monkeypatch, tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*SMALL, "technique=prune", f"cache.dir={tmp_path}/cache"])
+    first, splits, _ = prepare_experiment(cfg)
+    second = replace(first, team=SimpleNamespace(rank=1))
+    trained = []
+    monkeypatch.setattr(stages, "fit_module", lambda *args: trained.append(args[-1]) or (args[-3], 1.0, {}))
+    for name in ("baseline", "own baseline", "own stage"):
+        (tmp_path / name).mkdir()
+    stages.write_baseline(first, splits, tmp_path / "baseline")
+    stages.write_baseline(second, splits, tmp_path / "own baseline")
+    source = tmp_path / "baseline"
+    stages.apply_stage(second, splits, second.steps[0], source, source, tmp_path / "own stage")
+    assert trained == ["baseline", "baseline", "prune"] and (source / "model.safetensors").is_file()
+    assert not [*(tmp_path / "own baseline").iterdir(), *(tmp_path / "own stage").iterdir()]
 
 
 @pytest.fixture
