@@ -172,6 +172,15 @@ def find_zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
+def find_pruned_layers(model: nn.Module, least: float = 0.05) -> dict[str, float]:
+    """Return the share of zeros of each layer with at least that share, by name.
+
+    A rounded weight may be zero by chance, and a layer of zeros alone was initialised so rather than pruned.
+    """
+    shares = {name: mask.float().mean().item() for name, mask in find_zeros(model).items()}
+    return {name: share for name, share in shares.items() if least <= share < 1}
+
+
 def digest_tensor(tensor: Tensor) -> bytes:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(content.data, digest_size=16).digest()

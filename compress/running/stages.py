@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 
 from compress.artifacts.artifact import Description, Done, load_artifact, write_artifact
 from compress.formats.packed import freeze_weights, list_packed_layers
-from compress.models.layers import unwrap_model
+from compress.models.layers import find_pruned_layers, unwrap_model
 from compress.planning.plan import Plan, Step, check_blocks
 from compress.planning.settings import to_plain
 from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
@@ -55,19 +55,27 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     check_blocks(planned, data)
     for note in filter(None, map(data.describe_cut, SPLITS)):
         log.info(f"  {note}")
-    seconds, losses = 0.0, dict[str, float]()
+    seconds, losses, limits = 0.0, dict[str, float](), []
+    if not trained and not training.epochs:
+        limits.append("baseline: some weights are random and were not trained, so the quality is meaningless")
     if training.epochs:
         module = FineTune(model, TaskMetrics(planned.task), training)
-        training, seconds, losses = fit_module(module, [], data, planned, training, into, "baseline")
+        callbacks: list[pl.Callback] = []
+        if pruned := find_pruned_layers(model):
+            callbacks.append(HoldZeros(pruned))
+            low, high = min(pruned.values()), max(pruned.values())
+            zeros = f"{low:.0%} to {high:.0%} zeros in {len(pruned)} layers"
+            limits.append(f"baseline: the model was pruned before ({zeros}), and its zeros are kept")
+            log.info(f"  {limits[-1].removeprefix('baseline: ')}")
+        training, seconds, losses = fit_module(module, callbacks, data, planned, training, into, "baseline")
     if is_follower(planned):
         return
     (into / "tensorboard").mkdir(exist_ok=True)
-    untrained = "baseline: some weights are random and were not trained, so the quality is meaningless"
     description = Description(
         kind=planned.task.kind,
         model=planned.backbone.name,
         task=planned.task.name,
-        limits=() if trained or training.epochs else (untrained,),
+        limits=tuple(limits),
         history=(Done("baseline", to_plain(training), seconds, trained=training.epochs > 0, losses=losses),),
     )
     write_artifact(into, model, tokenizer, description)

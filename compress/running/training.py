@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -195,17 +196,24 @@ def fit_module(
 
 
 class HoldZeros(pl.Callback):
-    """Keeps weights at zero that are zero when the training starts: no stage may fill in pruned weights."""
+    """Keeps weights at zero that are zero when the training starts: no stage may fill in pruned weights.
+
+    Args:
+        layers: names of the layers whose zeros are kept; by default all.
+    """
 
     resumes = True
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Collection[str] | None = None) -> None:
+        self.layers = layers
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         trained = {
-            name: zero for name, zero in find_zeros(model).items() if model.get_submodule(name).weight.requires_grad
+            name: zero
+            for name, zero in find_zeros(model).items()
+            if model.get_submodule(name).weight.requires_grad and (self.layers is None or name in self.layers)
         }
         self.masks = {name: ~zero for name, zero in trained.items()}
 
