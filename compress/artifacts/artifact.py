@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compress import __version__
 from compress.cache.files import apply_umask
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
 from compress.runtimes.processor import require_exact_sums
-from compress.runtimes.runtime import import_runtime
+from compress.runtimes.runtime import check_runtime, import_runtime
+from compress.tasks.kinds import KINDS
 from compress.technique import Technique
 
 DESCRIPTION = "compress.json"
+CHECKED = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Done:
     """A finished step of a chain.
 
@@ -37,9 +42,9 @@ class Done:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Description:
-    """The content of an artifact's ``compress.json``."""
+    """The content of an artifact's ``compress.json``. ``version`` is that of the `compress` that wrote it."""
 
     kind: str
     model: str
@@ -48,6 +53,7 @@ class Description:
     weights: str = "float"
     limits: tuple[str, ...] = ()
     history: tuple[Done, ...] = field(default_factory=tuple)
+    version: str = __version__
 
     @property
     def method(self) -> str:
@@ -107,23 +113,49 @@ def read_description(folder: Path | str, kind: str | None = None) -> Description
     """Return the artifact's description. A plain Hugging Face folder has none and is taken as a model of ``kind``.
 
     Raises:
-        UserError: the folder does not exist, or the kind of task is unknown.
+        UserError: the folder does not exist, the kind of task is unknown, or the description is not one of ours.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Set artifact=FOLDER to the `artifact` folder of a run.")
     path = folder / DESCRIPTION
     if path.is_file():
-        content = json.loads(path.read_text())
-        content["history"] = tuple(Done(**done) for done in content["history"])
-        content["limits"] = tuple(content["limits"])
-        known = {f.name for f in fields(Description)}
-        return Description(**{key: value for key, value in content.items() if key in known})
+        return parse_description(path)
     if kind is None:
         raise UserError(
             f"{folder} has no {DESCRIPTION}, so the model's task is unknown. Name a task as well (task=sst2)."
         )
     return Description(kind=kind, model=folder.name, task="")
+
+
+def parse_description(path: Path) -> Description:
+    """Return the content of a ``compress.json``, which may be a stranger's. Nothing that it names is imported before
+    it is known to be ours.
+
+    Raises:
+        UserError: a key is missing or unknown, or a value is of the wrong type or names no kind or runtime.
+    """
+    wrong, content = "", None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        description = Description(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        wrong = f"{where} is {first['input']!r:.80}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        if first["type"] == "missing":
+            wrong = f"{where} is not set"
+    except (TypeError, ValueError) as error:
+        wrong = f"it holds no description; {error}"
+    else:
+        if description.kind not in KINDS:
+            wrong = f"kind is {description.kind!r}; expected one of {', '.join(KINDS)}"
+    if wrong:
+        version = content.get("version") if isinstance(content, dict) else None
+        by = f"It was written by compress {version}; this is {__version__}" if version else f"This is {__version__}"
+        raise UserError(f"{path}: {wrong}. {by}. Set artifact to a folder that this version can read.")
+    check_runtime(description.runtime, f"{path}: runtime", stored=True)
+    return description
 
 
 def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from compress.cache.digests import fingerprint_files
 from compress.errors import UserError
 from compress.hub import offline_if_unreachable
+from compress.install import format_command
 from compress.models.families import find_conventions
 from compress.models.layers import find_blocks
 from compress.models.shapes import build_cut_class
@@ -36,6 +40,9 @@ from compress.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
+
+log = logging.getLogger(__name__)
+TRUST = "COMPRESS_TRUST_REMOTE_CODE"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -68,8 +75,14 @@ class Backbone:
             )
 
     def configuration(self, task: Task) -> PretrainedConfig:
-        """Return the architecture with the head that ``task`` needs; only ``config.json`` is read."""
+        """Return the architecture with the head that ``task`` needs; only ``config.json`` is read.
+
+        Raises:
+            UserError: the weights are quantized already, or the architecture has no such head.
+        """
         config = self._pretrained(AutoConfig) if self.path else self._from_config()
+        if self.path:
+            refuse_quantized(config, self.path, "model.path")
         kind = KINDS[task.kind]
         if kind.generates and not is_decoder(config):
             raise UserError(
@@ -173,8 +186,11 @@ class Backbone:
 def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> Any:
     """Return ``auto.from_pretrained(path)``; ``what`` and ``key`` name the model and its setting in errors.
 
+    Python code that is stored with a model runs only with ``COMPRESS_TRUST_REMOTE_CODE=1`` in the environment.
+    (Without an answer transformers would ask for one in the terminal.)
+
     Raises:
-        UserError: ``path`` is neither a readable model folder nor an available model of the hub.
+        UserError: ``path`` is neither a readable model folder nor an available model of the hub, or needs such code.
     """
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -184,8 +200,17 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
         )
     try:
         with nullcontext() if folder.is_dir() else offline_if_unreachable():
-            return auto.from_pretrained(str(folder) if folder.is_dir() else path, **kwargs)
+            trusted = os.environ.get(TRUST) == "1"
+            loaded = auto.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=trusted, **kwargs)
+            if not trusted and "auto_map" in getattr(loaded, "init_kwargs", ()):
+                warn_of_code(path)
+            return loaded
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what}: {path} needs Python code of its own, which is not run unless you trust it. Read the *.py "
+                f"files there, then set {TRUST}=1 in the environment."
+            ) from error
         reason = join_lines(error)[:300]
         if folder.is_dir():
             raise UserError(
@@ -196,6 +221,25 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
             f"Set {key} to a folder with the model's files (config.json, tokenizer, *.safetensors), or to null to "
             "build the architecture at random weights."
         ) from error
+
+
+@cache
+def warn_of_code(path: str) -> None:
+    log.warning(
+        f"  {path} has Python code of its own for its tokenizer, which is not run; the tokenizer is the one that "
+        f"transformers has for the model. Set {TRUST}=1 in the environment if you trust the code."
+    )
+
+
+def refuse_quantized(config: PretrainedConfig, path: str, key: str) -> None:
+    """Raise UserError if the weights at ``path``, the value of ``key``, are quantized already."""
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method", "a packed format") if isinstance(stored, dict) else stored.quant_method
+        raise UserError(
+            f"{key} is {path}, whose weights are quantized already ({getattr(method, 'value', method)}); training and "
+            f"compression start from floats. Set {key} to the model that it was made from, or measure it as it is: "
+            f"{format_command('evaluate')} artifact={path} task=..."
+        )
 
 
 def join_lines(error: Exception) -> str:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import find_auto_class, from_pretrained, load_weights
+from compress.models.backbone import find_auto_class, from_pretrained, load_weights, refuse_quantized
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.shapes import drop_blocks
@@ -111,6 +111,7 @@ def load_student(
     """
     what = "Student"
     config = from_pretrained(AutoConfig, path, what, key)
+    refuse_quantized(config, path, key)
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
     auto = find_auto_class(detect_task_kind(model), config)

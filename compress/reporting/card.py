@@ -78,12 +78,13 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
     The base model and the data set are named only if they are on the hub.
     """
     pipeline = KINDS[description.kind].pipeline
-    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").is_file() else OmegaConf.create()
-    path = OmegaConf.select(config, "model.path")
+    file = folder / "config.yaml"
+    config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else {}
+    path, task = (config.get("model") or {}).get("path"), config.get("task") or {}
     base = str(path) if path and not Path(path).exists() else None
-    hub = None if OmegaConf.select(config, "task.path") else OmegaConf.select(config, "task.hub")
+    hub = None if task.get("path") else task.get("hub")
     data: dict[str, Any] = {
-        "dataset_type": hub.id if hub else description.task,
+        "dataset_type": hub["id"] if hub else description.task,
         "dataset_name": description.task,
         "dataset_config": hub.get("config") if hub else None,
         "dataset_split": hub.get(measured.split) if hub else measured.split,
@@ -94,7 +95,7 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
     ]
     return ModelCardData(
         base_model=base,
-        datasets=[hub.id] if hub else None,
+        datasets=[hub["id"]] if hub else None,
         library_name=import_runtime(description.runtime).LIBRARY,
         pipeline_tag=pipeline,
         tags=["compress"],

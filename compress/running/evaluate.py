@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress.artifacts import artifact
 from compress.artifacts.artifact import Artifact, load_artifact, read_description
@@ -20,7 +22,7 @@ from compress.cache.files import write_atomically
 from compress.errors import UserError
 from compress.measuring.measure import measure_artifacts
 from compress.models.backbone import has_task_labels
-from compress.planning.settings import parse_values, read_settings, to_plain
+from compress.planning.settings import find_strings, parse_values, read_settings, to_plain
 from compress.quiet import silence_libraries
 from compress.reporting import jobs, report
 from compress.reporting.compare import describe_changes
@@ -171,10 +173,30 @@ def read_task(cfg: DictConfig) -> dict:
     own = Path(cfg.artifact) / "config.yaml"
     given = cfg.get("task") or {}
     if "name" not in given and own.is_file():
-        given = OmegaConf.merge(OmegaConf.load(own).task, given)
+        given = OmegaConf.merge(read_recorded_task(own), given)
     if "name" not in given:
         raise UserError(f"task is not set and {cfg.artifact} does not name its own. Set task=sst2 or another task.")
     return to_plain(OmegaConf.create(given))
+
+
+def read_recorded_task(path: Path) -> Any:
+    """Return the task in the config of an artifact, which may be a stranger's.
+
+    Raises:
+        UserError: the file is no config of a run, or has an interpolation, which would be resolved in our environment.
+    """
+    try:
+        task: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)["task"]  # type: ignore[call-overload, index]
+    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{path} is no config of a run ({type(error).__name__}). Set task=sst2 or another task."
+        ) from None
+    if interpolations := [text for text in find_strings(task) if "${" in text]:
+        raise UserError(
+            f"{path}: task holds {interpolations[0]}; a run stores plain values. Write the value there, or set "
+            "task=sst2 or another task."
+        )
+    return OmegaConf.create(task)
 
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:

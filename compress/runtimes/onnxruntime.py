@@ -17,9 +17,10 @@ from compress.formats.nbits import read_integers
 from compress.formats.onnx import Graph
 from compress.models.backbone import from_pretrained
 from compress.runtimes.decoder import Decoder
-from compress.runtimes.runtime import Loading, require_packages
+from compress.runtimes.runtime import Loading, explain_unreadable, require_packages
 from compress.tasks.kinds import KINDS
 
+GRAPH = "model.onnx"
 STAGE = "onnx"
 DEVICES = ("cpu",)
 PACKAGES = ("onnx", "onnxruntime")
@@ -111,10 +112,12 @@ def load(folder: Path, kind: str) -> Model:
     """Return the graph, ready to run.
 
     Raises:
-        UserError: ONNX Runtime is not installed, or ``folder`` has no config of its model.
+        UserError: ONNX Runtime is not installed, or ``folder`` has no config or no graph that it can read.
     """
     require_packages(STAGE, folder, PACKAGES)
-    return Model(folder / "model.onnx", from_pretrained(AutoConfig, str(folder), "Artifact", "artifact"))
+    config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
+    with explain_unreadable(folder, GRAPH):
+        return Model(folder / GRAPH, config)
 
 
 def describe_loading(folder: Path, kind: str) -> Loading:

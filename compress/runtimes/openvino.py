@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from compress.models.backbone import from_pretrained
 from compress.quiet import disable_telemetry
 from compress.runtimes.decoder import Decoder
-from compress.runtimes.runtime import Loading, require_packages
+from compress.runtimes.runtime import Loading, explain_unreadable, require_packages
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
 STAGE = "openvino"
@@ -42,6 +42,8 @@ SCALE, ZERO = "/fq_weights_1/scale", "/fq_weights_1/zero_point"
 """Endings that NNCF adds to a weight's name for the scales and zero points of its integers."""
 AROUND = ("/fq_", "/nncf_smooth_quant", "rotary_emb")
 """Parts of the names of constants that are not weights: scales, ranges, and the angles of positions."""
+OURS = {"INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION", "LP_TRANSFORMS_MODE"}
+"""What an artifact may set of OpenVINO: arithmetic, and nothing that names files."""
 HERE = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 """Settings for one caller that waits for each batch: all threads at once, on any core, as PyTorch's threads run."""
 
@@ -136,11 +138,15 @@ def load(folder: Path, kind: str) -> Model:
     """Return the graph, ready to run.
 
     Raises:
-        UserError: OpenVINO is not installed, or ``folder`` has no config of its model.
+        UserError: OpenVINO is not installed, or ``folder`` has no config or no graph that it can read.
     """
     require_packages(STAGE, folder, PACKAGES)
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
-    return Model(folder / GRAPH, json.loads((folder / SETTINGS).read_text()), config)
+    with explain_unreadable(folder, GRAPH, SETTINGS):
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if unknown := sorted(set(settings) - OURS):
+            raise ValueError(f"{SETTINGS} sets {', '.join(unknown)}")
+        return Model(folder / GRAPH, settings, config)
 
 
 def describe_loading(folder: Path, kind: str) -> Loading:

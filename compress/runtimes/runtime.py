@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -70,11 +71,23 @@ def iterate_runtimes() -> Iterator[str]:
             yield module.name
 
 
-def check_runtime(name: str, key: str) -> None:
-    """Raise UserError if no runtime has this name, the value of ``key``."""
-    known = list(iterate_runtimes())
+def check_runtime(name: str, key: str, stored: bool = False) -> None:
+    """Raise UserError if no runtime has this name, the value of ``key``, or none that loads ``stored`` artifacts."""
+    known = [each for each in iterate_runtimes() if not stored or hasattr(import_runtime(each), "load")]
     if name not in known:
         raise UserError(f"{key} is {name!r}; input should be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
+
+
+@contextlib.contextmanager
+def explain_unreadable(folder: Path, *files: str) -> Iterator[None]:
+    """Raise UserError if one of the files is missing from ``folder``, or if what reads them fails."""
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise UserError(f"{folder} holds no {missing[0]}, which its runtime loads. Set artifact to a complete folder.")
+    try:
+        yield
+    except Exception as error:  # each library has exceptions of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / files[0]} cannot be read ({reason}). Set artifact to another folder.") from error
 
 
 def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, has_task_labels, is_decoder, limit_length, set_pad_token, train_tokenizer
-from compress.models.layers import find_blocks, find_linears, find_zeros
+from compress.models.layers import find_blocks, find_linears, find_pruned_layers, find_zeros
+from compress.models.students import load_student
 from compress.tasks.task import Task
 
 TEXTS = ["the soup was very good .", "the room was not bad at all", "a film, slow; but fine!"] * 20
@@ -169,3 +170,35 @@ def test_real_decoder_weights_give_their_published_loss(shared_models, shared_da
     blocks_of_256 = ids[0, : len(ids[0]) // 256 * 256].view(-1, 256)
     with torch.inference_mode():
         assert model.eval()(input_ids=blocks_of_256, labels=blocks_of_256).loss.item() == pytest.approx(1.73, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_a_model_that_is_quantized_already_starts_no_chain(tmp_path, stored):
+    config = AutoConfig.for_model(**BERT.config)
+    config.quantization_config = stored
+    config.save_pretrained(tmp_path)
+    method = stored["quant_method"]
+    with pytest.raises(
+        UserError, match=rf"model.path is {tmp_path}, whose .* already \({method}\).* artifact={tmp_path} "
+    ):
+        Backbone(name="b", path=str(tmp_path)).skeleton(CLASSES)
+    with pytest.raises(UserError, match=rf"distill.student.path is {tmp_path}, whose weights are quantized already"):
+        load_student(str(tmp_path), tiny.bert(), "technique.distill.student.path", weights=False)
+
+
+def test_a_pruned_layer_has_many_zeros_but_not_zeros_alone():
+    model = tiny.bert()
+    (first, one), (second, other), (_, chance) = list(find_linears(model))[:3]
+    with torch.no_grad():
+        one.weight[: len(one.weight) // 2] = 0
+        other.weight.zero_()
+        chance.weight[0, 0] = 0
+    assert find_pruned_layers(model) == {first: 0.5}

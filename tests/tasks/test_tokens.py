@@ -236,3 +236,13 @@ def test_the_share_of_texts_that_are_cut_is_exact(tokenizer):
     assert TaskData(splits("lm"), tokenizer, max_length=8).describe_cut("test") == ""
     pairs = TaskData(splits(text_pair=["w1"] * 40), tokenizer, max_length=6)
     assert f"test: {sum(length + 2 > 6 for length in lengths)} of 11" in pairs.describe_cut("test")
+
+
+def test_text_is_tokenised_without_a_copy_of_the_trainer_and_its_model(tokenizer, tmp_path):
+    class Trainer:
+        def __reduce__(self):
+            raise AssertionError("the trainer was pickled")
+
+    data = TaskData(splits(), tokenizer, max_length=16, batch_size=8, tokens=tmp_path)
+    data.trainer = Trainer()
+    assert len(data.tokenised("train")) == 40
