@@ -44,7 +44,7 @@ class Report:
     path: Path
 
     def __str__(self) -> str:
-        return (self.path.parent / "results.md").read_text()
+        return (self.path.parent / "results.md").read_text(encoding="utf-8")
 
     _repr_markdown_ = __str__
 

@@ -27,6 +27,7 @@ from compress.quiet import silence_libraries
 from compress.reporting import jobs, report
 from compress.reporting.compare import describe_changes
 from compress.reporting.curves import write_curves
+from compress.reporting.escaping import escape_markdown, make_rows_printable
 from compress.reporting.folder import ARTIFACT, PAGE, SWEEP, RunFolder
 from compress.reporting.jobs import gather_rows
 from compress.reporting.report import record_failure, write_result
@@ -56,9 +57,10 @@ def main(cfg: DictConfig) -> int:
         owned = True
         if cfg.compare:
             folders = check_two_folders(cfg.compare)
-            lines = describe_changes(*(gather_rows(find_results_folder(path)) for path in folders))
+            before, after = (make_rows_printable(gather_rows(find_results_folder(path))) for path in folders)
+            lines = describe_changes(before, after)
             run.register(["comparison.md"])
-            write_atomically(run.path / "comparison.md", "".join(f"- {line}\n" for line in lines))
+            write_atomically(run.path / "comparison.md", "".join(f"- {escape_markdown(line)}\n" for line in lines))
             print(*lines, sep="\n")
         elif cfg.report:
             rows = choose_rows(cfg)
