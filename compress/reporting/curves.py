@@ -148,7 +148,7 @@ def draw_curve(rows: list[Row], name: str) -> Figure:
         panel.legend(
             handles,
             labels,
-            loc="outside right upper",
+            loc="outside right center",
             title=",\n".join(map(shorten_label, varying)),
             ncols=math.ceil(len(labels) / 24),
             fontsize=8,

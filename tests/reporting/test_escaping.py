@@ -1,5 +1,6 @@
 """Labels, methods, reasons and paths of any characters reach every part of a report as they are."""
 
+import ast
 import base64
 import csv
 import io
@@ -27,6 +28,7 @@ from test_report import WORSE, answered, begin
 from torch.utils.tensorboard import SummaryWriter
 
 from compress.artifacts.artifact import Done
+from compress.cache import files
 from compress.measuring.predictions import compare_predictions
 from compress.reporting import report
 from compress.reporting.card import write_card
@@ -177,7 +179,7 @@ def check_report(folder, text):
     assert methods == {"none", shown}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(TEXTS)
 def test_every_medium_shows_the_text_itself(text):
     shown = make_printable(text)
@@ -198,7 +200,7 @@ def test_every_medium_shows_the_text_itself(text):
     assert console.file.getvalue()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(TEXTS, TEXTS)
 def test_a_name_is_that_of_a_file_in_the_folder(first, second):
     name = make_file_name(first)
@@ -240,6 +242,16 @@ def test_hidden_events_are_unknown_to_tensorboard_until_they_are_revealed(tmp_pa
     assert not list(GetLogdirSubdirectories(str(tmp_path)))
     reveal_events(tmp_path)
     assert sorted(tmp_path.rglob("events*")) == names
+
+
+@pytest.mark.parametrize(
+    "path", [*Path(report.__file__).parent.glob("*.py"), Path(files.__file__)], ids=lambda path: path.stem
+)
+def test_no_file_of_a_report_depends_on_the_locale(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text", "open"):
+            binary = any(isinstance(each, ast.Constant) and each.value == "rb" for each in node.args)
+            assert binary or "encoding" in [word.arg for word in node.keywords], f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
