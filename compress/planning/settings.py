@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -144,6 +144,15 @@ def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) 
         raise UserError(f"{where} is {wrong.get('input')!r}; {reason}.") from None
     except TypeError as error:
         raise UserError(f"{key}: {error}; expected {', '.join(inspect.signature(schema).parameters)}.") from None
+
+
+def find_strings(value: Any) -> Iterator[str]:
+    """Yield all strings in nested containers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from find_strings(item)
 
 
 def to_plain(node: Any) -> Any:
