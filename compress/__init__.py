@@ -36,7 +36,7 @@ def _find_stages() -> dict[str, str]:
     from compress.install import CONF
 
     targets = (
-        re.search(r"^_target_: (\S+)\.(\w+)", file.read_text(), re.MULTILINE)
+        re.search(r"^_target_: (\S+)\.(\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
         for file in (CONF / "technique" / "stage").glob("*.yaml")
     )
     return {target[2]: target[1] for target in targets if target}

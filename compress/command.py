@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import platform
+import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,11 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import compress
-from compress.install import CONF
+from compress.errors import UserError
+from compress.install import CONF, format_command
 from compress.planning import chain
 from compress.planning.advice import report_user_errors
 from compress.planning.recorded import resume_words
-from compress.planning.words import quote_value
+from compress.planning.words import arrange_words, quote_value
 from compress.quiet import escape_unencodable_output
 from compress.sweeping import sweeper  # noqa: F401  registers the sweepers, after the chain has had Hydra find its own
 
@@ -24,12 +28,16 @@ from compress.sweeping import sweeper  # noqa: F401  registers the sweepers, aft
 def run_train_job(cfg: DictConfig) -> None:
     from compress.running import job  # not at the top: --help, --cfg job and Tab need no torch
 
+    if "technique" not in cfg:
+        sys.exit(f"The config has no technique. Set --config-name to one for {format_command('train')}.")
     exit_if_failed(job.main(cfg))
 
 
 def run_evaluate_job(cfg: DictConfig) -> None:
     from compress.running import evaluate  # not at the top either
 
+    if "where" not in cfg:
+        sys.exit("The config has no artifact to measure. Remove --config-name.")
     exit_if_failed(evaluate.main(cfg))
 
 
@@ -42,14 +50,24 @@ def exit_if_failed(status: int) -> None:
 def train(words: list[str] | None = None) -> None:
     """Run `train.py` with the words of its command line, or those in ``sys.argv``."""
     with report_user_errors():
-        words = chain.prepare_overrides(resume_words(sys.argv[1:] if words is None else words))
-        run_hydra("train", run_train_job, words)
+        check_system()
+        words = arrange_words(resume_words(sys.argv[1:] if words is None else words))
+        run_hydra("train", run_train_job, chain.prepare_overrides(words))
 
 
 def evaluate(words: list[str] | None = None) -> None:
     """Run `evaluate.py` with the words of its command line, or those in ``sys.argv``."""
     with report_user_errors():
-        run_hydra("evaluate", run_evaluate_job, sys.argv[1:] if words is None else words)
+        check_system()
+        words = arrange_words(sys.argv[1:] if words is None else words)
+        # The artifact names its own task, whose settings the config has not read yet.
+        run_hydra("evaluate", run_evaluate_job, [re.sub(r"^(?=task\.)", "++", word) for word in words])
+
+
+def check_system() -> None:
+    """Raise UserError on Windows, whose Python lacks modules that every run needs."""
+    if find_spec("fcntl") is None:
+        raise UserError(f"{platform.system()} is not supported; expected Linux or macOS. Use WSL: wsl --install")
 
 
 def run_hydra(name: str, task: Callable[[DictConfig], None], words: list[str]) -> None:

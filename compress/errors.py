@@ -5,6 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+UNRESOLVED = (
+    "InterpolationKeyError",
+    "InterpolationResolutionError",
+    "InterpolationToMissingValueError",
+    "MissingMandatoryValue",
+)
+"""OmegaConf's errors for a value that is missing. The maths raises the errors of this module and imports no configs."""
+
 
 class UserError(Exception):
     """A user's mistake, in one sentence: what was found, what was expected, what to type."""
@@ -22,8 +30,12 @@ def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def explain_error(error: BaseException) -> str:
-    """Return a sentence if memory ran out or a disk is full or not writable; empty for any other error."""
+    """Return a sentence if memory ran out, a disk is full or not writable, or a setting refers to nothing; empty for
+    any other error."""
     for cause in iterate_causes(error):
+        if type(cause).__name__ in UNRESOLVED:
+            key, reason = getattr(cause, "full_key", ""), str(cause).partition("\n")[0]
+            return f"{key} has no value ({reason}). Set {key}=VALUE, or set what it refers to."
         number, where, why = (
             (cause.errno, cause.filename, cause.strerror) if isinstance(cause, OSError) else (None, None, "")
         )

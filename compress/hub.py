@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+ENVIRONMENT = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_DIR", "SSL_CERT_FILE")
+"""What the hub's client reads, in either case."""
 
 
 @contextlib.contextmanager
@@ -22,11 +28,16 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def is_reachable(url: str, timeout_s: float = 5) -> bool:
-    """Return whether ``url`` answers, through the environment's proxies, as the hub's own client would ask."""
+    """Return whether ``url`` answers, through the environment's proxies, as the hub's own client would ask. Log what is
+    wrong with the environment if the client cannot start in it."""
     import httpx
 
     try:
         httpx.head(url, timeout=timeout_s)
     except httpx.HTTPError:
+        return False
+    except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+        names = sorted(name for name in os.environ if name.upper() in ENVIRONMENT)
+        log.warning(f"The hub cannot be asked: {str(error).rstrip('.')}. Correct or unset {', '.join(names)}.")
         return False
     return True

@@ -105,7 +105,7 @@ def write_artifact(
     else:
         (stage or Technique()).save(model, folder)
     tokenizer.save_pretrained(folder)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str))
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str), encoding="utf-8")
     apply_umask(folder)  # safetensors writes weights for their owner alone
 
 

@@ -189,7 +189,7 @@ def make_manifest(folder: Path) -> dict[str, str]:
 def find_damage(entry: Path) -> str:
     """Return what is wrong with an entry; empty if it is as it was written."""
     try:
-        written = json.loads((entry / MANIFEST).read_text())["files"]
+        written = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return f"{MANIFEST} cannot be read"
     current = make_manifest(entry)
@@ -218,7 +218,7 @@ class Entry:
         if self.is_stopped:
             return "a stopped training"
         try:
-            content = json.loads((self.path / "compress.json").read_text())
+            content = json.loads((self.path / "compress.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return "unfinished" if self.path.suffix else self.path.name
         method = "+".join(done["name"] for done in content["history"])

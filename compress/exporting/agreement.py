@@ -33,7 +33,7 @@ class Agreement:
 def read_agreement(folder: Path) -> Agreement | None:
     """Return the agreement in a stage's report ``folder``, or None if the stage exported nothing."""
     file = folder / AGREEMENT
-    return Agreement(**json.loads(file.read_text())) if file.is_file() else None
+    return Agreement(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def measure_on_validation(trainer: pl.Trainer, model: Any, exported: Any) -> Agreement | None:

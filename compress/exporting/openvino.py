@@ -35,7 +35,7 @@ def export(model: Any, example: Batch, folder: Path) -> None:
 
     with evaluation_mode(model), silence_exporters():
         openvino.save_model(convert_to_graph(model, example), folder / GRAPH, compress_to_fp16=False)
-    (folder / SETTINGS).write_text(json.dumps(ARITHMETIC["fp32"]))
+    (folder / SETTINGS).write_text(json.dumps(ARITHMETIC["fp32"]), encoding="utf-8")
     strip_config(model).save_pretrained(folder)
 
 

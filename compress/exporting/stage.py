@@ -66,7 +66,7 @@ class Export(Technique, pl.Callback):
 
     def report(self, folder: Path) -> None:
         if self.agreement is not None:
-            (folder / AGREEMENT).write_text(json.dumps(asdict(self.agreement), indent=2))
+            (folder / AGREEMENT).write_text(json.dumps(asdict(self.agreement), indent=2), encoding="utf-8")
 
 
 def check_rounding(setting: str, precision: str, before: list[Any]) -> None:

@@ -150,7 +150,7 @@ def list_packed_layers(folder: Path) -> set[str]:
 
 def read_integers(folder: Path) -> dict[str, Integers]:
     """Return the packed weights in ``folder`` by layer; none if all are floats."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config", {}).get("quant_method") != "compressed-tensors":
         return {}
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32

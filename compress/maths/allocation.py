@@ -90,7 +90,7 @@ def highest_sparsity(curve: Curve, tolerance: float, side: Callable[..., int]) -
 
 def write_points(path: Path | str, points: list[Point], metric: str) -> None:
     """Write ``points`` as csv."""
-    with Path(path).open("w", newline="") as file:
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({**vars(point), "metric": metric} for point in points)
@@ -102,7 +102,7 @@ def read_points(path: Path | str) -> list[Point]:
     Raises:
         UserError: the file has other columns.
     """
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not set(COLUMNS) <= rows[0].keys():
         raise UserError(f"{path} is no table of `sensitivity`; the columns {', '.join(COLUMNS)} are expected.")

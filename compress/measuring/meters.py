@@ -10,10 +10,11 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], de
     process = context.Process(
         target=report_memory, args=(child, folder, kind, arrays, str(device), torch.get_num_threads())
     )
-    process.start()
+    with hide_main_module():
+        process.start()
     child.close()
     try:
         return answer.recv()
@@ -68,6 +70,17 @@ def measure_memory(folder: Path, kind: str, batches: list[dict[str, Tensor]], de
         return None
     finally:
         process.join()
+
+
+@contextlib.contextmanager
+def hide_main_module() -> Iterator[None]:
+    """Hide the program's main module from a process that starts, which would run a script without
+    ``if __name__ == "__main__"`` once more."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @torch.inference_mode()
@@ -122,8 +135,8 @@ def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], f
         return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
     packages = [folder for folder in rapl.glob("intel-rapl:*") if folder.name.count(":") == 1]
     try:
-        last = {folder: int((folder / "energy_uj").read_text()) for folder in packages}
-        ranges = {folder: int((folder / "max_energy_range_uj").read_text()) for folder in packages}
+        last = {folder: int((folder / "energy_uj").read_text(encoding="utf-8")) for folder in packages}
+        ranges = {folder: int((folder / "max_energy_range_uj").read_text(encoding="utf-8")) for folder in packages}
     except (OSError, ValueError):  # only root may read them
         return None
     total = 0
@@ -131,7 +144,7 @@ def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], f
     def read() -> float:
         nonlocal total
         for folder in packages:
-            now = int((folder / "energy_uj").read_text())
+            now = int((folder / "energy_uj").read_text(encoding="utf-8"))
             total += (now - last[folder]) % (ranges[folder] + 1)  # the counter wraps to 0
             last[folder] = now
         return total / 1e6

@@ -53,7 +53,7 @@ class KeptLogits:
         """Read the logits from the folder; if it does not exist, first compute and write them with ``ask(batch)``."""
         self.use = make_once(self.folder, lambda into: self._write(into, ask, collate, batch_size))
         self.kept = {path.stem: np.load(path, mmap_mode="r") for path in self.folder.glob("*.npy")}
-        self.labels = int((self.folder / "labels").read_text())
+        self.labels = int((self.folder / "labels").read_text(encoding="utf-8"))
 
     def _write(
         self, folder: Path, ask: Callable[[Batch], Tensor], collate: Callable[[list[Any]], Batch], batch_size: int
@@ -78,7 +78,7 @@ class KeptLogits:
                     kept[name][where] = answer[:count] if part.ndim == 3 else answer
         for array in kept.values():
             array.flush()
-        (folder / "labels").write_text(str(logits.shape[-1]))
+        (folder / "labels").write_text(str(logits.shape[-1]), encoding="utf-8")
 
     def _locate_logits(self, row: int, by_token: bool) -> tuple[slice | int, int]:
         start, stop = int(self.starts[row]), int(self.starts[row + 1])

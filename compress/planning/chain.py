@@ -11,8 +11,9 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import chain as flatten
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress.errors import UserError
 from compress.install import CONF, format_command
+from compress.planning.words import list_words, read_override
 
 GROUP = "technique"
 STAGES = "technique/stage"
@@ -99,10 +100,9 @@ def prepare_overrides(words: list[str]) -> list[str]:
     if "search" in groups:
         return words
     if {"-m", "--multirun"} & groups:
-        parse = OverridesParser.create().parse_override
-        single = {word for word in words if SETTING.fullmatch(word) and not parse(word).is_sweep_override()}
+        single = {word for word in words if SETTING.fullmatch(word) and not read_override(word).is_sweep_override()}
         return [SETTING.sub(r"\1=choice(\3)", word) if word in single else word for word in words]
-    elsewhere = {"experiment", "--config-name", "-cn"} & groups
+    elsewhere = {"experiment", "--config-name"} & groups
     chain = _find_chain(words, "" if elsewhere else NONE)
     for setting in filter(None, map(SETTING.fullmatch, words)):
         if chain and "," not in chain and not _has_stage(chain, setting[2]):
@@ -115,8 +115,12 @@ def expand_jobs(overrides: list[Override], chain: str) -> list[list[str]]:
     own chain, which is ``chain`` if its words name none.
 
     Raises:
-        UserError: a stage is set that no chain of the sweep has.
+        UserError: a stage is set that no chain of the sweep has, or a word has no value.
     """
+    for override in overrides:
+        _make_exact(override.value())
+        if override.is_discrete_sweep() and next(override.sweep_iterator(), None) is None:
+            raise UserError(f"`{override.input_line}` has no value; expected one or more. Type --help for the choices.")
     jobs = BasicSweeper.split_arguments(overrides, None)[0]
     chains = [_find_chain(words, chain) for words in jobs]
 
@@ -130,6 +134,15 @@ def expand_jobs(overrides: list[Override], chain: str) -> list[list[str]]:
     return [list(words) for words in dict.fromkeys(kept)]
 
 
+def _make_exact(value: Any) -> None:
+    """Have Hydra add the numbers of a range as they were typed: ``range(0.1,0.4,0.1)`` is 0.1, 0.2 and 0.3, and in
+    binary fractions also 0.30000000000000004 and 0.4."""
+    if isinstance(value, RangeSweep):
+        for name in ("start", "stop", "step"):
+            if isinstance(number := getattr(value, name), float):
+                setattr(value, name, Decimal(str(number)))
+
+
 def _find_chain(words: Sequence[str], default: str) -> str:
     """Return the chain that the words of a run or job name."""
     return next((word.partition("=")[2] for word in words if word.startswith(f"{GROUP}=")), default)
@@ -140,10 +153,10 @@ def _has_stage(chain: str, key: str) -> bool:
     return key in ("name", *_assign_keys(chain.split("+")))
 
 
-def drop_unused_settings(technique: DictConfig, typed: Sequence[str]) -> None:
+def drop_unused_settings(technique: DictConfig, typed: Iterable[str]) -> None:
     """Drop an experiment's settings of stages that this chain of its sweep lacks. Settings ``typed`` with a `+` on the
     command line, and names that are no stages, remain and are refused by :func:`read_stages`."""
-    keyed = _assign_keys(technique.name.split("+"))
+    keyed, typed = _assign_keys(technique.name.split("+")), list_words(typed)
     for key in [str(key) for key in technique if key != "name" and key not in keyed]:
         is_stage = re.sub(r"_[0-9]+$", "", key) in list_choices(STAGES)
         if is_stage and not any(re.match(rf"\+\+?{GROUP}\.{key}\b", override) for override in typed):
@@ -163,6 +176,11 @@ def list_config_folders() -> list[Path]:
 def list_choices(group: str) -> Names:
     """Return the names of a group's YAMLs in the config folders, without fragments, which begin with an underscore."""
     return sorted({file.stem for folder in list_config_folders() for file in (folder / group).glob("[!_]*.yaml")})
+
+
+def format_choices(group: str) -> str:
+    """Return the names of a group's YAMLs for a help text."""
+    return ", ".join(list_choices(group))
 
 
 def make_slug(number: int, overrides: str) -> str:
@@ -304,6 +322,7 @@ def _assign_keys(names: list[str]) -> dict[str, str]:
 
 Plugins.instance().register(ChainSource)
 Plugins.instance().register(ChainSearchPath)
+OmegaConf.register_new_resolver("choices", format_choices, replace=True)
 OmegaConf.register_new_resolver("command", format_command, replace=True)
 OmegaConf.register_new_resolver("slug", make_slug, replace=True)
 OmegaConf.register_new_resolver("model_name", name_model, replace=True)

@@ -1,20 +1,55 @@
-"""`resume=FOLDER`: the command line that a run or a sweep recorded in its folder, to continue it there."""
+"""The command lines that runs and sweeps record in their folders: to repeat one or to resume it (`resume=FOLDER`)."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress.errors import UserError
-from compress.install import CONF
+from compress.install import CONF, format_command
 from compress.planning.words import quote_value
 
 SWEEP, RUN = "multirun.yaml", ".hydra/hydra.yaml"
 """The files in which Hydra records a sweep and a run."""
-SET_ANEW = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=")
+SET_AGAIN = ("hydra.mode=", "hydra.run.dir=", "hydra.sweep.dir=")
+
+
+def format_repeat_command(job: Path) -> str:
+    """Return the command that repeats a run or a job of a sweep, quoted for a shell; empty if none is recorded."""
+    if not (job / RUN).is_file():
+        return ""
+    recorded = read_record(job / RUN)
+    words = [*list_flags(recorded), *recorded["overrides"]["task"]]
+    program = "evaluate" if recorded["job"]["config_name"] == "evaluate" else "train"
+    return " ".join([format_command(program), *map(shlex.quote, words)])
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return what Hydra recorded of a run or a sweep, its interpolations unresolved.
+
+    Raises:
+        UserError: the file is not readable as Hydra's record.
+    """
+    try:
+        recorded: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        hydra = recorded["hydra"]
+        return {key: hydra[key] for key in ("job", "runtime", "overrides")}
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not as Hydra wrote it. Repeat the command of the run instead.") from None
+
+
+def list_flags(recorded: dict[str, Any]) -> list[str]:
+    """Return the flags that chose the configs of a recorded run."""
+    sources = {source["provider"]: source["path"] for source in recorded["runtime"]["config_sources"]}
+    name = recorded["job"]["config_name"]
+    flags = [] if name in ("train", "evaluate") else [f"--config-name={name}"]
+    return [*flags, f"--config-dir={sources['command-line']}"] if "command-line" in sources else flags
 
 
 def resume_words(words: list[str]) -> list[str]:
@@ -26,7 +61,7 @@ def resume_words(words: list[str]) -> list[str]:
     resumed = next((word for word in words if word.startswith("resume=")), None)
     if resumed is None:
         return words
-    folder = Path(resumed.removeprefix("resume=")).expanduser()
+    folder = Path(os.path.expanduser(resumed.removeprefix("resume=")))
     if others := [word for word in words if word != resumed]:
         raise UserError(f"`{others[0]}` is beside {resumed}; a run is resumed as it was started. Leave it out.")
     if (folder.parent / SWEEP).is_file():
@@ -34,8 +69,8 @@ def resume_words(words: list[str]) -> list[str]:
     file = next((folder / name for name in (SWEEP, RUN) if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{resumed} is no folder of a run or a sweep. Set resume=multirun/DATE/TIME.")
-    recorded: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    job, runtime, overrides = (recorded["hydra"][key] for key in ("job", "runtime", "overrides"))
+    recorded = read_record(file)
+    job, runtime, overrides = recorded["job"], recorded["runtime"], recorded["overrides"]
     if job["config_name"] == "evaluate":
         raise UserError(f"{resumed} is an evaluation, which is not resumed. Set resume to a run of training.")
     sources = {source["provider"]: source["path"] for source in runtime["config_sources"]}
@@ -46,11 +81,8 @@ def resume_words(words: list[str]) -> list[str]:
             f"{here[1]}. Resume it from there."
         )
     flags = ["--multirun"] if file.name == SWEEP else []
-    if job["config_name"] != "train":
-        flags += ["--config-name", job["config_name"]]
-    if "command-line" in sources:
-        flags += ["--config-dir", sources["command-line"]]
-    kept = [word for word in overrides["hydra"] if not word.startswith(SET_ANEW)]
+    flags += list_flags(recorded)
+    kept = [word for word in overrides["hydra"] if not word.startswith(SET_AGAIN)]
     return [
         *flags,
         *overrides["task"],

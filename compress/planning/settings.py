@@ -96,7 +96,7 @@ class Kept:
     end (``off``). If it exceeds ``max_gb``, the least recently used entries are removed at the end of a job.
     """
 
-    dir: str
+    dir: Annotated[str, Field(min_length=1)]
     mode: Literal["use", "refresh", "off"] = "use"
     max_gb: Annotated[float, Field(ge=0)] | None = None
 
@@ -140,8 +140,9 @@ def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) 
         if wrong["type"] in ("unexpected_keyword_argument", "unexpected_keyword_arguments"):
             names = f"; expected one of {', '.join(inspect.signature(schema).parameters)}" if len(path) == 2 else ""
             raise UserError(f"{where} is no setting of `{'.'.join(path[:-1])}`{names}.") from None
-        reason = wrong["msg"][:1].lower() + wrong["msg"][1:]
-        raise UserError(f"{where} is {wrong.get('input')!r}; {reason}.") from None
+        reason, value = wrong["msg"][:1].lower() + wrong["msg"][1:], wrong.get("input")
+        sweep = f" For a sweep type -m {where}={','.join(map(str, value))}" if isinstance(value, list) and value else ""
+        raise UserError(f"{where} is {value!r}; {reason}.{sweep}") from None
     except TypeError as error:
         raise UserError(f"{key}: {error}; expected {', '.join(inspect.signature(schema).parameters)}.") from None
 

@@ -52,8 +52,8 @@ def index_rows(rows: Sequence[Row]) -> dict[Key, Row]:
     """Return the completed rows by their settings, without baselines unless there are no other rows."""
     done = [row for row in drop_repeated_baselines(list(rows)) if row["status"] == "completed"]
     chosen = [row for row in done if row["method"] != "none"] or done
-    columns = ("model", "task", "metric", "method", "seed", "overrides")
-    return {tuple(str(row[column]) for column in columns if str(row[column])): row for row in chosen}
+    columns = ("model", "task", "metric", "method", "seed")
+    return {(*(str(row[column]) for column in columns if str(row[column])), *row["overrides"]): row for row in chosen}
 
 
 def compare_quality(old: Row, new: Row) -> Comparison | None:

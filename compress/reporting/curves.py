@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from compress.cache.files import write_atomically
 from compress.reporting.escaping import make_file_name, make_rows_printable, plain_figures, shorten_label
-from compress.reporting.rows import split_overrides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +71,7 @@ def numeric_settings(row: Row) -> dict[str, float]:
 
 
 def parse_overrides(row: Row) -> dict[str, str]:
-    words = (word.lstrip("+").partition("=") for word in split_overrides(row))
+    words = (word.lstrip("+").partition("=") for word in row["overrides"])
     return {key: value for key, _, value in words}
 
 

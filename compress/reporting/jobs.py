@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from compress.planning.words import list_words
 from compress.reporting.rows import Job, Row, build_failed_row
 
 PRIVATE = ".compress"
@@ -20,8 +21,9 @@ STAGE = f"{PRIVATE}/running"
 """The file that names the current stage of a job."""
 FAILED = f"{PRIVATE}/failed.json"
 """The rows of a job that failed and left the result of an earlier run in its place."""
-CONFIG = ".hydra/config.yaml"
-"""The file that Hydra writes when a job begins."""
+HYDRA = ".hydra"
+"""The folder of the files that Hydra writes when a job begins."""
+CONFIG = f"{HYDRA}/config.yaml"
 RESULT = "result.json"
 LOST = "it left no result; its process was probably killed (out of memory?)"
 
@@ -61,31 +63,43 @@ def read_job_rows(job: Path, begun: float = 0.0) -> list[Row]:
     """
     file = find_result(job)
     if file.is_file() and not (begun and file.stat().st_mtime_ns < (job / CONFIG).stat().st_mtime_ns):
-        rows = load_rows(file, job)
-    else:
-        hydra = job / ".hydra"
-        words: Any = OmegaConf.load(hydra / "overrides.yaml") if (hydra / "overrides.yaml").is_file() else []
-        lost = describe_job(OmegaConf.load(hydra / "config.yaml"), words)
-        kept = " (The result of an earlier run is kept there.)" if (job / RESULT).is_file() else ""
-        reason = f"{LOST}. See {job}{kept}"
-        rows = [{**build_failed_row(replace(lost, method=lost.method or job.name), reason), "folder": str(job)}]
-    return rows
+        return load_rows(file, job)
+    lost = describe_job(OmegaConf.load(job / CONFIG), read_overrides(job))
+    kept = " (The result of an earlier run is kept there.)" if (job / RESULT).is_file() else ""
+    row = build_failed_row(replace(lost, method=lost.method or job.name), f"{LOST}. See {job}{kept}")
+    return [{**row, "folder": str(job)}]
+
+
+def read_overrides(job: Path) -> list[str]:
+    """Return the overrides of a job as they were typed, without those of Hydra."""
+    file = job / HYDRA / "overrides.yaml"
+    words: Any = OmegaConf.load(file) if file.is_file() else []
+    return list_words(words)
 
 
 def find_jobs(folder: Path, begun: float = 0.0) -> list[Path]:
     """Return the folders of a sweep's jobs that began at ``begun`` or later, in order."""
-    configs = (config for config in folder.glob("*/.hydra/config.yaml") if config.stat().st_mtime >= begun)
+    configs = (config for config in folder.glob(f"*/{CONFIG}") if config.stat().st_mtime >= begun)
     return sorted((config.parents[1] for config in configs), key=job_number)
 
 
 def describe_job(cfg: Any, overrides: Iterable[str]) -> Job:
     """Return the job of a config and of the overrides that the user typed."""
     columns = ("technique=", "model=", "task=", "seed=", "split=")  # have columns already
-    method, model, task = (
-        str(OmegaConf.select(cfg, f"{key}.name", default="")) for key in ("technique", "model", "task")
-    )
-    typed = tuple(override for override in overrides if not override.startswith(columns))
-    return Job(method, model, task, cfg.get("seed", 0), typed)
+    method, model, task = (_read_value(cfg, f"{key}.name") for key in ("technique", "model", "task"))
+    typed = tuple(override for override in list_words(overrides) if not override.startswith(columns))
+    return Job(str(method), str(model), str(task), read_seed(cfg), typed)
+
+
+def read_seed(cfg: Any) -> Any:
+    """Return the seed of a config: a number, or the text of what is none, which the job refuses."""
+    seed = _read_value(cfg, "seed", 0)
+    return seed if isinstance(seed, int) else str(seed)
+
+
+def _read_value(cfg: Any, key: str, default: Any = "") -> Any:
+    """Return the value of ``key``, or the default if it is missing or refers to nothing."""
+    return OmegaConf.select(cfg, key, default=default, throw_on_resolution_failure=False)
 
 
 def job_number(folder: Path) -> tuple[int, str]:

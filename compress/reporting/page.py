@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from compress.cache.files import write_atomically
-from compress.install import format_command
+from compress.planning.recorded import format_repeat_command
 from compress.reporting import jobs
 from compress.reporting.curves import draw_curves
 from compress.reporting.escaping import make_printable, make_rows_printable, plain_figures
@@ -161,14 +158,11 @@ def list_commands(rows: list[Row]) -> list[dict[str, str]]:
     """Return the command, the full config and the data fingerprint of each job that has a Hydra config."""
     commands = {}
     for row in rows:
-        hydra = Path(row.get("folder") or ".") / ".hydra"
-        if row.get("folder") and row["folder"] not in commands and (hydra / "config.yaml").is_file():
-            config = (hydra / "config.yaml").read_text(encoding="utf-8")
-            program = "evaluate" if "artifact" in OmegaConf.create(config) else "train"
-            words = shlex.join(OmegaConf.load(hydra / "overrides.yaml"))
+        job = Path(row.get("folder") or ".")
+        if row.get("folder") and row["folder"] not in commands and (job / jobs.CONFIG).is_file():
             commands[row["folder"]] = {
-                "command": make_printable(f"{format_command(program)} {words}".strip()),
-                "config": config,
+                "command": make_printable(format_repeat_command(job)),
+                "config": (job / jobs.CONFIG).read_text(encoding="utf-8"),
                 "data": row.get("data", ""),
             }
     return list(commands.values())

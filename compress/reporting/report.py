@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,15 @@ def write_tables(folder: Path, rows: list[Row]) -> None:
     import pandas
 
     table, parquet, markdown = (folder / name for name in TABLES)
-    columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
-    encodable = [{key: replace_surrogates(value) for key, value in row.items()} for row in rows]
-    write_atomically(table, format_csv(columns, rows))
-    write_atomically(parquet, pandas.DataFrame(encodable, columns=columns).to_parquet())
     write_atomically(markdown, format_markdown(rows, read_conclusions(folder, rows)))
+    rows = [{**row, "overrides": shlex.join(row["overrides"])} for row in rows]
+    columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
+    write_atomically(table, format_csv(columns, rows))
+    encodable = [{key: replace_surrogates(value) for key, value in row.items()} for row in rows]
+    frame = pandas.DataFrame(encodable, columns=columns)
+    if any(isinstance(row["seed"], str) for row in rows):  # of a job that refused it; a column has one type
+        frame["seed"] = frame["seed"].astype(str)
+    write_atomically(parquet, frame.to_parquet())
 
 
 def format_csv(columns: list[str], rows: list[Row]) -> str:

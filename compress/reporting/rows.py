@@ -5,7 +5,6 @@ Imports of heavy libraries are local, because Hydra imports this module before e
 
 from __future__ import annotations
 
-import shlex
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,7 +98,7 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
         "model": job.model,
         "task": job.task,
         "seed": job.seed,
-        "overrides": shlex.join(job.overrides),
+        "overrides": list(job.overrides),
         "status": "completed",
         "reason": "",
         "metric": outcome.primary,
@@ -169,12 +168,7 @@ def interval_columns(name: str, interval: Any) -> dict[str, float | None]:
 
 
 def build_failed_row(job: Job, reason: str) -> Row:
-    return {**asdict(job), "overrides": shlex.join(job.overrides), "status": "failed", "reason": reason}
-
-
-def split_overrides(row: Row) -> list[str]:
-    """Return the overrides that the user typed; the row has them in one text, quoted as a shell needs them."""
-    return shlex.split(row["overrides"])
+    return {**asdict(job), "overrides": list(job.overrides), "status": "failed", "reason": reason}
 
 
 def correct_p_values(rows: list[Row]) -> list[Row]:
@@ -196,8 +190,8 @@ def drop_repeated_baselines(rows: list[Row]) -> list[Row]:
             if repeated:
                 continue
             seen.add(row["baseline"])
-            settings = split_overrides(row)
-            row = {**row, "overrides": shlex.join(o for o in settings if not o.lstrip("+").startswith("technique."))}
+            settings = [word for word in row["overrides"] if not word.lstrip("+").startswith("technique.")]
+            row = {**row, "overrides": settings}
         kept.append(row)
     return kept
 

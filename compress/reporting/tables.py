@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.reporting.rows import Row, is_significant, split_overrides
+from compress.reporting.rows import Row, is_significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -177,9 +177,9 @@ def differing_overrides(rows: list[Row]) -> list[str]:
 
     Baselines, which have no technique settings, and killed jobs, which have no overrides, do not count.
     """
-    compared = [set(split_overrides(row)) for row in rows if row["method"] != "none" and row["model"]]
+    compared = [set(row["overrides"]) for row in rows if row["method"] != "none" and row["model"]]
     shared = set.intersection(*compared) if compared else set()
-    differing = [[o.lstrip("+") for o in split_overrides(row) if o not in shared] for row in rows]
+    differing = [[o.lstrip("+") for o in row["overrides"] if o not in shared] for row in rows]
     stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in differing for o in overrides}
     only = f"{stages.pop()}." if len(stages) == 1 else "technique."  # the name of a single stage is redundant
     return [" ".join(override.removeprefix(only) for override in overrides) for overrides in differing]

@@ -45,7 +45,7 @@ def fit_batch_size(
     requested = training.batch_size * training.accumulate
     file = into / "resume" / KEPT
     if file.is_file():
-        size = int(file.read_text())
+        size = int(file.read_text(encoding="utf-8"))
     else:
         size = find_largest_batch(requested, module, callbacks, data, hardware)
         file.parent.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ from compress.reporting.compare import describe_changes
 from compress.reporting.curves import write_curves
 from compress.reporting.escaping import escape_markdown, make_rows_printable
 from compress.reporting.folder import ARTIFACT, PAGE, SWEEP, RunFolder
-from compress.reporting.jobs import gather_rows
+from compress.reporting.jobs import gather_rows, read_seed
 from compress.reporting.report import record_failure, write_result
 from compress.reporting.rows import Job, Outcome, Row, collect_rows, drop_repeated_baselines
 from compress.running.experiment import make_split_bench
@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> int:
             )
         owned = True
         if cfg.compare:
-            folders = check_two_folders(cfg.compare)
+            folders = read_two_folders(cfg)
             before, after = (make_rows_printable(gather_rows(find_results_folder(path))) for path in folders)
             lines = describe_changes(before, after)
             run.register(["comparison.md"])
@@ -77,9 +77,9 @@ def main(cfg: DictConfig) -> int:
                 report.publish_report(run.path, rows)
 
     def fail(reason: str) -> None:
-        name = str(OmegaConf.select(cfg, "artifact", default="", throw_on_missing=False))
+        name = OmegaConf.select(cfg, "artifact", default="", throw_on_resolution_failure=False)
         if owned and not done:
-            record_failure(run, Job(name, "", "", cfg.seed), reason)
+            record_failure(run, Job(str(name), "", "", read_seed(cfg)), reason)
 
     return run_guarded(work, fail)
 
@@ -90,9 +90,12 @@ def choose_rows(cfg: DictConfig) -> list[Row]:
     Raises:
         UserError: a folder holds no results, or no row is left.
     """
-    folders = [cfg.report] if isinstance(cfg.report, str) else cfg.report
-    rows = [row for folder in folders for row in gather_rows(find_results_folder(folder))]
-    chosen = {key: to_strings(value) for key, value in to_plain(cfg.where).items() if value is not None}
+    rows = [row for folder in read_folders(cfg, "report") for row in gather_rows(find_results_folder(folder))]
+    if not isinstance(where := to_plain(cfg.where), dict):
+        raise UserError(
+            f"where is {where!r}; a value for model, task, method or seed is expected. Set where.method=NAME."
+        )
+    chosen = {key: to_strings(value) for key, value in where.items() if value is not None}
     left = [row for row in rows if all(str(row[key]) in values for key, values in chosen.items())]
     if not left:
         known = {key: ", ".join(sorted({str(row[key]) for row in rows})) for key in chosen}
@@ -105,10 +108,26 @@ def to_strings(value: Any) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def check_two_folders(folders: Any) -> list[str]:
-    if isinstance(folders, str) or len(folders) != 2:
-        raise UserError(f"compare is {folders}; expected two folders of runs or sweeps. Set compare=[before,after].")
-    return list(folders)
+def read_folders(cfg: DictConfig, key: str) -> list[str]:
+    """Return the folders that the setting ``key`` names: one, a list of them, or none.
+
+    Raises:
+        UserError: it names something else.
+    """
+    value = to_plain(cfg[key])
+    folders = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(folder, str | int | float) and str(folder) for folder in folders):
+        raise UserError(f"{key} is {value!r}; a folder is expected. Set {key}=FOLDER.")
+    return [str(folder) for folder in folders]  # a folder named 2026 is read as a number
+
+
+def read_two_folders(cfg: DictConfig) -> list[str]:
+    folders = read_folders(cfg, "compare")
+    if len(folders) != 2:
+        raise UserError(
+            f"compare is {cfg.compare}; expected two folders of runs or sweeps. Set compare=[before,after]."
+        )
+    return folders
 
 
 def find_results_folder(folder: str) -> Path:
@@ -131,10 +150,16 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     # 1) Load the artifacts and the data
     if OmegaConf.is_missing(cfg, "artifact"):
         raise UserError("artifact is not set; expected the `artifact` folder of a run. Set artifact=FOLDER.")
-    read_description(cfg.artifact, kind="")  # reports a missing folder before anything else
-    settings = read_settings(cfg)
-    task = parse_values(Task, read_task(cfg), "task")
-    folders = [Path(path) for path in (cfg.baseline, cfg.artifact) if path]
+    chosen = {key: read_folders(cfg, key) for key in ("baseline", "artifact")}
+    for key, paths in chosen.items():
+        if len(paths) != 1 and (paths or key == "artifact"):
+            raise UserError(f"{key} is {cfg[key]}; one folder is expected. Set {key}=FOLDER.")
+    folders = [Path(path) for paths in chosen.values() for path in paths]
+    read_description(folders[-1], kind="")  # reports a missing folder before anything else
+    own = read_own_config(folders[-1])
+    seed = own.get("seed", 0) if cfg.seed is None else cfg.seed
+    settings = read_settings(OmegaConf.create({**cfg, "seed": seed}))
+    task = parse_values(Task, read_task(cfg, own), "task")
     loaded = {path: load_artifact(path, task.kind) for path in folders}
     splits = load_splits(task, settings.seed)
 
@@ -170,35 +195,37 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     return collect_rows(folder, Job("", model, task.name, settings.seed), outcome, home)
 
 
-def read_task(cfg: DictConfig) -> dict:
-    """Return the artifact's task with the settings of the command line (``+task.path=...``), or the task set there."""
-    own = Path(cfg.artifact) / "config.yaml"
-    given = cfg.get("task") or {}
-    if "name" not in given and own.is_file():
-        given = OmegaConf.merge(read_recorded_task(own), given)
-    if "name" not in given:
-        raise UserError(f"task is not set and {cfg.artifact} does not name its own. Set task=sst2 or another task.")
-    return to_plain(OmegaConf.create(given))
-
-
-def read_recorded_task(path: Path) -> Any:
-    """Return the task in the config of an artifact, which may be a stranger's.
+def read_own_config(folder: Path) -> DictConfig:
+    """Return the config of the run that wrote the artifact, maybe a stranger's; an empty one for another folder.
 
     Raises:
         UserError: the file is no config of a run, or has an interpolation, which would be resolved in our environment.
     """
+    file = folder / "config.yaml"
     try:
-        task: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)["task"]  # type: ignore[call-overload, index]
-    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException) as error:
+        own: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else {}
+        if not isinstance(own, dict):
+            raise TypeError("a mapping is expected")
+    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(
-            f"{path} is no config of a run ({type(error).__name__}). Set task=sst2 or another task."
+            f"{file} is no config of a run ({type(error).__name__}). Remove it, and set task=NAME."
         ) from None
-    if interpolations := [text for text in find_strings(task) if "${" in text]:
+    if interpolations := [text for text in find_strings(own) if "${" in text]:
         raise UserError(
-            f"{path}: task holds {interpolations[0]}; a run stores plain values. Write the value there, or set "
-            "task=sst2 or another task."
+            f"{file} holds {interpolations[0]}; a run stores plain values. Write the value there, or remove the file "
+            "and set task=NAME."
         )
-    return OmegaConf.create(task)
+    return OmegaConf.create(own)
+
+
+def read_task(cfg: DictConfig, own: DictConfig) -> dict:
+    """Return the artifact's task with the settings of the command line (``task.path=...``), or the task set there."""
+    given = cfg.get("task") or {}
+    if "name" not in given and "task" in own:
+        given = OmegaConf.merge(own.task, given)
+    if "name" not in given:
+        raise UserError(f"task is not set and {cfg.artifact} does not name its own. Set task=sst2 or another task.")
+    return to_plain(OmegaConf.create(given))
 
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:

@@ -151,7 +151,7 @@ def run_chain(
         data=splits.fingerprint,
     )
     predictions[planned.method].save(into / FILE)
-    (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2))
+    (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2), encoding="utf-8")
     write_card(into, outcome, planned.method)
     return outcome
 

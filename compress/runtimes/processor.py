@@ -28,7 +28,7 @@ CPUINFO = Path("/proc/cpuinfo")
 @cache
 def read_processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
     """Return the fields of the first processor by their names in Linux; none on other systems."""
-    first = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.is_file() else ""
+    first = cpuinfo.read_text(encoding="utf-8").partition("\n\n")[0] if cpuinfo.is_file() else ""
     fields = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in fields}
 

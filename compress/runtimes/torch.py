@@ -88,7 +88,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
 def describe_loading(folder: Path, kind: str) -> Loading:
     """Return how to load the artifact, by transformers where its config says all shapes."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     packed = config.get("quantization_config", {}).get("quant_method")
     notes: tuple[str, ...] = ()
     if packed in FORMATS:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import atexit
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from compress.errors import UserError, explain_error
 from compress.install import format_command
+from compress.planning.words import quote_value
 from compress.quiet import silence_logs
 from compress.reporting import report
 from compress.reporting.curves import write_curves
 from compress.reporting.folder import SWEEP, RunFolder
-from compress.reporting.jobs import gather_rows
+from compress.reporting.jobs import HYDRA, gather_rows
 from compress.reporting.report import publish_report
 from compress.reporting.rows import drop_repeated_baselines
 from compress.reporting.tensorboard import write_overlay
@@ -46,6 +50,8 @@ class SweepReport(Callback):
             folder = Path(config.hydra.sweep.dir)
             begun = (folder / "multirun.yaml").stat().st_mtime  # older jobs are another sweep's
             rows = publish_report(folder, drop_repeated_baselines(gather_rows(folder, begun)))
+            if not rows:
+                sys.exit(f"The sweep left no result in {folder}. Set hydra.sweep.subdir to a folder inside it.")
             if write_curves(folder, rows):
                 print(f"  curves: {folder / 'curves'}")
             write_overlay(folder, rows)
@@ -73,10 +79,15 @@ class Folder(Callback):
         self.lines = False
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        check_hydra_settings(config)
         self._lock_folder(Path(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
+        check_hydra_settings(config)
+        sweep: Any = OmegaConf.to_container(config.hydra.sweep)
+        if "${" not in sweep["subdir"]:
+            refuse_job_folder(sweep["subdir"])
         self._lock_folder(folder, "hydra.sweep.dir", SWEEP)
         if "submitit" in config.hydra.launcher._target_:
             tolerate_lost_jobs()
@@ -86,11 +97,13 @@ class Folder(Callback):
             HELD.append(Lines(folder, jobs))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN and len(Path(config.hydra.sweep.subdir).parts) != 1:
+            refuse_job_folder(config.hydra.sweep.subdir)
         if self.lines:
             for handler in logging.getLogger().handlers:
                 if not isinstance(handler, logging.FileHandler):
                     handler.setLevel(logging.CRITICAL)
-            sys.stderr = (Path(config.hydra.runtime.output_dir) / "stderr.log").open("a", buffering=1)
+            sys.stderr = (Path(config.hydra.runtime.output_dir) / "stderr.log").open("a", buffering=1, encoding="utf-8")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if self.lines:
@@ -123,11 +136,33 @@ class Folder(Callback):
 
     def _report_unfinished(self, folder: Path) -> None:
         close_live_lines()
-        if not self.ended and any(folder.rglob(".hydra")):  # a job has begun
+        if not self.ended and any(folder.rglob(HYDRA)):  # a job has begun
             rows = drop_repeated_baselines(gather_rows(folder))
             if rows:
                 report.publish_report(folder, rows)
-            print(f"The sweep did not end. Type `{format_command('train')} resume={folder}` to resume it.")
+            word = shlex.quote(f"resume={folder}")
+            print(f"The sweep did not end. Type `{format_command('train')} {word}` to resume it.")
+
+
+def check_hydra_settings(config: DictConfig) -> None:
+    """Exit if Hydra is set to hide what the report reads, or to move the paths that the user typed."""
+    if config.hydra.output_subdir != HYDRA:
+        sys.exit(
+            f"hydra.output_subdir is {quote_value(config.hydra.output_subdir)}; the report reads {HYDRA}. "
+            "Remove hydra.output_subdir."
+        )
+    if config.hydra.job.chdir:
+        sys.exit(
+            "hydra.job.chdir is true; paths are those of the folder where the command is typed. Remove hydra.job.chdir."
+        )
+
+
+def refuse_job_folder(subdir: str) -> None:
+    """Exit because the report would not find the job in ``subdir``, or not every job."""
+    sys.exit(
+        f"hydra.sweep.subdir is {subdir}; expected a folder for each job, directly in hydra.sweep.dir. "
+        "Set 'hydra.sweep.subdir=${hydra.job.num}', or remove it."
+    )
 
 
 def tolerate_lost_jobs() -> None:

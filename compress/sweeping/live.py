@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from compress.planning.chain import expand_jobs, read_chain_name
+from compress.planning.words import list_words
 from compress.reporting.escaping import make_printable
 from compress.reporting.jobs import CONFIG, STAGE, find_jobs, find_result, job_number
 
@@ -43,7 +44,10 @@ def name_jobs(config: DictConfig) -> list[str]:
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".ChainSweeper"):
         return []
-    words = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
+    words = [
+        *(f"{key}={value}" for key, value in (sweeper.params or {}).items()),
+        *list_words(config.hydra.overrides.task),
+    ]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     jobs = expand_jobs(parser.parse_overrides(words), read_chain_name(config))
     shared = set.intersection(*map(set, jobs))
@@ -68,7 +72,7 @@ def read_job_state(name: str, job: Path) -> State:
     if end < start:  # the result is of an earlier run
         stage = "starting"
         with suppress(FileNotFoundError):
-            stage = (job / STAGE).read_text()
+            stage = (job / STAGE).read_text(encoding="utf-8")
         return State(name, "running", stage, time.time() - start)
     failed = [row["reason"] for row in rows if row["status"] != "completed"]
     return State(name, "failed" if failed else "done", failed[0] if failed else "", end - start)

@@ -146,7 +146,7 @@ class Mixed(Technique, pl.Callback):
 
     def report(self, folder: Path) -> None:
         """Write ``bits.csv``: the bits of every layer and the measured divergence of every choice."""
-        with (folder / "bits.csv").open("w", newline="") as file:
+        with (folder / "bits.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["layer", "bits", *(f"divergence_at_{scheme.bits}" for scheme in self.schemes)])
             for options, choice in zip(self.options, self.chosen):

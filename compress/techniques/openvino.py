@@ -216,5 +216,5 @@ class OpenVINO(Export):
     def save(self, model: nn.Module, folder: Path) -> None:
         for path in Path(self.folder.name).iterdir():
             shutil.copy(path, folder)
-        (folder / SETTINGS).write_text(json.dumps(self.settings))
+        (folder / SETTINGS).write_text(json.dumps(self.settings), encoding="utf-8")
         strip_config(model).save_pretrained(folder)

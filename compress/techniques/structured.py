@@ -310,7 +310,11 @@ def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
         if not path.is_file() or path.suffix not in (".json", ".pt"):
             raise UserError(f"{key}={given} is no json or pt file. Set {key} to a file with rows of 0 and 1.")
         try:
-            given = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, weights_only=True)
+            given = (
+                json.loads(path.read_text(encoding="utf-8"))
+                if path.suffix == ".json"
+                else torch.load(path, weights_only=True)
+            )
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"{key}: {path} cannot be read ({join_lines(error)[:120]}).") from error
     try:

@@ -14,7 +14,7 @@ from compress.sweeping.callbacks import SweepReport
 
 def row(*overrides, method="structured", value=0.8, size=2.0, **other):
     fixed = {"model": "tiny", "task": "toy", "metric": "accuracy", "seed": 0, "status": "completed"}
-    return {**fixed, "method": method, "overrides": " ".join(overrides), "value": value, "size_mb": size, **other}
+    return {**fixed, "method": method, "overrides": list(overrides), "value": value, "size_mb": size, **other}
 
 
 BASELINE = row("experiment=grid", method="none", value=0.9, size=4.0)

@@ -36,7 +36,7 @@ from compress.reporting.curves import write_curves
 from compress.reporting.escaping import escape_markdown, make_file_name, make_printable
 from compress.reporting.jobs import RESULT, gather_rows
 from compress.reporting.page import list_commands
-from compress.reporting.rows import Job, build_failed_row, drop_repeated_baselines, split_overrides
+from compress.reporting.rows import Job, build_failed_row, drop_repeated_baselines
 from compress.reporting.tables import build_table, differing_overrides
 from compress.reporting.tensorboard import hide_events, reveal_events, write_overlay
 from compress.sweeping.live import State, draw_states
@@ -144,7 +144,7 @@ def check_report(folder, text):
         table = list(csv.DictReader(file))
     for row in (*table, *pandas.read_parquet(folder / "results.parquet").to_dict("records")):
         assert row["method"] in (text, "none") and row["model"] == row["task"] == text
-    assert split_overrides(table[2])[1] == f"technique.prune.calibration={text}1"
+    assert shlex.split(table[2]["overrides"])[1] == f"technique.prune.calibration={text}1"
     assert (table[3]["reason"], table[1]["limits"]) == (text, text)
     written = cells_of((folder / "results.md").read_text(encoding="utf-8"))
     assert {" ".join(shown.split()), "none"} == set(written[:: len(written) // 4])
@@ -192,7 +192,7 @@ def test_every_medium_shows_the_text_itself(text):
     console.print(draw_states([State(text, "failed", text)]))
     assert squeeze(console.file.getvalue()).startswith(squeeze(f"{shown}failed{shown}"))
     row = {**build_failed_row(Job(text, text, text, 0, (text, "a=1")), text), "folder": "x"}
-    assert split_overrides(row) == [text, "a=1"]
+    assert row["overrides"] == [text, "a=1"]
     (line,) = csv.DictReader(io.StringIO(report.format_csv(list(row), [row]), newline=""))
     assert line["method"] == line["reason"] == text
     console = Console(width=1000, file=io.StringIO())
