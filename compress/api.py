@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -253,7 +254,7 @@ def choose_output_folder(output: str | Path | None) -> Path:
     Raises:
         UserError: ``output`` holds something, or is a file.
     """
-    folder = Path(output or f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}").expanduser()
+    folder = Path(os.path.expanduser(output or f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"output is {folder}, which is not empty; a new or empty folder is expected. Set output=...")
     return folder

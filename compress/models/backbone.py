@@ -124,7 +124,7 @@ class Backbone:
         """
         if self.path is None:
             return None
-        folder = Path(self.path).expanduser()
+        folder = Path(os.path.expanduser(self.path))
         if folder.is_dir():
             return fingerprint_files(folder, known)
         return f"{self.path}@{self.configuration(task)._commit_hash}"
@@ -192,7 +192,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
     Raises:
         UserError: ``path`` is neither a readable model folder nor an available model of the hub, or needs such code.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{what}: the folder {path} holds no config.json. Set {key} to a folder in Hugging Face format "

@@ -78,7 +78,7 @@ class Step:
         used = [*self.technique.packages, *self.technique.versions]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
         named = (OmegaConf.select(OmegaConf.create(self.arguments), setting) for setting in self.technique.files)
-        paths = [Path(value).expanduser() for value in named if isinstance(value, str)]
+        paths = [Path(os.path.expanduser(value)) for value in named if isinstance(value, str)]
         return {
             **self.settings,
             "class": self.technique.__qualname__,
@@ -252,7 +252,7 @@ def parse_calibration(value: Any, key: str) -> Calibration | None:
     alone or with settings such as its ``path``."""
     if value is None:
         return None
-    if isinstance(value, str) and (file := Path(value).expanduser()).is_file():
+    if isinstance(value, str) and (file := Path(os.path.expanduser(value))).is_file():
         return Calibration(value, file)
     settings = dict(value) if isinstance(value, dict) else {"task": value}
     name = str(settings.pop("task", None))

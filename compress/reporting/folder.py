@@ -178,7 +178,7 @@ class RunFolder:
         return self.private.is_dir() and {path.name for path in self.private.iterdir()} <= {self.new.name}
 
     def _read(self, file: Path) -> State:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return State(tuple(content["made"]), content["finished"], tuple(content["files"]))
 
     def _write(self, state: State, file: Path | None = None) -> None:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from compress.errors import UserError, explain_error
 from compress.install import format_command
@@ -80,15 +81,14 @@ class Folder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         check_hydra_settings(config)
-        self._lock_folder(Path(config.hydra.run.dir), "hydra.run.dir")
+        self._lock_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
         check_hydra_settings(config)
         sweep: Any = OmegaConf.to_container(config.hydra.sweep)
         if "${" not in sweep["subdir"]:
             refuse_job_folder(sweep["subdir"])
-        self._lock_folder(folder, "hydra.sweep.dir", SWEEP)
+        folder = self._lock_folder(config, "hydra.sweep.dir", SWEEP)
         if "submitit" in config.hydra.launcher._target_:
             tolerate_lost_jobs()
         atexit.register(self._report_unfinished, folder)
@@ -114,9 +114,13 @@ class Folder(Callback):
         self.ended = True
         close_live_lines()
 
-    def _lock_folder(self, folder: Path, key: str, names: tuple[str, ...] = ()) -> None:
-        """Lock ``folder``, to write ``names`` there, or exit. Hydra would turn an exception into a warning, but not
-        ``SystemExit``."""
+    def _lock_folder(self, config: DictConfig, key: str, names: tuple[str, ...] = ()) -> Path:
+        """Lock the folder that ``key`` names, to write ``names`` there, or exit. Hydra would turn an exception into a
+        warning, but not ``SystemExit``."""
+        try:
+            folder = Path(OmegaConf.select(config, key))
+        except OmegaConfBaseException as error:
+            sys.exit(explain_error(error) or str(error))
         run = RunFolder(folder, key)
         try:
             run.check()
@@ -127,6 +131,7 @@ class Folder(Callback):
             if names:
                 run.claim()
                 run.register(names)
+            return folder
         except UserError as error:
             sys.exit(str(error))
         except Timeout:

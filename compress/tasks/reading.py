@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def name_rows(table: Table, name: str) -> Rows:
 
 def _read_folder(task: Task) -> dict[str, Examples]:
     assert task.path is not None
-    folder, layout = choose_layout(task.files, Path(task.path).expanduser())
+    folder, layout = choose_layout(task.files, Path(os.path.expanduser(task.path)))
     files = layout.files()
     missing = set(layout.find_missing(folder))
     if "train" in missing:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
-from types import SimpleNamespace
+from multiprocessing import spawn
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
@@ -8,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from compress.measuring import meters
-from compress.measuring.meters import count_macs, find_energy_meter, measure_memory, measure_work
+from compress.measuring.meters import count_macs, find_energy_meter, hide_main_module, measure_memory, measure_work
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,15 @@ def test_a_process_that_dies_leaves_no_figure_but_a_warning(folders, caplog):
     (folders[1_000] / "model.safetensors").rename(folders[1_000] / "lost")
     assert measure_memory(folders[1_000], "multiclass", [], CPU) is None
     assert "memory of" in caplog.text and "is not measured" in caplog.text
+
+
+def test_a_new_process_does_not_run_the_users_script(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    sys.modules["__main__"].__file__ = "script_without_a_guard.py"
+    assert "init_main_from_path" in spawn.get_preparation_data("child")
+    with hide_main_module():
+        assert not [key for key in spawn.get_preparation_data("child") if key.startswith("init_main")]
+    assert "init_main_from_path" in spawn.get_preparation_data("child")
 
 
 def test_the_energy_counter_continues_after_it_wraps(tmp_path):

@@ -241,6 +241,16 @@ def test_the_jobs_of_a_sweep_take_the_settings_of_their_own_stages():
     ]
 
 
+def test_a_range_of_fractions_is_what_was_typed():
+    assert split(["baseline.warmup=range(0.1,0.4,0.1)"]) == [[f"baseline.warmup={x}"] for x in (0.1, 0.2, 0.3)]
+    assert split(["seed=range(3)", "baseline.warmup=range(1,0,-0.5)"])[-1] == ["seed=2", "baseline.warmup=0.5"]
+
+
+def test_a_sweep_over_nothing_is_refused():
+    with pytest.raises(UserError, match=r"`seed=range\(2,2\)` has no value; expected one or more"):
+        split(["seed=range(2,2)"])
+
+
 def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
     with pytest.raises(
         UserError, match="the chain `none` has no stage `awq`. Remove the setting, or .* `technique=awq`"

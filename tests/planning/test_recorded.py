@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from small import SMALL
 
 from compress.errors import UserError
-from compress.install import CONF
-from compress.planning.recorded import resume_words
+from compress.install import CONF, format_command
+from compress.planning.recorded import format_repeat_command, resume_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +61,24 @@ def test_what_cannot_be_resumed_is_refused_on_one_line(tmp_path):
     assert refused(f"resume={job}").endswith(f"Set resume={sweep}.")
     evaluation = record(tmp_path / "evaluation", ".hydra/hydra.yaml", name="evaluate")
     assert "is an evaluation" in refused(f"resume={evaluation}")
+
+
+def test_a_record_that_hydra_did_not_write_is_refused(tmp_path):
+    for number, text in enumerate(("", "hydra: 3", "a: [", "hydra: {job: {}}")):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "multirun.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"multirun\.yaml is not as Hydra wrote it"):
+            resume_words([f"resume={tmp_path}/{number}"])
+
+
+def test_the_command_that_repeats_a_job_is_its_own(tmp_path):
+    folder = record(tmp_path / "run", ".hydra/hydra.yaml")
+    assert format_repeat_command(folder).endswith(" technique=none,prune 'task.epochs=${scaled:1,2}'")
+    folder = record(tmp_path / "evaluation", ".hydra/hydra.yaml", name="evaluate")
+    assert format_repeat_command(folder).startswith(f"{format_command('evaluate')} technique=")
+    folder = record(tmp_path / "own", ".hydra/hydra.yaml", name="mine")
+    assert f"{format_command('train')} --config-name=mine technique=" in format_repeat_command(folder)
+    assert format_repeat_command(tmp_path) == ""
 
 
 def test_a_run_of_another_checkout_or_folder_is_refused_unless_it_was_moved(tmp_path):

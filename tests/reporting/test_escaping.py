@@ -5,6 +5,7 @@ import base64
 import csv
 import io
 import re
+import shlex
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree

@@ -61,6 +61,9 @@ def begin(job):
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra" / "config.yaml").write_text("seed: 0\n")
     (job / ".hydra" / "overrides.yaml").write_text("- technique=prune\n")
+    (job / ".hydra" / "hydra.yaml").write_text(
+        "hydra: {job: {config_name: train}, runtime: {config_sources: []}, overrides: {task: [technique=prune]}}\n"
+    )
 
 
 def answered(wrong):
@@ -198,12 +201,12 @@ def test_a_sweep_keeps_one_measurement_of_each_baseline_and_every_other_row():
     many = rows("a", "technique.prune.sparsity=0.2") + rows("a", "technique.prune.sparsity=0.5")
     kept = drop_repeated_baselines(many + rows("b", seed=1) + rows("b", seed=1))
     assert [(r["method"], r["overrides"], r["seed"]) for r in kept] == [
-        ("none", "", 0),
-        ("prune", "technique.prune.sparsity=0.2", 0),
-        ("prune", "technique.prune.sparsity=0.5", 0),
-        ("none", "", 1),
-        ("prune", "", 1),
-        ("prune", "", 1),
+        ("none", [], 0),
+        ("prune", ["technique.prune.sparsity=0.2"], 0),
+        ("prune", ["technique.prune.sparsity=0.5"], 0),
+        ("none", [], 1),
+        ("prune", [], 1),
+        ("prune", [], 1),
     ]
 
 
@@ -233,7 +236,7 @@ def test_a_killed_job_is_identified_by_its_settings(tmp_path):
     (tmp_path / "0_job" / ".hydra" / "overrides.yaml").write_text("- technique=prune\n- task.epochs=1\n")
     (lost,) = gather_rows(tmp_path)
     assert [lost[key] for key in ("method", "model", "task", "seed", "overrides")] == [
-        "prune", "bert", "sst2", 3, "task.epochs=1"
+        "prune", "bert", "sst2", 3, ["task.epochs=1"]
     ]  # fmt: skip
     assert lost["reason"].startswith("it left no result; its process was probably killed (out of memory?)")
 

@@ -1,6 +1,7 @@
 """The readers read the files that users have."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -169,6 +170,23 @@ def test_the_hub_is_offline_only_while_it_cannot_be_reached(monkeypatch):
 
 def test_nothing_answers_at_a_closed_port():
     assert not hub.is_reachable("http://127.0.0.1:9", timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "httpx\\[socks\\]"),
+        ("all_proxy", "socks4://127.0.0.1:9", "Unknown scheme"),
+        ("NO_PROXY", "[::1]", "Invalid port"),
+        ("SSL_CERT_FILE", "/nowhere", "No such file"),
+    ],
+)
+def test_an_environment_in_which_the_hub_cannot_be_asked_is_named(monkeypatch, caplog, name, value, reason):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, value)
+    assert not hub.is_reachable("https://127.0.0.1:9", timeout_s=1)
+    (line,) = caplog.messages
+    assert re.search(f"The hub cannot be asked: .*{reason}.* Correct or unset .*{name}", line)
 
 
 def test_naming_a_task_loads_no_heavy_library():
