@@ -153,7 +153,7 @@ def measure(
         task: as of :func:`compress`; the artifact's own by default, which a mapping without ``task`` changes
             (``{"path": FOLDER}``).
         output: a new or empty folder for the report; ``multirun/DATE/TIME`` by default.
-        settings: ``hardware`` and ``seed`` as in ``conf/evaluate.yaml``.
+        settings: ``hardware``, ``seed`` and ``split`` as in ``conf/evaluate.yaml``.
 
     Raises:
         UserError: there is no such folder, or its model does not fit the task.

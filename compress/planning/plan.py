@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import inspect
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches

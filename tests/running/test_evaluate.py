@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from small import SMALL
 from test_conf import CONF
 from test_report import OUTCOME, WORSE
@@ -20,7 +21,7 @@ from compress.reporting.compare import describe_changes
 from compress.reporting.jobs import gather_rows
 from compress.reporting.report import report_success
 from compress.reporting.rows import Job
-from compress.running.evaluate import check_labels, choose_rows, evaluate_artifact
+from compress.running.evaluate import check_labels, choose_rows, evaluate_artifact, read_own_config, read_task
 from compress.tasks.task import Task
 
 
@@ -38,7 +39,10 @@ def measure_again(cache, tmp_path):
 
 def test_an_artifact_measured_again_has_the_same_figures(carry_out, measure_again, tmp_path):
     outcome = carry_out("technique=prune+gptq")
+    config = tmp_path / "artifact" / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 3"))
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}")
+    assert row["seed"] == 3  # which drew its validation split
     first = outcome.measurements["prune+gptq"]
     assert row["method"] == "prune+gptq" and row["value"] == first.quality["accuracy"]
     assert row["size_mb"] * 1e6 == first.size_bytes and row["examples"] == first.examples
@@ -50,6 +54,19 @@ def test_an_artifact_is_measured_on_the_configured_runtime(carry_out, measure_ag
     (row,) = measure_again(f"artifact={tmp_path / 'artifact'}", "hardware.runtime=openvino")
     assert row["runtime"] == "openvino" and row["value"] == first.quality["accuracy"]
     assert (row["size_mb"] * 1e6, row["parameters"]) == (first.size_bytes, first.parameters)
+
+
+def test_an_artifact_names_its_task_and_nothing_of_this_machine(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("task: {name: files, path: data}\n")
+    typed = OmegaConf.create({"artifact": str(tmp_path), "task": {"path": "moved"}})
+    assert read_task(typed, read_own_config(tmp_path)) == {"name": "files", "path": "moved"}
+    for text in ("task: {hub: {id: 'a/${oc.env:HOME}'}}", "- a"):
+        config.write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is not as a run writes it"):
+            read_own_config(tmp_path)
+    config.unlink()
+    assert read_own_config(tmp_path) == {}
 
 
 def loaded(runtime="torch", weights="float"):
