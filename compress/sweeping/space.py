@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from compress.errors import UserError
 from compress.planning.settings import parse_values
+from compress.planning.words import quote_value
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -141,8 +141,8 @@ def parse_choices(value: Any, key: str) -> Any:
 
 def format_value(value: Any) -> str:
     """Return a value as it is typed on a command line."""
-    plainly = isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value)
-    return value if plainly else json.dumps(value)
+    plainly = isinstance(value, str) and re.fullmatch(r"[\w./+-]+", value, re.ASCII)
+    return value if plainly else quote_value(value)
 
 
 def suggest_value(trial: Trial, name: str, values: Range | Share | tuple[str, ...], sizes: Sizes) -> str:

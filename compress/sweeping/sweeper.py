@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 import sys
 import time
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from compress.install import format_install
 from compress.planning import chain
 from compress.planning.advice import explain_hydra_error
 from compress.planning.chain import PACKAGE, drop_unused_settings, expand_jobs, read_chain_name
+from compress.planning.words import quote_value
 from compress.reporting import findings
 from compress.reporting.jobs import gather_rows, job_number, read_job_rows
 from compress.reporting.report import write_report
@@ -196,7 +198,7 @@ class SearchSweeper(Sweeper):
         config = copy.deepcopy(self.cfg)
         with open_dict(config):
             config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir) / TRIALS)
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote_value(config.hydra.sweep.dir)}")
         folder, launcher = self._begin_folder(config), self._make_launcher(config)
         before, begin = search.seconds, time.monotonic()
 
@@ -241,7 +243,7 @@ class SearchSweeper(Sweeper):
             if len(last) == ALIKE and last[0] and len(set(last)) == 1:
                 raise UserError(
                     f"The search was stopped because the last {ALIKE} trials failed for the same reason: {last[0]} "
-                    f"Set resume={self.cfg.hydra.sweep.dir} to continue it."
+                    f"Type {shlex.quote(f'resume={self.cfg.hydra.sweep.dir}')} to continue it."
                 )
 
         # 5) Write the report of the trials

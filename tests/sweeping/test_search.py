@@ -6,8 +6,9 @@ import pytest
 
 from compress.errors import UserError
 from compress.planning.settings import parse_values
+from compress.planning.words import read_override
 from compress.sweeping.search import Result, Search
-from compress.sweeping.space import Settings
+from compress.sweeping.space import Settings, format_value
 
 SPACE = {
     "objective": "latency_ms",
@@ -162,3 +163,10 @@ def test_a_mistake_is_reported_in_one_line(changes, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         settings(**changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["fp32", "/d/données.txt", "it's a=b", None, True, 3, 0.5, ["a b", 1], {"task": "sst2"}]
+)
+def test_a_value_is_typed_as_hydra_reads_it(value):
+    assert read_override(f"technique.gptq.calibration={format_value(value)}").value() == value
