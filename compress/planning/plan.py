@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import inspect
+import os
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
