@@ -42,6 +42,8 @@ def make_rows_printable(rows: list[Row]) -> list[Row]:
     """Return the rows with printable texts. A reason of several lines becomes one line."""
 
     def show(key: str, value: object) -> object:
+        if isinstance(value, list):
+            return [show(key, item) for item in value]
         if not isinstance(value, str) or key in PATHS:
             return value
         return make_printable(BREAK.sub(" ", value) if key == "reason" else value)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cache.events import hide_events, reveal_events
 from compress.cache.files import write_atomically
 from compress.reporting.escaping import make_file_name, make_printable, make_rows_printable, plain_figures
 from compress.reporting.tables import label_rows
@@ -43,8 +44,6 @@ LAYOUT = {
 }
 """The charts of the Custom Scalars tab, each with a line for every run."""
 
-MARK, HIDDEN = "tfevents", "hidden"
-"""What TensorBoard knows an event file by, and what its name has in this place to keep the file from TensorBoard."""
 RUNS = ".runs.json"
 """The file that lists the runs of an overlay, which are removed when it is written again."""
 
@@ -88,18 +87,6 @@ def collect_settings(result: Row) -> dict[str, Any]:
         make_printable(key): value if isinstance(value, int | float) else make_printable(str(value))
         for key, value in chosen.items()
     }
-
-
-def hide_events(folder: Path) -> None:
-    """Rename the event files below ``folder``, so that TensorBoard, which looks into every folder, leaves them out."""
-    for path in list(folder.rglob(f"*{MARK}*")):
-        path.rename(path.with_name(path.name.replace(MARK, HIDDEN)))
-
-
-def reveal_events(folder: Path) -> None:
-    """Give hidden event files below ``folder`` the names by which TensorBoard finds them."""
-    for path in list(folder.rglob(f"events*{HIDDEN}*")):
-        path.rename(path.with_name(path.name.replace(HIDDEN, MARK)))
 
 
 @plain_figures()

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from compress.artifacts.artifact import Artifact, load_artifact, read_description
 from compress.artifacts.moving import export_artifact, load_exported_artifact, name_export_modules
+from compress.cache.events import reveal_events
 from compress.cache.files import remove_path, write_atomically
 from compress.cache.sources import digest_source
 from compress.cache.store import MANIFEST, Cache, prune_cache
@@ -30,7 +31,6 @@ from compress.reporting import jobs
 from compress.reporting.card import write_card
 from compress.reporting.folder import ARTIFACT, RunFolder
 from compress.reporting.rows import Outcome
-from compress.reporting.tensorboard import reveal_events
 from compress.running.stages import apply_stage, write_baseline
 from compress.running.team import Team
 from compress.running.training import make_task_data

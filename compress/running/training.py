@@ -18,13 +18,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from compress.artifacts.artifact import Description
+from compress.cache.events import hide_events
 from compress.cache.files import remove_path
 from compress.errors import UserError
 from compress.models.backbone import limit_length
 from compress.models.layers import apply_masks, find_zeros, unwrap_model
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
-from compress.reporting.tensorboard import hide_events
 from compress.running.batch_size import fit_batch_size
 from compress.running.resume import Checkpoints, make_trainer_options
 from compress.tasks.kinds import higher_is_better

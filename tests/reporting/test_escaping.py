@@ -1,6 +1,5 @@
 """Labels, methods, reasons and paths of any characters reach every part of a report as they are."""
 
-import ast
 import base64
 import csv
 import io
@@ -29,17 +28,16 @@ from test_report import WORSE, answered, begin
 from torch.utils.tensorboard import SummaryWriter
 
 from compress.artifacts.artifact import Done
-from compress.cache import files
+from compress.cache.events import hide_events, reveal_events
 from compress.measuring.predictions import compare_predictions
 from compress.reporting import report
 from compress.reporting.card import write_card
 from compress.reporting.curves import write_curves
 from compress.reporting.escaping import escape_markdown, make_file_name, make_printable
 from compress.reporting.jobs import RESULT, gather_rows
-from compress.reporting.page import list_commands
 from compress.reporting.rows import Job, build_failed_row, drop_repeated_baselines
 from compress.reporting.tables import build_table, differing_overrides
-from compress.reporting.tensorboard import hide_events, reveal_events, write_overlay
+from compress.reporting.tensorboard import write_overlay
 from compress.sweeping.live import State, draw_states
 
 HOSTILE = [
@@ -245,16 +243,6 @@ def test_hidden_events_are_unknown_to_tensorboard_until_they_are_revealed(tmp_pa
     assert sorted(tmp_path.rglob("events*")) == names
 
 
-@pytest.mark.parametrize(
-    "path", [*Path(report.__file__).parent.glob("*.py"), Path(files.__file__)], ids=lambda path: path.stem
-)
-def test_no_file_of_a_report_depends_on_the_locale(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text", "open"):
-            binary = any(isinstance(each, ast.Constant) and each.value == "rb" for each in node.args)
-            assert binary or "encoding" in [word.arg for word in node.keywords], f"line {node.lineno}"
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_without_the_characters_shows_their_escapes(monkeypatch, tmp_path, encoding):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -277,12 +265,3 @@ def test_a_setting_with_blanks_stays_one_setting(tmp_path):
     row = build_failed_row(Job("gptq", "tiny", "toy", 0, words), "")
     other = build_failed_row(Job("gptq", "tiny", "toy", 0, words[1:]), "")
     assert differing_overrides([row, other]) == ["calibration={task: wikitext, path: /my data/w}", ""]
-
-
-@pytest.mark.parametrize(("config", "program"), [("seed: 0", "train"), ("artifact: my set", "evaluate")])
-def test_the_command_that_repeats_a_job_can_be_pasted(tmp_path, config, program):
-    begin(tmp_path)
-    (tmp_path / ".hydra" / "config.yaml").write_text(config)
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- artifact='/data/my set'\n- seed=1\n")
-    (command,) = list_commands([{"folder": str(tmp_path)}])
-    assert command["command"] == f"python {program}.py 'artifact='\"'\"'/data/my set'\"'\"'' seed=1"

@@ -11,9 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_tokens import splits, tokenizer  # noqa: F401  (a fixture)
 
+from compress.cache.events import reveal_events
 from compress.errors import UserError
 from compress.planning.settings import Hardware
-from compress.reporting.tensorboard import reveal_events
 from compress.running import resume
 from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
 from compress.tasks.metrics import TaskMetrics
