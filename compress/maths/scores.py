@@ -1,62 +1,26 @@
-"""Score answers by plain functions of arrays, one example a row, fast enough for thousands of resamples."""
+"""Score answers with every example counted some number of times, for many such countings at once.
+
+``answers`` and ``labels`` have an example a row. ``weights`` is ``[examples, resamples]``, the number of times that an
+example counts in a resample, and every function returns a score for each resample. The score of a split is that of a
+single column of ones; a bootstrap sample and a swap of two models' answers are other weights.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-
-def class_columns(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted and the true classes as 0/1 columns."""
-    classes = np.arange(logits.shape[1])
-    return logits.argmax(1)[:, None] == classes, labels[:, None] == classes
+ROUNDING = 1e-12
+"""The share of a sum of squares below which a variance is a rounding error: the variable is constant."""
 
 
-def label_columns(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted labels, with a probability above one half, and the true labels as 0/1 columns."""
-    return logits > 0, labels > 0
+def choose_class(logits: np.ndarray) -> np.ndarray:
+    """Return the class with the highest logit."""
+    return logits.argmax(-1)
 
 
-def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of the examples whose class is predicted correctly."""
-    return float((logits.argmax(1) == labels).mean())
-
-
-def subset_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of the examples with exactly their labels predicted."""
-    predicted, true = label_columns(logits, labels)
-    return float((predicted == true).all(1).mean())
-
-
-def f1_macro(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Return the mean F1 of the 0/1 columns, without columns that are all 0 in both arrays."""
-    hits, either = (predicted & true).sum(0), predicted.sum(0) + true.sum(0)
-    return float((2 * hits[either > 0] / either[either > 0]).mean()) if (either > 0).any() else 0.0
-
-
-def f1_micro(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Return the F1 of all 0/1 columns taken together."""
-    return float(2 * (predicted & true).sum() / max(1, predicted.sum() + true.sum()))
-
-
-def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return Gorodkin's correlation of several classes (2004)."""
-    predicted, true = (columns.astype(float) for columns in class_columns(logits, labels))
-    p, t = predicted - predicted.mean(0), true - true.mean(0)
-    scale = np.sqrt((p * p).sum() * (t * t).sum())
-    return float((p * t).sum() / scale) if scale else 0.0
-
-
-def roc_auc(scores: np.ndarray, true: np.ndarray) -> float:
-    """Return the mean area over the 0/1 columns with both values (Mann and Whitney, 1947); NaN if there is none."""
-    from scipy.stats import rankdata
-
-    both = true.any(0) & ~true.all(0)
-    if not both.any():
-        return float("nan")
-    ranks, true = rankdata(scores[:, both], axis=0), true[:, both]
-    positives = true.sum(0)
-    area = ((ranks * true).sum(0) - positives * (positives + 1) / 2) / (positives * (len(true) - positives))
-    return float(area.mean())
+def choose_labels(logits: np.ndarray) -> np.ndarray:
+    """Return the labels with a probability above one half as 0/1 columns."""
+    return logits > 0
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -65,25 +29,114 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(1, keepdims=True)
 
 
-def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
+def split_columns(classes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two arrays of classes as 0/1 columns; 0/1 columns are returned as they are."""
+    if classes.ndim > 1:
+        return classes > 0, others > 0
+    columns = np.arange(max(classes.max(), others.max()) + 1)
+    return classes[:, None] == columns, others[:, None] == columns
+
+
+def sum_weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the sum of ``values`` in every resample, ``[resamples]`` or ``[columns, resamples]``."""
+    return values.T.astype(float) @ weights
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the share of the examples for which exactly the true labels are predicted."""
+    same = predicted == labels
+    return sum_weighted(same.reshape(len(same), -1).all(1), weights) / weights.sum(0)
+
+
+def count_hits(
+    predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers of correct predictions, predictions and true labels, each ``[labels, resamples]``."""
+    chosen, true = split_columns(predicted, labels)
+    return sum_weighted(chosen & true, weights), sum_weighted(chosen, weights), sum_weighted(true, weights)
+
+
+def f1_macro(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean F1 of the labels, without labels that are neither predicted nor true; 0 without any."""
+    hits, chosen, true = count_hits(predicted, labels, weights)
+    either = chosen + true
+    return (2 * hits / np.maximum(either, 1)).sum(0) / np.maximum((either > 0).sum(0), 1)
+
+
+def f1_micro(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the F1 of all labels taken together; 0 if none is predicted or true."""
+    hits, chosen, true = (counts.sum(0) for counts in count_hits(predicted, labels, weights))
+    return 2 * hits / np.maximum(chosen + true, 1)
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return Gorodkin's correlation of several classes (2004); 0 if a single class is predicted or true."""
+    hits, chosen, true = count_hits(predicted, labels, weights)
+    count = weights.sum(0)
+    covariance = hits.sum(0) * count - (chosen * true).sum(0)
+    scale = np.sqrt((count**2 - (chosen**2).sum(0)) * (count**2 - (true**2).sum(0)))
+    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def count_below(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return for every example how many have a lower value; those with the same value count half."""
+    order = values.argsort(kind="stable")
+    counts = np.zeros((len(values) + 1, weights.shape[1]))
+    np.cumsum(weights[order], axis=0, out=counts[1:])
+    first, last = (values[order].searchsorted(values, side) for side in ("left", "right"))
+    return (counts[first] + counts[last]) / 2
+
+
+def roc_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean area over the labels that some examples have and some lack (Mann and Whitney, 1947).
+
+    ``scores`` has a column for each label; ``labels`` are 0/1 columns or classes. NaN if there is no such label.
+    """
+    true = labels > 0 if labels.ndim > 1 else labels[:, None] == np.arange(scores.shape[1])
+    total, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    for column, positive in zip(scores.T, true.T):
+        negatives = weights * ~positive[:, None]
+        pairs = weights[positive].sum(0) * negatives.sum(0)
+        if not pairs.any():
+            continue
+        below = np.einsum("er,er->r", count_below(column, negatives)[positive], weights[positive])
+        total += np.divide(below, pairs, out=np.zeros_like(pairs), where=pairs > 0)
+        present += pairs > 0
+    return np.divide(total, present, out=np.full_like(total, np.nan), where=present > 0)
+
+
+def correlate(
+    count: np.ndarray, x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray
+) -> np.ndarray:
+    """Return the linear correlation from the sums of x, y and their products; NaN if either is constant."""
+    x_variance, y_variance = xx - x * x / count, yy - y * y / count
+    varies = (x_variance > ROUNDING * xx) & (y_variance > ROUNDING * yy)
+    scale = np.sqrt(np.where(varies, x_variance * y_variance, 1.0))
+    return np.where(varies, (xy - x * y / count) / scale, np.nan)
+
+
+def pearson(outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the linear correlation; NaN if outputs or labels are constant."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(outputs.ravel(), labels.ravel())[0, 1])
+    x, y = (values.ravel().astype(float) for values in (outputs, labels))
+    x, y = x - x.mean(), y - y.mean()
+    return correlate(weights.sum(0), *sum_weighted(np.stack([x, y, x * x, y * y, x * y], axis=1), weights))
 
 
-def spearman(outputs: np.ndarray, labels: np.ndarray) -> float:
+def spearman(outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the correlation of the ranks; NaN if outputs or labels are constant."""
-    from scipy.stats import rankdata
+    x, y = count_below(outputs.ravel(), weights), count_below(labels.ravel(), weights)
+    weighted_x, weighted_y = weights * x, weights * y
+    products = ((weighted_x, x), (weighted_y, y), (weighted_x, y))
+    sums = (np.einsum("er,er->r", *pair) for pair in products)
+    return correlate(weights.sum(0), weighted_x.sum(0), weighted_y.sum(0), *sums)
 
-    return pearson(rankdata(outputs.ravel()), rankdata(labels.ravel()))
 
-
-def perplexity(outputs: np.ndarray, tokens: np.ndarray) -> float:
+def perplexity(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the exponential of the mean loss of a token; the first column of ``outputs`` sums a block's losses."""
     with np.errstate(over="ignore"):
-        return float(np.exp(outputs[:, 0].sum(dtype=float) / tokens.sum()))
+        return np.exp(sum_weighted(outputs[:, 0], weights) / sum_weighted(tokens, weights))
 
 
-def token_accuracy(outputs: np.ndarray, tokens: np.ndarray) -> float:
+def token_accuracy(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the share of correct tokens; the second column of ``outputs`` counts a block's correct tokens."""
-    return float(outputs[:, 1].sum(dtype=float) / tokens.sum())
+    return sum_weighted(outputs[:, 1], weights) / sum_weighted(tokens, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from compress.maths.statistics import (
+    SMALLEST_P,
     Interval,
     assign_terciles,
     holm,
@@ -18,7 +20,7 @@ from compress.maths.statistics import (
     paired_difference,
     permutation_p_value,
 )
-from compress.tasks.kinds import KINDS
+from compress.tasks.kinds import KINDS, higher_is_better
 
 FILE = "predictions.npz"
 NEGATION = re.compile(r"\b(?:no|not|never|none|nobody|nothing|neither|nor|without|cannot)\b|n['’]t\b", re.IGNORECASE)
@@ -70,20 +72,22 @@ class Predictions:
         return KINDS[self.kind].find_correct(self.outputs, self.labels)
 
     def score(self, metric: str) -> float:
-        return KINDS[self.kind].metrics[metric].score(self.outputs, self.labels)
+        return KINDS[self.kind].metrics[metric].compute(self.outputs, self.labels)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A model compared with its baseline on the same examples.
 
-    ``p_value`` is the probability of a ``change`` of the ``metric`` this large if both models were equally good.
-    ``churn`` is the share of the examples whose predicted label changed (None without labels).
+    ``p_value`` is the probability of a ``change`` of the ``metric`` this large if both models were equally good. It is
+    at least :data:`compress.maths.statistics.SMALLEST_P`, a bound of what is smaller, and None if there is no test: for
+    a single example, and if the metric is undefined. ``churn`` is the share of the examples whose predicted label
+    changed (None without labels).
     """
 
     metric: str
     change: Interval
-    p_value: float
+    p_value: float | None
     churn: float | None
 
 
@@ -101,15 +105,17 @@ def compare_predictions(baseline: Predictions, variant: Predictions, metric: str
     if not are_paired(baseline, variant):
         return None
     judge = KINDS[variant.kind].metrics[metric]
-    outputs = (baseline.outputs, variant.outputs)
+    answers = (judge.read(baseline.outputs), judge.read(variant.outputs))
+    change = paired_difference(judge.score, *answers, variant.labels)
     if judge.counts_examples and baseline.correct_examples is not None and variant.correct_examples is not None:
         p_value = mcnemar(baseline.correct_examples, variant.correct_examples)
     else:
-        p_value = permutation_p_value(judge.score, *outputs, variant.labels)
+        p_value = permutation_p_value(judge.score, *answers, variant.labels)
     changed = None
     if baseline.predicted_labels is not None and variant.predicted_labels is not None:
         changed = label_churn(baseline.predicted_labels, variant.predicted_labels)
-    return Comparison(metric, paired_difference(judge.score, *outputs, variant.labels), p_value, changed)
+    tested = len(variant.labels) > 1 and math.isfinite(change.value)
+    return Comparison(metric, change, max(p_value, SMALLEST_P) if tested else None, changed)
 
 
 def slice_examples(predictions: Predictions) -> dict[str, np.ndarray]:
@@ -151,7 +157,7 @@ def measure_regressions(baseline: Predictions, variant: Predictions, metric: str
             before, after = baseline.correct_examples[mask], variant.correct_examples[mask]
             change, p_value = float(after.mean() - before.mean()), mcnemar(before, after)
         else:
-            score = KINDS[variant.kind].metrics[metric].score
+            score = KINDS[variant.kind].metrics[metric].compute
             change = score(variant.outputs[mask], variant.labels[mask])
             change -= score(baseline.outputs[mask], variant.labels[mask])
         regressions.append(Regression(name, int(mask.sum()), change, p_value))
@@ -161,9 +167,12 @@ def measure_regressions(baseline: Predictions, variant: Predictions, metric: str
 def find_worst_slice(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
     """Return the slice that lost most, its p-value corrected over all slices (Holm); None if no slice lost."""
     regressions = measure_regressions(baseline, variant, metric)
-    p_values = [1.0 if regression.p_value is None else regression.p_value for regression in regressions]
-    corrected = dict(zip(map(id, regressions), holm(p_values)))
-    worst = min(regressions, key=lambda regression: regression.change, default=None)
-    if worst is None or worst.change >= 0:
+    corrected = holm([1.0 if regression.p_value is None else regression.p_value for regression in regressions])
+    shares = baseline.correct_examples is not None  # a change of the share of correct examples, whatever the metric
+    better = 1 if shares or higher_is_better(metric) else -1
+    losing = [i for i, regression in enumerate(regressions) if better * regression.change < 0]  # not where undefined
+    if not losing:
         return None
-    return worst if worst.p_value is None else replace(worst, p_value=corrected[id(worst)])
+    worst = min(losing, key=lambda i: better * regressions[i].change)
+    p_value = None if regressions[worst].p_value is None else corrected[worst]
+    return replace(regressions[worst], p_value=p_value)

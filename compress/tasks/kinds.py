@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from compress.maths import scores
+from compress.maths.statistics import Score
 from compress.tasks.labels import (
     Columns,
     LabelledTask,
@@ -35,12 +36,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that judges a model, from the arrays of :meth:`Kind.keep_answers` with one example a row."""
+    """A number that judges a model, from the arrays of :meth:`Kind.keep_answers` with one example a row.
 
-    score: Callable[[np.ndarray, np.ndarray], float]
+    ``score(answers, labels, weights)`` is a function of :mod:`compress.maths.scores`, and ``read`` turns the outputs
+    into the answers that it takes.
+    """
+
+    score: Score
+    read: Callable[[np.ndarray], np.ndarray] = np.asarray
     higher_is_better: bool = True
     counts_examples: bool = False
     """Whether the score is the share of correct examples, for which McNemar's test is exact."""
+
+    def compute(self, outputs: np.ndarray, labels: np.ndarray) -> float:
+        """Return the score of all examples; NaN if it is undefined."""
+        return float(self.score(self.read(outputs), labels, np.ones((len(labels), 1)))[0])
 
 
 class Kind(ABC):
@@ -124,6 +134,10 @@ class Kind(ABC):
 
         return None if labels is None else torch.tensor(labels)
 
+    def count_examples(self, batch: dict[str, Tensor]) -> int | Tensor:
+        """Return how many labels the mean loss of a batch is of."""
+        return len(batch["input_ids"])
+
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Return a model's predictions on a batch as labels for a loss."""
         return logits.argmax(-1)
@@ -163,13 +177,11 @@ class Multiclass(Kind):
     name = "multiclass"
     metrics = MappingProxyType(
         {
-            "accuracy": Metric(scores.class_accuracy, counts_examples=True),
-            "f1_macro": Metric(lambda logits, labels: scores.f1_macro(*scores.class_columns(logits, labels))),
-            "f1_micro": Metric(lambda logits, labels: scores.f1_micro(*scores.class_columns(logits, labels))),
-            "matthews": Metric(scores.matthews),
-            "roc_auc": Metric(
-                lambda logits, labels: scores.roc_auc(scores.softmax(logits), scores.class_columns(logits, labels)[1])
-            ),
+            "accuracy": Metric(scores.accuracy, scores.choose_class, counts_examples=True),
+            "f1_macro": Metric(scores.f1_macro, scores.choose_class),
+            "f1_micro": Metric(scores.f1_micro, scores.choose_class),
+            "matthews": Metric(scores.matthews, scores.choose_class),
+            "roc_auc": Metric(scores.roc_auc, scores.softmax),
         }
     )
     problem_type = "single_label_classification"
@@ -182,7 +194,7 @@ class Multiclass(Kind):
         return [index for (index,) in encode_names(task, ([name] for name in labels), split)]
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:
-        return outputs.argmax(-1)
+        return scores.choose_class(outputs)
 
     def slice_labels(self, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         return {name: labels == i for i, name in enumerate(names)}
@@ -194,10 +206,10 @@ class Multilabel(Kind):
     name = "multilabel"
     metrics = MappingProxyType(
         {
-            "subset_accuracy": Metric(scores.subset_accuracy, counts_examples=True),
-            "f1_macro": Metric(lambda logits, labels: scores.f1_macro(*scores.label_columns(logits, labels))),
-            "f1_micro": Metric(lambda logits, labels: scores.f1_micro(*scores.label_columns(logits, labels))),
-            "roc_auc": Metric(lambda logits, labels: scores.roc_auc(logits, labels > 0)),
+            "subset_accuracy": Metric(scores.accuracy, scores.choose_labels, counts_examples=True),
+            "f1_macro": Metric(scores.f1_macro, scores.choose_labels),
+            "f1_micro": Metric(scores.f1_micro, scores.choose_labels),
+            "roc_auc": Metric(scores.roc_auc),
         }
     )
     problem_type = "multi_label_classification"
@@ -221,7 +233,7 @@ class Multilabel(Kind):
         return (logits > 0).float()
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:
-        return outputs > 0
+        return scores.choose_labels(outputs)
 
     def slice_labels(self, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         return {name: labels[:, i] == 1 for i, name in enumerate(names)}
@@ -264,6 +276,9 @@ class LanguageModel(Kind):
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def count_examples(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] != -100).sum()
 
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         labels = inputs["input_ids"].clone()

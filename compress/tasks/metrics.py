@@ -41,7 +41,7 @@ class TaskMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         outputs, labels = (dim_zero_cat(kept).cpu().numpy() for kept in (self.outputs, self.labels))
-        values = {name: self.kind.metrics[name].score(outputs, labels) for name in self.names}
+        values = {name: self.kind.metrics[name].compute(outputs, labels) for name in self.names}
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in values.items()}
 
 

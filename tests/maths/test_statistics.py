@@ -1,25 +1,28 @@
 """Worked by hand, or against scipy on other ways to the same number."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import binom, ttest_1samp
 
-from compress.maths.scores import class_accuracy as accuracy
-from compress.maths.scores import perplexity
+from compress.maths.scores import accuracy, pearson, perplexity, roc_auc
 from compress.maths.statistics import (
     assign_terciles,
+    bound_tail,
     holm,
     label_churn,
     mcnemar,
     mean_interval,
     paired_difference,
+    pareto_indices,
     permutation_p_value,
 )
 
 
 def answers(right):
-    """Logits of two labels for examples of label 0, of which these are ``right``."""
-    return np.where(np.array(right)[:, None], [[1.0, 0.0]], [[0.0, 1.0]]), np.zeros(len(right), int)
+    """Return predictions for examples of label 0, of which these are ``right``, and the labels."""
+    return np.where(right, 0, 1), np.zeros(len(right), int)
 
 
 def test_mcnemar_counts_the_examples_on_which_one_alone_is_right():
@@ -75,3 +78,45 @@ def test_seeds_make_a_t_interval():
 def test_terciles_hold_a_third_each():
     assert assign_terciles(np.array([3, 1, 2, 6, 5, 4])).tolist() == [1, 0, 0, 2, 2, 1]
     assert assign_terciles(np.array([1, 1, 1])).tolist() == [0, 0, 0]
+
+
+def test_p_values_resolve_what_a_correction_for_many_rows_asks_for():
+    # 40 of 1,043 answers were lost and none won: all swaps of 40 pairs but two are less extreme.
+    right = np.arange(1043) > 0
+    lost = right & (np.arange(1043) > 40)
+    baseline, labels = answers(right)
+    assert permutation_p_value(accuracy, baseline, answers(lost)[0], labels) == pytest.approx(2 / 2**40)
+    # Of 300 unequal changes too few swaps are drawn to see one as extreme: a bound of what is smaller.
+    generator = np.random.default_rng(0)
+    losses = generator.normal(100, 10, 300)
+    blocks, worse = (np.stack([kept, np.zeros(300)], 1) for kept in (losses, losses + generator.normal(0.4, 1, 300)))
+    p_value = permutation_p_value(perplexity, blocks, worse, np.full(300, 50))
+    assert ttest_1samp(worse[:, 0] - losses, 0).pvalue < p_value < 1e-6
+
+
+@pytest.mark.parametrize("sevenths", [3, 5, 7])
+def test_the_bound_of_a_tail_holds_for_uneven_sums_and_is_not_loose(sevenths):
+    # Sums of random signs times 1 or 3, whose distribution is worked out in full.
+    steps = np.array([3] * 5 + [1] * 20)
+    chances = np.array([1.0])
+    for step in steps:
+        chances = np.convolve(chances, [0.5, *[0] * (2 * step - 1), 0.5])
+    sums = np.arange(-steps.sum(), steps.sum() + 1)
+    change = int(np.ceil(sevenths / 7 * 0.7 * steps.sum()))
+    exact = chances[abs(sums) >= change].sum()
+    assert exact <= bound_tail(change, np.sqrt((steps**2).sum()), 10_000) < 20 * exact
+
+
+def test_an_undefined_score_has_no_interval_and_no_p_value():
+    generator = np.random.default_rng(0)
+    outputs, other, constant = generator.random(20), generator.random(20), np.full(20, 3.1)
+    found = paired_difference(pearson, outputs, other, constant)
+    assert np.isnan([found.value, found.low, found.high]).all()
+    assert np.isnan(permutation_p_value(pearson, outputs, other, constant))
+    assert np.isnan(permutation_p_value(roc_auc, np.eye(2)[[0, 1]], np.eye(2)[[1, 1]], np.array([1, 1])))
+    one = paired_difference(accuracy, np.array([0]), np.array([1]), np.array([0]))
+    assert one.value == -1 and np.isnan([one.low, one.high]).all()
+
+
+def test_points_without_a_worth_are_not_on_the_front():
+    assert pareto_indices([1.0, 2.0, 3.0], [math.nan, 0.5, 0.7]) == [1, 2]

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from compress.maths.statistics import SMALLEST_P
 from compress.measuring.predictions import (
     NEGATION,
     Predictions,
@@ -9,6 +12,7 @@ from compress.measuring.predictions import (
     measure_regressions,
     slice_examples,
 )
+from compress.tasks.kinds import KINDS
 
 
 def predictions(right, negated=None, lengths=None, seed=0):
@@ -81,3 +85,61 @@ def test_other_examples_are_not_compared():
 )
 def test_words_of_negation(text, found):
     assert bool(NEGATION.search(text)) == found
+
+
+def test_a_p_value_is_never_below_what_is_resolved():
+    assert compare_predictions(predictions(EVERY), predictions(~EVERY), "accuracy").p_value == SMALLEST_P
+    assert compare_predictions(predictions(EVERY), predictions(~EVERY), "matthews").p_value == SMALLEST_P
+
+
+@pytest.mark.parametrize("metric", list(KINDS["multiclass"].metrics))
+def test_the_value_and_its_interval_are_of_one_metric_although_a_class_is_absent(metric):
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3  # the fourth class is absent
+    before, after = (
+        replace(predictions(EVERY), outputs=generator.standard_normal((60, 4)) + np.eye(4)[labels], labels=labels)
+        for _ in range(2)
+    )
+    change = compare_predictions(before, after, metric).change
+    assert change.value == pytest.approx(after.score(metric) - before.score(metric), abs=1e-12)
+    assert change.low < change.value < change.high
+
+
+def blocks(losses):
+    """Return predictions of a language model for blocks of 50 tokens, of texts from short to long."""
+    count = len(losses)
+    outputs = np.stack([losses, np.zeros(count)], axis=1)
+    lengths, tokens = np.arange(1, count + 1), np.full(count, 50)
+    return Predictions("lm", outputs, tokens, tokens, lengths, lengths > count)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "metric"),
+    [
+        (predictions(EVERY[:1]), predictions(~EVERY[:1]), "f1_macro"),
+        (blocks([100.0]), blocks([120.0]), "perplexity"),
+        (replace(predictions(EVERY), labels=np.ones(100, int)), replace(predictions(~EVERY), labels=np.ones(100, int)),
+         "roc_auc"),
+    ],
+)  # fmt: skip
+def test_one_example_or_an_undefined_metric_is_not_tested(before, after, metric):
+    found = compare_predictions(before, after, metric)
+    assert found.p_value is None and np.isnan([found.change.low, found.change.high]).all()
+    assert np.isnan(found.change.value) == (metric == "roc_auc")
+
+
+def test_the_slice_that_lost_most_has_the_highest_perplexity():
+    before, change = blocks(np.full(90, 100.0)), np.repeat([-9.0, 2.0, 5.0], 30)
+    worst = find_worst_slice(before, blocks(100 + change), "perplexity")
+    assert worst.name == "long texts" and worst.change == pytest.approx(np.exp(2.1) - np.exp(2))
+    assert find_worst_slice(before, blocks(100 - abs(change)), "perplexity") is None
+
+
+def test_a_slice_without_a_defined_metric_is_not_the_worst():
+    generator, labels = np.random.default_rng(0), np.arange(90.0)
+    labels[:30] = 3.0  # the short texts
+    outputs = labels[:, None] + generator.standard_normal((90, 1))
+    lengths = np.arange(1, 91)
+    before = Predictions("regression", outputs, labels, lengths, lengths, lengths > 90)
+    worst = find_worst_slice(before, replace(before, outputs=outputs + generator.standard_normal((90, 1))), "pearson")
+    assert worst.name in ("middling texts", "long texts", "without negation") and worst.change < 0

@@ -21,7 +21,7 @@ class Stars(Regression):
 
     name = "stars"
     metrics = MappingProxyType(
-        {"error": Metric(lambda outputs, labels: float(abs(outputs.ravel() - labels).mean()), higher_is_better=False)}
+        {"error": Metric(lambda stars, labels, w: abs(stars.ravel() - labels) @ w / w.sum(0), higher_is_better=False)}
     )
 
     def is_missing(self, label):
