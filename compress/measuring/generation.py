@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.measuring.bench import Bench
-from compress.measuring.timing import Batch, Spread, move_batch, summarise_times, time_in_turns
+from compress.measuring.timing import Batch, Spread, Turns, move_batch, summarise_times, time_in_turns
 from compress.planning.settings import Latency
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
@@ -31,8 +31,13 @@ class Generation:
     new_tokens: int
 
 
-def measure_generation(benches: dict[str, Bench], latency: Latency, device: torch.device) -> dict[str, Generation]:
-    """Time in turns the artifacts whose models have a cache of earlier tokens."""
+def measure_generation(
+    benches: dict[str, Bench], latency: Latency, device: torch.device
+) -> tuple[dict[str, Generation], float]:
+    """Time in turns the artifacts whose models have a cache of earlier tokens.
+
+    Return the times by name, and the share of the CPUs that others took meanwhile.
+    """
     calls, prompt, new = {}, 0, 0
     for name, bench in benches.items():
         text = move_batch(bench.texts[len(bench.texts) // 2], device)
@@ -40,8 +45,8 @@ def measure_generation(benches: dict[str, Bench], latency: Latency, device: torc
         prompt = text["input_ids"].shape[1] - new
         if new > 1 and (step := find_decoder(bench.artifact.model, text)):
             calls[name] = build_decoding_call(step, text["input_ids"], text["attention_mask"], prompt, device)
-    timed = time_in_turns(calls, latency, cycle=new, label="generation").blocks if calls else {}
-    by_token = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in timed.items()}
+    timed = time_in_turns(calls, latency, cycle=new, label="generation") if calls else Turns({}, 0.0)
+    by_token = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in timed.blocks.items()}
     return {
         name: Generation(
             summarise_times([block[:, 0] for block in blocks]),
@@ -50,7 +55,7 @@ def measure_generation(benches: dict[str, Bench], latency: Latency, device: torc
             new,
         )
         for name, blocks in by_token.items()
-    }
+    }, timed.others
 
 
 @torch.inference_mode()

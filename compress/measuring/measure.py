@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from compress.artifacts.artifact import Artifact, measure_size_bytes
+from compress.errors import PostconditionError
 from compress.formats.bnb import move_model
 from compress.maths.statistics import Interval
 from compress.measuring.bench import Bench
@@ -49,7 +50,8 @@ class Measurement:
         macs: multiply-accumulates of a text of median length; None if they cannot be counted.
         work: mean cost of a text of the latency.
         tokenizer_ms: median time to tokenize a text.
-        others: share of the machine's CPUs that other processes took while the latency was timed.
+        others: share of our CPUs that others took during the most disturbed of all timings: other processes, or a
+            limit of the operating system on our own.
         measuring_time_s: time of the whole measurement, including every artifact measured with this one.
     """
 
@@ -132,8 +134,9 @@ def measure_artifacts(
         call, cycle = build_model_call(bench.artifact, bench.batches[first], device), len(bench.batches[first])
         work[name] = measure_work(call, cycle, first, seconds, device, joules)
     reading = {name: build_tokenising_call(bench) for name, bench in benches.items()}
-    read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing").blocks
-    generations = measure_generation(benches, latency, device) if KINDS[task.kind].generates else {}
+    read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing")
+    generations, others = measure_generation(benches, latency, device) if KINDS[task.kind].generates else ({}, 0.0)
+    others = max(others, read.others, *(turn.others for turn in turns.values()))
     spreads = {name: {size: summarise_times(times[size][name]) for size in latency.batch_sizes} for name in benches}
     # 5) Collect the figures
     spent = time.perf_counter() - begin
@@ -163,8 +166,8 @@ def measure_artifacts(
             memory=memory.get(name),
             macs=macs[name],
             work=work[name],
-            tokenizer_ms=summarise_times(read[name]).median_ms,
-            others=turns[first].others,
+            tokenizer_ms=summarise_times(read.blocks[name]).median_ms,
+            others=others,
             measuring_time_s=spent,
             split=bench.split,
         )
@@ -191,7 +194,11 @@ def mean_length(batches: list[Batch]) -> float:
 def predict_split(
     bench: Bench, task: Task, device: torch.device, label: str = "testing"
 ) -> tuple[dict[str, float], Predictions]:
-    """Return the task's metrics over the whole split, and the predictions in the order of the split."""
+    """Return the task's metrics over the whole split, and the predictions in the order of the split.
+
+    Raises:
+        PostconditionError: an output is not finite. Every metric would count such an answer as a choice.
+    """
     kind = KINDS[task.kind]
     outputs, labels, lengths = [], [], []
     for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
@@ -207,6 +214,10 @@ def predict_split(
         for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
     }
     examples = len(order)
+    if broken := int((~np.isfinite(arrays["outputs"]).reshape(examples, -1).all(1)).sum()):
+        raise PostconditionError(
+            f"The outputs for {broken} of the {examples} examples of the {bench.split} split are not finite."
+        )
     texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
     characters = np.array([len(text) for text in texts] or [0] * examples)
     negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,7 +20,7 @@ from compress.planning.settings import Latency
 
 Batch = dict[str, torch.Tensor]
 BUSY = 0.1
-"""The share of the CPUs above which other processes disturb a round."""
+"""The share of our CPUs above which others disturb a round."""
 PATIENCE = 3
 """The factor of the budget that disturbed rounds may take in total."""
 FEWEST = 4
@@ -43,7 +46,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Turns:
-    """Milliseconds of single calls, ``{name: blocks}``; ``others`` is the share of the CPUs of other processes."""
+    """Milliseconds of single calls, ``{name: blocks}``; ``others`` is the mean of :class:`Others` over the rounds."""
 
     blocks: dict[str, list[np.ndarray]]
     others: float
@@ -55,8 +58,8 @@ def time_in_turns(
     """Time ``call(i)`` of each name in alternating blocks of whole cycles of ``i``.
 
     Turns in alternating order spread a disturbance of the machine evenly over all calls. A pause between blocks lets
-    the thread pool of a call go idle before the next call is timed. Rounds in which other processes took more than
-    :data:`BUSY` of the CPUs are dropped and repeated, for up to :data:`PATIENCE` times the budget. With too few quiet
+    the thread pool of a call go idle before the next call is timed. Rounds in which others took more than :data:`BUSY`
+    of the CPUs are dropped and repeated, for up to :data:`PATIENCE` times the budget. With too few quiet
     rounds, all rounds count.
     """
     # 1) Warm up
@@ -110,22 +113,59 @@ def least_seconds(rounds: list[dict[str, np.ndarray]]) -> float:
 
 
 class Others:
-    """A callable that returns the share of the CPUs that other processes took since its last call."""
+    """A callable that returns the share of our CPUs that others took since its last call.
+
+    Our CPUs are those on which this process may run. Others are other processes, or a limit of the control group
+    (of a container, a SLURM job or a service), which stops this process although a CPU is free.
+    """
 
     def __init__(self) -> None:
         self.process = psutil.Process()
         self.last = self.now()
 
-    def now(self) -> tuple[float, float, float]:
-        system, own = psutil.cpu_times()._asdict(), self.process.cpu_times()
+    def now(self) -> tuple[float, float, float, float]:
+        """Return the seconds of one of our CPUs, and how many of them were busy, our own, and stopped at a limit."""
+        times, own = self.read_cpu_times(), self.process.cpu_times()
         # Linux includes guest time in user time.
-        total = sum(seconds for name, seconds in system.items() if not name.startswith("guest"))
-        return total, total - system["idle"] - system.get("iowait", 0.0), own.user + own.system
+        each = [{name: s for name, s in cpu._asdict().items() if not name.startswith("guest")} for cpu in times]
+        total = sum(sum(cpu.values()) for cpu in each) / len(each)
+        idle = sum(cpu["idle"] + cpu.get("iowait", 0.0) for cpu in each) / len(each)
+        return total, total - idle, (own.user + own.system) / len(each), read_throttled_seconds()
+
+    def read_cpu_times(self) -> list[Any]:
+        """Return the times of our CPUs since the machine started; of all CPUs if the system does not say."""
+        times = psutil.cpu_times(percpu=True)
+        own = self.process.cpu_affinity() if hasattr(self.process, "cpu_affinity") else []
+        return [times[cpu] for cpu in own if cpu < len(times)] or times
 
     def __call__(self) -> float:
         before, self.last = self.last, self.now()
-        total, busy, own = (now - then for now, then in zip(self.last, before))
-        return max(0.0, busy - own) / total if total > 0 else 0.0
+        total, busy, own, stopped = (now - then for now, then in zip(self.last, before))
+        return min(1.0, max(0.0, busy - own, stopped) / total) if total > 0 else 0.0
+
+
+def read_throttled_seconds(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the seconds in which Linux has stopped this process's control groups at their limit; 0 elsewhere.
+
+    A limit may be on any group of the hierarchy, and each counts its own.
+    """
+    try:
+        paths = [line.split(":", 2)[1:] for line in groups.read_text().splitlines()]
+    except OSError:
+        return 0.0
+    seconds = 0.0
+    for controllers, path in paths:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root  # version 1 mounts each set of controllers
+        folder = top / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if not level.is_relative_to(top):
+                break
+            with contextlib.suppress(OSError):
+                counts = dict(line.split() for line in (level / "cpu.stat").read_text().splitlines())
+                seconds += int(counts.get("throttled_usec", 0)) / 1e6 + int(counts.get("throttled_time", 0)) / 1e9
+    return seconds
 
 
 def estimate_speedup(baseline: list[np.ndarray], variant: list[np.ndarray]) -> Interval:

@@ -9,11 +9,24 @@ import torch
 from test_nf4 import wide
 from test_prune import fit
 
+from compress.artifacts.artifact import Artifact, Description
+from compress.errors import PostconditionError
+from compress.measuring import measure
+from compress.measuring.bench import Bench
 from compress.measuring.generation import build_decoding_call, find_decoder
-from compress.measuring.measure import count_parameters
-from compress.measuring.timing import PATIENCE, Others, estimate_speedup, summarise_times, time_in_turns
+from compress.measuring.measure import count_parameters, predict_split
+from compress.measuring.timing import (
+    PATIENCE,
+    Others,
+    Turns,
+    estimate_speedup,
+    read_throttled_seconds,
+    summarise_times,
+    time_in_turns,
+)
 from compress.planning.settings import Latency
 from compress.tasks.kinds import KINDS
+from compress.tasks.task import Task
 from compress.techniques.int8 import Int8
 from compress.techniques.nf4 import NF4
 from compress.techniques.prune import Prune
@@ -67,8 +80,97 @@ def test_rounds_that_others_disturb_are_repeated_while_there_is_time(monkeypatch
     assert len(list(shares)) == (0 if patience else 2)
 
 
-def test_the_load_of_others_is_a_share_of_all_cpus():
+def test_the_load_of_others_is_a_share():
     assert 0 <= Others()() <= 1
+
+
+def cpu(busy, idle):
+    return SimpleNamespace(_asdict=lambda: {"user": busy, "system": 0.0, "idle": idle, "guest": busy})
+
+
+def test_the_load_of_others_is_a_share_of_the_cpus_on_which_we_may_run(monkeypatch):
+    """Of 64 CPUs this process may use two, of which another process takes one."""
+    moments = iter([[cpu(0.0, 0.0)] * 64, [cpu(10.0, 0.0)] * 2 + [cpu(0.0, 10.0)] * 62])
+    own = iter([SimpleNamespace(user=0.0, system=0.0), SimpleNamespace(user=9.0, system=1.0)])
+    process = SimpleNamespace(cpu_affinity=lambda: [0, 1], cpu_times=lambda: next(own))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    monkeypatch.setattr("psutil.cpu_times", lambda percpu: next(moments))
+    monkeypatch.setattr("compress.measuring.timing.read_throttled_seconds", lambda: 0.0)
+    assert Others()() == pytest.approx(0.5)
+
+
+def test_load_on_other_cpus_and_a_limit_on_our_own(monkeypatch):
+    """All but our two CPUs are busy; then the limit of a container stops us for 3 of 10 seconds."""
+    moments = iter([[cpu(t, 0.0)] * 2 + [cpu(t, 0.0)] * 62 for t in (0.0, 10.0, 20.0)])
+    own = iter([SimpleNamespace(user=t, system=0.0) for t in (0.0, 20.0, 40.0)])
+    stopped = iter([1.0, 1.0, 4.0])
+    process = SimpleNamespace(cpu_affinity=lambda: [0, 1], cpu_times=lambda: next(own))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    monkeypatch.setattr("psutil.cpu_times", lambda percpu: next(moments))
+    monkeypatch.setattr("compress.measuring.timing.read_throttled_seconds", lambda: next(stopped))
+    others = Others()
+    assert [others(), others()] == pytest.approx([0.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        ("0::/job/step\n", {"job/step": "nr_throttled 7\nthrottled_usec 1500000", "job": "throttled_usec 500000"}),
+        ("4:memory:/job\n2:cpu,cpuacct:/job\n", {"cpu,cpuacct/job": "nr_throttled 7\nthrottled_time 2000000000"}),
+    ],
+)
+def test_the_time_of_being_stopped_is_that_of_all_groups_above(groups, files, tmp_path):
+    (tmp_path / "groups").write_text(groups)
+    for folder, text in files.items():
+        (tmp_path / "fs" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / folder / "cpu.stat").write_text(f"usage_usec 9\n{text}\n")
+    assert read_throttled_seconds(tmp_path / "groups", tmp_path / "fs") == pytest.approx(2.0)
+    assert read_throttled_seconds(tmp_path / "none", tmp_path / "fs") == 0.0
+
+
+def answering(logits):
+    """Return a bench of a model that gives these logits, in batches of two texts."""
+    batches = [
+        {
+            "input_ids": torch.arange(i, i + 2)[:, None],
+            "attention_mask": torch.ones(2, 1),
+            "labels": torch.zeros(2, dtype=int),
+        }
+        for i in range(0, len(logits), 2)
+    ]
+    count = len(logits)
+    data = SimpleNamespace(in_order=lambda split: range(count), words=lambda split: [("text",)] * count, max_length=8)
+    description = Description("multiclass", "tiny", "toy")
+    artifact = Artifact(lambda input_ids, **_: SimpleNamespace(logits=logits[input_ids[:, 0]]), None, description)
+    texts = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    return Bench("folder", artifact, "test", batches, texts, data, [("text",)], {1: texts, 2: texts})
+
+
+TASK = Task(name="t", kind="multiclass", metrics=("accuracy",), primary="accuracy", labels=("a", "b"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_is_no_answer(value):
+    logits = torch.tensor([[1.0, 0.0]] * 6)
+    assert predict_split(answering(logits), TASK, torch.device("cpu"))[0] == {"accuracy": 1.0}
+    logits[3, 0] = value
+    with pytest.raises(PostconditionError, match="outputs for 1 of the 6 examples of the test split are not finite"):
+        predict_split(answering(logits), TASK, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("disturbed", ["batches of 1", "batches of 2", "tokenizing"])
+def test_a_disturbance_of_any_timing_is_reported(disturbed, monkeypatch):
+    def time_quietly(calls, latency, cycle, label):
+        return Turns({name: [np.ones(2)] * 4 for name in calls}, 0.3 if label == disturbed else 0.05)
+
+    monkeypatch.setattr(measure, "time_in_turns", time_quietly)
+    monkeypatch.setattr(measure, "measure_size_bytes", lambda folder: 1)
+    monkeypatch.setattr(measure, "count_parameters", lambda model: (1, 1))
+    monkeypatch.setattr(measure, "move_model", lambda model, device: None)
+    bench = answering(torch.tensor([[1.0, 0.0]] * 6))
+    latency = Latency(seconds=1e-3, block_s=1e-3, batch_sizes=(1, 2), memory=False)
+    measurements, _ = measure.measure_artifacts({"none": bench, "same": bench}, TASK, latency, torch.device("cpu"))
+    assert {(found.others, found.is_disturbed) for found in measurements.values()} == {(0.3, True)}
 
 
 def test_slow_calls_are_timed_for_their_budget_and_no_longer():
