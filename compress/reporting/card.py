@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
     results = [
         EvalResult(task_type=pipeline, **data, metric_type=name, metric_name=name, metric_value=round(value, 6))
         for name, value in measured.quality.items()
+        if not math.isnan(value)
     ]
     return ModelCardData(
         base_model=base,
@@ -99,7 +101,7 @@ def format_front_matter(folder: Path, description: Description, measured: Measur
         library_name=import_runtime(description.runtime).LIBRARY,
         pipeline_tag=pipeline,
         tags=["compress"],
-        metrics=list(measured.quality),
+        metrics=[result.metric_type for result in results],
         model_name=f"{description.model}-{description.task}-{description.method}",
         eval_results=results,
     ).to_yaml()

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import UserError
-from compress.maths.statistics import holm
+from compress.maths.statistics import SMALLEST_P, holm
 from compress.measuring.predictions import Comparison, Predictions, compare_predictions
 from compress.reporting.rows import Row, drop_repeated_baselines
-from compress.reporting.tables import format_change, label_rows
+from compress.reporting.tables import format_change, format_p, format_value, label_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,8 @@ def describe_changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
         )
     names = dict(zip(common, label_rows([new[key] for key in common])))
     tested = {key: comparison for key in common if (comparison := compare_quality(old[key], new[key]))}
-    fair = dict(zip(tested, holm([comparison.p_value for comparison in tested.values()])))
+    p_values = {key: comparison.p_value for key, comparison in tested.items() if comparison.p_value is not None}
+    fair = dict(zip(p_values, holm(list(p_values.values()))))
     lines = [
         f"{names[key]}: " + "; ".join((describe_quality(old[key], new[key], tested.get(key), fair.get(key)),
                                        describe_size(old[key], new[key]), describe_speed(old[key], new[key])))
@@ -65,12 +66,15 @@ def compare_quality(old: Row, new: Row) -> Comparison | None:
 
 
 def describe_quality(old: Row, new: Row, comparison: Comparison | None, p_value: float | None) -> str:
-    shift = f"{new['metric']} {old['value']:.4f} -> {new['value']:.4f}"
-    if comparison is None or p_value is None:
+    shift = f"{new['metric']} {format_value(old)} -> {format_value(new)}"
+    if comparison is None:
         return f"{shift}, not tested: the examples differ or predictions are missing"
+    if comparison.p_value is None or p_value is None:
+        return f"{shift}, not tested: the metric is undefined or there is a single example"
     interval = comparison.change
     change, low, high = (format_change(new, value) for value in (interval.value, interval.low, interval.high))
-    return f"{shift} ({change} [{low}, {high}], {'' if p_value < 0.05 else 'not '}significant, p = {p_value:.2g})"
+    p = format_p(p_value, comparison.p_value <= SMALLEST_P)
+    return f"{shift} ({change} [{low}, {high}], {'' if p_value < 0.05 else 'not '}significant, {p})"
 
 
 def describe_size(old: Row, new: Row) -> str:

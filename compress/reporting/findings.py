@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.reporting.escaping import escape_markdown, make_printable, make_rows_printable
-from compress.reporting.rows import Row, group_rows, is_faster, is_near_baseline, is_significant, is_smaller
+from compress.reporting.rows import (
+    Row,
+    group_rows,
+    is_faster,
+    is_near_baseline,
+    is_significant,
+    is_smaller,
+    is_undefined,
+)
 from compress.reporting.tables import (
     build_table,
     describe_size_ratio,
@@ -64,18 +72,24 @@ def list_notes(rows: list[Row]) -> list[str]:
     if disturbed := [row for row in done if row.get("disturbed")]:
         most = max(row["others_cpu"] for row in disturbed)
         notes.append(
-            f"{join_methods(disturbed)}: other processes used up to {most:.0%} of the CPUs during timing, so the times "
-            "are uncertain"
+            f"{join_methods(disturbed)}: other processes, or a limit on this one, took up to {most:.0%} of the CPUs "
+            "during timing, so the times are uncertain"
         )
     # 2) Explain the quality
     tested = sum(row.get("p_holm") is not None for row in rows)
+    if undefined := [row for row in done if is_undefined(row)]:
+        metrics, splits = (", ".join(dict.fromkeys(row[key] for row in undefined)) for key in ("metric", "split"))
+        notes.append(
+            f"{metrics} of {join_methods(undefined)} is undefined on the {splits} split (all labels or all answers are "
+            "the same), so its change is not tested"
+        )
     if any(is_significant(row) for row in rows):
         several = f", corrected for {tested} comparisons (Holm)" if tested > 1 else ""
         notes.append(f"*: p < 0.05 on the same examples{several}")
     elif tested:
         notes.append("no change in quality is significant (p < 0.05 on the same examples, corrected by Holm)")
     if losing := [row for row in done if row.get("worst_slice")]:
-        row = min(losing, key=lambda row: row["worst_slice_change"])
+        row = max(losing, key=lambda row: abs(row["worst_slice_change"]))
         p = row["worst_slice_p_holm"]
         notes.append(
             f"worst slice of the test split: {row['worst_slice']}, {100 * row['worst_slice_change']:+.1f} points with "

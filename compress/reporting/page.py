@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from compress.reporting.curves import draw_curves
 from compress.reporting.escaping import make_printable, make_rows_printable, plain_figures
 from compress.reporting.findings import list_notes, read_conclusions
 from compress.reporting.plots import Picture, draw_figures
-from compress.reporting.rows import is_significant
+from compress.reporting.rows import is_bound, is_significant
 from compress.reporting.tables import format_title, label_rows, summarise_seeds
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ class Column:
     def text(self, row: Row) -> str:
         if row.get(self.key) is None:
             return ""
+        if self.key in ("value", "change") and math.isnan(row[self.key]):
+            return "undefined"
         shown = self.form.format(self.scale_value(row, self.key))
         if self.ends and row.get(self.ends[0]) is not None:
             low, high = (self.form.format(self.scale_value(row, end)) for end in self.ends)
             shown += f" [{low}, {high}]"
-        return shown + "*" * (self.key == "change" and is_significant(row))
+        less = "< " * (self.key == "p_holm" and is_bound(row))
+        return less + shown + "*" * (self.key == "change" and is_significant(row))
 
     def scale_value(self, row: Row, key: str) -> Any:
         return row[key] * 100 if self.key in SHARES and row["metric"] != "perplexity" else row[key]

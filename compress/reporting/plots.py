@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from compress.maths.statistics import pareto_indices
 from compress.reporting.escaping import shorten_label
-from compress.reporting.rows import group_rows
-from compress.reporting.tables import label_rows
+from compress.reporting.rows import group_rows, is_undefined
+from compress.reporting.tables import format_value, label_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,9 @@ def draw_figures(rows: list[Row]) -> list[tuple[str, Figure]]:
     for (model, task, _), group in groups.items():
         names = [shorten_label(f"{numbers[id(row)]} {label}") for row, label in zip(group, label_rows(group))]
         where = f"{model} on {task}: " if len(groups) > 1 else ""
-        if len(group) > 1:
-            fronts = draw_pareto_fronts(group, names)
+        defined = [i for i, row in enumerate(group) if not is_undefined(row)]
+        if len(defined) > 1:
+            fronts = draw_pareto_fronts([group[i] for i in defined], [names[i] for i in defined])
             figures += [(f"{where}{common_metric(group)} against {what}", figure) for what, figure in fronts]
         figures.append((f"{where}latency, with {common_metric(group)} in the bars", draw_latency_bars(group, names)))
         changes = find_regressions(group)
@@ -147,7 +148,7 @@ def draw_latency_bars(rows: list[Row], names: list[str]) -> Figure:
     axis.barh(range(len(rows)), times, xerr=errors, color=colors, error_kw={"elinewidth": 0.8, "capsize": 2})
     plain = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}  # readable over error bars
     for number, row in enumerate(rows):
-        axis.text(0.01 * max(times), number, f"{row['value']:.4f}", va="center", fontsize=8, bbox=plain)
+        axis.text(0.01 * max(times), number, format_value(row), va="center", fontsize=8, bbox=plain)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"latency, ms (median); in the bar: {common_metric(rows)}")
@@ -192,8 +193,8 @@ def draw_heat_map(names: list[str], changes: list[list[Regression]]) -> Figure:
 
     columns = list(dict.fromkeys(change.name for line in changes for change in line))
     sizes = {change.name: change.examples for line in changes for change in line}
-    tested = [change for line in changes for change in line if change.p_value is not None]
-    stars = {id(change) for change, p in zip(tested, holm([change.p_value or 0.0 for change in tested])) if p < 0.05}
+    tested = {id(change): change.p_value for line in changes for change in line if change.p_value is not None}
+    stars = {number for number, p in zip(tested, holm(list(tested.values()))) if p < 0.05}
     values = np.array(
         [
             [100 * next((item.change for item in line if item.name == name), np.nan) for name in columns]
@@ -202,11 +203,11 @@ def draw_heat_map(names: list[str], changes: list[list[Regression]]) -> Figure:
     )
     figure = Figure(figsize=(1 + 0.62 * len(columns), 1 + LINE * len(names)))
     axis = figure.add_subplot()
-    reach = max(1.0, float(np.nanmax(np.abs(values))))
+    reach = max(1.0, float(np.nan_to_num(np.abs(values)).max()))
     image = axis.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     for row, line in enumerate(changes):
         for change in line:
-            shown = f"{100 * change.change:+.1f}" + "*" * (id(change) in stars)
+            shown = "" if np.isnan(change.change) else f"{100 * change.change:+.1f}" + "*" * (id(change) in stars)
             dark = abs(100 * change.change) > 0.6 * reach
             axis.text(columns.index(change.name), row, shown, ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")  # fmt: skip

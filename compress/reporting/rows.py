@@ -5,6 +5,7 @@ Imports of heavy libraries are local, because Hydra imports this module before e
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
     """Return a line of ``results.csv``.
 
     Times are seconds or milliseconds as named, sizes and memory 10^6 bytes, quality fractions (except perplexity).
-    ``change`` is the primary metric minus the baseline's.
+    ``change`` is the primary metric minus the baseline's. An undefined metric is NaN, without an interval or p-value.
     """
     from compress.measuring.effects import describe_effects, is_only_sparser
     from compress.measuring.predictions import find_worst_slice
@@ -104,8 +105,8 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
         "metric": outcome.primary,
         "value": quality[outcome.primary],
         "change": quality[outcome.primary] - baseline.quality[outcome.primary],
-        "change_low": comparison.change.low if comparison else None,
-        "change_high": comparison.change.high if comparison else None,
+        "change_low": drop_undefined(comparison.change.low) if comparison else None,
+        "change_high": drop_undefined(comparison.change.high) if comparison else None,
         "p_value": comparison.p_value if comparison else None,
         "churn": comparison.churn if comparison else None,
         "against_teacher": quality[outcome.primary] - teachers[0] if taught else None,
@@ -167,6 +168,10 @@ def interval_columns(name: str, interval: Any) -> dict[str, float | None]:
     return {f"{name}{end}": getattr(interval, part) if interval else None for end, part in parts.items()}
 
 
+def drop_undefined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def build_failed_row(job: Job, reason: str) -> Row:
     return {**asdict(job), "overrides": list(job.overrides), "status": "failed", "reason": reason}
 
@@ -205,6 +210,11 @@ def group_rows(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     return dict(groups)
 
 
+def is_undefined(row: Row) -> bool:
+    """Return whether the metric is undefined on the split, such as a correlation of constants."""
+    return math.isnan(row["value"])
+
+
 def is_smaller(row: Row) -> bool:
     return bool(row["compression_ratio"] > 1.005)
 
@@ -227,3 +237,10 @@ def quality_drop(row: Row) -> float:
 def is_significant(row: Row) -> bool:
     """Return whether the quality differs significantly from the baseline's, corrected over all rows."""
     return (row.get("p_holm") if row.get("p_holm") is not None else 1.0) < 0.05
+
+
+def is_bound(row: Row) -> bool:
+    """Return whether the row's p-value is an upper bound, because smaller ones are not resolved."""
+    from compress.maths.statistics import SMALLEST_P
+
+    return row.get("p_value") is not None and row["p_value"] <= SMALLEST_P

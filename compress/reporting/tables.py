@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from compress.reporting.rows import Row, is_significant
+from compress.reporting.rows import Row, is_bound, is_significant, is_undefined
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,10 +110,10 @@ def fit_columns(names: dict[str, list[str]], columns: dict[str, list[str]], widt
 
 def format_figures(row: Row) -> dict[str, str]:
     """Return the figures of a completed row as text, by column heading. Comparisons are empty for a baseline."""
-    perplexity, baseline = row["metric"] == "perplexity", row["speedup"] is None
+    baseline = row["speedup"] is None
     to_teacher = row.get("against_teacher")
     return {
-        "value": f"{row['value']:.3f}" if perplexity else f"{row['value']:.4f}",
+        "value": format_value(row),
         "change": "" if baseline else format_change(row, row["change"]) + "*" * is_significant(row),
         "to teacher": "" if to_teacher is None else format_change(row, to_teacher),
         "parameters": f"{row['parameters']:,}",
@@ -133,7 +135,15 @@ def format_ratio(row: Row, key: str) -> str:
     return f"{row[key]:.2f}x [{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]"
 
 
+def format_value(row: Row) -> str:
+    if is_undefined(row):
+        return "undefined"
+    return f"{row['value']:.3f}" if row["metric"] == "perplexity" else f"{row['value']:.4f}"
+
+
 def format_change(row: Row, change: float) -> str:
+    if math.isnan(change):
+        return "undefined"
     return f"{change:+.3f}" if row["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
 
 
@@ -141,9 +151,15 @@ def format_significance(row: Row, change: str) -> str:
     """Return the change with its interval and its significance."""
     if row.get("p_value") is None:
         return change
-    p = row.get("p_holm", row["p_value"])
+    p: float = row.get("p_holm", row["p_value"])
     low, high = (format_change(row, row[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
-    return f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant (p = {p:.2g})"
+    return (
+        f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant ({format_p(p, is_bound(row))})"
+    )
+
+
+def format_p(p: float, bound: bool) -> str:
+    return f"p {'<' if bound else '='} {p:.2g}"
 
 
 def describe_size_ratio(row: Row) -> str:
@@ -189,7 +205,8 @@ def differing_overrides(rows: list[Row]) -> list[str]:
 class Seeds:
     """An experiment with several seeds.
 
-    ``value`` and ``change`` are means with Student's t intervals. ``change`` is against the baseline of the same seed,
+    ``value`` and ``change`` are means of the ``seeds``, each of which counts once however many rows it has, with
+    Student's t intervals. ``change`` is against the baseline of the same seed,
     and None for the baseline itself.
     """
 
@@ -210,9 +227,14 @@ def summarise_seeds(rows: list[Row]) -> list[Seeds]:
             experiments[row["model"], row["task"], row["metric"], row["method"], settings].append(row)
     summaries = []
     for (model, task, metric, method, settings), group in experiments.items():
-        if len({row["seed"] for row in group}) > 1:
-            change = None if method == "none" else mean_interval([row["change"] for row in group])
-            value = mean_interval([row["value"] for row in group])
+        by_seed: dict[int, list[Row]] = defaultdict(list)
+        for row in group:
+            by_seed[row["seed"]].append(row)
+        if len(by_seed) > 1:
+            value, change = (
+                mean_interval([mean([row[key] for row in same]) for same in by_seed.values()])
+                for key in ("value", "change")
+            )
             label = " ".join(filter(None, (method, settings, f"({model} on {task})")))
-            summaries.append(Seeds(label, metric, len(group), value, change))
+            summaries.append(Seeds(label, metric, len(by_seed), value, None if method == "none" else change))
     return summaries

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shlex
 import sys
 import time
@@ -280,10 +281,10 @@ def read_job_row(folder: Path, job: int) -> Row:
 
 
 def read_result(row: Row, objective: str) -> Result | None:
-    """Return the result of a trial from its row; None if the trial failed."""
+    """Return the result of a trial from its row; None if the trial failed or its metric is undefined."""
     from compress.sweeping.search import Result
 
-    if row["status"] != "completed":
+    if row["status"] != "completed" or math.isnan(quality_drop(row)):
         return None
     cost = row["speedup"] if objective == "latency_ms" else row["compression_ratio"]
     cheaper = is_faster(row) if objective == "latency_ms" else is_smaller(row)

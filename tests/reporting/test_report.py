@@ -2,6 +2,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
 
 from compress.artifacts.artifact import Description, Done
-from compress.maths.statistics import pareto_indices
+from compress.maths.statistics import SMALLEST_P, pareto_indices
 from compress.measuring.measure import Interval, Measurement
 from compress.measuring.predictions import Predictions, compare_predictions
 from compress.measuring.timing import Spread
@@ -43,6 +44,7 @@ from compress.reporting.tables import (
     differing_overrides,
     figure_columns,
     format_figures,
+    format_significance,
     format_title,
     summarise_seeds,
 )
@@ -383,8 +385,9 @@ def test_the_page_has_everything_and_needs_no_network(tmp_path):
     ]
     assert text.count("<tr><td data-value") + text.count('<tr class="failed"><td data-value') == 2 * 21
     for said in ("&lt;no such&gt; thing", "fingerprint-of-the-data", "python train.py technique=prune", "torch",
-                 "smallest within 1 point of the baseline: none is smaller", "-10.00 [-16.00, -4.00]*"):  # fmt: skip
+                 "smallest within 1 point of the baseline: none is smaller"):  # fmt: skip
         assert said in text
+    assert re.search(r"-10\.00 \[-1[56]\.\d\d, -[34]\.\d\d\]\*", text)  # 10 of 100: 1.98 times 3 points
     images = [base64.b64decode(uri).decode() for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
     assert len(images) == 5 and all(image.rstrip().endswith("</svg>") for image in images)
 
@@ -432,6 +435,59 @@ def test_seeds_become_a_mean_with_an_interval():
 
 def rows_of_seed(seed):
     return [build_row(Job("prune", "tiny", "toy", seed), name, OUTCOME) for name in OUTCOME.measurements]
+
+
+def test_each_seed_counts_once_however_many_rows_it_has():
+    rows = [{**row, "value": value} for seed, value in ((0, 0.8), (1, 0.82)) for row in rows_of_seed(seed)]
+    prune = summarise_seeds(rows)[1]
+    assert summarise_seeds([*rows, *rows])[1] == prune
+    half = 12.706 * 0.01  # Student's t of one degree of freedom
+    assert prune.seeds == 2 and (prune.value.low, prune.value.high) == pytest.approx(
+        (0.81 - half, 0.81 + half), abs=1e-4
+    )
+
+
+def undefined():
+    """Return the rows of a job whose metric is undefined for the pruned model, with its comparison."""
+    labels = np.ones(100, int)
+    one_class = [replace(answered(wrong), labels=labels) for wrong in (10, 12)]
+    comparison = compare_predictions(*one_class, "roc_auc")
+    pruned = replace(OUTCOME.measurements["prune"], quality={"roc_auc": math.nan}, comparison=comparison)
+    none = replace(OUTCOME.measurements["none"], quality={"roc_auc": 0.9})
+    outcome = replace(OUTCOME, primary="roc_auc", measurements={"none": none, "prune": pruned}, predictions={})
+    return outcome, [build_row(JOB, name, outcome) for name in outcome.measurements]
+
+
+def test_an_undefined_metric_has_no_star_and_the_other_rows_are_reported(tmp_path):
+    outcome, (none, prune) = undefined()
+    better = {**prune, "method": "gptq", "value": 0.8, "change": -0.1, "change_low": -0.2, "change_high": 0.0,
+              "p_value": 0.001}  # fmt: skip
+    rows = report.publish_report(tmp_path, [none, prune, better])
+    assert [row.get("p_holm") for row in rows] == [None, None, 0.001] and not is_significant(rows[1])
+    assert (prune["p_value"], prune["change_low"], prune["change_high"]) == (None, None, None)
+    figures = format_figures(rows[1])
+    assert (figures["value"], figures["change"]) == ("undefined", "undefined")
+    notes = "\n".join(list_notes(rows))
+    assert "roc_auc of prune is undefined on the test split" in notes and "*: p < 0.05" in notes
+    text = (tmp_path / "report.html").read_text()
+    assert ">undefined<" in text and "roc_auc against size" in text and ">nan<" not in text
+    assert "prune, " not in "".join(recommend_rows(rows))
+    write_overlay(tmp_path, [{**row, "folder": str(tmp_path)} for row in rows], label_rows(rows))
+    (tmp_path / "config.json").write_text("{}")
+    write_card(tmp_path, outcome, "prune")
+    assert "nan" not in (tmp_path / "README.md").read_text()
+    alone = report.write_report(tmp_path, [{**none, "value": math.nan, "change": math.nan}, prune])
+    assert not any(map(is_significant, alone))
+
+
+def test_p_values_below_what_is_resolved_are_shown_as_a_bound(tmp_path):
+    none, prune = (build_row(JOB, name, WORSE) for name in OUTCOME.measurements)
+    rows = [none, *({**prune, "p_value": p, "overrides": f"a={p}"} for p in (SMALLEST_P, 0.5))]
+    bound, other = report.write_report(tmp_path, rows)[1:]
+    assert "significant (p < 2e-06)" in format_significance(bound, "x") and "(p = 0.5)" in format_significance(
+        other, "x"
+    )
+    assert ">&lt; 2e-06<" in (tmp_path / "report.html").read_text()
 
 
 def test_the_card_reports_the_figures_to_the_hub(tmp_path):
