@@ -160,13 +160,13 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     seed = own.get("seed", 0) if cfg.seed is None else cfg.seed
     settings = read_settings(OmegaConf.create({**cfg, "seed": seed}))
     task = parse_values(Task, read_task(cfg, own), "task")
-    loaded = {path: load_artifact(path, task.kind) for path in folders}
+    loaded = [load_artifact(path, task.kind) for path in folders]
     splits = load_splits(task, settings.seed)
 
     # 2) Check that they fit the task, and each other
-    for path, each in loaded.items():
+    for path, each in zip(folders, loaded):
         check_labels(path, each, splits.task)
-    vocabularies = {json.dumps(each.tokenizer.get_vocab(), sort_keys=True) for each in loaded.values()}
+    vocabularies = {json.dumps(each.tokenizer.get_vocab(), sort_keys=True) for each in loaded}
     if KINDS[task.kind].in_blocks and len(vocabularies) > 1:
         raise UserError(
             "baseline and artifact have different vocabularies, so their perplexities cannot be compared. "
@@ -174,10 +174,8 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
         )
 
     # 3) Measure them, on another runtime if it is set
-    names = {path: each.description.method if each.description.history else path.name for path, each in loaded.items()}
-    if len(set(names.values())) < len(folders):
-        names = {path: str(path) for path in folders}
-    benches = {names[path]: make_split_bench(splits, path, each, settings) for path, each in loaded.items()}
+    names = name_artifacts(folders, loaded)
+    benches = {name: make_split_bench(splits, path, each, settings) for name, path, each in zip(names, folders, loaded)}
     hardware = settings.hardware
     with ExitStack() as stack:
         for name, ready in benches.items() if hardware.runtime else ():
@@ -189,10 +187,20 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
         measurements, predictions = measure_artifacts(benches, splits.task, latency, hardware.device)
 
     # 4) Collect their rows
-    descriptions = {names[path]: each.description for path, each in loaded.items()}
+    descriptions = {name: each.description for name, each in zip(names, loaded)}
     outcome = Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
-    model = loaded[folders[-1]].description.model
+    model = loaded[-1].description.model
     return collect_rows(folder, Job("", model, task.name, settings.seed), outcome, home)
+
+
+def name_artifacts(folders: list[Path], loaded: list[Artifact]) -> list[str]:
+    """Return distinct names: the methods, else the folders. An artifact against itself is measured twice."""
+    methods = [
+        each.description.method if each.description.history else path.name for path, each in zip(folders, loaded)
+    ]
+    if len(set(folders)) < len(folders):
+        return [methods[0], f"{methods[0]} (again)"]
+    return methods if len(set(methods)) == len(methods) else [str(path) for path in folders]
 
 
 def read_own_config(folder: Path) -> DictConfig:

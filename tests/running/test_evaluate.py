@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -21,7 +22,14 @@ from compress.reporting.compare import describe_changes
 from compress.reporting.jobs import gather_rows
 from compress.reporting.report import report_success
 from compress.reporting.rows import Job
-from compress.running.evaluate import check_labels, choose_rows, evaluate_artifact, read_own_config, read_task
+from compress.running.evaluate import (
+    check_labels,
+    choose_rows,
+    evaluate_artifact,
+    name_artifacts,
+    read_own_config,
+    read_task,
+)
 from compress.tasks.task import Task
 
 
@@ -108,6 +116,18 @@ def test_two_artifacts_are_compared(carry_out, measure_again, tmp_path, cache):
     carry_out("technique=none")
     rows = measure_again(f"artifact={tmp_path / 'pruned'}", f"baseline={tmp_path / 'artifact'}")
     assert [row["method"] for row in rows] == ["none", "prune"] and rows[1]["speedup"] > 0
+    # An artifact against itself measures the measurement.
+    first, again = measure_again(f"artifact={tmp_path / 'artifact'}", f"baseline={tmp_path / 'artifact'}")
+    assert (first["method"], again["method"]) == ("none", "none (again)") and again["speedup"] > 0
+    assert (again["change"], again["p_value"], first["speedup"]) == (0.0, 1.0, None)
+
+
+def test_artifacts_have_distinct_names():
+    prune, plain = loaded(), loaded()._replace(description=Description("multiclass", "tiny", "toy"))
+    a, b = Path("runs/a/artifact"), Path("runs/b/artifact")
+    assert name_artifacts([a], [prune]) == ["stage"] and name_artifacts([a, b], [plain, prune]) == ["artifact", "stage"]
+    assert name_artifacts([a, b], [prune, prune]) == ["runs/a/artifact", "runs/b/artifact"]
+    assert name_artifacts([a, a], [plain, plain]) == ["artifact", "artifact (again)"]
 
 
 def test_a_plain_hugging_face_folder_needs_a_task(carry_out, measure_again, tmp_path):
