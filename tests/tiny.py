@@ -1,6 +1,6 @@
 """The suite's tiny models under short names."""
 
-from compress.tiny_models import SHAPE, Theirs  # noqa: F401
+from compress.tiny_models import QUIET, SHAPE, Theirs  # noqa: F401
 from compress.tiny_models import make_batch as batch  # noqa: F401
 from compress.tiny_models import make_bert as bert
 from compress.tiny_models import make_llama as llama

@@ -31,7 +31,7 @@ class Done:
     """A finished step of a chain.
 
     ``seconds`` is the time of the step's Trainer. ``shrinks`` is True if the step promises fewer bytes on disk.
-    ``losses`` holds the mean loss of the last epoch by split, if the step trained.
+    ``losses`` holds the mean loss of the epoch that was kept by split, if the step trained.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Description:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Mean losses of the last epoch of the last step that trained, by split."""
+        """Mean losses of the epoch that was kept of the last step that trained, by split."""
         return next((done.losses for done in reversed(self.history) if done.losses), {})
 
 

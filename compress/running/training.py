@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,30 @@ class KeepBest(ModelCheckpoint):
 
     Epochs in which a callback still prunes do not count. Two epochs are kept, so that a resumed run still finds the
     best epoch that its checkpoint refers to.
+
+    Attributes:
+        losses: mean losses of every epoch by split.
+        kept: the epoch whose weights the training ended with; None before its end, and if no epoch counted.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.losses: dict[int, dict[str, float]] = {}
+        self.kept: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.losses = state_dict["losses"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if has_finished_pruning(trainer):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.losses[trainer.current_epoch] = read_losses(trainer)
         if has_finished_pruning(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
@@ -68,6 +85,13 @@ class KeepBest(ModelCheckpoint):
             return
         best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
         pl_module.load_state_dict(best["state_dict"])
+        self.kept = best["epoch"]
+
+
+def read_losses(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the mean losses of the last epoch by split."""
+    means = {"train": "train/epoch_loss", "validation": "validation/loss"}
+    return {split: trainer.callback_metrics[name].item() for split, name in means.items()}
 
 
 def has_finished_pruning(trainer: pl.Trainer) -> bool:
@@ -94,6 +118,44 @@ class Finite(pl.Callback):
                 f"{self.key}.learning_rate below {self.training.learning_rate:g}, or hardware.precision=32-true or "
                 "bf16-mixed."
             )
+
+
+class MeanGradient(pl.Callback):
+    """Makes the gradient of accumulated batches that of one batch of all their examples (tokens, for a language model).
+
+    Lightning divides by the configured number of batches, although fewer are left at the end of an epoch, and gives a
+    smaller batch the weight of a full one.
+
+    Args:
+        accumulate: the number of batches that Lightning divides by.
+        count: function that counts the examples of a batch.
+    """
+
+    def __init__(self, accumulate: int, count: Callable[[dict[str, Tensor]], int | Tensor]) -> None:
+        self.accumulate = accumulate
+        self.count = count
+        self.examples: list[int | Tensor] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        self.examples.append(self.count(batch))
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        share = self.examples[-1] / self.examples[0]
+        loss.register_hook(lambda gradient: gradient * share)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        weights = torch.as_tensor(sum(self.examples) / self.examples[0], device=pl_module.device)
+        self.examples.clear()
+        # The gradients are means over the processes that train together, so the weights must be too.
+        scale = self.accumulate / trainer.strategy.reduce(weights, reduce_op="mean")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad *= scale
 
 
 class StageBar(TQDMProgressBar):
@@ -126,9 +188,9 @@ def fit_module(
     into: Path,
     name: str,
 ) -> tuple[Training, float, dict[str, float]]:
-    """Run one training. Return its settings with batches that fit into memory, its seconds, and its last losses.
+    """Run one training. Return its settings with batches that fit into memory, its seconds, and its losses.
 
-    The seconds are without tokenisation. The losses are the means of the last epoch for each split.
+    The seconds are without tokenisation. The losses are the means of the epoch that was kept, for each split.
     """
     # 1) Tokenise, and choose the batch size
     best, logs, hardware = into / "checkpoints", into / "tensorboard", planned.settings.hardware
@@ -156,12 +218,13 @@ def fit_module(
     # 3) Train
     if training.epochs:
         callbacks = [*callbacks, Finite("baseline" if name == "baseline" else f"technique.{name}.train", training)]
+    if training.accumulate > 1:
+        callbacks.insert(0, MeanGradient(training.accumulate, data.kind.count_examples))
+    monitored = f"validation/{planned.task.primary}"
+    mode = "max" if higher_is_better(planned.task.primary) else "min"
+    keeper = KeepBest(best, monitor=monitored, mode=mode, save_weights_only=True, save_top_k=2)
     if training.epochs > 1:
-        primary = planned.task.primary
-        mode = "max" if higher_is_better(primary) else "min"
-        callbacks.append(
-            KeepBest(best, monitor=f"validation/{primary}", mode=mode, save_weights_only=True, save_top_k=2)
-        )
+        callbacks.append(keeper)
     bar = training.epochs > 0 and sys.stderr.isatty()
     trainer = pl.Trainer(
         max_epochs=training.epochs,
@@ -190,8 +253,9 @@ def fit_module(
         hide_events(logs)  # the cache is below multirun/, and every job has a copy of them
     if not trainer.state.finished or trainer.current_epoch < training.epochs:
         raise KeyboardInterrupt  # Lightning has ended normally
-    means = {"train": "train/epoch_loss", "validation": "validation/loss"}
-    losses = {split: trainer.callback_metrics[name].item() for split, name in means.items()} if training.epochs else {}
+    losses = read_losses(trainer) if training.epochs else {}
+    if keeper.kept is not None:
+        losses = keeper.losses[keeper.kept]
     return training, checkpoints.seconds + time.perf_counter() - begin, losses
 
 
