@@ -84,7 +84,7 @@ def report(what: str, measurements: list[Measurement]) -> None:
     half = np.median([(speed.high - speed.low) / 2 for speed in speeds])
     covered, below = sum(speed.low <= 1 <= speed.high for speed in speeds), sum(speed.high < 1 for speed in speeds)
     changes = [measurement.comparison for measurement in measurements if measurement.comparison]
-    significant = sum(change.p_value < 0.05 for change in changes)
+    significant = sum(change.p_value is not None and change.p_value < 0.05 for change in changes)
     points = 100 * np.mean([change.change.value for change in changes])
     print(
         f"{what}: speed-up {np.mean([speed.value for speed in speeds]):.4f} on average, half-width {half:.4f}; of "

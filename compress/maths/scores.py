@@ -80,11 +80,11 @@ def matthews(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> 
 
 def count_below(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return for every example how many have a lower value; those with the same value count half."""
-    order = values.argsort(kind="stable")
-    counts = np.zeros((len(values) + 1, weights.shape[1]))
-    np.cumsum(weights[order], axis=0, out=counts[1:])
-    first, last = (values[order].searchsorted(values, side) for side in ("left", "right"))
-    return (counts[first] + counts[last]) / 2
+    _, level, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    counts = weights[values.argsort()]
+    if len(sizes) < len(values):
+        counts = np.add.reduceat(counts, sizes.cumsum() - sizes, axis=0)
+    return (counts.cumsum(axis=0) - counts / 2)[level]
 
 
 def roc_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -30,11 +30,11 @@ RESAMPLES = 1000
 """The number of resamples of which a standard error or a share is computed."""
 MOST_RESAMPLES = 100_000
 """The number of swaps that are drawn if few of them are as extreme as the models."""
-WORK = 5_000_000
+WORK = 3_000_000
 """The number of answers that are weighed in all resamples. It bounds the seconds for many examples."""
 FEWEST_RESAMPLES = 100
 """The number of resamples however many examples there are."""
-AT_ONCE = 250_000
+AT_ONCE = 100_000
 """The number of answers that are weighed at once, which fit into a cache."""
 ENOUGH = 10
 """The number of swaps that are as extreme as the models, from which their share is the p-value."""
@@ -92,7 +92,7 @@ class Pairs:
     def list_blocks(self, most: int) -> list[int]:
         """Return the sizes of the blocks in which ``most`` resamples are drawn, or as many as :data:`WORK` allows."""
         resamples = min(most, max(FEWEST_RESAMPLES, WORK // self.baseline.size))
-        size = max(1, AT_ONCE // self.baseline.size)
+        size = max(1, RESAMPLES // math.ceil(RESAMPLES * self.baseline.size / AT_ONCE))  # of whole RESAMPLES
         return [min(size, resamples - begin) for begin in range(0, resamples, size)]
 
 

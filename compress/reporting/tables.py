@@ -151,7 +151,7 @@ def format_significance(row: Row, change: str) -> str:
     """Return the change with its interval and its significance."""
     if row.get("p_value") is None:
         return change
-    p: float = row.get("p_holm", row["p_value"])
+    p = float(row.get("p_holm") or row["p_value"])
     low, high = (format_change(row, row[key]).removesuffix(" pt") for key in ("change_low", "change_high"))
     return (
         f"{change.rstrip('*')} [{low}, {high}], {'' if p < 0.05 else 'not '}significant ({format_p(p, is_bound(row))})"
