@@ -150,7 +150,7 @@ def read_throttled_seconds(groups: Path = Path("/proc/self/cgroup"), root: Path 
     A limit may be on any group of the hierarchy, and each counts its own.
     """
     try:
-        paths = [line.split(":", 2)[1:] for line in groups.read_text().splitlines()]
+        paths = [line.split(":", 2)[1:] for line in groups.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return 0.0
     seconds = 0.0

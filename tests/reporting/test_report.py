@@ -472,7 +472,7 @@ def test_an_undefined_metric_has_no_star_and_the_other_rows_are_reported(tmp_pat
     text = (tmp_path / "report.html").read_text()
     assert ">undefined<" in text and "roc_auc against size" in text and ">nan<" not in text
     assert "prune, " not in "".join(recommend_rows(rows))
-    write_overlay(tmp_path, [{**row, "folder": str(tmp_path)} for row in rows], label_rows(rows))
+    write_overlay(tmp_path, [{**row, "folder": str(tmp_path)} for row in rows])
     (tmp_path / "config.json").write_text("{}")
     write_card(tmp_path, outcome, "prune")
     assert "nan" not in (tmp_path / "README.md").read_text()
