@@ -215,10 +215,23 @@ def test_the_words_of_any_command_line_are_read_or_refused_in_a_sentence(words):
         assert sorted(arrange_words(arranged)) == sorted(arranged)
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(LINES, st.sampled_from([command.train, command.train, command.evaluate]))
-def test_any_command_line_ends_in_a_result_or_a_sentence(type_words, words, run):
+def check_line(type_words, words, run):
     ended = type_words(*words, run=run)
     assert ended.text.strip() or ended.status == 0
+
+
+PROGRAMS = st.sampled_from([command.train, command.train, command.evaluate])
+WHOLE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@settings(WHOLE, max_examples=25)
+@given(LINES, PROGRAMS)
+def test_any_command_line_ends_in_a_result_or_a_sentence(type_words, words, run):
+    check_line(type_words, words, run)
+
+
+@pytest.mark.slow
+@settings(WHOLE, max_examples=300)
+@given(LINES, PROGRAMS)
+def test_any_of_300_command_lines_ends_in_a_result_or_a_sentence(type_words, words, run):
+    check_line(type_words, words, run)
