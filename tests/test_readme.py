@@ -180,7 +180,7 @@ def test_the_kind_of_contributing_works():
     exec(block_with("python", "class Stars"), names)
     stars = names["Stars"]()
     assert stars.encode(None, ["**", "****"], "train") == [2.0, 4.0]
-    assert stars.metrics["mean_error"].score(np.array([[1.0], [2.0]]), np.array([2.0, 4.0])) == 1.5
+    assert stars.metrics["mean_error"].compute(np.array([[1.0], [2.0]]), np.array([2.0, 4.0])) == 1.5
 
 
 def test_the_runtime_of_contributing_has_what_a_runtime_has():

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -46,9 +47,12 @@ def type_words(tmp_path, monkeypatch, capfd):
         raise UserError("planned")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "prepare_experiment", lambda cfg, team=None: (make_plan(cfg), None, []))
+    monkeypatch.setattr(
+        job, "prepare_experiment", lambda cfg, team=None: (make_plan(cfg), SimpleNamespace(fingerprint=""), [])
+    )
     monkeypatch.setattr(job, "execute_plan", stop)
     monkeypatch.setattr(callbacks.atexit, "register", lambda *args: None)
+    monkeypatch.setattr(logging, "shutdown", lambda *args: None)  # Hydra's logging would close pytest's streams by it
     count = 0
 
     def type_words(*words, run=command.train):
