@@ -100,6 +100,7 @@ def test_a_run_then_its_artifact_again(tmp_path):
         f"cache.dir={tmp_path / 'cache'}",
         "hardware.latency.seconds=0.05",
         "hardware.latency.block_s=0.01",
+        "hardware.latency.memory=false",
         folder=tmp_path / "again",
     )
     assert again.returncode == 0, again.stderr

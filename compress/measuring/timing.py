@@ -23,6 +23,8 @@ BUSY = 0.1
 """The share of our CPUs above which others disturb a round."""
 PATIENCE = 3
 """The factor of the budget that disturbed rounds may take in total."""
+PAUSE_S = 0.04
+"""The seconds in which the threads of the call before go idle."""
 FEWEST = 4
 """The minimum number of rounds."""
 
@@ -94,7 +96,7 @@ def time_in_turns(
 
 def time_block(call: Callable[[int], None], block_s: float, cycle: int) -> np.ndarray:
     """Return the milliseconds of each call in whole cycles of ``i``, after a pause."""
-    time.sleep(0.04)
+    time.sleep(PAUSE_S)
     times: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < block_s:

@@ -68,10 +68,8 @@ def test_an_export_loads_without_us_and_without_a_model_in_pytorch(carry_out, tm
 
 
 CHAINS = {
-    "prune": ("tiny", []),
     "structured": ("tiny", ["target_heads=2", "target_ffn_size=64", "iterations=2"]),
     "structured of a decoder": ("tiny_llama", ["target_heads=2", "target_ffn_size=64", "iterations=2"]),
-    "drop_layers": ("tiny_llama", ["drop=1"]),
     "distill": ("tiny", []),
     "qat": ("tiny", ["samples=16"]),
     "qat of a decoder": ("tiny_llama", ["samples=16"]),
