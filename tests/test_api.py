@@ -104,6 +104,7 @@ def test_a_value_is_quoted_as_hydra_reads_it(value):
     assert OverridesParser.create().parse_override(f"key={quote_value(value)}").value() == value
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)

@@ -42,6 +42,7 @@ def run(installed, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_its_evaluation_its_report_and_its_cache(run, tmp_path):
     run("train", "technique=prune+gptq", *SMALL, "technique.gptq.samples=16", "hydra.run.dir=first")
     assert (tmp_path / "first" / "results.csv").is_file()

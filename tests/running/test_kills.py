@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import pytest
 from small import SMALL
 from test_command_line import ROOT
 
@@ -59,6 +60,7 @@ def read_results(folder):
     return rows, weights
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_and_started_again_it_ends_in_the_same_table(tmp_path):
     whole, kills, rounds = tmp_path / "whole", 0, 0
     whole.mkdir()

@@ -37,6 +37,7 @@ def train(folder):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_stopped_end_like_two_uninterrupted_ones(tmp_path):
     weights = []
     for stopped in (False, True):

@@ -81,7 +81,9 @@ def test_a_job_that_another_process_runs_is_left_alone(tmp_path):
     assert f"Another process is running this job in {tmp_path}. Wait for its end." in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("joblib", "submitit_local"))]
+)
 def test_a_failed_job_leaves_the_others_running_and_the_table_says_why(start, jobs, tmp_path, launcher):
     plugin = launcher.partition("_")[0]
     if launcher != "basic" and not find_spec(f"hydra_plugins.hydra_{plugin}_launcher"):

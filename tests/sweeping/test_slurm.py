@@ -58,6 +58,7 @@ def until(condition, process):
     return result
 
 
+@pytest.mark.slow
 def test_six_jobs_on_two_nodes_of_which_one_fails_and_one_is_preempted_end_complete(cluster, tmp_path):
     sweep = tmp_path / "sweep"
     process = start(
@@ -94,6 +95,7 @@ def losses(folder):
     return [event.value for name in ("train/loss", "validation/loss") for event in events.Scalars(name)]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_like_one_process_with_the_same_batch(cluster, tmp_path):
     words = [
         "technique=none",

@@ -136,6 +136,7 @@ def test_a_search_is_a_sweep(search):
     assert code == 1 and "python train.py -m search=latency" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_real_search(search, tmp_path):
     words = ["search=size", "search.trials=3", "search.slots=[[none,structured],[gptq]]", "search.recovery=[finetune]",
              "search.max_drop=100", f"cache.dir={tmp_path}/cache"]  # fmt: skip
