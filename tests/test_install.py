@@ -73,8 +73,9 @@ def test_a_mistake_names_what_is_typed_here(run):
 @pytest.mark.parametrize("command", [["report"], ["compare"], ["cache", "report"], ["cache", "prune"]])
 def test_every_option_that_help_lists_is_taken(run, command):
     shown = run(*command, "--help").stdout
-    options = set(re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE))
+    options = dict(re.findall(r"^  (--[\w-]+)( [A-Z]+)?", shown, re.MULTILINE))
     folders = {"report": ["nowhere"], "compare": ["nowhere", "nowhere"]}.get(command[0], [])
-    for option in options:
-        done = run(*command, *folders, option, *(["1"] if option != "--dir" else ["nowhere"]), status=None)
+    for option, value in options.items():
+        values = [] if not value else ["nowhere"] if option == "--dir" else ["1"]
+        done = run(*command, *folders, option, *values, status=None)
         assert "unrecognized arguments" not in done.stderr
