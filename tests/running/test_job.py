@@ -60,7 +60,11 @@ def test_a_folder_of_the_users_is_refused_before_anything_is_loaded_or_written(s
     assert start() == 1 and start("cache.mode=off") == 1
     assert {name: text for name, text in read_folder(folder).items() if not name.startswith(".hydra")} == before
     with pytest.raises(SystemExit, match=r"hydra\.run\.dir is .* which holds result\.json, artifact, report,"):
-        Folder().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": str(folder)}}}))
+        Folder().on_run_start(
+            OmegaConf.create(
+                {"hydra": {"run": {"dir": str(folder)}, "output_subdir": ".hydra", "job": {"chdir": False}}}
+            )
+        )
     assert not (folder / ".lock").exists() and not (folder / ".compress").exists()
 
 
