@@ -168,7 +168,15 @@ def test_jobs_record_what_was_typed_and_not_what_it_refers_to(type_words):
 
 
 @pytest.mark.parametrize(
-    "word", ["hydra/job_logging=none", "hydra/job_logging=stdout", "--run", "hydra.run.dir='x y ü'", "hydra.run.dir=."]
+    "word",
+    [
+        "hydra/job_logging=none",
+        "hydra/job_logging=stdout",
+        "hydra/job_logging=disabled",
+        "--run",
+        "hydra.run.dir='x y ü'",
+        "hydra.run.dir=.",
+    ],
 )
 def test_odd_but_right_words_run(type_words, word):
     ended = type_words(word)

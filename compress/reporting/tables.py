@@ -205,9 +205,9 @@ def differing_overrides(rows: list[Row]) -> list[str]:
 class Seeds:
     """An experiment with several seeds.
 
-    ``value`` and ``change`` are means of the ``seeds``, each of which counts once however many rows it has, with
-    Student's t intervals. ``change`` is against the baseline of the same seed,
-    and None for the baseline itself.
+    ``value`` and ``change`` are means of the ``seeds`` whose metric is defined, each of which counts once however many
+    rows it has, with Student's t intervals. ``change`` is against the baseline of the same seed, and None for the
+    baseline itself.
     """
 
     label: str
@@ -223,7 +223,7 @@ def summarise_seeds(rows: list[Row]) -> list[Seeds]:
 
     experiments: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row, settings in zip(rows, differing_overrides(rows)):
-        if row["status"] == "completed":
+        if row["status"] == "completed" and not is_undefined(row):
             experiments[row["model"], row["task"], row["metric"], row["method"], settings].append(row)
     summaries = []
     for (model, task, metric, method, settings), group in experiments.items():

@@ -133,16 +133,16 @@ def run_guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
         return 0
     except (UserError, PostconditionError) as error:
         reason = str(error)
-        log.error(reason)
+        log_error(reason)
     except Exception as error:
         sentence = explain_error(error)
         reason = sentence or f"{type(error).__name__}: {error}"
-        (log.error if sentence else log.exception)(reason)
+        log_error(reason, traceback=not sentence)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns the first into the second
         kinds = tuple(map(type, iterate_causes(error)))
         by = "SIGTERM" if Terminated in kinds else "Ctrl-C" if KeyboardInterrupt in kinds else "a signal"
         reason = f"stopped by {by}; repeat the command with the same folder to resume"
-        log.error(reason)
+        log_error(reason)
         stop = SystemExit(130) if by != "a signal" else error  # raised by a cluster's handler
     try:
         fail(reason)
@@ -151,6 +151,14 @@ def run_guarded(work: Callable[[], None], fail: Callable[[str], None]) -> int:
     if stop:
         raise stop
     return 1
+
+
+def log_error(reason: str, traceback: bool = False) -> None:
+    """Log why the job failed; print it if the user switched logging off (``hydra/job_logging=disabled``)."""
+    if log.isEnabledFor(logging.ERROR):
+        log.error(reason, exc_info=traceback)
+    else:
+        print(reason, file=sys.stderr)
 
 
 class Terminated(KeyboardInterrupt):
