@@ -13,6 +13,8 @@ from small import SMALL
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -42,7 +44,6 @@ def run(installed, tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_a_run_its_evaluation_its_report_and_its_cache(run, tmp_path):
     run("train", "technique=prune+gptq", *SMALL, "technique.gptq.samples=16", "hydra.run.dir=first")
     assert (tmp_path / "first" / "results.csv").is_file()

@@ -91,6 +91,7 @@ def test_a_run_of_another_checkout_or_folder_is_refused_unless_it_was_moved(tmp_
         assert resume_words([f"resume={folder}"])[0] == "--multirun"
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_the_finished_jobs_of_a_sweep_are_left_as_they_are(tmp_path):
     words = [*SMALL, f"cache.dir={tmp_path / 'cache'}", "technique=prune"]
     run, sweep = tmp_path / "run", tmp_path / "a sweep"

@@ -59,6 +59,7 @@ def train(tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_it_runs_is_cached_by_its_source_and_reloads(train, tmp_path):
     words = [*SMALL, "model=tiny", "task=toy", "cache.dir=cache", "technique=prune+mine+mine"]
     words += ["technique.mine.calibration=mytask", "technique.mine_2.factor=0.25"]

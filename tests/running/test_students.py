@@ -52,6 +52,7 @@ def test_a_student_is_compressed_further(carry_out, tmp_path, chain):
 
 
 @pytest.mark.parametrize(("model", "task", "kept"), [("tiny", "toy", "all"), ("tiny_llama", "toy_lm", "2048")])
+@pytest.mark.slow
 def test_kept_logits_train_like_live_ones_and_are_kept_for_the_next_student(
     carry_out, tmp_path, cache, monkeypatch, model, task, kept
 ):

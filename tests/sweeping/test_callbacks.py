@@ -125,6 +125,7 @@ def test_a_job_without_memory_is_reported_and_the_others_are_kept(start, jobs, t
     assert first["status"] == "completed" and second["reason"].startswith("There is not enough memory. Set a")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_reported_and_the_sweep_resumes(start, jobs, tmp_path):
     if not find_spec("hydra_plugins.hydra_joblib_launcher"):
         pytest.skip("hydra-joblib-launcher is not installed")
@@ -150,6 +151,7 @@ def test_a_worker_that_is_killed_is_reported_and_the_sweep_resumes(start, jobs, 
     assert process.exitcode == 0 and read_results(whole) == read_results(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lost_job_of_a_cluster_is_a_failed_row_and_the_others_are_waited_for(start, tmp_path):
     if not find_spec("submitit"):
         pytest.skip("hydra-submitit-launcher is not installed")

@@ -80,6 +80,7 @@ def search(tmp_path):
     return search
 
 
+@pytest.mark.slow
 def test_trials_are_judged_on_validation_text_and_the_choice_on_the_test_split(search, tmp_path):
     code, said = search("search=latency", "search.trials=9", "search.jobs=2", *SPACE)
     assert code == 0, said
