@@ -191,9 +191,11 @@ def varying_keys(rows: list[Row]) -> list[str]:
 def differing_overrides(rows: list[Row]) -> list[str]:
     """Return the overrides of each row that not all rows share.
 
-    Baselines, which have no technique settings, and killed jobs, which have no overrides, do not count.
+    Baselines, which have no technique settings, count only where there is nothing else. Killed jobs, which have no
+    overrides, do not count.
     """
-    compared = [set(row["overrides"]) for row in rows if row["method"] != "none" and row["model"]]
+    named = [row for row in rows if row["model"]]
+    compared = [set(row["overrides"]) for row in [row for row in named if row["method"] != "none"] or named]
     shared = set.intersection(*compared) if compared else set()
     differing = [[o.lstrip("+") for o in row["overrides"] if o not in shared] for row in rows]
     stages = {".".join(o.partition("=")[0].split(".")[:2]) for overrides in differing for o in overrides}
