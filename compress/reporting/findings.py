@@ -45,7 +45,7 @@ def format_markdown(rows: list[Row], concluded: list[str]) -> str:
     drawn = build_table(rows, escape=escape_markdown)
     drawn.box, drawn.title, drawn.caption = box.MARKDOWN, None, None
     text = io.StringIO()
-    # A line of any length holds a row. Rich writes to a notebook's cell unless it is told not to.
+    # A line of any length holds a row. By default rich writes to a notebook's cell.
     Console(file=text, width=1_000_000, force_jupyter=False).print(drawn)
     table = [line.strip() for line in text.getvalue().strip().split("\n")]
     lines = [f"# {escape_markdown(format_title(rows))}", "", *table, ""]
