@@ -216,7 +216,7 @@ FLAGS = st.sampled_from("-m -m --multirun --run --cfg=job --cfg=x --resolve --no
 LINES = st.lists(st.one_of(OVERRIDES, OVERRIDES, TEXT, FLAGS), min_size=1, max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(LINES)
 def test_the_words_of_any_command_line_are_read_or_refused_in_a_sentence(words):
     try:
@@ -233,7 +233,9 @@ def check_line(type_words, words, run):
 
 
 PROGRAMS = st.sampled_from([command.train, command.train, command.evaluate])
-WHOLE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+WHOLE = settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @settings(WHOLE, max_examples=25)
