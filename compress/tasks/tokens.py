@@ -170,9 +170,9 @@ class TaskData(pl.LightningDataModule):
     def describe_cut(self, split: str) -> str:
         """Return a note on the texts that are longer than ``max_length`` tokens; empty if there are none."""
         rows, texts = self.tokenised(split), getattr(self.splits, split)
-        full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
-        if self.kind.in_blocks or not full:
+        if self.kind.in_blocks:
             return ""
+        full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
         cut = 0
         for batch in texts.select(full).iter(1000):
             whole = self.tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]
