@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress import __version__
-from compress.cache.files import apply_umask
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
 from compress.models.backbone import from_pretrained, set_pad_token
@@ -106,7 +105,6 @@ def write_artifact(
         (stage or Technique()).save(model, folder)
     tokenizer.save_pretrained(folder)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str), encoding="utf-8")
-    apply_umask(folder)  # safetensors writes weights for their owner alone
 
 
 def read_description(folder: Path | str, kind: str | None = None) -> Description:

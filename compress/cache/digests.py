@@ -28,19 +28,20 @@ def digest_environment() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def describe_machine() -> dict[str, str]:
+def describe_environment() -> dict[str, str]:
     """Return what can change the last bits of a result and is recorded with it, but is no part of its address."""
     import platform
 
     import torch
 
-    machine = {
+    environment = {
         "python": platform.python_version(),
-        **{name: version(name) for name in (*LIBRARIES, "numpy", "datasets")},
+        **digest_environment(),
+        **{name: version(name) for name in ("numpy", "datasets")},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
     }
-    return {**machine, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else machine
+    return {**environment, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else environment
 
 
 def compute_checksum(file: Path, known: Path | None = None) -> str:

@@ -31,8 +31,9 @@ def digest_source(*modules: str) -> str:
 
 def digest_package() -> str:
     """Return the digest of all code of this package."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return compute_digest([parse_source(file.stem, file, 0)[0] for file in files])
+    root = Path(__file__).parents[1]
+    files = (file.relative_to(root).with_suffix("") for file in root.rglob("*.py"))
+    return digest_source(*(".".join((OURS, *file.parts)) for file in files))
 
 
 def list_sources(*modules: str) -> dict[str, str]:

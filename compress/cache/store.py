@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from compress.cache.digests import compute_checksum, compute_digest, describe_machine, digest_environment
+from compress.cache.digests import compute_checksum, compute_digest, describe_environment, digest_environment
 from compress.cache.files import apply_umask, remove_path, write_atomically
 from compress.errors import PostconditionError, UserError
 
@@ -85,8 +85,8 @@ class Cache:
                 raise
             for used_up in RESUME[:2]:
                 remove_path(partial / used_up)
-            apply_umask(partial)
-            manifest = {"files": make_manifest(partial), "made_on": describe_machine()}
+            apply_umask(partial)  # safetensors writes weights for their owner alone
+            manifest = {"files": make_manifest(partial), "made_on": describe_environment()}
             write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
 
             # 3) Put it in its place, or beside an entry that another process reads

@@ -16,7 +16,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from compress.cache import digests
+from compress.cache.digests import describe_environment
 from compress.cache.files import write_atomically
 from compress.quiet import escape_unencodable_output
 from compress.reporting.escaping import make_printable, make_rows_printable
@@ -100,7 +100,7 @@ def describe_machine() -> dict[str, str]:
         "8-bit products": ", ".join(sorted(EXACT & read_instructions())) or "exact" if adds_exactly() else "saturate",
         "python": platform.python_version(),
     }
-    recorded = digests.describe_machine()
+    recorded = describe_environment()
     machine |= {key: recorded[key] for key in ("cpu_capability", "gpu") if key in recorded}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -134,7 +134,7 @@ def write_tables(folder: Path, rows: list[Row]) -> None:
     rows = [{**row, "overrides": shlex.join(row["overrides"])} for row in rows]
     columns = list(dict.fromkeys((*FIRST, *(name for row in rows for name in row))))
     write_atomically(table, format_csv(columns, rows))
-    encodable = [{key: replace_surrogates(value) for key, value in row.items()} for row in rows]
+    encodable = [{key: escape_surrogates(value) for key, value in row.items()} for row in rows]
     frame = pandas.DataFrame(encodable, columns=columns)
     if any(isinstance(row["seed"], str) for row in rows):  # of a job that refused it; a column has one type
         frame["seed"] = frame["seed"].astype(str)
@@ -151,8 +151,8 @@ def format_csv(columns: list[str], rows: list[Row]) -> str:
     return "".join(lines)
 
 
-def replace_surrogates(value: Any) -> Any:
-    """Return a text without the surrogates of a path that is no UTF-8, and any other value as it is."""
+def escape_surrogates(value: Any) -> Any:
+    """Return a text with escapes for the bytes of a path that is no UTF-8, and any other value as it is."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
