@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from compress.artifacts.artifact import Artifact, load_artifact
+from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.install import CONF, format_command
 from compress.planning.advice import explain_hydra_error
@@ -254,7 +254,7 @@ def choose_output_folder(output: str | Path | None) -> Path:
     Raises:
         UserError: ``output`` holds something, or is a file.
     """
-    folder = Path(os.path.expanduser(output or f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"))
+    folder = expand_path(output or f"multirun/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"output is {folder}, which is not empty; a new or empty folder is expected. Set output=...")
     return folder

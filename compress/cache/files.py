@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 
 
+def expand_path(path: str | Path) -> Path:
+    """Return a path with ``~`` as the home folder; as it is where there is none (``Path.expanduser`` would raise)."""
+    return Path(os.path.expanduser(path))
+
+
 def flush_folder(folder: Path) -> None:
     """Flush all files of a folder to the disk, so that a power cut loses none of them."""
     for path in folder.rglob("*"):

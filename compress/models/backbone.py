@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from compress.cache.digests import fingerprint_files
+from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.hub import offline_if_unreachable
 from compress.install import format_command
@@ -124,7 +125,7 @@ class Backbone:
         """
         if self.path is None:
             return None
-        folder = Path(os.path.expanduser(self.path))
+        folder = expand_path(self.path)
         if folder.is_dir():
             return fingerprint_files(folder, known)
         return f"{self.path}@{self.configuration(task)._commit_hash}"
@@ -192,7 +193,7 @@ def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) ->
     Raises:
         UserError: ``path`` is neither a readable model folder nor an available model of the hub, or needs such code.
     """
-    folder = Path(os.path.expanduser(path))
+    folder = expand_path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{what}: the folder {path} holds no config.json. Set {key} to a folder in Hugging Face format "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import os
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from compress.cache.digests import fingerprint_files
+from compress.cache.files import expand_path
 from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.install import format_command, format_install
@@ -79,7 +79,7 @@ class Step:
         used = [*self.technique.packages, *self.technique.versions]
         libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
         named = (OmegaConf.select(OmegaConf.create(self.arguments), setting) for setting in self.technique.files)
-        paths = [Path(os.path.expanduser(value)) for value in named if isinstance(value, str)]
+        paths = [expand_path(value) for value in named if isinstance(value, str)]
         return {
             **self.settings,
             "class": self.technique.__qualname__,
@@ -253,7 +253,7 @@ def parse_calibration(value: Any, key: str) -> Calibration | None:
     alone or with settings such as its ``path``."""
     if value is None:
         return None
-    if isinstance(value, str) and (file := Path(os.path.expanduser(value))).is_file():
+    if isinstance(value, str) and (file := expand_path(value)).is_file():
         return Calibration(value, file)
     settings = dict(value) if isinstance(value, dict) else {"task": value}
     name = str(settings.pop("task", None))

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.install import CONF, format_command
 from compress.planning.words import quote_value
@@ -61,7 +62,7 @@ def resume_words(words: list[str]) -> list[str]:
     resumed = next((word for word in words if word.startswith("resume=")), None)
     if resumed is None:
         return words
-    folder = Path(os.path.expanduser(resumed.removeprefix("resume=")))
+    folder = expand_path(resumed.removeprefix("resume="))
     if others := [word for word in words if word != resumed]:
         raise UserError(f"`{others[0]}` is beside {resumed}; a run is resumed as it was started. Leave it out.")
     if (folder.parent / SWEEP).is_file():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.tasks.formats import Table, read_file
 from compress.tasks.kinds import KINDS
@@ -86,7 +86,7 @@ def name_rows(table: Table, name: str) -> Rows:
 
 def _read_folder(task: Task) -> dict[str, Examples]:
     assert task.path is not None
-    folder, layout = choose_layout(task.files, Path(os.path.expanduser(task.path)))
+    folder, layout = choose_layout(task.files, expand_path(task.path))
     files = layout.files()
     missing = set(layout.find_missing(folder))
     if "train" in missing:

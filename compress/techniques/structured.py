@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
@@ -12,6 +10,7 @@ import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
+from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.maths.sparsity import squared_norms
 from compress.maths.units import (
@@ -307,7 +306,7 @@ def format_mean(sizes: list[int]) -> str:
 def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     """Return the rows of a user's mask, or of the json or pt file that it names, one row for each of ``sizes``."""
     if isinstance(given, str):
-        path = Path(os.path.expanduser(given))
+        path = expand_path(given)
         if not path.is_file() or path.suffix not in (".json", ".pt"):
             raise UserError(f"{key}={given} is no json or pt file. Set {key} to a file with rows of 0 and 1.")
         try:
