@@ -61,9 +61,9 @@ def measured(method, options: argparse.Namespace) -> tuple[float, float, float, 
 def prune(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     """Set a fifth of every layer to zero and return the masks of the zeros."""
     from compress.maths.sparsity import magnitude_score, mask_tensor
-    from compress.models.layers import find_linears, find_zeros
+    from compress.models.matrices import find_zeros, matrices
 
-    for _, linear in find_linears(model):
+    for linear in matrices(model).values():
         linear.weight.data[mask_tensor(magnitude_score(linear.weight.data), 0.2)] = 0
     return find_zeros(model)
 

@@ -9,7 +9,7 @@ A stage is a :class:`Technique` and a Lightning ``Callback`` (pruning, quantizat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -85,6 +85,9 @@ class Technique:
     together: bool = False
     """True if the stage can train in several processes: its parameters are those of the model before ``on_fit_start``,
     and it changes them outside the optimizer alike in all processes."""
+    reached: Collection[str] = ()
+    """Names of the matrices that the stage compressed. If they are not all weights of the blocks, the report says what
+    share they are."""
     average_bits: Mapping[str, float] = MappingProxyType({})
     """Promised and checked after the stage: the bits that a weight of each layer takes on disk, scales and zero points
     included."""

@@ -22,13 +22,14 @@ from unittest import SkipTest
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
 from compress.maths.sparsity import mask_tensor
-from compress.models.layers import detect_task_kind, find_linears, unwrap_model
+from compress.models.layers import detect_task_kind, unwrap_model
+from compress.models.matrices import matrices, measure_matrices
 from compress.planning.plan import Step
 from compress.planning.settings import Hardware, to_plain
 from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
@@ -134,8 +135,8 @@ def check_promises(case: Case) -> None:
             for folder in (source, into, report):
                 folder.mkdir()
             model, tokenizer = make(), make_tokenizer()
-            for _, linear in find_linears(model):
-                linear.weight.data.masked_fill_(mask_tensor(linear.weight.detach().abs(), 0.5), 0)
+            for matrix in matrices(model).values():
+                matrix.weight.masked_fill_(mask_tensor(matrix.weight.abs(), 0.5), 0)
             description = Description(detect_task_kind(model), "tiny", "random")
             write_artifact(source, model, tokenizer, description)
             model = load_artifact(source).model
@@ -145,10 +146,12 @@ def check_promises(case: Case) -> None:
             model = unwrap_model(module)
             try:
                 check_model(stage.key, stage, before, model)
+                sizes = measure_matrices(model)
                 # 3) Write the artifact and check the folder
                 tokenizer = getattr(stage, "tokenizer", None) or tokenizer
                 probe: Any = [tokenizer(text, return_tensors="pt") for text in ("a b c d", "w1 w2 z y x")]
                 probe = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in probe]
+                probe = [_end_texts(model, batch) for batch in probe]
                 expected = compute_logits(stage.exported or model, probe)
                 description = Description(
                     description.kind, "tiny", "random", stage.runtime, stage.leaves or description.weights
@@ -157,7 +160,7 @@ def check_promises(case: Case) -> None:
                 reloaded = compute_logits(load_artifact(into).model, probe)
                 check_folder(stage.key, stage, source, into, expected, reloaded)
                 if stage.average_bits:
-                    check_bits(stage.key, stage.average_bits, model, into)
+                    check_bits(stage.key, stage.average_bits, sizes, into)
                 stage.report(report)
             except (UserError, PostconditionError) as error:
                 raise AssertionError(f"{case.technique.__name__} on {make.__name__}: {error}") from error
@@ -279,7 +282,17 @@ def _fit(
 
 def _make_loader(model: nn.Module) -> DataLoader:
     """Return a loader with the labels that the model's head takes."""
-    return make_loader(lm=KINDS[detect_task_kind(model)].in_blocks)
+    loader = make_loader(lm=KINDS[detect_task_kind(model)].in_blocks)
+    return DataLoader([_end_texts(model, batch) for batch in loader], batch_size=None)  # type: ignore[arg-type]
+
+
+def _end_texts(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch; for an encoder-decoder, whose head reads the end of a text, every text ends in that token."""
+    if not model.config.is_encoder_decoder:
+        return batch
+    ids, last = batch["input_ids"].clone(), batch["attention_mask"].sum(1) - 1
+    ids[torch.arange(len(ids)), last] = model.config.eos_token_id
+    return {**batch, "input_ids": ids}
 
 
 class _Stopped(BaseException):

@@ -3,7 +3,7 @@
 import pytest
 
 import compress
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices
 
 pytestmark = pytest.mark.slow
 FULL_TEST = ["task.limit.test=null", "task.limit.validation=200"]
@@ -31,7 +31,7 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
     assert both.size_bytes < 0.65 * none.size_bytes
     assert sum(
         int(zero.sum()) for zero in find_zeros(compress.load(tmp_path / "artifact").model).values()
-    ) >= 0.2 * sum(linear.weight.numel() for _, linear in find_linears(compress.load(tmp_path / "artifact").model))
+    ) >= 0.2 * sum(linear.weight.numel() for linear in matrices(compress.load(tmp_path / "artifact").model).values())
 
 
 def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):

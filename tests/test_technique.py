@@ -6,7 +6,7 @@ import tiny
 from test_plan import check
 
 from compress.errors import UserError
-from compress.models.layers import find_linears
+from compress.models.matrices import matrices
 from compress.planning.plan import Step
 from compress.technique import Technique, Training
 from compress.techniques.finetune import FineTune
@@ -99,7 +99,7 @@ def build(**settings):
 )
 def test_whatever_prune_raises_names_its_key(settings, sentence):
     model = tiny.bert()
-    for _, linear in find_linears(model):
+    for linear in matrices(model).values():
         linear.weight.data[:, ::2] = 0
     with pytest.raises(UserError) as error:
         stage = build(**settings)

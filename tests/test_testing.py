@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from test_conf import CONF
 
 from compress import testing
-from compress.models.layers import find_linears, unwrap_model
+from compress.models.layers import unwrap_model
+from compress.models.matrices import matrices
 from compress.technique import Technique, Training
 from compress.testing import CHECKS, MODELS, Case, check_technique
 
@@ -56,7 +57,7 @@ class Halve(Technique, pl.Callback):
         self.factor = factor
 
     def on_fit_end(self, trainer, pl_module):
-        for _, linear in find_linears(unwrap_model(pl_module)):
+        for linear in matrices(unwrap_model(pl_module)).values():
             linear.weight.data *= self.factor
 
 
@@ -73,7 +74,7 @@ class Idle(Halve):
 
 class Fills(Halve):
     def on_fit_end(self, trainer, pl_module):
-        for _, linear in find_linears(unwrap_model(pl_module)):
+        for linear in matrices(unwrap_model(pl_module)).values():
             linear.weight.data += 1
 
 
@@ -85,7 +86,7 @@ class Wanders(Halve):
 
 class Loses(Halve):
     def save(self, model, folder):
-        next(find_linears(model))[1].weight.data.neg_()
+        next(iter(matrices(model).items()))[1].weight.data.neg_()
         model.save_pretrained(folder)
 
 
@@ -102,7 +103,7 @@ class Forgets(Halve):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.steps += 1
-        next(find_linears(unwrap_model(pl_module)))[1].weight.data *= 1 + self.steps / 100
+        next(iter(matrices(unwrap_model(pl_module)).items()))[1].weight.data *= 1 + self.steps / 100
 
 
 class OnlyOurs(Halve):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.exporting.tracing import select_inputs
-from compress.models.calibration import Batch, read_validation_batches, spread_evenly
+from compress.models.batches import Batch, read_validation_batches, spread_evenly
 
 AGREEMENT = "agreement.json"
 EXAMPLES = 128  # of the validation split: the whole split would take two models minutes

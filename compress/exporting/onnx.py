@@ -17,9 +17,10 @@ from compress.formats import nbits
 from compress.formats.nbits import Weight, build_lookup, build_product, round_rows, round_weight, share_table
 from compress.formats.onnx import Graph
 from compress.maths.rounding import Scheme
-from compress.models.calibration import Batch
+from compress.models.batches import Batch
 from compress.models.families import find_conventions
-from compress.models.layers import Layer, digest_tensor, evaluation_mode
+from compress.models.layers import digest_tensor, evaluation_mode
+from compress.models.matrices import Matrix
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import PAST, PRESENT
 from compress.runtimes.processor import Processor
@@ -105,7 +106,7 @@ def store_float16(graph: Graph) -> None:
 
 
 def lower_weights(
-    graph: Graph, layers: Mapping[str, Layer], kept: Mapping[str, Weight], scheme: Scheme, activations: str
+    graph: Graph, layers: Mapping[str, Matrix], kept: Mapping[str, Weight], scheme: Scheme, activations: str
 ) -> None:
     """Store the weights of the ``layers`` as integers, and round the inputs of their products to ``activations``.
 
@@ -149,7 +150,7 @@ def lower_weights(
     graph.declare_domain(nbits.DOMAIN)
 
 
-def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer], processor: Processor) -> None:
+def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Matrix], processor: Processor) -> None:
     """Write the graph with quantized weights of the ``layers``; their inputs are quantized at inference."""
     import onnx
     from onnxruntime import quantization
@@ -169,7 +170,7 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Layer], processo
 
 
 def quantize_static(
-    source: Path, target: Path, layers: Iterable[Layer], batches: list[Batch], processor: Processor
+    source: Path, target: Path, layers: Iterable[Matrix], batches: list[Batch], processor: Processor
 ) -> None:
     """Quantize the weights of the ``layers``, and their inputs with scales that cover the inputs of all ``batches``."""
     from onnxruntime import quantization
@@ -196,7 +197,7 @@ def quantize_static(
     )
 
 
-def find_nodes(graph: Graph, layers: Iterable[Layer]) -> list[str]:
+def find_nodes(graph: Graph, layers: Iterable[Matrix]) -> list[str]:
     """Return the names of the graph's nodes that multiply only by weights of the ``layers``."""
     chosen, tensors, names = {digest_tensor(layer.weight) for layer in layers}, graph.tensors, []
     for node in graph.nodes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.exporting.tracing import prepare_trace, select_inputs, strip_config
 from compress.formats.packed import Integers
-from compress.models.calibration import Batch
+from compress.models.batches import Batch
 from compress.models.layers import evaluation_mode
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO, find_readers

@@ -13,7 +13,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.exporting.agreement import AGREEMENT, Agreement
 from compress.exporting.qdq import check_stages
-from compress.models.layers import Layer, select_layers
+from compress.models.matrices import Matrix, select_matrices
 from compress.runtimes.processor import Processor, require_exact_sums
 from compress.technique import Technique
 
@@ -60,9 +60,9 @@ class Export(Technique, pl.Callback):
             check_rounding(f"{self.key}.precision", self.precision, before)
         self.chosen(skeleton)
 
-    def chosen(self, model: nn.Module) -> dict[str, Layer]:
+    def chosen(self, model: nn.Module) -> dict[str, Matrix]:
         """Return the layers that ``skip`` does not exclude from rounding."""
-        return select_layers(model, self.skip, f"{self.key}.skip")
+        return select_matrices(model, self.skip, self.key)
 
     def report(self, folder: Path) -> None:
         if self.agreement is not None:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from compress.models.calibration import Batch
+from compress.models.batches import Batch
 from compress.models.layers import detect_task_kind
 from compress.tasks.kinds import KINDS
 

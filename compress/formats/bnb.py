@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from compress.errors import UserError
 from compress.formats.nbits import Floats, Weight
-from compress.formats.packed import Integers
-from compress.maths.rounding import Grid, Scheme
-from compress.models.layers import dequantize_weight
+from compress.maths.rounding import Grid, Integers, Scheme
+from compress.models.matrices import Matrix, dequantize_weight, select_quantizable
 from compress.quiet import hide_progress_bars
 
 
+def select_convertible(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Matrix]:
+    """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
+    exclude.
+
+    Raises:
+        UserError: ``skip`` does not fit the model, or transformers would load a layer as floats.
+    """
+    found = select_quantizable(model, skip, key, (nn.Linear, Conv1D), "bitsandbytes' format")
+    for name, matrix in found.items():
+        if not is_convertible(matrix.module) or name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
+            raise UserError(
+                f"`{name}` is a {type(matrix.module).__name__} that transformers loads as floats, not as a layer of "
+                f"bitsandbytes. Set technique=gptq, or add a pattern of its name to {key}.skip."
+            )
+    return found
+
+
 def replace_layers(
-    model: nn.Module, layers: dict[str, nn.Linear], packed: Callable[[nn.Linear], nn.Linear]
+    model: nn.Module, layers: Mapping[str, Matrix], packed: Callable[[Matrix], nn.Linear]
 ) -> dict[str, Any]:
     """Replace each of the ``layers`` by ``packed(layer)``, which has no bias, and return the model's state to save.
 
     The state is taken here because the first forward pass casts biases and, on a CPU with bfloat16 instructions,
     rearranges 4-bit weights: later reads would differ from what was quantized. Until then it takes no extra memory.
     """
-    for name, linear in layers.items():
-        layer = packed(linear).train(linear.training)
-        layer.bias = linear.bias
+    for name, matrix in layers.items():
+        layer = packed(matrix).train(matrix.module.training)
+        layer.bias = matrix.module.bias  # type: ignore[assignment]
         model.set_submodule(name, layer)
     return dict(model.state_dict())
 
@@ -43,13 +61,20 @@ def save_model(model: nn.Module, state: dict[str, Any], layers: Iterable[str], f
         model.save_pretrained(folder, state_dict=dict(state))
 
 
+def is_convertible(module: nn.Module) -> bool:
+    """Return whether transformers replaces the module by a layer of bitsandbytes when it loads an artifact."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D | Linear4bit | Linear8bitLt)
+
+
 def list_unconverted(model: nn.Module, layers: set[str]) -> list[str]:
     """Return the names that keep transformers from converting any Linear layer but ``layers``.
 
     transformers skips every layer whose name starts or ends with a given name. Where that would skip one of the
     ``layers`` too (``classifier`` and ``pre_classifier``), the name is given as a regular expression.
     """
-    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    kept = [name for name, module in model.named_modules() if is_convertible(module) and name not in layers]
     catches = {name: any(layer.startswith(name) or layer.endswith(name) for layer in layers) for name in kept}
     return [f"^{re.escape(name)}$" if catches[name] else name for name in kept]
 
@@ -58,7 +83,7 @@ def extract_weights(model: nn.Module) -> dict[str, Weight]:
     """Replace bitsandbytes' layers by plain ones and return their stored weights, by layer.
 
     Raises:
-        ValueError: as :func:`~compress.models.layers.dequantize_weight`.
+        ValueError: as :func:`~compress.models.matrices.dequantize_weight`.
     """
     stored: dict[str, Weight] = {}
     for name, layer in list(model.named_modules()):

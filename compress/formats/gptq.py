@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.errors import UserError
 from compress.formats.packed import Quantized
-from compress.maths.rounding import Scheme
+from compress.maths.rounding import Integers, Scheme
 from compress.models.layers import detect_task_kind
+from compress.models.matrices import Matrix, select_quantizable
 from compress.quiet import hide_progress_bars
 from compress.tasks.kinds import KINDS
 
@@ -22,8 +25,18 @@ WORD = 32
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
+def select_storable(model: nn.Module, skip: tuple[str, ...], key: str) -> dict[str, Matrix]:
+    """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
+    exclude.
+
+    Raises:
+        UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
+    """
+    return select_quantizable(model, skip, key, (nn.Linear, Conv1D), "GPTQ's format")
+
+
 def check_format(
-    key: str, model: nn.Module, layers: dict[str, nn.Linear], scheme: Scheme, skip: tuple[str, ...]
+    key: str, model: nn.Module, layers: Mapping[str, Matrix], scheme: Scheme, skip: tuple[str, ...]
 ) -> None:
     """Raise UserError if the format or its readers cannot represent the layers or the settings of the stage ``key``."""
     instead = f"Set {key}.format=compressed-tensors."
@@ -44,10 +57,10 @@ def check_format(
             f"{', '.join(map(str, GROUPS))}. Set one of these, or {instead.removeprefix('Set ')}"
         )
     for name, layer in layers.items():
-        if layer.in_features % WORD or layer.out_features % WORD:
+        if layer.inputs % WORD or layer.rows % WORD:
             raise UserError(
-                f"{key}.format is gptq, which packs {WORD} numbers together, and `{name}` is {layer.out_features} by "
-                f"{layer.in_features}. {instead}"
+                f"{key}.format is gptq, which packs {WORD} numbers together, and `{name}` is {layer.rows} by "
+                f"{layer.inputs}. {instead}"
             )
 
 
@@ -70,18 +83,17 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy((each.reshape(-1, bits, columns) * weights).sum(1).astype(np.int32))
 
 
-def pack_layer(weight: Tensor, layer: Quantized) -> dict[str, Tensor]:
-    """Return the tensors of a layer whose ``weight`` ``[rows, inputs]`` is on the layer's grid.
+def pack_layer(weight: Integers) -> dict[str, Tensor]:
+    """Return the tensors of a layer's ``weight``.
 
     Integers start at 0 and are packed along the inputs, zero points along the rows. The first version of the format
     stores zero points minus one.
     """
-    scheme, grid, _ = layer
-    group = torch.arange(weight.shape[1]) // scheme.group(weight.shape[1])
+    scheme, integers, grid = weight
+    group = torch.arange(integers.shape[1]) // scheme.group(integers.shape[1])
     zeros = grid.zero.int() - scheme.lowest
-    integers = (weight.float() / grid.scale.float()[:, group]).round().int() + zeros[:, group]
     return {
-        "qweight": pack_words(integers.T, scheme.bits),
+        "qweight": pack_words(integers.T.int() - scheme.lowest, scheme.bits),
         "qzeros": pack_words((zeros - int(scheme.symmetric)) % 2**scheme.bits, scheme.bits).T.contiguous(),
         "scales": grid.scale.to(SCALE).T.contiguous(),
         "g_idx": group.int(),
@@ -97,22 +109,21 @@ def unpack_layer(tensors: dict[str, Tensor], bits: int, first: bool) -> Tensor:
 
 
 class Layer(nn.Module):
-    """The stored tensors in place of a Linear layer."""
+    """The stored tensors in place of a layer."""
 
-    def __init__(self, linear: nn.Linear, layer: Quantized) -> None:
+    def __init__(self, weight: Integers, bias: Any) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name, tensor in pack_layer(linear.weight.detach(), layer).items():
+        for name, tensor in pack_layer(weight).items():
             self.register_buffer(name, tensor)
-        if linear.bias is not None:
-            self.bias = linear.bias
+        if bias is not None:
+            self.bias = bias
 
 
 def save_model(model: Any, layers: dict[str, Quantized], folder: Path, **settings: Any) -> None:
     """Write ``model`` to ``folder`` with its ``layers`` packed; ``settings`` are added to the config for readers. The
     model cannot be used afterwards."""
     for name, layer in layers.items():
-        model.set_submodule(name, Layer(model.get_submodule(name), layer))
+        model.set_submodule(name, Layer(layer.weight, model.get_submodule(name).bias))
     scheme = next(iter(layers.values())).scheme
     model.config.quantization_config = {
         "quant_method": "gptq",
@@ -157,13 +168,11 @@ def load_floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:
+def average_bits(layers: dict[str, Quantized]) -> dict[str, float]:
     """Return the bits that a weight of each layer should take: its own, its share of the group's scale and zero point,
     and of an index for every input."""
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    shapes = {name: layer.weight.integers.shape for name, layer in layers.items()}
     return {
-        name: layer.scheme.bits
-        + (16 + layer.scheme.bits) / layer.scheme.group(linears[name].in_features)
-        + 32 / linears[name].out_features
+        name: layer.scheme.bits + (16 + layer.scheme.bits) / layer.scheme.group(shapes[name][1]) + 32 / shapes[name][0]
         for name, layer in layers.items()
     }

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.formats.packed import Integers
-from compress.maths.rounding import Grid, Scheme, minmax_grid, round_to_integers
+from compress.maths.rounding import Grid, Integers, Scheme, minmax_grid, round_to_integers
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of consecutive inputs that may share a scale in these operators."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.maths.rounding import Grid, Inputs, Scheme
+from compress.maths.rounding import Grid, Inputs, Integers, Scheme, round_to_nearest
+from compress.models.matrices import Matrix, select_quantizable
 from compress.quiet import hide_progress_bars
 
 ABOUT = ("weight_shape", "weight_format", "quant_map", "quant_state")
@@ -26,11 +27,18 @@ PARTS = r"\.(weight.*|SCB|qweight|qzeros|scales|g_idx)$"
 
 
 class Quantized(NamedTuple):
-    """The storage of a layer whose weights are already on the grid, and the quantization of its inputs, if any."""
+    """The stored weights of a layer, and the quantization of its inputs, if any."""
 
-    scheme: Scheme
-    grid: Grid
+    weight: Integers
     inputs: Inputs | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.weight.scheme
+
+    @property
+    def grid(self) -> Grid:
+        return self.weight.grid
 
     @property
     def kind(self) -> tuple[Scheme, Scheme | None, bool]:
@@ -44,13 +52,14 @@ class Quantized(NamedTuple):
         layer.quantized = self
 
 
-class Integers(NamedTuple):
-    """The stored weights of a layer, ``(integers - zero) * scale``; the integers ``[rows, inputs]`` are between
-    ``scheme.lowest`` and ``scheme.highest``."""
+def select_storable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Matrix]:
+    """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
+    exclude.
 
-    scheme: Scheme
-    integers: Tensor
-    grid: Grid
+    Raises:
+        UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
+    """
+    return select_quantizable(model, skip, key, (nn.Linear,), "the compressed-tensors format")
 
 
 def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:
@@ -72,11 +81,13 @@ def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> 
     ignore = [name for name in linears if name not in layers]
     with hide_progress_bars():
         apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=ignore))
-    for name, (scheme, grid, inputs) in layers.items():
+    for name, (weight, inputs) in layers.items():
         layer = model.get_submodule(name)
-        layer.weight.data = layer.weight.data.float()  # 16 bits would not distinguish all integers
+        grid = Grid(weight.grid.scale.float(), weight.grid.zero)
+        # The library divides by the scale again. In 32 bits it finds the same integers, in 16 bits it would not.
+        layer.weight.data = weight._replace(grid=grid).dequantize(torch.float32)
         layer.weight_scale.data.copy_(grid.scale)
-        if not scheme.symmetric:
+        if not weight.scheme.symmetric:
             layer.weight_zero_point.data.copy_(grid.zero)
         if inputs and inputs.grid:
             layer.input_scale.data.copy_(inputs.grid.scale)
@@ -115,24 +126,21 @@ def describe_layer(layer: Any) -> Quantized | None:
     if not ours or layer.quantization_scheme.output_activations:
         return None
     scale = layer.weight_scale.data.clone()
+    grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int8))
+    scheme = Scheme(weights.num_bits, weights.group_size or -1, weights.symmetric)
     inputs = Scheme(activations.num_bits, symmetric=activations.symmetric)
     input_grid = None
     if not activations.dynamic:
         zero = getattr(layer, "input_zero_point", torch.zeros(1, dtype=torch.int8))
         input_grid = Grid(layer.input_scale.data.clone(), zero.data.clone())
-    return Quantized(
-        Scheme(weights.num_bits, weights.group_size or -1, weights.symmetric),
-        Grid(scale, torch.zeros_like(scale, dtype=torch.int8)),
-        Inputs(inputs, input_grid),
-    )
+    return Quantized(round_to_nearest(layer.weight.detach(), grid, scheme), Inputs(inputs, input_grid))
 
 
-def average_bits(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, float]:
+def average_bits(layers: dict[str, Quantized]) -> dict[str, float]:
     """Return the bits that a weight of each layer should take, scales and zero points counted."""
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     return {
-        name: layers[name].scheme.average_bits(linear.in_features, linear.weight.dtype)
-        for name, linear in linears.items()
+        name: layer.scheme.average_bits(layer.weight.integers.shape[1], layer.grid.scale.dtype)
+        for name, layer in layers.items()
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.maths.hessian import inverse_factor
-from compress.maths.rounding import Grid, Scheme, fit_grid, minmax_grid, round_to_grid
+from compress.maths.rounding import Grid, Integers, Scheme, fit_grid, minmax_grid, round_to_grid, round_to_nearest
 
 
 @torch.no_grad()
@@ -18,12 +18,11 @@ def gptq(
     act_order: bool = False,
     lazy: int = 128,
     scale: torch.dtype | None = None,
-) -> tuple[Tensor, Grid]:
+) -> Integers:
     """Quantize ``weight`` ``[rows, inputs]`` so that its outputs on inputs of second moment ``hessian``
     ``[inputs, inputs]`` change least; exact zeros stay.
 
-    Return the quantized weight as floats of its dtype, each exactly ``(integer - zero) * scale``, and its grid. A
-    group's scale is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is
+    A group's scale is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is
     fitted to the original weights. ``lazy`` columns are compensated before the rest: that changes the cost, not the
     result.
     """
@@ -53,4 +52,5 @@ def gptq(
             errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
             left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return quantized[order.argsort()].T.to(weight.dtype).contiguous(), grid
+    weight = quantized[order.argsort()].T.contiguous()
+    return round_to_nearest(weight, grid, scheme)

@@ -34,3 +34,10 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         "The Hessian of the calibration inputs is not invertible at any damping; the inputs hold NaN or infinity, so "
         "the model was already broken before this stage. Check the stages before it."
     )
+
+
+def output_error(error: Tensor, moment: Tensor) -> float:
+    """Return ``tr(E M E^T)``, the squared error of a layer's outputs over all tokens: its weights are off by ``error``
+    ``[rows, inputs]``, and ``moment`` ``[inputs, inputs]`` is the second moment of its inputs."""
+    error = error.float()
+    return ((error @ moment) * error).sum().item()

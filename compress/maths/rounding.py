@@ -38,11 +38,12 @@ class Scheme:
         overhead = dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
         return self.bits + overhead / self.group(inputs)
 
-    def check(self, key: str, name: str, linear: nn.Linear) -> None:
-        """Raise UserError if the groups do not divide the layer; ``key`` is the setting of the stage."""
-        if self.group_size == 0 or linear.in_features % self.group(linear.in_features):
+    def check(self, key: str, name: str, inputs: int) -> None:
+        """Raise UserError if the groups do not divide the ``inputs`` of the matrix ``name``; ``key`` is the setting of
+        the stage."""
+        if self.group_size == 0 or inputs % self.group(inputs):
             raise UserError(
-                f"{key}.group_size is {self.group_size}, which does not divide the {linear.in_features} inputs of "
+                f"{key}.group_size is {self.group_size}, which does not divide the {inputs} inputs of "
                 f"`{name}`. Set a divisor of every layer's inputs, or {key}.group_size=-1 for one scale a row."
             )
 
@@ -52,6 +53,22 @@ class Grid(NamedTuple):
 
     scale: Tensor
     zero: Tensor
+
+
+class Integers(NamedTuple):
+    """The stored weights of a layer, ``(integers - zero) * scale``; the integers ``[rows, inputs]`` are between
+    ``scheme.lowest`` and ``scheme.highest``."""
+
+    scheme: Scheme
+    integers: Tensor
+    grid: Grid
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weights ``[rows, inputs]`` as floats, computed in the dtype of the scale, as a checkpoint's reader
+        does."""
+        scale, zero = self.grid.scale[:, :, None], self.grid.zero[:, :, None]
+        integers = self.integers.unflatten(1, (scale.shape[1], -1))
+        return ((integers - zero).to(scale.dtype) * scale).flatten(1).to(dtype)
 
 
 def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: float | Tensor = 1.0) -> Grid:
@@ -71,6 +88,11 @@ def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: floa
         return Grid(scale, torch.zeros_like(scale, dtype=torch.int8))
     zero = (scheme.lowest - shrink * low / scale.float()).round().clamp(scheme.lowest, scheme.highest)
     return Grid(scale, zero.to(torch.int8))
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, scheme: Scheme) -> Integers:
+    """Return the integers of the grid that are nearest to ``weight`` ``[rows, inputs]``; an exact zero stays zero."""
+    return Integers(scheme, round_to_integers(weight, grid, scheme).char(), grid)
 
 
 def round_to_grid(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:

@@ -60,7 +60,7 @@ def mask_model(scores: dict[str, Callable[[], Tensor]], fraction: float) -> Iter
     threshold, below = kth_smallest(lambda: (score() for score in scores.values()), rank)
     ties_left = rank - below
     for name, make in scores.items():
-        score = make().float()
+        score = make().float().contiguous()
         mask = score < threshold
         ties = (score == threshold).flatten().nonzero()[:ties_left, 0]
         mask.view(-1)[ties] = True

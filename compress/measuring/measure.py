@@ -28,7 +28,7 @@ from compress.measuring.timing import (
     summarise_times,
     time_in_turns,
 )
-from compress.models.layers import dequantize_weight
+from compress.models.matrices import dequantize_weight
 from compress.planning.settings import Latency
 from compress.runtimes.runtime import import_runtime
 from compress.tasks.kinds import KINDS

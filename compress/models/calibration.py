@@ -1,44 +1,285 @@
-"""Stream training batches through a model block by block, with the activations of one block in memory."""
+"""Run calibration text through a model and reduce the inputs of its matrices, by one of two schedules.
+
+:func:`observe` runs the model once and changes nothing. :func:`sequential` yields the matrices in the order in which
+they run, each once, and its caller may change them before it takes the next. Both count every call of a matrix: of
+layers that blocks share or call twice, of experts, of both stacks of an encoder-decoder. Padding never counts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial, reduce
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from compress.errors import UserError
-from compress.models.layers import find_blocks
+from compress.models.batches import Batch
+from compress.models.layers import find_stacks, is_inside
+from compress.models.matrices import Matrix, matrices
+from compress.models.products import Products, Trace, separate_experts
 
-Batch = dict[str, Tensor]
-Forwards = Sequence[Callable[[], Tensor]]
-"""Runs of a block, one for every calibration batch."""
+Statistic = Callable[[Tensor], Tensor]
+"""A function of inputs ``[tokens, inputs]`` in float32, without padding, such as their second moment."""
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""A function that reduces the statistics of two batches to one."""
 
 
-def draw_calibration_batches(
-    trainer: pl.Trainer, samples: int, batch_size: int, labels: bool = False
-) -> Iterator[Batch]:
-    """Yield batches of ``samples`` training examples on the Trainer's device: from the datamodule's ``calibration``,
-    or without it the first batches of the training loader."""
-    calibration = getattr(getattr(trainer, "datamodule", None), "calibration", None)
-    if calibration is None:
-        trainer.fit_loop.setup_data()  # does nothing if the data is set up
-    loader = calibration(samples, batch_size) if calibration else trainer.train_dataloader
-    device = trainer.strategy.root_device
-    seen = 0
-    for batch in loader:
-        if seen >= samples:
-            return
-        seen += len(batch["input_ids"])
-        yield {key: value.to(device) for key, value in batch.items() if labels or key != "labels"}
+class Shared(NamedTuple):
+    """Matrices that always get the same inputs (query, key and value; gate and up) by name, and a statistic of these
+    inputs."""
+
+    matrices: dict[str, Matrix]
+    statistic: Tensor
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    batches: list[Batch],
+    statistic: Statistic,
+    wanted: Mapping[str, Matrix] | None = None,
+    combine: Combine = Tensor.add_,
+) -> list[Shared]:
+    """Return ``statistic`` of the inputs of every matrix, summed over ``batches`` or reduced by ``combine``.
+
+    The model runs once on every batch and does not change. The matrices are those of the blocks, or the ``wanted``
+    ones.
+
+    Raises:
+        UserError: the model never multiplies by a wanted matrix.
+    """
+    watched = dict(matrices(model) if wanted is None else wanted)
+    with separate_experts(model):
+        return view_model(model, prepare_batches(model, batches, watched), watched).observe(statistic, combine=combine)
+
+
+@torch.no_grad()
+def sequential(
+    model: nn.Module,
+    batches: list[Batch],
+    statistic: Statistic,
+    wanted: Mapping[str, Matrix] | None = None,
+    prepare: Callable[[Section], None] | None = None,
+    combine: Combine = Tensor.add_,
+) -> Iterator[Shared]:
+    """Yield ``statistic`` of the inputs of every matrix, each exactly once, in the order in which they run.
+
+    The caller may change the matrices that it got before it takes the next: later ones are calibrated on what the
+    changed ones compute. The matrices are those of the blocks, or the ``wanted`` ones, in or outside of the blocks.
+    ``prepare(section)`` may change a whole section before its first matrices are yielded.
+
+    Where each block's output is the next one's input and no matrix is used by two blocks, blocks run one by one, with
+    the activations of one block in memory. Everything else takes a pass of the whole model for every set of matrices.
+
+    Raises:
+        UserError: the model never multiplies by a wanted matrix.
+    """
+    left = dict(matrices(model) if wanted is None else wanted)
+    with separate_experts(model):
+        batches = prepare_batches(model, batches, left)
+        for prefix, stack in find_stacks(model).items():
+            inside = {name: matrix for name, matrix in left.items() if is_inside(name, [prefix])}
+            if inside and not is_chain(model, stack, take_rows(batches[0]), inside):
+                break
+            for section in replay_blocks(model, prefix, stack, batches, inside) if inside else ():
+                yield from section.calibrate(statistic, prepare, combine)
+            left = {name: matrix for name, matrix in left.items() if name not in inside}
+        if left:
+            yield from view_model(model, batches, left).calibrate(statistic, prepare, combine)
+
+
+@dataclass
+class Section:
+    """A part of a model that runs by itself: a block, or the whole model."""
+
+    name: str
+    """Name of the block; empty for the whole model."""
+    module: nn.Module
+    watched: dict[str, Matrix]
+    """Its wanted matrices, by name."""
+    forwards: Sequence[Callable[[], Any]]
+    """Runs of the section, one for every calibration batch."""
+    masks: Sequence[Tensor | None]
+    """Attention masks ``[batch, tokens]`` of the batches."""
+    probe: Callable[[], Any] | None = None
+    """A cheaper run that makes the same products."""
+    waves: list[list[dict[str, Matrix]]] = field(init=False)
+    """The matrices in the order in which they run: groups that share inputs, in lists of independent groups."""
+
+    def __post_init__(self) -> None:
+        trace = Trace(self.probe or self.forwards[0], self.watched)
+        self.waves = trace.group()
+        self.calls = {name: len(numbers) for name, numbers in trace.inputs.items()}
+
+    def calibrate(
+        self, statistic: Statistic, prepare: Callable[[Section], None] | None, combine: Combine
+    ) -> Iterator[Shared]:
+        """Yield the statistic of every group in order; the caller may change the group's matrices."""
+        if prepare is not None:
+            prepare(self)
+        for wave in self.waves:
+            yield from self.reduce(wave, statistic, combine)
+
+    def observe(
+        self, statistic: Statistic, names: Collection[str] | None = None, combine: Combine = Tensor.add_
+    ) -> list[Shared]:
+        """Return the statistic of all groups, or of those of the matrices ``names``, in one pass."""
+        chosen = [
+            {name: matrix for name, matrix in members.items() if names is None or name in names}
+            for wave in self.waves
+            for members in wave
+        ]
+        return self.reduce([members for members in chosen if members], statistic, combine)
+
+    def reduce(self, groups: list[dict[str, Matrix]], statistic: Statistic, combine: Combine) -> list[Shared]:
+        """Return the statistic of every group over all batches. A run ends when its last product is seen."""
+        first = {next(iter(members)): place for place, members in enumerate(groups)}
+        watched = {name: groups[place][name] for name, place in first.items()}
+        totals: dict[int, Tensor] = {}
+        routed = any(matrix.expert is not None for matrix in watched.values())
+        products = math.inf if routed else sum(self.calls[name] for name in watched)
+
+        for forward, mask in zip(self.forwards, self.masks):
+            seen = 0
+
+            def see(matrix: Matrix, x: Tensor, mask: Tensor | None = mask) -> None:
+                nonlocal seen
+                place, seen = first[matrix.name], seen + 1
+                if (tokens := select_tokens(x, mask).float()).numel():
+                    value = statistic(tokens)
+                    totals[place] = combine(totals[place], value) if place in totals else value
+                if seen == products:
+                    raise Seen
+
+            with suppress(Seen), Products(watched.values(), see):
+                forward()
+        for name, place in first.items():
+            if place not in totals:  # an expert that no text was routed to: as if its inputs were zero
+                totals[place] = statistic(torch.zeros(1, watched[name].inputs, device=watched[name].stored.device))
+        return [Shared(members, totals[place]) for place, members in enumerate(groups)]
+
+
+class Seen(Exception):
+    """Raised after the last wanted product, to skip the rest of a forward pass."""
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """Return the model's output without a cache of keys and values."""
+    return model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+
+
+def view_model(model: nn.Module, batches: list[Batch], watched: dict[str, Matrix]) -> Section:
+    """Return the whole model as a section."""
+    forwards = [partial(run_model, model, batch) for batch in batches]
+    masks = [batch.get("attention_mask") for batch in batches]
+    return Section("", model, watched, forwards, masks, partial(run_model, model, take_rows(batches[0])))
+
+
+def take_rows(batch: Batch) -> Batch:
+    """Return the first texts of a batch: two, or one where two would make the batch as long as its texts."""
+    count = 1 if batch["input_ids"].shape[1] == 2 else 2
+    return {key: value[:count] for key, value in batch.items()}
+
+
+def prepare_batches(model: nn.Module, batches: list[Batch], watched: Mapping[str, Matrix]) -> list[Batch]:
+    """Return the batches; where the inputs of a matrix do not show what is padding, every text by itself without it.
+    (Experts get the tokens that are routed to them, and a few models flatten or transpose their inputs.)
+
+    Raises:
+        UserError: the model never multiplies by a matrix.
+    """
+    probe = take_rows(batches[0])
+    trace = Trace(partial(run_model, model, probe), watched, probe.get("attention_mask"))
+    if missing := trace.uncalled:
+        others = f" and {len(missing) - 1} other matrices" if len(missing) > 1 else ""
+        raise UserError(
+            f"The model reads a text without a product with `{missing[0]}`{others}, so nothing is known of the inputs. "
+            "Add a pattern of these names to the stage's `skip`."
+        )
+    if trace.aligned:
+        return batches
+    return [strip_padding(batch, row) for batch in batches for row in range(len(batch["input_ids"]))]
+
+
+def strip_padding(batch: Batch, row: int) -> Batch:
+    """Return one text of a batch without padding."""
+    text = {key: value[row : row + 1] for key, value in batch.items()}
+    if "attention_mask" not in text:
+        return text
+    kept = text["attention_mask"][0].bool()
+    return {key: value[:, kept] if value.shape[1:] == kept.shape else value for key, value in text.items()}
+
+
+def is_chain(model: nn.Module, stack: nn.ModuleList, batch: Batch, watched: Mapping[str, Matrix]) -> bool:
+    """Return whether the blocks of ``stack`` can run one by one: each is called once, with the output of the one before
+    it and nothing else that blocks compute, and multiplies by matrices that no other part of the model uses."""
+    places = {block: place for place, block in enumerate(stack)}
+    entered: list[tuple[int, Any, list[Tensor]]] = []  # place, hidden states, all other tensors
+    left: list[Any] = []
+    users: dict[str, set[int | None]] = {}
+    running: list[int] = []
+
+    def enter(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        state = args[0] if args else rest.pop("hidden_states", None)
+        entered.append((places[block], state, list(flatten_tensors([*args[1:], rest]))))
+        running.append(places[block])
+
+    def leave(block: nn.Module, args: tuple, output: Any) -> None:
+        left.append(output)
+        running.pop()
+
+    def see(matrix: Matrix, _: Tensor) -> None:
+        users.setdefault(matrix.name, set()).add(running[-1] if running else None)
+
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in stack]
+    hooks += [block.register_forward_hook(leave) for block in stack]
+    try:
+        with Products(watched.values(), see):
+            run_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    computed = {id(tensor) for output in left for tensor in flatten_tensors(output)}
+    states = [output[0] if isinstance(output, tuple) else output for output in left]
+    return (
+        [place for place, _, _ in entered] == list(range(len(stack)))
+        and all(isinstance(state, Tensor) for state in [*states, *(state for _, state, _ in entered)])
+        and all(torch.equal(state, before) for (_, state, _), before in zip(entered[1:], states))
+        and not any(id(tensor) in computed for _, _, rest in entered for tensor in rest)
+        and all(len(blocks) == 1 and None not in blocks for blocks in users.values())
+    )
+
+
+def flatten_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from flatten_tensors(part)
+
+
+def replay_blocks(
+    model: nn.Module, prefix: str, stack: nn.ModuleList, batches: list[Batch], watched: dict[str, Matrix]
+) -> Iterator[Section]:
+    """Yield the blocks in order as sections, each on the outputs of the block before it as the caller left it."""
+    hidden, calls = capture_calls(model, stack, batches)
+    masks = [batch.get("attention_mask") for batch in batches]
+    for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
+        name = f"{prefix}.{index}"
+        forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
+        if inside := {key: matrix for key, matrix in watched.items() if is_inside(key, [name])}:
+            yield Section(name, block, inside, forwards, masks)
+        if index < len(stack) - 1:
+            hidden = [forward() for forward in forwards]
 
 
 class Call(NamedTuple):
@@ -51,47 +292,6 @@ class Call(NamedTuple):
         """Return the block's hidden states ``[batch, tokens, width]`` for the states ``hidden``."""
         output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def calibrate_layers(
-    model: nn.Module,
-    batches: list[Batch],
-    statistic: Callable[[Tensor], Tensor],
-    wanted: Container[str] | None = None,
-    prepare: Callable[[str, nn.Module, Forwards, list[Tensor | None]], None] | None = None,
-    combine: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
-) -> Iterator[tuple[dict[str, nn.Linear], Tensor]]:
-    """Stream calibration batches through the blocks and yield ``(layers, total)`` for every set of Linear layers that
-    share an input, in the order in which they run.
-
-    Layers are given by name: all layers of the blocks, or the ``wanted`` ones, in or outside of the blocks. ``total``
-    sums ``statistic(x)`` over the batches, or reduces it with ``combine``; ``x`` is ``[tokens, inputs]`` in float32
-    without padding. The caller may change the layers before it takes the next set, and later layers see the change.
-    Only the activations between two blocks are kept. ``prepare(name, block, forwards, masks)`` may change a whole block
-    before its first layers are yielded; ``masks`` are the attention masks of the batches.
-    """
-    # 1) Run the model once and capture how it calls its blocks
-    prefix, stack = find_blocks(model)
-    hidden, calls = capture_calls(model, stack, batches)
-    masks = [batch.get("attention_mask") for batch in batches]
-
-    # 2) Replay the calls block by block
-    for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
-        forwards: Forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
-        if prepare is not None:
-            prepare(f"{prefix}.{index}", block, forwards, masks)
-        for layers in group_by_input(block, forwards[0]):
-            named = {f"{prefix}.{index}.{name}": layer for name, layer in layers.items()}
-            if chosen := {name: layer for name, layer in named.items() if wanted is None or name in wanted}:
-                yield chosen, combine_over_inputs(next(iter(chosen.values())), forwards, masks, statistic, combine)
-        hidden = [forward() for forward in forwards]
-
-    # 3) Run the whole model for wanted layers outside of the blocks
-    for name, module in model.named_modules() if wanted is not None else ():
-        if isinstance(module, nn.Linear) and name in wanted and not name.startswith(f"{prefix}."):
-            forwards = [partial(model, **batch) for batch in batches]
-            yield {name: module}, combine_over_inputs(module, forwards, masks, statistic, combine)
 
 
 def capture_calls(
@@ -127,7 +327,7 @@ def capture_calls(
             with ExitStack() as passed, suppress(Seen):
                 for block, in_tuple in in_tuples.items():
                     passed.enter_context(patch.object(block, "forward", partial(return_states, in_tuple)))
-                model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))
+                run_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -139,95 +339,8 @@ def return_states(in_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> 
     return (hidden_states,) if in_tuple else hidden_states
 
 
-class Seen(Exception):
-    """Raised inside a block after the wanted input was recorded, to skip the rest of the forward pass."""
-
-
-def record_inputs(module: nn.Module, forwards: Forwards) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """Yield the positional and keyword arguments of each call of ``module`` by the ``forwards``."""
-    seen: list[tuple[tuple, dict[str, Any]]] = []
-
-    def stop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise Seen
-
-    for forward in forwards:
-        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-        with suppress(Seen):
-            forward()
-        hook.remove()
-        yield seen.pop()
-
-
-def combine_over_inputs(
-    layer: nn.Linear,
-    forwards: Forwards,
-    masks: list[Tensor | None],
-    statistic: Callable[[Tensor], Tensor],
-    combine: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
-) -> Tensor:
-    """Return the sum, or another reduction by ``combine``, of ``statistic`` over the inputs of ``layer`` in all
-    ``forwards``, without padding."""
-    statistics = (
-        statistic(select_tokens(args[0], mask).float())
-        for (args, _), mask in zip(record_inputs(layer, forwards), masks)
-    )
-    return reduce(combine, statistics)
-
-
 def select_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return ``x`` ``[batch, tokens, width]`` as ``[tokens, width]``, without padding."""
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.bool()]
     return x.reshape(-1, x.shape[-1])
-
-
-def group_by_input(block: nn.Module, forward: Callable[[], Tensor]) -> list[dict[str, nn.Linear]]:
-    """Return the block's Linear layers in the order in which ``forward()`` runs them, grouped by their input tensor
-    (query, key and value; gate and up)."""
-    calls: list[tuple[str, nn.Linear, Tensor]] = []  # tensors that are held cannot share an address
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, args, name=name: calls.append((name, layer, args[0])))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    forward()
-    for hook in hooks:
-        hook.remove()
-    sets = groupby(calls, key=lambda call: (call[2].data_ptr(), call[2].shape))
-    return [{name: layer for name, layer, _ in members} for _, members in sets]
-
-
-def read_validation_batches(trainer: pl.Trainer) -> list[Batch]:
-    """Return the whole validation split from the Trainer's own loaders.
-
-    Raises:
-        UserError: the Trainer has no validation data.
-    """
-    if not trainer.enable_validation:
-        raise UserError(
-            "`sensitivity` measures on validation data and the Trainer has none. Pass `fit` a validation loader, and "
-            "define `validation_step` in the module."
-        )
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # does nothing if the data is set up
-    loaders: Any = trainer.val_dataloaders
-    return list(chain.from_iterable(loaders if isinstance(loaders, (list, tuple)) else [loaders]))
-
-
-def spread_evenly(batches: list[Batch], samples: int) -> list[Batch]:
-    """Return batches of exactly ``samples`` examples, picked at even distances because a loader may be sorted, for
-    example by length."""
-    sizes = [len(batch["input_ids"]) for batch in batches]
-    count, parts = len(batches), math.ceil(samples / max(sizes))
-    while sum(sizes[i] for i in middle_indices(count, parts)) < samples:
-        parts += 1
-    picked: list[Batch] = []
-    for i in middle_indices(count, parts):
-        picked.append({key: value[:samples] for key, value in batches[i].items()})
-        samples -= len(picked[-1]["input_ids"])
-    return [batch for batch in picked if len(batch["input_ids"])]
-
-
-def middle_indices(count: int, parts: int) -> list[int]:
-    """Return the middles of ``parts`` equal parts of ``range(count)``."""
-    return [(2 * i + 1) * count // (2 * parts) for i in range(parts)]

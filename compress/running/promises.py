@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from compress.artifacts.artifact import measure_size_bytes
 from compress.errors import PostconditionError, UserError
 from compress.formats.packed import count_stored_bits
-from compress.models.layers import dequantize_weight, digest_tensor, find_blocks, find_zeros
+from compress.models.layers import digest_tensor, find_stacks, is_inside
+from compress.models.matrices import find_all_matrices, find_zeros
 from compress.technique import Technique
 
 
@@ -27,12 +29,9 @@ class State:
 def capture_state(model: nn.Module) -> State:
     """Return the state of a model, without a copy of its weights."""
     digests = {name: digest_tensor(tensor) for name, tensor in model.state_dict().items()}
-    return State(digests, {name: zero for name, zero in find_zeros(model).items() if is_trainable(model, name)})
-
-
-def is_trainable(model: nn.Module, layer: str) -> bool:
-    weight: Any = model.get_submodule(layer).weight
-    return weight.requires_grad
+    found = find_all_matrices(model, embeddings=True, head=True)
+    zeros = {name: zero for name, zero in find_zeros(model).items() if found[name].stored.requires_grad}
+    return State(digests, zeros)
 
 
 def check_model(key: str, stage: Technique, before: State, model: nn.Module) -> None:
@@ -47,16 +46,16 @@ def check_model(key: str, stage: Technique, before: State, model: nn.Module) -> 
     if stage.changes and not changed:
         raise UserError(f"`{key}` changed nothing; it should change a weight. Remove it, or change its settings.")
     if stage.keeps_head:
-        inside = find_blocks(model)[0] + "."
-        if outside := sorted(name for name in changed if not name.startswith(inside)):
+        stacks = find_stacks(model)
+        if outside := sorted(name for name in changed if not is_inside(name, stacks)):
             raise PostconditionError(
                 f"`{key}` should change the transformer blocks alone and changed {', '.join(outside)}."
             )
+    found = find_all_matrices(model, embeddings=True, head=True)
     for name, mask in before.zeros.items() if stage.keeps_zeros else ():
-        weight = dequantize_weight(model.get_submodule(name).weight)  # type: ignore[arg-type]
-        if weight.shape != mask.shape:
+        if found[name].shape != mask.shape:
             continue  # the layer was cut
-        filled = int((weight[mask] != 0).sum())
+        filled = int((found[name].weight[mask] != 0).sum())
         if filled:
             raise PostconditionError(f"`{key}` filled in {filled} of the {int(mask.sum())} pruned weights of `{name}`.")
 
@@ -81,18 +80,16 @@ def check_folder(key: str, stage: Technique, source: Path, folder: Path, expecte
         )
 
 
-def check_bits(key: str, bits: dict[str, float], model: nn.Module, folder: Path) -> None:
-    """Check that weights take the promised ``bits`` on disk, on average over the layers.
+def check_bits(key: str, bits: Mapping[str, float], sizes: Mapping[str, int], folder: Path) -> None:
+    """Check that weights take the promised ``bits`` on disk, on average over the layers of these ``sizes`` in weights.
 
     The tolerance is 2 %, because rows are padded to whole words.
 
     Raises:
         PostconditionError: they take more or fewer bits.
     """
-    layers = {name: model.get_submodule(name) for name in bits}
-    weights = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
-    total = sum(weights.values())
-    promised = sum(bits[name] * weights[name] for name in bits) / total
+    total = sum(sizes[name] for name in bits)
+    promised = sum(bits[name] * sizes[name] for name in bits) / total
     stored = sum(count_stored_bits(folder, bits).values()) / total
     if abs(stored - promised) > 0.02 * promised:
         raise PostconditionError(f"`{key}` should store {promised:.3f} bits a weight and stored {stored:.3f}.")

@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 
 from compress.artifacts.artifact import Description, Done, load_artifact, write_artifact
 from compress.formats.packed import freeze_weights, list_packed_layers
-from compress.models.layers import find_pruned_layers, unwrap_model
+from compress.models.layers import unwrap_model
+from compress.models.matrices import find_pruned_layers, measure_matrices
 from compress.planning.plan import Plan, Step, check_blocks
 from compress.planning.settings import to_plain
 from compress.running.promises import capture_state, check_bits, check_folder, check_model, compute_logits
@@ -120,6 +121,8 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
 
     # 3) Check the model, and compute logits to compare the saved artifact with
     check_model(step.key, stage, before, model)
+    sizes = measure_matrices(model)
+    limits = list_limits(planned, step, stage, description, model)
 
     if (changed := getattr(stage, "tokenizer", tokenizer)) is not tokenizer:  # the stage made its own tokenizer
         tokenizer = changed
@@ -134,14 +137,14 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
         description,
         runtime=stage.runtime,
         weights=stage.leaves or description.weights,
-        limits=list_limits(planned, step, stage, description),
+        limits=limits,
         history=(*description.history, done),
     )
     write_artifact(into, model, tokenizer, description, stage, packed if stage.leaves is None else None)
     write_stage_report(stage, into / "report")
     check_folder(step.key, stage, source, into, expected, compute_logits(load_artifact(into).model, probe))
     if bits := stage.average_bits:
-        check_bits(step.key, bits, model, into)
+        check_bits(step.key, bits, sizes, into)
 
 
 def write_stage_report(stage: Technique, folder: Path) -> None:

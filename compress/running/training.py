@@ -15,14 +15,15 @@ import torch
 from datasets import Dataset
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.artifacts.artifact import Description
 from compress.cache.events import hide_events
 from compress.cache.files import remove_path
 from compress.errors import UserError
 from compress.models.backbone import limit_length
-from compress.models.layers import apply_masks, find_zeros, unwrap_model
+from compress.models.layers import unwrap_model
+from compress.models.matrices import apply_masks, find_all_matrices, find_zeros, measure_share
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
 from compress.running.batch_size import fit_batch_size
@@ -33,18 +34,22 @@ from compress.tasks.tokens import TaskData
 from compress.technique import Technique, Training
 
 log = logging.getLogger(__name__)
+WHOLE = 0.999
+"""Share of the blocks' weights from which a stage has compressed all of them; routers of experts are the rest."""
 
 
-def list_limits(planned: Plan, step: Step, stage: Technique, before: Description) -> tuple[str, ...]:
-    """Return what the artifact cannot do for size or speed.
+def list_limits(planned: Plan, step: Step, stage: Technique, before: Description, model: nn.Module) -> tuple[str, ...]:
+    """Return what the artifact cannot do for size or speed, and what share of the ``model`` the stage left out.
 
     On a new runtime, the limits of earlier stages' weight formats no longer apply.
     """
     formats = {other.name for other in planned.steps if other.technique.leaves not in ("float", None)}
     moved = stage.runtime != before.runtime
     kept = [limit for limit in before.limits if not (moved and limit.partition(":")[0] in formats)]
-    own = stage.limits
-    return (*kept, *([f"{step.name}: {own}"] if own else []))
+    own = [stage.limits] if stage.limits else []
+    if stage.reached and (share := measure_share(model, stage.reached)) < WHOLE:
+        own.append(f"{share:.1%} of the weights in the blocks are compressed, the others are as they were")
+    return (*kept, *(f"{step.name}: {limit}" for limit in own))
 
 
 class KeepBest(ModelCheckpoint):
@@ -274,12 +279,12 @@ class HoldZeros(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
-        trained = {
-            name: zero
+        trained = [name for name, m in find_all_matrices(model, True, True).items() if m.stored.requires_grad]
+        self.masks = {
+            name: ~zero
             for name, zero in find_zeros(model).items()
-            if model.get_submodule(name).weight.requires_grad and (self.layers is None or name in self.layers)
+            if name in trained and (self.layers is None or name in self.layers)
         }
-        self.masks = {name: ~zero for name, zero in trained.items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         apply_masks(unwrap_model(pl_module), self.masks)

@@ -15,17 +15,11 @@ from compress.errors import UserError
 from compress.formats.packed import Quantized, average_bits, save_model
 from compress.maths.hessian import second_moment
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
-from compress.models.calibration import (
-    Forwards,
-    calibrate_layers,
-    combine_over_inputs,
-    draw_calibration_batches,
-    record_inputs,
-    select_tokens,
-)
+from compress.models.batches import draw_calibration_batches
+from compress.models.calibration import select_tokens
 from compress.models.families import FAMILIES, Family, find_family, name_family
 from compress.models.folding import find_sources, fold_scale
-from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
+from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.shapes import read_block
 from compress.technique import Technique
 

@@ -19,7 +19,7 @@ from compress.errors import UserError
 from compress.maths import losses
 from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
 from compress.models.backbone import from_pretrained, limit_length
-from compress.models.calibration import draw_calibration_batches
+from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.matches import Match, Relations, collect_features
 from compress.models.shapes import read_blocks

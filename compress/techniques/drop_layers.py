@@ -11,7 +11,7 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.models.calibration import Batch, draw_calibration_batches
+from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
 from compress.models.shapes import collect_configs, drop_blocks
 from compress.technique import Technique

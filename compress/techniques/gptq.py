@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -15,10 +16,12 @@ from compress.formats import packed
 from compress.formats.gptq import check_format, save_model
 from compress.formats.packed import Quantized
 from compress.maths.gptq import gptq
-from compress.maths.hessian import second_moment
-from compress.maths.rounding import Scheme
-from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
-from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
+from compress.maths.hessian import output_error, second_moment
+from compress.maths.rounding import Scheme, minmax_grid, round_to_nearest
+from compress.models.batches import Batch, draw_calibration_batches
+from compress.models.calibration import sequential
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import Matrix
 from compress.technique import Technique
 
 
@@ -85,25 +88,34 @@ class GPTQ(Technique, pl.Callback):
         self.skip = skip
         self.train_samples = samples
         self.keeps_head = "head" in skip
+        self.outcomes: dict[str, Outcome] = {}
         self.quantized: dict[str, Quantized] = {}
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = find_quantizable(skeleton, self.skip, self.key)
-        for name, linear in layers.items():
-            self.scheme.check(self.key, name, linear)
+        layers = self.select(skeleton)
+        for name, matrix in layers.items():
+            self.scheme.check(self.key, name, matrix.inputs)
         if self.format == "gptq":
             check_format(self.key, skeleton, layers, self.scheme, self.skip)
+
+    def select(self, model: nn.Module) -> dict[str, Matrix]:
+        """Return the matrices that the stage quantizes, by name."""
+        storage = gptq_format if self.format == "gptq" else packed
+        return storage.select_storable(model, self.skip, self.key)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # a script without the chain has not checked the model
-        schemes = dict.fromkeys(find_quantizable(model, self.skip, self.key), self.scheme)
+        layers = self.select(model)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         own = self.format == "gptq"
         scale = gptq_format.SCALE if own else None
-        self.quantized = quantize_layers(model, batches, schemes, self.damping, self.act_order, scale)
-        self.average_bits = (gptq_format if own else packed).average_bits(model, self.quantized)
+        schemes = dict.fromkeys(layers, self.scheme)
+        self.outcomes = quantize_layers(model, layers, batches, schemes, self.damping, self.act_order, scale)
+        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
+        self.reached = set(self.quantized)
+        self.average_bits = (gptq_format if own else packed).average_bits(self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -112,22 +124,52 @@ class GPTQ(Technique, pl.Callback):
         else:
             packed.save_model(model, self.quantized, folder)
 
+    def report(self, folder: Path) -> None:
+        """Write ``errors.csv``: the error of every layer's outputs, beside that of rounding to nearest."""
+        write_errors(self.outcomes, folder / "errors.csv")
+
+
+class Outcome(NamedTuple):
+    """A quantized layer, and the squared error of its outputs on the calibration text: of these weights, and of weights
+    rounded to nearest."""
+
+    quantized: Quantized
+    error: float
+    nearest: float
+
 
 def quantize_layers(
     model: nn.Module,
+    layers: dict[str, Matrix],
     batches: list[Batch],
     schemes: dict[str, Scheme],
     damping: float,
     act_order: bool,
     scale: torch.dtype | None = None,
-) -> dict[str, Quantized]:
-    """Quantize the layers that ``schemes`` names in place, calibrated on ``batches``. Scales have the dtype ``scale``,
-    by default that of the weights."""
-    quantized = {}
+) -> dict[str, Outcome]:
+    """Quantize the ``layers`` by their ``schemes`` in place, calibrated on ``batches``.
+
+    Scales have the dtype ``scale``, by default that of the weights. Where compensation does not pay, as for an expert
+    that no text was routed to, the weights are rounded to nearest.
+    """
+    outcomes = {}
     with evaluation_mode(model):
-        for layers, hessian in calibrate_layers(model, batches, second_moment, schemes):
-            for name, linear in layers.items():
-                weight, grid = gptq(linear.weight.data, hessian, schemes[name], damping, act_order, scale=scale)
-                linear.weight.data.copy_(weight)
-                quantized[name] = Quantized(schemes[name], grid)
-    return quantized
+        for matrices, moment in sequential(model, batches, second_moment, layers):
+            for name, matrix in matrices.items():
+                weight, scheme = matrix.weight, schemes[name]
+                nearest = round_to_nearest(weight, minmax_grid(weight, scheme, scale or matrix.dtype), scheme)
+                ours = gptq(weight, moment, scheme, damping, act_order, scale=scale)
+                errors = [output_error(w.dequantize(torch.float32) - weight, moment) for w in (ours, nearest)]
+                chosen = ours if errors[0] <= errors[1] else nearest
+                matrix.weight.copy_(chosen.dequantize(matrix.dtype))
+                outcomes[name] = Outcome(Quantized(chosen), min(errors), errors[1])
+    return outcomes
+
+
+def write_errors(outcomes: dict[str, Outcome], path: Path) -> None:
+    """Write the errors of all layers to a CSV file: what compensation gained over rounding to nearest."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "bits", "squared_error", "squared_error_of_nearest", "gain"])
+        for name, (quantized, error, nearest) in outcomes.items():
+            writer.writerow([name, quantized.scheme.bits, error, nearest, 1 - error / nearest if nearest else 0.0])

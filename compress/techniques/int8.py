@@ -9,8 +9,9 @@ import pytorch_lightning as pl
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress.formats.bnb import replace_layers, save_model
-from compress.models.layers import find_quantizable, unwrap_model
+from compress.formats.bnb import replace_layers, save_model, select_convertible
+from compress.models.layers import unwrap_model
+from compress.models.matrices import Matrix
 from compress.technique import Technique
 
 
@@ -53,25 +54,24 @@ class Int8(Technique, pl.Callback):
         self.state: dict[str, Tensor] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        find_quantizable(skeleton, self.skip, self.key)
+        select_convertible(skeleton, self.skip, self.key)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
-        layers = find_quantizable(model, self.skip, self.key)
-        self.average_bits = {name: 8 + 32 / linear.in_features for name, linear in layers.items()}
-        self.state = replace_layers(model, layers, lambda linear: make_8bit_layer(linear, self.threshold))
+        layers = select_convertible(model, self.skip, self.key)
+        self.average_bits = {name: 8 + 32 / matrix.inputs for name, matrix in layers.items()}
+        self.reached = set(layers)
+        self.state = replace_layers(model, layers, lambda matrix: make_8bit_layer(matrix, self.threshold))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.state, self.average_bits, folder, load_in_8bit=True, llm_int8_threshold=self.threshold)
 
 
-def make_8bit_layer(linear: nn.Linear, threshold: float) -> nn.Linear:
-    """Return bitsandbytes' layer with the weight of ``linear`` in 8 bits, without its bias."""
+def make_8bit_layer(matrix: Matrix, threshold: float) -> nn.Linear:
+    """Return bitsandbytes' layer with the weights of ``matrix`` in 8 bits, without its bias."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-    layer = Linear8bitLt(
-        linear.in_features, linear.out_features, has_fp16_weights=False, threshold=threshold, device="meta"
-    )
-    weight: Any = Int8Params(linear.weight.data, requires_grad=False)
+    layer = Linear8bitLt(matrix.inputs, matrix.rows, has_fp16_weights=False, threshold=threshold, device="meta")
+    weight: Any = Int8Params(matrix.weight.contiguous(), requires_grad=False)
     layer.weight = weight.to("cpu")  # quantizes
     return layer

@@ -16,11 +16,14 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.formats import packed
-from compress.formats.packed import Quantized, save_model
+from compress.formats.packed import Quantized, save_model, select_storable
 from compress.maths.losses import soft_loss
 from compress.maths.rounding import Scheme, fit_grid, round_to_grid
-from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
-from compress.models.layers import detect_task_kind, evaluation_mode, find_quantizable, unwrap_model
+from compress.maths.sparsity import squared_norms
+from compress.models.batches import Batch, draw_calibration_batches
+from compress.models.calibration import Shared, observe
+from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
+from compress.models.matrices import Matrix
 from compress.tasks.kinds import KINDS
 from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
@@ -104,12 +107,12 @@ class Mixed(Technique, pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = find_quantizable(skeleton, self.skip, self.key)
-        for name, linear in layers.items():
-            self.schemes[0].check(self.key, name, linear)
-        weights = sum(linear.weight.numel() for linear in layers.values())
+        layers = select_storable(skeleton, self.skip, self.key)
+        for name, matrix in layers.items():
+            self.schemes[0].check(self.key, name, matrix.inputs)
+        weights = sum(matrix.size for matrix in layers.values())
         least, most = (
-            sum(count_stored_bits(scheme, linear) for linear in layers.values()) / weights
+            sum(count_stored_bits(scheme, matrix) for matrix in layers.values()) / weights
             for scheme in (self.schemes[0], self.schemes[-1])
         )
         if not least <= self.budget <= most:
@@ -122,23 +125,25 @@ class Mixed(Technique, pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # 1) Measure the divergence of every set of layers at every number of bits
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, self.key)
+        wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]
         with evaluation_mode(model):
-            sets = list(calibrate_layers(model, few, sum_squares, wanted))
+            sets = observe(model, few, squared_norms, wanted)
             answers = [model(**batch).logits for batch in few]
             self.options = [
-                [measure_choice(model, layers, importance, scheme, few, answers) for scheme in self.schemes]
-                for layers, importance in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
+                [measure_choice(model, shared, scheme, few, answers) for scheme in self.schemes]
+                for shared in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
             ]
         # 2) Choose the bits and quantize
-        budget = self.budget * sum(linear.weight.numel() for linear in wanted.values())
+        budget = self.budget * sum(matrix.size for matrix in wanted.values())
         self.chosen = choose_bits(self.options, budget, self.key)
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
-        self.quantized = quantize_layers(model, batches, schemes, self.damping, self.act_order)
-        self.average_bits = packed.average_bits(model, self.quantized)
+        outcomes = quantize_layers(model, wanted, batches, schemes, self.damping, self.act_order)
+        self.quantized = {name: outcome.quantized for name, outcome in outcomes.items()}
+        self.reached = set(self.quantized)
+        self.average_bits = packed.average_bits(self.quantized)
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -154,39 +159,34 @@ class Mixed(Technique, pl.Callback):
                     writer.writerow([name, choice.bits, *(option.divergence for option in options)])
 
 
-def count_stored_bits(scheme: Scheme, linear: nn.Linear) -> float:
-    """Return the bits that the layer's weights take, scales and zero points included."""
-    return scheme.average_bits(linear.in_features, linear.weight.dtype) * linear.weight.numel()
-
-
-def sum_squares(x: Tensor) -> Tensor:
-    """Return the sum of squares of every column of ``[tokens, inputs]``."""
-    return x.square().sum(0)
+def count_stored_bits(scheme: Scheme, matrix: Matrix) -> float:
+    """Return the bits that the matrix takes, scales and zero points included."""
+    return scheme.average_bits(matrix.inputs, matrix.dtype) * matrix.size
 
 
 @torch.no_grad()
 def measure_choice(
     model: nn.Module,
-    layers: dict[str, nn.Linear],
-    importance: Tensor,
+    shared: Shared,
     scheme: Scheme,
     batches: list[Batch],
     answers: list[Tensor],
 ) -> Choice:
-    """Return how far the model's ``answers`` to ``batches`` move if only ``layers`` are rounded to nearest, on grids
-    fitted with errors weighted by ``importance`` ``[inputs]``. The weights are restored."""
-    dense = {name: linear.weight.data for name, linear in layers.items()}
-    for linear in layers.values():
-        weight = linear.weight.data
+    """Return how far the model's ``answers`` to ``batches`` move if only the ``shared`` matrices are rounded to
+    nearest, on grids fitted with errors weighted by the squared norms of their inputs. The weights are restored."""
+    layers, importance = shared
+    dense = {name: matrix.weight.clone() for name, matrix in layers.items()}
+    for name, matrix in layers.items():
+        weight = dense[name]
         rounded = round_to_grid(weight, fit_grid(weight, scheme, weight.dtype, importance), scheme)
-        linear.weight.data = rounded.to(weight.dtype) * (weight != 0)
+        matrix.weight.copy_(rounded.to(weight.dtype) * (weight != 0))
     moved = [
         logit_distance(model(**batch).logits, before, batch, KINDS[detect_task_kind(model)].probabilities)
         for batch, before in zip(batches, answers)
     ]
-    for name, linear in layers.items():
-        linear.weight.data = dense[name]
-    size = sum(count_stored_bits(scheme, linear) for linear in layers.values())
+    for name, matrix in layers.items():
+        matrix.weight.copy_(dense[name])
+    size = sum(count_stored_bits(scheme, matrix) for matrix in layers.values())
     return Choice(tuple(layers), scheme.bits, size, torch.stack(moved).mean().item())
 
 

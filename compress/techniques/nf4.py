@@ -13,8 +13,9 @@ from pydantic import validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats.bnb import replace_layers, save_model
-from compress.models.layers import find_quantizable, unwrap_model
+from compress.formats.bnb import replace_layers, save_model, select_convertible
+from compress.models.layers import unwrap_model
+from compress.models.matrices import Matrix
 from compress.technique import Technique
 
 ROWS = 32
@@ -73,30 +74,30 @@ class NF4(Technique, pl.Callback):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         misfits = {
-            re.sub(r"\.\d+\.", ".*.", name): linear
-            for name, linear in find_quantizable(skeleton, self.skip, self.key).items()
-            if linear.in_features % self.blocksize or linear.out_features % ROWS
+            re.sub(r"\.\d+\.", ".*.", name): matrix
+            for name, matrix in select_convertible(skeleton, self.skip, self.key).items()
+            if matrix.inputs % self.blocksize or matrix.rows % ROWS
         }
         if misfits:
-            name, linear = next(iter(misfits.items()))
+            name, matrix = next(iter(misfits.items()))
             raise UserError(
-                f"`{name}` has {linear.out_features} outputs and {linear.in_features} inputs; bitsandbytes' 4-bit "
+                f"`{name}` has {matrix.rows} outputs and {matrix.inputs} inputs; bitsandbytes' 4-bit "
                 f"kernels take multiples of {ROWS} and of {self.key}.blocksize={self.blocksize}. Set another "
                 f"blocksize (32 or more), or {self.key}.skip=[{','.join([*self.skip, *misfits])}]."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
-        layers = find_quantizable(model, self.skip, self.key)
+        layers = select_convertible(model, self.skip, self.key)
         self.check(model, [])
-        own = next(iter(layers.values())).weight.dtype
+        own = next(iter(layers.values())).dtype
         self.computed_in = own if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)
         self.average_bits = {
-            name: average_bits(linear.weight.numel(), self.blocksize, self.double_quantization)
-            for name, linear in layers.items()
+            name: average_bits(matrix.size, self.blocksize, self.double_quantization) for name, matrix in layers.items()
         }
         settings = (self.quant_type, self.double_quantization, self.blocksize, self.computed_in)
-        self.state = replace_layers(model, layers, lambda linear: make_4bit_layer(linear, *settings))
+        self.reached = set(layers)
+        self.state = replace_layers(model, layers, lambda matrix: make_4bit_layer(matrix, *settings))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(
@@ -112,14 +113,14 @@ class NF4(Technique, pl.Callback):
 
 
 def make_4bit_layer(
-    linear: nn.Linear, quant_type: str, double_quantization: bool, blocksize: int, compute_dtype: torch.dtype
+    matrix: Matrix, quant_type: str, double_quantization: bool, blocksize: int, compute_dtype: torch.dtype
 ) -> nn.Linear:
-    """Return bitsandbytes' layer with the weight of ``linear`` in 4 bits, without its bias."""
+    """Return bitsandbytes' layer with the weights of ``matrix`` in 4 bits, without its bias."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=compute_dtype, device="meta")
+    layer = Linear4bit(matrix.inputs, matrix.rows, compute_dtype=compute_dtype, device="meta")
     weight: Any = Params4bit(
-        linear.weight.data,
+        matrix.weight.contiguous(),
         blocksize=blocksize,
         compress_statistics=double_quantization,
         quant_type=quant_type,

@@ -38,7 +38,7 @@ from compress.formats.nbits import Weight
 from compress.formats.onnx import Graph
 from compress.formats.packed import Integers, freeze_weights, list_packed_layers, read_integers
 from compress.maths.rounding import Scheme
-from compress.models.calibration import draw_calibration_batches
+from compress.models.batches import draw_calibration_batches
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import Model

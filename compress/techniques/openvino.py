@@ -39,7 +39,7 @@ from compress.exporting.stage import Export
 from compress.exporting.tracing import is_float32, select_inputs, strip_config
 from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
-from compress.models.calibration import Batch, draw_calibration_batches, read_validation_batches
+from compress.models.batches import Batch, draw_calibration_batches, read_validation_batches
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
@@ -136,8 +136,8 @@ class OpenVINO(Export):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         super().check(skeleton, before)
         for name, layer in self.chosen(skeleton).items() if self.precision == "int4_weights" else ():
-            if isinstance(layer, nn.Linear):
-                self.scheme.check(self.key, name, layer)
+            if not layer.is_embedding:
+                self.scheme.check(self.key, name, layer.inputs)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         import openvino

@@ -29,16 +29,16 @@ from compress.maths.sparsity import (
     squared_norms,
     wanda_score,
 )
-from compress.models.calibration import calibrate_layers, draw_calibration_batches
-from compress.models.layers import (
-    Layer,
+from compress.models.batches import draw_calibration_batches
+from compress.models.calibration import sequential
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import (
+    Matrix,
     apply_masks,
-    evaluation_mode,
-    find_linears,
     match_ratios,
+    matrices,
     measure_sparsity,
-    select_layers,
-    unwrap_model,
+    select_matrices,
 )
 from compress.technique import Technique, Training
 
@@ -120,7 +120,7 @@ class Prune(Technique, pl.Callback):
         self.train_samples = samples if criterion in CALIBRATED else 0
         self.batch_size = batch_size
         self.source = source
-        self.layers: dict[str, Layer] = {}
+        self.layers: dict[str, Matrix] = {}
         self.due: dict[int, float] = {}
         """The prunings that are still due: training step and fraction of the way from ``start`` to ``targets``."""
         self.start: dict[str, float] = {}
@@ -177,9 +177,9 @@ class Prune(Technique, pl.Callback):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         layers = self._select_layers(skeleton)
         for name, layer in layers.items():
-            if self.pattern and layer.weight.shape[1] % self.pattern[1]:
+            if self.pattern and layer.inputs % self.pattern[1]:
                 raise UserError(
-                    f"{self.key}.pattern needs groups of {self.pattern[1]}, and the {layer.weight.shape[1]} inputs of "
+                    f"{self.key}.pattern needs groups of {self.pattern[1]}, and the {layer.inputs} inputs of "
                     f"`{name}` are no multiple of {self.pattern[1]}. Set another pattern, or {self.key}.skip to leave "
                     "the layer out."
                 )
@@ -199,7 +199,7 @@ class Prune(Technique, pl.Callback):
                     f"has nothing left to prune. Set {self.key}.sparsity higher."
                 )
 
-    def _check_ratios(self, layers: dict[str, Layer], previous: Any) -> None:
+    def _check_ratios(self, layers: dict[str, Matrix], previous: Any) -> None:
         if isinstance(self.ratios, dict):
             match_ratios(self.ratios, layers, self.sparsity, f"{self.key}.ratios")
         elif self.ratios == "sensitivity":
@@ -247,7 +247,7 @@ class Prune(Technique, pl.Callback):
                     f"`movement` sums gradients and precision {trainer.precision} scales them. Set "
                     "hardware.precision=bf16-mixed or 32-true."
                 )
-            self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+            self.dense = {name: layer.weight.clone() for name, layer in self.layers.items()}
             self.movement = {
                 # Weights that an earlier stage pruned never return.
                 name: torch.zeros_like(layer.weight, dtype=torch.float32).masked_fill(layer.weight == 0, -torch.inf)
@@ -277,14 +277,15 @@ class Prune(Technique, pl.Callback):
         """Update the movement scores: a weight scores when its gradient pushes it away from zero. Pruned weights score
         too and can return with their last value."""
         for name, score in self.movement.items():
-            if (gradient := self.layers[name].weight.grad) is not None:
+            if (gradient := self.layers[name].grad) is not None:
                 score.sub_(gradient.float() * self._update_dense(name).float())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         apply_masks(unwrap_model(pl_module), self.masks)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = [layer.weight for layer in self.layers.values()]
+        self.reached = set(self.layers)
+        weights = [matrix.weight for matrix in self.layers.values()]
         reached, count = measure_sparsity(weights), sum(weight.numel() for weight in weights)
         if self.due or reached < self._total_target() - len(weights) / count:  # each layer may round by one weight
             raise PostconditionError(
@@ -292,9 +293,9 @@ class Prune(Technique, pl.Callback):
                 + (": training ended before the schedule did." if self.due else ".")
             )
 
-    def _select_layers(self, model: nn.Module) -> dict[str, Layer]:
-        kept = select_layers(model, self.skip, f"{self.key}.skip")
-        inside = {name for name, _ in find_linears(model)}
+    def _select_layers(self, model: nn.Module) -> dict[str, Matrix]:
+        kept = select_matrices(model, self.skip, self.key)
+        inside = matrices(model)
         if self.criterion in CALIBRATED and (outside := [name for name in kept if name not in inside]):
             raise UserError(
                 f"`{self.criterion}` needs inputs recorded in the transformer blocks, and `{outside[0]}` is outside of "
@@ -312,7 +313,7 @@ class Prune(Technique, pl.Callback):
             return self._allocate_sparsity((self.source or Path()) / "report" / "sensitivity.csv", self.layers)
         return self._allocate_sparsity(Path(self.ratios), self.layers)
 
-    def _allocate_sparsity(self, path: Path, layers: dict[str, Layer]) -> dict[str, float]:
+    def _allocate_sparsity(self, path: Path, layers: dict[str, Matrix]) -> dict[str, float]:
         from compress.maths.allocation import allocate_sparsity, read_points
 
         points = [point for point in read_points(path) if point.layer in layers]
@@ -322,7 +323,7 @@ class Prune(Technique, pl.Callback):
 
     def _total_target(self) -> float:
         """Return the target sparsity of all layers together."""
-        sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        sizes = {name: layer.size for name, layer in self.layers.items()}
         return sum(self.targets[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def _prune_layers(self, trainer: pl.Trainer, model: nn.Module, way: float) -> None:
@@ -331,7 +332,7 @@ class Prune(Technique, pl.Callback):
         if self.criterion in CALIBRATED:
             self._prune_calibrated(trainer, model, now)
         elif self.scope == "global" and not self.pattern:
-            sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+            sizes = {name: layer.size for name, layer in self.layers.items()}
             total = sum(now[name] * size for name, size in sizes.items()) / sum(sizes.values())
             for name, mask in mask_model({name: partial(self._score_layer, name) for name in self.layers}, total):
                 self._apply_mask(name, mask)
@@ -339,20 +340,21 @@ class Prune(Technique, pl.Callback):
             for name in self.layers:
                 self._apply_mask(name, self._choose_mask(self._score_layer(name), now[name]))
         if trainer.max_epochs:
-            self.masks = {name: layer.weight.detach() != 0 for name, layer in self.layers.items()}
+            self.masks = {name: layer.weight != 0 for name, layer in self.layers.items()}
 
     def _prune_calibrated(self, trainer: pl.Trainer, model: nn.Module, now: dict[str, float]) -> None:
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
         with evaluation_mode(model):
-            for layers, total in calibrate_layers(model, batches, statistic):
-                for name in (name for name in layers if name in self.layers):
-                    weight = layers[name].weight.data
+            for shared in sequential(model, batches, statistic, self.layers):
+                for name, matrix in shared.matrices.items():
                     if self.criterion == "sparsegpt":
                         pattern = self._partial_pattern(now[name])
-                        weight.copy_(maths.sparsegpt(weight, total, now[name], pattern, self.damping))
+                        weight = maths.sparsegpt(matrix.weight, shared.statistic, now[name], pattern, self.damping)
+                        matrix.weight.copy_(weight)
                     else:
-                        self._apply_mask(name, self._choose_mask(wanda_score(weight, total), now[name]))
+                        score = wanda_score(matrix.weight, shared.statistic)
+                        self._apply_mask(name, self._choose_mask(score, now[name]))
 
     def _score_layer(self, name: str) -> Tensor:
         if self.criterion == "movement":
@@ -380,7 +382,7 @@ class Prune(Technique, pl.Callback):
 
     def _update_dense(self, name: str) -> Tensor:
         """Return the layer's weights, with the last value of each pruned weight in place of its zero."""
-        weight = self.layers[name].weight.detach()
+        weight = self.layers[name].weight
         kept = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
         self.dense[name] = torch.where(kept, weight, self.dense[name])
         return self.dense[name]

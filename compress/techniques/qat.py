@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compress.errors import UserError
-from compress.formats.packed import Quantized, average_bits, save_model
+from compress.formats.packed import Quantized, average_bits, save_model, select_storable
 from compress.maths.rounding import (
     Grid,
     Inputs,
@@ -23,11 +23,12 @@ from compress.maths.rounding import (
     grid_between,
     minmax_grid,
     percentile_range,
-    round_to_grid,
+    round_to_nearest,
     straight_through_round,
 )
-from compress.models.calibration import calibrate_layers, draw_calibration_batches, read_validation_batches
-from compress.models.layers import evaluation_mode, find_quantizable, unwrap_model
+from compress.models.batches import draw_calibration_batches, read_validation_batches
+from compress.models.calibration import observe
+from compress.models.layers import evaluation_mode, unwrap_model
 from compress.tasks.metrics import evaluate_metric
 from compress.technique import Technique, Training
 
@@ -110,31 +111,34 @@ class QAT(Technique, pl.Callback):
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
-            self.scheme.check(self.key, name, linear)
+        for name, matrix in select_storable(skeleton, self.skip, self.key).items():
+            self.scheme.check(self.key, name, matrix.inputs)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self._check_training(trainer.max_epochs)
         self.check(model, [])
-        layers = find_quantizable(model, self.skip, self.key)
+        layers = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}
         with evaluation_mode(model):
-            for shared, counts in calibrate_layers(model, batches, count_values, layers) if self.activations else ():
+            for shared in observe(model, batches, count_values, layers) if self.activations else ():
                 # Layers with the same input share its range, as exports and vLLM's fused layers require.
-                between |= dict.fromkeys(shared, nn.Parameter(percentile_range(counts, 100), requires_grad=self.learnt))
-        for name, linear in layers.items():
-            FakeQuantization(linear.weight, self.scheme, between.get(name), self.learnt).insert(linear)
+                ends = percentile_range(shared.statistic, 100)
+                between |= dict.fromkeys(shared.matrices, nn.Parameter(ends, requires_grad=self.learnt))
+        for name, matrix in layers.items():
+            fake = FakeQuantization(matrix.weight, self.scheme, between.get(name), self.learnt)
+            fake.insert(matrix.module)
         if self.learnt:
             trainer.strategy.setup_optimizers(trainer)  # the old ones do not train the ranges
         self._log_losses(trainer, model)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        for name, linear in find_quantizable(model, self.skip, self.key).items():
-            self.quantized[name] = freeze_rounding(linear)
-        self.average_bits = average_bits(model, self.quantized)
+        for name, matrix in select_storable(model, self.skip, self.key).items():
+            self.quantized[name] = freeze_rounding(matrix.module)
+        self.reached = set(self.quantized)
+        self.average_bits = average_bits(self.quantized)
         self._log_losses(trainer, model)
         model.cpu()
 
@@ -174,10 +178,10 @@ class FakeQuantization(nn.Module):
         # Flat, because one-dimensional parameters get no weight decay.
         self.reach = nn.Parameter((scale * self.levels / 2).flatten()) if learnt else None
 
-    def insert(self, layer: nn.Linear) -> None:
+    def insert(self, layer: Any) -> None:
         """Make the layer compute with rounded weights and inputs. Its ``weight`` still trains."""
         layer.fake_quantization = self
-        layer.forward = MethodType(quantized_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(quantized_forward, layer)
 
     def weights(self, weight: Tensor) -> Tensor:
         scale = self.scale(weight)[:, :, None]
@@ -223,10 +227,11 @@ def freeze_rounding(layer: Any) -> Quantized:
     fake, weight = layer.fake_quantization, layer.weight
     scale = fake.scale(weight).to(weight.dtype)
     grid = Grid(scale.clone(), torch.zeros_like(scale, dtype=torch.int8))
-    weight.copy_(round_to_grid(weight, grid, fake.scheme))
+    rounded = round_to_nearest(weight, grid, fake.scheme)
+    weight.copy_(rounded.dequantize(weight.dtype))
     del layer.fake_quantization, layer.forward
     if fake.between is None:
-        return Quantized(fake.scheme, grid)
-    quantized = Quantized(fake.scheme, grid, Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype)))
+        return Quantized(rounded)
+    quantized = Quantized(rounded, Inputs(INPUTS, grid_between(fake.between, INPUTS, weight.dtype)))
     quantized.attach(layer)
     return quantized

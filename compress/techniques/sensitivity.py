@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from compress.errors import UserError
 from compress.maths.allocation import Point, write_points
 from compress.maths.sparsity import magnitude_score, mask_tensor
-from compress.models.calibration import read_validation_batches, spread_evenly
-from compress.models.layers import evaluation_mode, find_linears, unwrap_model
+from compress.models.batches import read_validation_batches, spread_evenly
+from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import Matrix, matrices, select_matrices
 from compress.tasks.kinds import higher_is_better
 from compress.tasks.metrics import evaluate_metric
 from compress.technique import Technique
@@ -72,7 +73,7 @@ class Sensitivity(Technique, pl.Callback):
         self.points: list[Point] = []
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        find_linears(skeleton)
+        select_matrices(skeleton, ("embeddings", "head"), self.key)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model, device = unwrap_model(pl_module), trainer.strategy.root_device
@@ -91,7 +92,7 @@ class Sensitivity(Technique, pl.Callback):
         with evaluation_mode(model):
             self.points = list(
                 prune_each(
-                    dict(find_linears(model)),
+                    matrices(model),
                     self.sparsities,
                     lambda: evaluate_metric(model, batches, self.metrics, self.metric),
                     higher_is_better(self.metric),
@@ -108,7 +109,7 @@ class Sensitivity(Technique, pl.Callback):
 
 
 def prune_each(
-    layers: dict[str, nn.Linear], sparsities: Sequence[float], value: Callable[[], float], higher: bool, key: str
+    layers: Mapping[str, Matrix], sparsities: Sequence[float], value: Callable[[], float], higher: bool, key: str
 ) -> Iterator[Point]:
     """Yield ``value()`` with each layer alone pruned to each sparsity; ``higher`` is True if a higher value is better.
     NaN counts as an infinite drop.
@@ -127,13 +128,13 @@ def prune_each(
             with pruned_layer(layer, sparsity):
                 pruned = value()
             drop = unpruned - pruned if higher else pruned - unpruned
-            yield Point(name, layer.weight.numel(), sparsity, pruned, math.inf if math.isnan(drop) else drop)
+            yield Point(name, layer.size, sparsity, pruned, math.inf if math.isnan(drop) else drop)
 
 
 @contextmanager
-def pruned_layer(layer: nn.Linear, sparsity: float) -> Iterator[None]:
+def pruned_layer(layer: Matrix, sparsity: float) -> Iterator[None]:
     """Set the layer's smallest weights to zero, and restore them afterwards, bit for bit."""
-    weight = layer.weight.data
+    weight = layer.weight
     kept = weight.clone()
     weight.masked_fill_(mask_tensor(magnitude_score(weight), sparsity), 0)
     try:

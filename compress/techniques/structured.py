@@ -23,7 +23,8 @@ from compress.maths.units import (
     units_left,
 )
 from compress.models.backbone import is_decoder, join_lines
-from compress.models.calibration import Batch, calibrate_layers, draw_calibration_batches
+from compress.models.batches import Batch, draw_calibration_batches
+from compress.models.calibration import observe
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
 from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.models.textpruner import find_masks, require_textpruner
@@ -363,9 +364,9 @@ def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Return the scores of all units from their activations on ``batches``."""
     norms = {
-        layer: total.sqrt()
-        for layers, total in calibrate_layers(model, batches, squared_norms)
-        for layer in layers.values()
+        matrix.module: shared.statistic.sqrt()
+        for shared in observe(model, batches, squared_norms)
+        for matrix in shared.matrices.values()
     }
 
     def score(layer: nn.Linear, units: int) -> Tensor:

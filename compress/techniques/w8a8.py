@@ -11,7 +11,7 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats.packed import Quantized, average_bits, save_model
+from compress.formats.packed import Quantized, average_bits, save_model, select_storable
 from compress.maths.rounding import (
     Inputs,
     Scheme,
@@ -19,13 +19,15 @@ from compress.maths.rounding import (
     grid_between,
     minmax_grid,
     percentile_range,
-    round_to_grid,
+    round_to_nearest,
 )
 from compress.models.backbone import is_decoder
-from compress.models.calibration import calibrate_layers, draw_calibration_batches
+from compress.models.batches import draw_calibration_batches
+from compress.models.calibration import observe, sequential
 from compress.models.families import FAMILIES, find_family, name_family
 from compress.models.folding import find_sources, fold_scale
-from compress.models.layers import evaluation_mode, find_blocks, find_quantizable, unwrap_model
+from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
+from compress.models.matrices import Matrix
 from compress.models.shapes import read_block
 from compress.technique import Technique
 
@@ -125,38 +127,38 @@ class W8A8(Technique, pl.Callback):
                 f"text, which loaders would scale by the batch. Add `head` to {self.key}.skip, or set "
                 f"{self.key}.dynamic=false."
             )
-        find_quantizable(skeleton, self.skip, self.key)
+        select_storable(skeleton, self.skip, self.key)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # a script without the chain has not checked the model
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, self.key)
+        wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
         with evaluation_mode(model):
             if self.smoothing is not None:
                 largest: dict[str, Tensor] = {}
-                for layers, peaks in calibrate_layers(model, batches, max_magnitudes, wanted, combine=torch.maximum):
-                    largest |= dict.fromkeys(layers, peaks)
+                for shared in observe(model, batches, max_magnitudes, wanted, combine=torch.maximum):
+                    largest |= dict.fromkeys(shared.matrices, shared.statistic)
                 smooth_blocks(model, largest, self.smoothing)
             if self.dynamic:
                 self._round_layers(wanted, Inputs(self.inputs))
             else:
-                for layers, counts in calibrate_layers(model, batches, count_values, wanted):
-                    dtype = next(iter(layers.values())).weight.dtype
-                    grid = grid_between(percentile_range(counts, self.percentile), self.inputs, dtype)
-                    self._round_layers(layers, Inputs(self.inputs, grid))
-        self.average_bits = average_bits(model, self.quantized)
+                for shared in sequential(model, batches, count_values, wanted):
+                    dtype = next(iter(shared.matrices.values())).dtype
+                    grid = grid_between(percentile_range(shared.statistic, self.percentile), self.inputs, dtype)
+                    self._round_layers(shared.matrices, Inputs(self.inputs, grid))
+        self.reached = set(self.quantized)
+        self.average_bits = average_bits(self.quantized)
         model.cpu()
 
-    def _round_layers(self, layers: dict[str, nn.Linear], inputs: Inputs) -> None:
-        for name, linear in layers.items():
-            weight = linear.weight.data
-            grid = minmax_grid(weight, WEIGHTS, weight.dtype)
-            weight.copy_(round_to_grid(weight, grid, WEIGHTS))
-            self.quantized[name] = Quantized(WEIGHTS, grid, inputs)
-            self.quantized[name].attach(linear)
+    def _round_layers(self, layers: dict[str, Matrix], inputs: Inputs) -> None:
+        for name, matrix in layers.items():
+            weight = round_to_nearest(matrix.weight, minmax_grid(matrix.weight, WEIGHTS, matrix.dtype), WEIGHTS)
+            matrix.weight.copy_(weight.dequantize(matrix.dtype))
+            self.quantized[name] = Quantized(weight, inputs)
+            self.quantized[name].attach(matrix.module)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.quantized, folder)

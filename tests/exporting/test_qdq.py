@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
 from compress.exporting.agreement import measure_agreement
-from compress.models.layers import find_linears
+from compress.models.matrices import matrices
 from compress.runtimes.torch import load
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
@@ -96,7 +96,7 @@ def test_an_export_multiplies_the_same_integers_in_the_same_ranges(kind, process
     if wide and kind is OpenVINO:
         assert products == 0
     else:
-        assert len(layers) >= products >= len(dict(find_linears(model)))  # a head's run in floats in ONNX Runtime
+        assert len(layers) >= products >= len(matrices(model))  # a head's run in floats in ONNX Runtime
     scales = sorted({round(one.inputs.grid.scale.item(), 7) for one in layers.values()})
     assert input_scales(exported) == pytest.approx(scales, rel=1e-5)
     integers = [p.char() for p in exported.parameters() if not p.is_floating_point()]
@@ -119,7 +119,7 @@ def test_a_weight_is_a_byte_on_disk_and_a_stage_of_the_same_fit_is_kept_too(kind
         stage.save(model, tmp_path / name)
         weights = importlib.import_module(f"compress.runtimes.{stage.runtime}").WEIGHTS[0]
         sizes.append(sum(path.stat().st_size for path in (tmp_path / name).glob(weights)))
-    weights = sum(layer.weight.numel() for _, layer in find_linears(model))
+    weights = sum(layer.weight.numel() for layer in matrices(model).values())
     assert sizes[0] - sizes[1] > 2.5 * weights
 
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, has_task_labels, is_decoder, limit_length, set_pad_token, train_tokenizer
-from compress.models.layers import find_blocks, find_linears, find_pruned_layers, find_zeros
+from compress.models.layers import find_blocks
+from compress.models.matrices import find_pruned_layers, find_zeros, matrices
 from compress.models.students import load_student
 from compress.tasks.task import Task
 
@@ -97,7 +98,7 @@ def test_a_saved_head_is_recognised_by_its_labels(tmp_path):
     assert not saved.build(turned, [])[2] and not has_task_labels(model.config, turned)
     other, _, trained = saved.build(EMOTIONS, [])  # of another size: a new head on the old body
     assert not trained and other.num_labels == 2
-    assert torch.equal(next(find_linears(other))[1].weight, next(find_linears(model))[1].weight)
+    assert torch.equal(next(iter(matrices(other).items()))[1].weight, next(iter(matrices(model).items()))[1].weight)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
@@ -122,7 +123,7 @@ def test_an_impossible_architecture_is_refused(wrong):
 def test_blocks_without_linear_layers_are_refused():
     gpt2 = Backbone(name="gpt2", config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9})
     with pytest.raises(UserError, match="hold no torch.nn.Linear"):
-        find_linears(gpt2.skeleton(TEXT))
+        matrices(gpt2.skeleton(TEXT)).items()
 
 
 def test_a_missing_folder_or_hub_is_reported_with_the_setting(monkeypatch, tmp_path):
@@ -144,9 +145,9 @@ def test_roberta_counts_its_positions_from_its_pad_token():
 def test_the_layers_to_compress_are_those_inside_the_blocks(build):
     model = build()
     prefix, stack = find_blocks(model)
-    names = dict(find_linears(model))
+    names = matrices(model)
     assert len(stack) == 2 and len(names) == 2 * (7 if "Llama" in type(model).__name__ else 6)
-    assert all(model.get_submodule(name) is layer and name.startswith(prefix) for name, layer in names.items())
+    assert all(model.get_submodule(name) is layer.module and name.startswith(prefix) for name, layer in names.items())
     assert not find_zeros(model)
 
 
@@ -196,7 +197,7 @@ def test_a_model_that_is_quantized_already_starts_no_chain(tmp_path, stored):
 
 def test_a_pruned_layer_has_many_zeros_but_not_zeros_alone():
     model = tiny.bert()
-    (first, one), (second, other), (_, chance) = list(find_linears(model))[:3]
+    (first, one), (second, other), (_, chance) = list(matrices(model).items())[:3]
     with torch.no_grad():
         one.weight[: len(one.weight) // 2] = 0
         other.weight.zero_()

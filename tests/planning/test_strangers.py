@@ -9,7 +9,7 @@ import pytest
 from small import SMALL
 
 import compress
-from compress.models.layers import find_linears
+from compress.models.matrices import matrices
 
 ROOT = Path(__file__).parents[2]
 STAGE = '''
@@ -17,8 +17,9 @@ STAGE = '''
 
 import pytorch_lightning as pl
 
-from compress.models.calibration import draw_calibration_batches
-from compress.models.layers import find_linears, unwrap_model
+from compress.models.batches import draw_calibration_batches
+from compress.models.layers import unwrap_model
+from compress.models.matrices import matrices
 from compress.technique import Technique
 
 
@@ -31,7 +32,7 @@ class Halve(Technique, pl.Callback):
 
     def on_fit_end(self, trainer, pl_module):
         assert len(list(draw_calibration_batches(trainer, self.train_samples, 4))) == self.train_samples // 4
-        for _, linear in find_linears(unwrap_model(pl_module)):
+        for linear in matrices(unwrap_model(pl_module)).values():
             linear.weight.data *= self.factor
 '''
 FILES = {
@@ -73,7 +74,7 @@ def test_it_runs_is_cached_by_its_source_and_reloads(train, tmp_path):
     other = train(*words, "hydra.run.dir=three")
     assert again.returncode == other.returncode == 0, again.stderr[-3000:] + other.stderr[-3000:]
     models = [compress.load(tmp_path / name / "artifact").model for name in ("one", "two", "three")]
-    first, same, larger = (next(find_linears(model))[1].weight for model in models)
+    first, same, larger = (next(iter(matrices(model).items()))[1].weight for model in models)
     assert first.equal(same) and larger.allclose(9 * first)
 
 

@@ -15,7 +15,7 @@ from compress.artifacts.artifact import measure_size_bytes
 from compress.errors import PostconditionError, UserError
 from compress.maths.allocation import allocate_sparsity, read_points
 from compress.measuring.predictions import Predictions
-from compress.models.layers import dequantize_weight, find_linears, find_zeros, measure_sparsity
+from compress.models.matrices import dequantize_weight, find_zeros, matrices, measure_sparsity
 from compress.planning.settings import parse_values, to_plain
 from compress.running import experiment
 from compress.running.promises import capture_state, check_model
@@ -34,7 +34,7 @@ def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, mo
     assert both.nonzeros < none.nonzeros and both.speedup.low <= both.speedup.value <= both.speedup.high
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == "prune+gptq" and loaded.description.weights == "packed"
-    sparsity = measure_sparsity(linear.weight for _, linear in find_linears(loaded.model))
+    sparsity = measure_sparsity(linear.weight for linear in matrices(loaded.model).values())
     assert sparsity == pytest.approx(0.2, abs=0.08) and sparsity >= 0.2  # more weights round to zero
 
 
@@ -62,7 +62,7 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     none, both = outcome.measurements.values()
     assert both.size_bytes < 0.7 * none.size_bytes and both.parameters == none.parameters
     loaded = compress.load(tmp_path / "artifact")
-    assert measure_sparsity(linear.weight for _, linear in find_linears(loaded.model)) >= 0.2
+    assert measure_sparsity(linear.weight for linear in matrices(loaded.model).values()) >= 0.2
     assert loaded.description.weights == "integer"
 
 
@@ -74,7 +74,7 @@ def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, tas
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.weights == "bitsandbytes" and loaded.model.device.type == "cpu"
     assert "pip install bitsandbytes accelerate" in (tmp_path / "artifact" / "README.md").read_text()
-    weights = [dequantize_weight(linear.weight) for _, linear in find_linears(loaded.model)]
+    weights = [dequantize_weight(linear.weight) for linear in matrices(loaded.model).values()]
     sparsity = measure_sparsity(weights)
     assert sparsity >= 0.2 if "prune" in technique else sparsity < 0.2
     assert packed.nonzeros == none.nonzeros - sum(int((weight == 0).sum()) for weight in weights)
@@ -142,7 +142,7 @@ def test_the_seed_decides_every_weight(carry_out, tmp_path):
 def test_of_several_epochs_the_best_on_validation_is_kept_with_its_zeros(carry_out, tmp_path):
     carry_out("technique=prune", "technique.prune.sparsity=0.5", "technique.prune.train.epochs=3")
     model = compress.load(tmp_path / "artifact").model
-    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) == pytest.approx(0.5, abs=1e-3)
+    assert measure_sparsity(linear.weight for linear in matrices(model).values()) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_an_untrained_baseline_says_so(carry_out):
@@ -154,7 +154,7 @@ def test_an_untrained_baseline_says_so(carry_out):
 def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
     carry_out(f"technique={chain}", "technique.prune.sparsity=0.5")
     model = compress.load(tmp_path / "artifact").model
-    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
+    assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
 def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, settings):
     carry_out("technique=prune+gptq", *(f"technique.prune.{setting}" for setting in ("sparsity=0.5", *settings)))
     model = compress.load(tmp_path / "artifact").model
-    assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
+    assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
 
 @pytest.mark.parametrize(("chain", "task"), [("prune+gptq+distill", "toy"), ("gptq+finetune", "toy_lm")])
@@ -260,7 +260,7 @@ def test_prune_uses_the_ratios_of_sensitivity_and_the_report_is_stored_with_the_
     assert not (tmp_path / "artifact" / "report").exists()
     sparsities = {
         name: measure_sparsity([linear.weight])
-        for name, linear in find_linears(compress.load(tmp_path / "artifact").model)
+        for name, linear in matrices(compress.load(tmp_path / "artifact").model).items()
     }
     assert sparsities == pytest.approx(allocate_sparsity(points, 0.6), abs=1e-3) and len(set(sparsities.values())) > 1
 
@@ -281,7 +281,7 @@ class Idle(Prune):
 
 class FillsIn(Idle):
     def on_fit_start(self, trainer, pl_module):
-        for _, linear in find_linears(pl_module):
+        for linear in matrices(pl_module).values():
             linear.weight.data += 0.01
 
 
@@ -291,7 +291,7 @@ class Boasts(Prune):
 
 class Loses(Prune):
     def save(self, model, folder):
-        next(find_linears(model))[1].weight.data.neg_()
+        next(iter(matrices(model).items()))[1].weight.data.neg_()
         model.save_pretrained(folder)
 
 

@@ -8,7 +8,7 @@ from test_conf import CONF
 from test_experiment import SMALL
 
 from compress.artifacts.artifact import Description, read_description, write_artifact
-from compress.models.layers import find_linears
+from compress.models.matrices import matrices
 from compress.running.experiment import prepare_experiment
 from compress.running.stages import write_baseline
 from compress.tiny_models import make_bert, make_tokenizer
@@ -17,7 +17,7 @@ from compress.tiny_models import make_bert, make_tokenizer
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_the_zeros_of_a_pruned_checkpoint_are_kept_when_it_is_trained(tmp_path, share):
     model = make_bert()
-    for _, layer in find_linears(model):
+    for layer in matrices(model).values():
         layer.weight.data[: int(share * len(layer.weight))] = 0
     write_artifact(tmp_path / "model", model, make_tokenizer(), Description("multiclass", "m", "t"))
     words = ["model=pretrained", f"model.path={tmp_path}/model", "baseline.epochs=1", f"cache.dir={tmp_path}/cache"]
@@ -26,7 +26,7 @@ def test_the_zeros_of_a_pruned_checkpoint_are_kept_when_it_is_trained(tmp_path, 
     (tmp_path / "baseline").mkdir()
     write_baseline(planned, splits, tmp_path / "baseline")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "baseline"))
-    pruned = [f"{name}.weight" for name, _ in find_linears(model)]
+    pruned = [f"{name}.weight" for name in matrices(model)]
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in pruned)
     assert not any(torch.equal(before[name], after[name]) for name in pruned)
     limits = read_description(tmp_path / "baseline").limits

@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compress
-from compress.models.layers import dequantize_weight, find_linears, measure_sparsity
+from compress.models.matrices import dequantize_weight, matrices, measure_sparsity
 from compress.models.teachers import KeptLogits
 
 DISTIL = "technique.distill."
@@ -38,7 +38,7 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
     carry_out(f"technique={chain}", *(word for name in chain.split("+") for word in settings.get(name, ())))
     model = compress.load(tmp_path / "artifact").model
     if "prune" in chain:
-        assert measure_sparsity(linear.weight for _, linear in find_linears(model)) >= 0.499
+        assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
 
 @pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
@@ -47,7 +47,7 @@ def test_a_student_is_compressed_further(carry_out, tmp_path, chain):
     loaded = compress.load(tmp_path / "artifact")
     assert loaded.description.method == chain and loaded.description.weights == "bitsandbytes"
     assert student.parameters < none.parameters and student.size_bytes < 0.5 * none.size_bytes
-    sparsity = measure_sparsity(dequantize_weight(linear.weight) for _, linear in find_linears(loaded.model))
+    sparsity = measure_sparsity(dequantize_weight(linear.weight) for linear in matrices(loaded.model).values())
     assert (sparsity >= 0.2) == ("prune" in chain)
 
 

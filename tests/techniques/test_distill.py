@@ -8,7 +8,7 @@ from test_prune import fit as one_shot
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices
 from compress.models.students import Student, build_student, check_same_vocabulary, narrow_config, space_layers
 from compress.models.teachers import round_teacher
 from compress.running.training import HoldZeros
@@ -128,7 +128,7 @@ def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
     model = tiny.llama()
     student = build_student(model, Student(layers=(1,)), KEY)
     assert student.config.num_hidden_layers == 1 and model.config.num_hidden_layers == 2
-    taken, origin = dict(find_linears(student)), dict(find_linears(model))
+    taken, origin = matrices(student), matrices(model)
     assert all(
         torch.equal(layer.weight, origin[name.replace("layers.0", "layers.1")].weight) for name, layer in taken.items()
     )

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from compress.errors import PostconditionError, UserError
 from compress.maths.gptq import gptq
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import check_bits
 from compress.runtimes.torch import load
 from compress.techniques.gptq import GPTQ
@@ -133,19 +133,20 @@ def test_as_many_bits_are_stored_as_asked(bits, group_size, symmetric, tmp_path)
     model = tiny.bert()
     stage = GPTQ(bits=bits, group_size=group_size, symmetric=symmetric, samples=8)
     fit(model, stage)
+    sizes = measure_matrices(model)
     stage.save(model, tmp_path)
-    check_bits("gptq", stage.average_bits, model, tmp_path)
+    check_bits("gptq", stage.average_bits, sizes, tmp_path)
     promised = stage.average_bits["bert.encoder.layer.0.attention.self.query"]  # 32 inputs, scales of 32 bits
     beside = 32 + (0 if symmetric else bits)
     assert promised == bits + beside / (32 if group_size == -1 else group_size)
     with pytest.raises(PostconditionError, match=r"should store 2\.000 bits a weight and stored"):
-        check_bits("gptq", dict.fromkeys(stage.average_bits, 2.0), model, tmp_path)
+        check_bits("gptq", dict.fromkeys(stage.average_bits, 2.0), sizes, tmp_path)
 
 
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
 def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tmp_path):
     model = build()
-    names = [name for name, _ in find_linears(model)]
+    names = list(matrices(model))
     before = {name: model.get_submodule(name).weight.clone() for name in names}
     stage = GPTQ(group_size=16, samples=8, skip=("embeddings", f"{names[0]}"))
     fit(model, stage)
@@ -206,7 +207,7 @@ def test_after_training_it_quantizes_what_was_trained():
     model, untrained = tiny.bert(), tiny.bert()
     fit(untrained, GPTQ(group_size=16, samples=8))
     fit(model, GPTQ(group_size=16, samples=8), epochs=1)
-    name, layer = next(find_linears(model))
+    name, layer = next(iter(matrices(model).items()))
     assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
     for row in layer.weight.view(32, 2, 16).flatten(0, 1):
         assert len(row.unique()) <= 16

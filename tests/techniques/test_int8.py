@@ -9,7 +9,7 @@ from test_prune import fit
 from test_shapes import INPUTS, family, logits, uneven
 
 from compress.errors import PostconditionError, UserError
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
 from compress.techniques.int8 import Int8, make_8bit_layer
@@ -56,7 +56,7 @@ def test_an_outlier_is_multiplied_apart():
 def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build, threshold, tmp_path):
     model = build()
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    layers = [layer for layer, _ in find_linears(model)]
+    layers = list(matrices(model))
     fit(model, Prune(sparsity=0.4))
     masks = find_zeros(model)
     before, untouched = capture_state(model), logits(model.eval())
@@ -82,18 +82,19 @@ def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build
 def test_as_many_bits_are_stored_as_asked(tmp_path):
     model, stage = tiny.bert(), Int8()
     fit(model, stage)
+    sizes = measure_matrices(model)
     stage.save(model, tmp_path)
-    check_bits("int8", stage.average_bits, model, tmp_path)
+    check_bits("int8", stage.average_bits, sizes, tmp_path)
     assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == 8 + 32 / 32  # a scale for 32 inputs
     with pytest.raises(PostconditionError, match=r"should store 8\.000 bits a weight and stored"):
-        check_bits("int8", dict.fromkeys(stage.average_bits, 8.0), model, tmp_path)
+        check_bits("int8", dict.fromkeys(stage.average_bits, 8.0), sizes, tmp_path)
 
 
 def test_a_weight_that_was_pruned_and_filled_in_is_found_out():
     model = tiny.bert()
     fit(model, Prune(sparsity=0.5))
     before = capture_state(model)
-    next(find_linears(model))[1].weight.data.fill_(0.1)
+    next(iter(matrices(model).items()))[1].weight.data.fill_(0.1)
     fit(model, Int8())
     with pytest.raises(PostconditionError, match="`int8` filled in .* pruned weights of `bert.encoder.layer.0"):
         check_model("int8", Int8(), before, model)
@@ -102,7 +103,7 @@ def test_a_weight_that_was_pruned_and_filled_in_is_found_out():
 @pytest.mark.parametrize("build", [tiny.bert, tiny.llama])
 def test_what_a_pattern_names_stays_and_the_head_is_quantized_if_asked(build, tmp_path):
     model = build()
-    names = [name for name, _ in find_linears(model)]
+    names = list(matrices(model))
     stage = Int8(skip=("embeddings", names[0]))
     fit(model, stage)
     outside = ["bert.pooler.dense", "classifier"] if build is tiny.bert else ["score"]
@@ -150,7 +151,7 @@ def test_after_training_in_anybodys_module_it_quantizes_what_was_trained():
     fit(untrained, Int8())
     assert len(quantized(network)) == len(quantized(untrained)) == 12
     assert any(
-        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in find_linears(network)
+        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in matrices(network).items()
     )
 
 

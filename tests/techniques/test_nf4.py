@@ -10,7 +10,7 @@ from test_shapes import logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress.errors import PostconditionError, UserError
-from compress.models.layers import dequantize_weight, find_linears, find_zeros
+from compress.models.matrices import dequantize_weight, find_zeros, matrices, measure_matrices
 from compress.models.shapes import record_shapes, remove_units
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
@@ -80,7 +80,7 @@ def test_a_block_of_a_row_shares_a_scale(blocksize, quant_type):
 def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(name, settings, tmp_path):
     model = wide(name)
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    layers = [layer for layer, _ in find_linears(model)]
+    layers = list(matrices(model))
     fit(model, Prune(sparsity=0.4))
     masks = find_zeros(model)
     before = capture_state(model)
@@ -113,8 +113,8 @@ def test_its_logits_are_those_of_the_weights_that_it_stands_for(name, blocksize)
     model, stage = wide(name), NF4(blocksize=blocksize)
     reference, untouched = copy.deepcopy(model), logits(model)
     fit(model, stage)
-    for layer, linear in find_linears(reference):
-        linear.weight.data = dequantize_weight(model.get_submodule(layer).weight)
+    for layer, linear in matrices(reference).items():
+        linear.weight.copy_(dequantize_weight(model.get_submodule(layer).weight))
     expected = logits(reference)
     error = (logits(model.eval()) - expected).norm()
     assert error < 0.02 * expected.norm()  # a CPU with bfloat16 instructions uses them
@@ -132,11 +132,12 @@ def test_its_logits_are_those_of_the_weights_that_it_stands_for(name, blocksize)
 def test_as_many_bits_are_stored_as_asked(settings, bits, tmp_path):
     model, stage = wide("bert"), NF4(**settings)
     fit(model, stage)
+    sizes = measure_matrices(model)
     stage.save(model, tmp_path)
-    check_bits("nf4", stage.average_bits, model, tmp_path)
+    check_bits("nf4", stage.average_bits, sizes, tmp_path)
     assert stage.average_bits["bert.encoder.layer.0.attention.self.query"] == bits
     with pytest.raises(PostconditionError, match=r"should store 4\.000 bits a weight and stored"):
-        check_bits("nf4", dict.fromkeys(stage.average_bits, 4.0), model, tmp_path)
+        check_bits("nf4", dict.fromkeys(stage.average_bits, 4.0), sizes, tmp_path)
 
 
 def test_of_many_blocks_256_share_a_scale():
@@ -148,7 +149,7 @@ def test_a_weight_that_was_pruned_and_filled_in_is_found_out(stage):
     model = wide("bert")
     fit(model, Prune(sparsity=0.5))
     before = capture_state(model)
-    next(find_linears(model))[1].weight.data.fill_(0.1)
+    next(iter(matrices(model).items()))[1].weight.data.fill_(0.1)
     fit(model, stage)
     with pytest.raises(PostconditionError, match="`nf4` filled in .* pruned weights of `bert.encoder.layer.0"):
         check_model("nf4", stage, before, model)
@@ -171,7 +172,7 @@ def test_shapes_that_the_kernels_do_not_take_are_reported_from_the_shapes_alone(
 
 def test_what_a_pattern_names_stays_though_its_name_ends_anothers(tmp_path):
     model = wide("distilbert")
-    layers = [name for name, _ in find_linears(model)]
+    layers = list(matrices(model))
     stage = NF4(skip=("embeddings", "classifier", layers[0]))
     fit(model, stage)
     assert quantized(model) == [*layers[1:], "pre_classifier"] and not stage.keeps_head
@@ -213,7 +214,7 @@ def test_after_training_in_anybodys_module_it_quantizes_what_was_trained():
     fit(untrained, NF4())
     assert len(quantized(network)) == len(quantized(untrained)) == 12
     assert any(
-        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in find_linears(network)
+        not torch.equal(layer.weight, untrained.get_submodule(name).weight) for name, layer in matrices(network).items()
     )
 
 

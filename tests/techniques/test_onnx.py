@@ -16,7 +16,8 @@ from compress.formats import onnx as onnx_format
 from compress.formats.nbits import round_weight
 from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
-from compress.models.layers import detect_task_kind, find_linears, find_prunable
+from compress.models.layers import detect_task_kind
+from compress.models.matrices import find_all_matrices, matrices
 from compress.models.shapes import record_shapes, shape_blocks
 from compress.runtimes.onnxruntime import load
 from compress.runtimes.processor import adds_exactly
@@ -122,7 +123,7 @@ def test_integers_are_the_blocks_and_the_embeddings_unless_they_are_skipped(prec
     _, exported = export(model, tmp_path, precision=precision, skip=skip)
     integers = [p for p in exported.parameters() if not p.is_floating_point()]
     assert sum(map(torch.numel, integers)) == sum(
-        p.weight.numel() for p in find_prunable(model, embeddings, False).values()
+        p.weight.numel() for p in find_all_matrices(model, embeddings, False).values()
     )
     floats = [p for p in exported.parameters() if p.dtype == torch.float32]
     for name in ("classifier", "bert.pooler.dense", *([] if embeddings else ["bert.embeddings.word_embeddings"])):
@@ -136,7 +137,7 @@ def test_the_head_is_quantized_if_asked_and_a_tied_one_with_its_embeddings(build
     model = make_distinct(build())
     _, exported = export(model, tmp_path, precision=precision, skip=())
     integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
-    assert integers == sum(layer.weight.numel() for layer in find_prunable(model, True, True).values())
+    assert integers == sum(layer.weight.numel() for layer in find_all_matrices(model, True, True).values())
     agreement = measure_agreement(model.eval(), exported, every_shape())
     assert agreement.max_logit_difference < NEAR[precision] * agreement.largest_logit
 
@@ -158,7 +159,7 @@ def test_what_a_pattern_names_stays_in_floats(pattern, left, tmp_path):
     skip = ("embeddings", "head", pattern)  # int8 fuses the three layers of attention
     _, exported = export(model, tmp_path, precision="int8_dynamic", skip=skip)
     integers = sum(p.numel() for p in exported.parameters() if p.dtype == torch.int8)
-    assert integers == sum(layer.weight.numel() for _, layer in find_linears(model)) - 2 * left
+    assert integers == sum(layer.weight.numel() for layer in matrices(model).values()) - 2 * left
 
 
 def test_a_static_scale_is_that_of_the_calibration_text(tmp_path):
@@ -179,7 +180,7 @@ def test_zeros_stay_zeros(precision, tmp_path):
     model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision=precision, symmetric=precision == "int4")
     zeros = sum(int((p == 0).sum()) for p in exported.parameters())
-    assert zeros >= sum(int((layer.weight == 0).sum()) for _, layer in find_linears(model)) > 0
+    assert zeros >= sum(int((layer.weight == 0).sum()) for layer in matrices(model).values()) > 0
 
 
 def packed_by(before, model, folder):
@@ -220,10 +221,10 @@ def test_int4_is_the_model_with_every_block_rounded(block_size, symmetric, tmp_p
     model = make_distinct(tiny.bert())
     settings = {"block_size": block_size, "symmetric": symmetric, "activations": "float32"}
     _, exported = export(model, tmp_path, precision="int4", skip=("embeddings", "head"), **settings)
-    for _, linear in find_linears(model):
+    for linear in matrices(model).values():
         integers, (scale, zero) = round_weight(linear.weight.detach(), Scheme(4, block_size, symmetric))[1:]
-        groups = torch.arange(linear.in_features) // block_size
-        linear.weight.data = (integers - zero[:, groups]) * scale[:, groups]
+        groups = torch.arange(linear.inputs) // block_size
+        linear.weight.copy_((integers - zero[:, groups]) * scale[:, groups])
     agreement = measure_agreement(model.eval(), exported, every_shape())
     assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
 
@@ -248,7 +249,7 @@ def test_the_numbers_of_bitsandbytes_are_kept(before, tmp_path):
     stage, exported = export(packed, tmp_path, activations="float32")
     agreement = measure_agreement(packed.eval(), exported, every_shape())  # now plain layers of the same values
     assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
-    blocks = sum(layer.weight.numel() for _, layer in find_linears(packed))
+    blocks = sum(layer.weight.numel() for layer in matrices(packed).values())
     kept = [p for p in exported.parameters() if not p.is_floating_point()]
     assert sum(p.numel() for p in kept) == blocks
     assert ("slower than floats" in stage.limits) == (before is not Int8)
@@ -268,7 +269,7 @@ def test_int4_after_gptq_rounds_what_gptq_has_not(tmp_path):
     _, kept = export(packed, tmp_path / "kept", source=tmp_path / "packed")
     _, exported = export(packed, tmp_path, source=tmp_path / "packed", precision="int4", skip=())
     integers = [p for p in exported.parameters() if not p.is_floating_point()]
-    assert len(integers) == len(list(find_prunable(packed, True, True)))
+    assert len(integers) == len(list(find_all_matrices(packed, True, True)))
     for one in kept.parameters():
         assert one.is_floating_point() or any(torch.equal(one, p) for p in integers)
 

@@ -15,7 +15,7 @@ from compress.exporting.agreement import Agreement, measure_agreement
 from compress.exporting.tracing import select_inputs
 from compress.formats.packed import read_integers, save_model
 from compress.maths.rounding import Scheme
-from compress.models.layers import find_linears, find_prunable
+from compress.models.matrices import find_all_matrices, matrices
 from compress.runtimes.openvino import SCALE, ZERO, load, read_constant
 from compress.runtimes.torch import load as load_torch
 from compress.tasks.metrics import TaskMetrics
@@ -75,7 +75,7 @@ def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_
     for batch in every_shape():
         batch.pop("labels")
         assert torch.equal(stage.exported(**batch).logits, exported(**batch).logits)
-    layers = find_prunable(model, embeddings=True, head=False).values() if precision.startswith("int") else ()
+    layers = find_all_matrices(model, embeddings=True, head=False).values() if precision.startswith("int") else ()
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
     table = model.get_input_embeddings().weight
@@ -88,7 +88,7 @@ def test_a_lower_precision_stays_near_and_leaves_the_head_in_floats_and_reloads_
 def test_what_is_quantized_can_be_chosen(skip, tmp_path):
     model = make_distinct(tiny.bert())
     _, exported = export(model, tmp_path, precision="int8_weights", skip=skip)
-    layers = find_prunable(model, embeddings=not skip, head=not skip).values()
+    layers = find_all_matrices(model, embeddings=not skip, head=not skip).values()
     assert sum(p.numel() for p in integers_of(exported)) == sum(layer.weight.numel() for layer in layers)
 
 
@@ -97,7 +97,7 @@ def packed(tmp_path_factory):
     """Return a packed artifact with layers of every kind, and its model loaded by PyTorch."""
     folder, model = tmp_path_factory.mktemp("packed"), make_distinct(tiny.bert())
     kinds = [Scheme(4, 16), Scheme(4, -1, False), Scheme(8, 16), Scheme(8, -1, False), Scheme(2, 16), Scheme(3, 8)]
-    schemes = dict(zip(dict(find_linears(model)), kinds * 2))
+    schemes = dict(zip(matrices(model), kinds * 2))
     batches = [{key: value for key, value in tiny.batch().items() if key != "labels"}]
     save_model(model, quantize_layers(model, batches, schemes, damping=0.01, act_order=True), folder)
     return folder, load_torch(folder, "multiclass"), schemes
@@ -122,7 +122,7 @@ def test_packed_integers_stay_as_they_are(packed, tmp_path):
     assert [kinds[name] for name in schemes] == ["i4", "u4", "i8", "u8", "u2", "u3"] * 2 and "3 bits" in stage.limits
     assert (tmp_path / "openvino_model.bin").stat().st_size < (folder / "model.safetensors").stat().st_size
     assert sum(p.numel() for p in exported.parameters()) == sum(p.numel() for p in model.parameters())
-    nonzeros = sum(int(layer.weight.count_nonzero()) for _, layer in find_linears(model))
+    nonzeros = sum(int(layer.weight.count_nonzero()) for layer in matrices(model).values())
     assert sum(int(p.count_nonzero()) for p in integers_of(exported)) == nonzeros
     agreement = measure_agreement(model.eval(), exported, every_shape())
     assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit and stage.exported is None
@@ -145,7 +145,7 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
     model = make_distinct(tiny.bert())
     skip = ("embeddings", "head", "*output.dense")
     _, exported = export(model, tmp_path, Prune(sparsity=0.5), precision="int8_weights", skip=skip)
-    left = sum(layer.weight.numel() for name, layer in find_linears(model) if not name.endswith("output.dense"))
+    left = sum(layer.weight.numel() for name, layer in matrices(model).items() if not name.endswith("output.dense"))
     integers = torch.cat([p.flatten() for p in integers_of(exported)])
     assert len(integers) == left and sum(int((p == 0).sum()) for p in exported.parameters()) >= 0.5 * 2 * 8192
 
@@ -175,7 +175,7 @@ def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path
     tiny.trainer(stage).fit(module, tiny.loader(batches=2), DataLoader(batches, batch_size=None))
     stage.save(model, tmp_path)
     exported = load(tmp_path, "")
-    every = sum(layer.weight.numel() for layer in find_prunable(model, embeddings=True, head=False).values())
+    every = sum(layer.weight.numel() for layer in find_all_matrices(model, embeddings=True, head=False).values())
     rounded = sum(p.numel() for p in integers_of(exported))
     assert rounded < every if max_drop == 0 else rounded == every
     assert (

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from compress.errors import UserError
 from compress.maths.sparsity import mask_rows, mask_tensor, wanda_score
-from compress.models.layers import find_linears, find_zeros, measure_sparsity
+from compress.models.matrices import find_zeros, matrices, measure_sparsity
 from compress.running.training import HoldZeros, KeepBest
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
@@ -24,7 +24,7 @@ def fit(model, *callbacks, epochs=0):
 
 
 def sparsity(model):
-    return measure_sparsity(linear.weight for _, linear in find_linears(model))
+    return measure_sparsity(linear.weight for linear in matrices(model).values())
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
@@ -33,7 +33,7 @@ def test_the_sparsity_asked_for_is_measured(build, scope):
     model = build()
     fit(model, Prune(sparsity=0.3, scope=scope))
     assert sparsity(model) == pytest.approx(0.3, abs=1e-3)
-    each = [measure_sparsity([linear.weight]) for _, linear in find_linears(model)]
+    each = [measure_sparsity([linear.weight]) for linear in matrices(model).values()]
     assert (max(each) - min(each) < 0.01) == (scope == "layer")
 
 
@@ -163,22 +163,22 @@ def test_every_criterion_meets_sparsity_and_pattern(build, criterion, pattern):
     fit(model, Prune(sparsity=0.5, pattern=pattern, criterion=criterion, samples=8, batch_size=4))
     left, group = map(int, (pattern or "1:2").split(":"))
     assert sparsity(model) == pytest.approx(1 - left / group, abs=1e-3)
-    for _, linear in find_linears(model) if pattern else ():
+    for linear in matrices(model).values() if pattern else ():
         assert ((linear.weight != 0).reshape(len(linear.weight), -1, group).sum(-1) == left).all()
 
 
 def test_rows_are_pruned_alike_by_scope_row():
     model = fit(tiny.bert(), Prune(sparsity=0.5, scope="row"))
-    assert all(((linear.weight == 0).sum(1) == linear.in_features // 2).all() for _, linear in find_linears(model))
+    assert all(((linear.weight == 0).sum(1) == linear.inputs // 2).all() for linear in matrices(model).values())
 
 
 def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_say():
     model, dense = tiny.llama(), tiny.llama()
     fit(model, Prune(sparsity=0.5, criterion="wanda", samples=16))
-    name, first = next(find_linears(dense))
+    name, first = next(iter(matrices(dense).items()))
     inputs = []
     first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    norms = torch.zeros(first.in_features)
+    norms = torch.zeros(first.inputs)
     with torch.no_grad():
         for batch in tiny.loader():
             dense(**batch)
@@ -190,7 +190,7 @@ def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_sa
 def test_patterns_give_layers_their_own_sparsity_and_skip_others():
     ratios = {"*attention.self*": 0.75, "*intermediate*": 0.25}
     model = fit(tiny.bert(), Prune(sparsity=0.5, ratios=ratios, skip=("embeddings", "head", "bert.encoder.layer.1*")))
-    shares = {name: measure_sparsity([linear.weight]) for name, linear in find_linears(model)}
+    shares = {name: measure_sparsity([linear.weight]) for name, linear in matrices(model).items()}
     assert shares.pop("bert.encoder.layer.0.attention.self.query") == 0.75
     assert shares.pop("bert.encoder.layer.0.intermediate.dense") == 0.25
     assert shares.pop("bert.encoder.layer.0.output.dense") == 0.5
@@ -295,7 +295,7 @@ def test_movement_keeps_what_training_made_of_the_weights_that_stay():
     def moved(criterion):
         model, before = tiny.bert(), tiny.bert()
         fit(model, Prune(sparsity=0.5, criterion=criterion, schedule="gradual", end=1.0, every=1), epochs=3)
-        pairs = [(linear.weight, before.get_submodule(name).weight) for name, linear in find_linears(model)]
+        pairs = [(linear.weight, before.get_submodule(name).weight) for name, linear in matrices(model).items()]
         return sum(((new - old) * (new != 0)).square().sum().item() for new, old in pairs)
 
     assert moved("movement") > 0.5 * moved("magnitude")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from compress.errors import UserError
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.running.training import HoldZeros, KeepBest
 from compress.technique import Training
@@ -105,13 +105,14 @@ def test_it_keeps_zeros_and_reloads_to_the_same_logits_with_and_without_us(build
         torch.equal(~hold.masks[name], mask) for name, mask in masks.items()
     )  # and no weights that are only rounded to zero
     check_model("qat", stage, before, model)
-    for name, layer in find_linears(model):
+    for name, layer in matrices(model).items():
         assert (layer.weight[masks[name]] == 0).all()
-        groups = layer.weight.unflatten(1, (-1, stage.scheme.group(layer.in_features))).flatten(0, 1)
+        groups = layer.weight.unflatten(1, (-1, stage.scheme.group(layer.inputs))).flatten(0, 1)
         assert all(len(group.unique()) <= 2**stage.scheme.bits for group in groups)
     expected = logits(model)
+    sizes = measure_matrices(model)
     stage.save(model, tmp_path)
-    check_bits("qat", stage.average_bits, model, tmp_path)
+    check_bits("qat", stage.average_bits, sizes, tmp_path)
     for again in reloaded(build, tmp_path):
         assert torch.equal(logits(again), expected)
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -136,7 +137,7 @@ class See(pl.Callback):
         self.ranges = []
 
     def on_train_start(self, trainer, pl_module):
-        ranges = next(find_linears(pl_module.model))[1].fake_quantization
+        ranges = next(iter(matrices(pl_module.model).items()))[1].module.fake_quantization
         self.ranges.append([part.clone() for part in (ranges.reach, ranges.between) if part is not None])
 
     on_train_end = on_train_start
@@ -208,7 +209,7 @@ def accuracy(model):
 
 def rounded(model):
     model = copy.deepcopy(model)
-    for _, layer in find_linears(model):
+    for layer in matrices(model).values():
         weight, scheme = layer.weight.data, Scheme(4)
         weight.copy_(round_to_grid(weight, minmax_grid(weight, scheme, weight.dtype), scheme))
     return model
@@ -275,5 +276,5 @@ def test_what_a_pattern_names_stays_in_full_precision(tmp_path):
 def test_it_works_alone_in_a_script_whose_module_is_not_ours(ranges):
     theirs = tiny.Theirs(tiny.bert())
     tiny.trainer(QAT(bits=4, samples=8, ranges=ranges), epochs=1).fit(theirs, tiny.loader())
-    assert all(len(row.unique()) <= 16 for _, layer in find_linears(theirs) for row in layer.weight)
+    assert all(len(row.unique()) <= 16 for layer in matrices(theirs).values() for row in layer.weight)
     assert logits(theirs.model).isfinite().all()

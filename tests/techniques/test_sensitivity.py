@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from compress.errors import UserError
 from compress.maths.allocation import Point, allocate_sparsity, read_points, write_points
-from compress.models.calibration import spread_evenly
-from compress.models.layers import evaluation_mode, find_linears
+from compress.models.batches import spread_evenly
+from compress.models.layers import evaluation_mode
+from compress.models.matrices import matrices
 from compress.tasks.metrics import TaskMetrics
 from compress.techniques.finetune import FineTune
 from compress.techniques.sensitivity import Sensitivity, draw_layer_drops, prune_each
@@ -39,7 +40,7 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
     model, untouched = build(), build()
     stage = Sensitivity(sparsities=[0.9, 0.5], samples=8, metrics=TaskMetrics(task), task=task)
     fit(FineTune(model), stage, validation=tiny.loader(lm=lm))
-    asked = [(name, linear.weight.numel(), s) for name, linear in find_linears(model) for s in (0.5, 0.9)]
+    asked = [(name, linear.weight.numel(), s) for name, linear in matrices(model).items() for s in (0.5, 0.9)]
     assert [(point.layer, point.weights, point.sparsity) for point in stage.points] == asked
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in untouched.state_dict().items())
 
@@ -47,14 +48,14 @@ def test_every_layer_is_measured_at_every_sparsity_and_put_back_bit_for_bit(buil
 def loud():
     """Return a model whose answers depend on its blocks, as those of a trained model do."""
     model = tiny.bert()
-    for _, linear in find_linears(model):
+    for linear in matrices(model).values():
         linear.weight.data *= 8
     return model
 
 
 def test_a_point_is_the_model_with_that_layer_alone_pruned():
     model, by_hand, batch = loud(), loud(), tiny.batch(rows=40)
-    name, layer = list(find_linears(by_hand))[2]
+    name, layer = list(matrices(by_hand).items())[2]
     loss, accuracy = {}, {}
     for sparsity in (0.0, 0.9):
         weight = layer.weight.data

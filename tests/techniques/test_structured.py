@@ -12,7 +12,7 @@ import compress
 from compress.errors import UserError
 from compress.maths.units import activation_score, mask_important, standardise_score, taylor_score, units_left
 from compress.models import textpruner as textpruning
-from compress.models.layers import find_linears, find_zeros
+from compress.models.matrices import find_zeros, matrices
 from compress.models.shapes import read_blocks, remove_units
 from compress.running.training import HoldZeros
 from compress.technique import Training
@@ -201,7 +201,7 @@ def test_every_step_removes_as_much(order, turns, monkeypatch):
 def test_steps_score_what_the_steps_before_left():
     def cut(**settings):
         model = tiny.llama()
-        for _, linear in find_linears(model):
+        for linear in matrices(model).values():
             linear.weight.data *= 10  # a removal then changes the importance of the others
         return logits(fit(model, Structured(target_ffn_size=8, **settings)))
 
@@ -227,7 +227,7 @@ def test_retraining_trains_what_is_left(textpruner, build):
     assert dict(model.named_parameters()).keys() == before.keys()
     for name, parameter in model.named_parameters():
         assert parameter is before[name]
-    for (name, ours), (_, untrained) in zip(find_linears(model), find_linears(cut)):
+    for (name, ours), (_, untrained) in zip(matrices(model).items(), matrices(cut).items()):
         assert not torch.equal(ours.weight, untrained.weight), name
     with torch.no_grad():
         losses = [sum(network(**tiny.batch(seed=seed)).loss for seed in range(4)).item() for network in (cut, model)]
@@ -242,7 +242,7 @@ def test_pruned_weights_stay_zero_through_the_cut_and_the_training(textpruner, b
     for block in read_blocks(model):
         left = (block.ffn_out.weight == 0).sum().item()
         assert 0.2 * block.ffn_out.weight.numel() < left < full[id(block.ffn_out)]
-    assert set(find_zeros(model)) >= {name for name, _ in find_linears(model)}
+    assert set(find_zeros(model)) >= set(matrices(model))
 
 
 def test_it_works_alone_in_a_script_whose_module_is_not_ours(textpruner):
