@@ -2,55 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from compress.maths.hessian import inverse_factor
-from compress.maths.rounding import Grid, Integers, Scheme, fit_grid, minmax_grid, round_to_grid, round_to_nearest
+from compress.maths.hessian import Factor, factorize, sweep
+from compress.maths.rounding import Grid, Integers, Scheme, fit_grid
 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     hessian: Tensor,
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     damping: float = 0.01,
     act_order: bool = False,
-    lazy: int = 128,
     scale: torch.dtype | None = None,
-) -> Integers:
-    """Quantize ``weight`` ``[rows, inputs]`` so that its outputs on inputs of second moment ``hessian``
-    ``[inputs, inputs]`` change least; exact zeros stay.
+) -> list[Integers]:
+    """Quantize each of ``weights`` ``[rows, inputs]``, layers with one input, by its scheme, so that their outputs on
+    inputs of second moment ``hessian`` ``[inputs, inputs]`` change least; exact zeros stay.
 
-    A group's scale is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is
-    fitted to the original weights. ``lazy`` columns are compensated before the rest: that changes the cost, not the
-    result.
+    Return the integers of every layer. Scales have the dtype ``scale``, by default that of the weights. A group's scale
+    is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is fitted to the
+    original weights. The Hessian is factorized once, and layers of one scheme are rounded together.
+
+    Raises:
+        UserError: no damping makes the Hessian positive definite.
     """
-    dtype, columns = scale or weight.dtype, weight.shape[1]
-    size = scheme.group(columns)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = inverse_factor(hessian[order][:, order], damping)
     importance = hessian.diagonal()
-    grid = fit_grid(weight, scheme, dtype, importance) if act_order else minmax_grid(weight, scheme, dtype)
-    left = weight.float().T[order].contiguous()  # [inputs, rows]: a column of the weight is contiguous
-    keep = left != 0
-    quantized = torch.zeros_like(left)
-    for start in range(0, columns, lazy):
-        stop = min(start + lazy, columns)
-        errors = torch.zeros(stop - start, left.shape[1], device=weight.device)
-        for j in range(start, stop):
-            group = int(order[j]) // size
-            if not act_order and j % size == 0:
-                # Columns beyond this lazy block still lack its errors; there are none where size divides lazy.
-                members = left[j : j + size].clone()
-                ahead = slice(max(stop, j), min(j + size, columns))
-                members[ahead.start - j :] -= factor[start:j, ahead].T @ errors[: j - start]
-                fitted = fit_grid((members * keep[j : j + size]).T, scheme, dtype, importance[j : j + size])
-                grid.scale[:, group], grid.zero[:, group] = fitted.scale[:, 0], fitted.zero[:, 0]
-            of_group = Grid(grid.scale[:, group, None], grid.zero[:, group, None])
-            quantized[j] = round_to_grid(left[j, :, None], of_group, scheme)[:, 0] * keep[j]
-            errors[j - start] = (left[j] - quantized[j]) / factor[j, j]
-            left[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
-        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    weight = quantized[order.argsort()].T.contiguous()
-    return round_to_nearest(weight, grid, scheme)
+    order = importance.argsort(descending=True, stable=True) if act_order else None
+    factor = factorize(hessian if order is None else hessian[order][:, order], damping)
+    by_layer: dict[int, Integers] = {}
+    for scheme in dict.fromkeys(schemes):
+        members = [i for i, other in enumerate(schemes) if other == scheme]
+        joined = torch.cat([weights[i] for i in members])
+        together = round_columns(joined, importance, factor, scheme, order, scale or joined.dtype)
+        rows = [len(weights[i]) for i in members]
+        parts = zip(*(part.split(rows) for part in (together.integers, *together.grid)))
+        by_layer |= {i: Integers(scheme, integers, Grid(*grid)) for i, (integers, *grid) in zip(members, parts)}
+    return [by_layer[i] for i in range(len(weights))]
+
+
+def round_columns(
+    weight: Tensor, importance: Tensor, factor: Factor, scheme: Scheme, order: Tensor | None, dtype: torch.dtype
+) -> Integers:
+    """Return the integers of ``weight`` ``[rows, inputs]``, whose columns are rounded in ``order``, that of ``factor``.
+
+    Without an order, groups are fitted on the way to the weights that compensate the errors so far.
+    """
+    rows, columns = weight.shape
+    size = scheme.group(columns)
+    original = weight.float().T.contiguous()  # [inputs, rows]: a column is contiguous
+    group_of = [j // size for j in range(columns)]
+    # 1) Fit all grids where columns are visited out of order, and prepare empty ones otherwise
+    if order is None:
+        empty = torch.empty(rows, columns // size, dtype=dtype, device=weight.device)
+        grid = Grid(empty, empty.to(torch.int8))
+    else:
+        grid = fit_grid(original.T, scheme, dtype, importance)
+        original = original[order]
+        group_of = (order // size).tolist()  # on the host once, not at every column
+    scales, zeros = (part.float().T.contiguous() for part in grid)
+    kept = original != 0
+    integers = torch.empty_like(original, dtype=torch.int8)
+    pruned = not kept.all()
+
+    # 2) Round column by column
+    def prepare(start: int, stop: int, continuation: Tensor) -> None:
+        if order is None:
+            group = start // size
+            fitted = fit_grid((continuation * kept[start:stop]).T, scheme, dtype, importance[start:stop])
+            for part, new in zip((*grid, scales.T, zeros.T), (*fitted, *fitted)):
+                part[:, group] = new[:, 0]
+
+    def choose(j: int, column: Tensor) -> Tensor:
+        scale, zero = scales[group_of[j]], zeros[group_of[j]]
+        chosen = column / scale
+        if not scheme.symmetric:
+            chosen.add_(zero)
+        chosen.round_().clamp_(scheme.lowest, scheme.highest)
+        if pruned:
+            chosen = torch.where(kept[j], chosen, zero)
+        integers[j] = chosen
+        if not scheme.symmetric:
+            chosen.sub_(zero)
+        return chosen.mul_(scale) if dtype is torch.float32 else (chosen.to(dtype) * scale.to(dtype)).float()
+
+    sweep(original, factor, columns if order is not None else size, prepare, choose)
+    # 3) Restore the order
+    if order is not None:
+        integers = integers[order.argsort()]
+    return Integers(scheme, integers.T.contiguous(), grid)

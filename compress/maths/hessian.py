@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from compress.errors import UserError
 
-
-def second_moment(x: Tensor) -> Tensor:
-    """Return ``x^T x`` ``[inputs, inputs]`` of ``[tokens, inputs]``: half the Hessian of a layer's squared error."""
-    return x.T @ x
+LEAF = 16
+"""Columns that are visited one by one; errors move between longer runs of columns by matrix products."""
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, ``[inputs, inputs]``.
+def second_moment(x: Tensor, width: int = 512) -> Tensor:
+    """Return ``x^T x`` ``[inputs, inputs]`` of ``[tokens, inputs]``: half the Hessian of a layer's squared error.
 
-    Row j says how an error in column j is best spread over the later columns.
+    It is symmetric: ``width`` rows at a time, only the columns from the diagonal on are multiplied.
+    """
+    moment = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, len(moment), width):
+        stop = start + width
+        moment[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        moment[stop:, start:stop] = moment[start:stop, stop:].T
+    return moment
+
+
+class Factor(NamedTuple):
+    """A Hessian as ``upper @ diagonal.diag() @ upper.T``; ``upper`` ``[inputs, inputs]`` is triangular with ones on its
+    diagonal, and ``diagonal`` ``[inputs]`` is positive.
+
+    Errors E of a weight's columns cost ``sum_j diagonal_j (E @ upper)_j^2``. Column j therefore adds nothing if it
+    takes over ``E[:, :j] @ upper[:j, j]`` of the errors before it, and rounding it costs ``diagonal_j`` times the
+    squared distance. Chee et al., "QuIP", 2023, arXiv:2307.13304, prove that this is GPTQ's update; the inverse of the
+    Hessian is not needed.
+    """
+
+    upper: Tensor
+    diagonal: Tensor
+
+
+def factorize(hessian: Tensor, damping: float) -> Factor:
+    """Return the factor of ``hessian`` ``[inputs, inputs]``, whose diagonal is raised by the fraction ``damping`` of
+    its mean; ten times more until the result is exact.
 
     Raises:
-        UserError: no damping makes the Hessian invertible.
+        UserError: no damping makes the Hessian positive definite.
     """
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    reverse = hessian.flip(0, 1)  # a lower triangle in reverse order is an upper one
+    diagonal = reverse.diagonal().clone()
     while damping <= 100:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper
+        reverse.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        # Exactly computed, no pivot is smaller than what was added to the diagonal.
+        if not failed and lower.diagonal().square().min() > 0.5 * damping * mean:
+            upper = lower.flip(0, 1)
+            pivots = upper.diagonal().clone()
+            return Factor(upper.div_(pivots), pivots.square_())
         damping *= 10
     raise UserError(
         "The Hessian of the calibration inputs is not invertible at any damping; the inputs hold NaN or infinity, so "
@@ -36,8 +66,53 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     )
 
 
-def output_error(error: Tensor, moment: Tensor) -> float:
-    """Return ``tr(E M E^T)``, the squared error of a layer's outputs over all tokens: its weights are off by ``error``
-    ``[rows, inputs]``, and ``moment`` ``[inputs, inputs]`` is the second moment of its inputs."""
-    error = error.float()
-    return ((error @ moment) * error).sum().item()
+def sweep(
+    weight: Tensor,
+    factor: Factor,
+    segment: int,
+    prepare: Callable[[int, int, Tensor], None],
+    choose: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Visit the columns of a weight in order, and let each compensate the errors of those before it.
+
+    ``weight`` ``[inputs, rows]`` is transposed: its columns are contiguous. ``choose(j, column)`` returns the new values
+    ``[rows]`` of column j; ``column`` holds its values after compensation. ``prepare(start, stop, columns)`` is called
+    before each ``segment`` of columns; ``columns`` ``[stop - start, rows]`` is the best continuation in floats.
+
+    The second half of a range receives the errors of the first half by one matrix product. No value is read on the
+    host: on a GPU that would wait for the device at every column.
+    """
+    upper = factor.upper
+    current = weight.clone()  # columns after compensation; once visited, the error of the column
+
+    def visit(start: int, stop: int, prepared: bool) -> None:
+        if not prepared and stop - start <= segment:
+            prepare(start, stop, continuation(start, stop))
+            prepared = True
+        if prepared and stop - start <= LEAF:
+            visit_columns(start, stop)
+            return
+        middle = start + halve(stop - start)
+        visit(start, middle, prepared)
+        current[middle:stop].addmm_(upper[start:middle, middle:stop].T, current[start:middle])
+        visit(middle, stop, prepared)
+
+    def halve(length: int) -> int:
+        unit = segment if length > segment else LEAF
+        return max(length // unit // 2, 1) * unit
+
+    def continuation(start: int, stop: int) -> Tensor:
+        if start == 0:
+            return weight[:stop]
+        inside = upper[start:stop, start:stop].T
+        received = current[start:stop] - weight[start:stop]
+        return weight[start:stop] + torch.linalg.solve_triangular(inside, received, upper=False, unitriangular=True)
+
+    def visit_columns(start: int, stop: int) -> None:
+        columns, before = current[start:stop].unbind(), weight[start:stop].unbind()
+        for j, (column, original) in enumerate(zip(columns, before)):
+            if j:
+                column.addmv_(current[start : start + j].T, upper[start : start + j, start + j])
+            torch.sub(original, choose(start + j, column), out=column)
+
+    visit(0, len(weight), prepared=False)

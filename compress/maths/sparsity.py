@@ -6,13 +6,13 @@ A score has the shape of its weight; the lowest values are pruned. A mask is Tru
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.maths.hessian import inverse_factor
+from compress.maths.hessian import Factor, factorize, sweep
 
 SCOPES = {
     "magnitude": ("global", "layer", "row"),
@@ -22,6 +22,9 @@ SCOPES = {
     "sparsegpt": ("layer",),
 }
 """Scopes over which a criterion ranks weights; the first is the one of its paper."""
+
+PAIRWISE = 16
+"""Scores of a group that are ranked by comparing all pairs, which is faster than sorting if they are few."""
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -74,11 +77,26 @@ def mask_tensor(score: Tensor, fraction: float) -> Tensor:
 
 
 def mask_rows(score: Tensor, fraction: float) -> Tensor:
-    """Return the mask of the lowest ``fraction`` of every row of ``[rows, inputs]``. Where that is no whole number,
-    rows round up and down in turn, so that the total is right."""
+    """Return the mask of the lowest ``fraction`` of every row of ``[rows, inputs]``; ties in order. Where that is no
+    whole number, rows round up and down in turn, so that the total is right."""
     rows, inputs = score.shape
-    ends = (torch.arange(rows + 1, dtype=torch.float64, device=score.device) * fraction * inputs).round()
-    return rank_scores(score) < ends.diff()[:, None]
+    counts = (torch.arange(rows + 1, dtype=torch.float64) * fraction * inputs).round().diff().int()
+    score, mask = score.float(), torch.zeros_like(score, dtype=torch.bool)
+    for count in counts.unique().tolist():
+        members = (counts == count).nonzero()[:, 0].to(score.device)
+        if count:
+            mask[members] = mask_lowest(score[members], count)
+    return mask
+
+
+def mask_lowest(score: Tensor, count: int) -> Tensor:
+    """Return the mask of the ``count`` lowest, at least 1, of every row of ``[rows, inputs]``; ties in order."""
+    threshold = score.kthvalue(count, dim=-1, keepdim=True).values
+    mask = score <= threshold
+    if (mask.sum(-1) > count).any():
+        below, ties = score < threshold, score == threshold
+        mask = below | (ties & (ties.cumsum(-1) <= count - below.sum(-1, keepdim=True)))
+    return mask
 
 
 def mask_groups(score: Tensor, pruned: int, group: int) -> Tensor:
@@ -89,7 +107,16 @@ def mask_groups(score: Tensor, pruned: int, group: int) -> Tensor:
 
 def rank_scores(score: Tensor) -> Tensor:
     """Return the rank of every score within its last dimension, from 0; ties in order."""
-    return score.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    members = score.unbind(-1)
+    if len(members) > PAIRWISE:
+        return score.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    ranks = [torch.full_like(members[0], i, dtype=torch.uint8) for i in range(len(members))]
+    for i, earlier in enumerate(members):
+        for j in range(i + 1, len(members)):
+            overtakes = (members[j] < earlier).view(torch.uint8)
+            ranks[i] += overtakes
+            ranks[j] -= overtakes
+    return torch.stack(ranks, dim=-1)
 
 
 def kth_smallest(scores: Callable[[], Iterable[Tensor]], k: int) -> tuple[float, int]:
@@ -122,49 +149,61 @@ def kth_smallest(scores: Callable[[], Iterable[Tensor]], k: int) -> tuple[float,
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     hessian: Tensor,
-    sparsity: float,
-    pattern: tuple[int, int] | None = None,
+    goals: Sequence[float | tuple[int, int]],
     damping: float = 0.01,
     block: int = 128,
-) -> Tensor:
-    """Prune ``weight`` ``[rows, inputs]`` and update the remaining weights, so that the outputs on inputs of second
-    moment ``hessian`` ``[inputs, inputs]`` change least; exact zeros stay.
+) -> list[Tensor]:
+    """Prune each of ``weights`` ``[rows, inputs]``, layers with one input, and return them with the remaining weights
+    updated, so that the outputs on inputs of second moment ``hessian`` ``[inputs, inputs]`` change least; exact zeros
+    stay.
 
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
-    arXiv:2301.00774. In every ``block`` of inputs the lowest ``sparsity`` of ``w^2 / [H^-1]_jj`` is chosen, or with a
-    ``pattern`` (pruned, group) that many of every group. Later columns compensate the error of each column.
+    arXiv:2301.00774. A layer's goal is its sparsity, or a pattern (pruned, group). In every ``block`` of inputs that
+    fraction of the layer, or in every group that many, with the lowest ``w^2 / [H^-1]_jj`` are chosen. Later columns
+    compensate the error of each column. The Hessian is factorized once.
+
+    Raises:
+        UserError: no damping makes the Hessian positive definite.
     """
-    left, pruned_before = weight.float().clone(), weight == 0
-    factor = inverse_factor(hessian, damping)
-    spread = factor.diagonal().square()
-    rows, inputs = weight.shape
-    if pattern is not None:
-        block -= block % pattern[1]  # no group spans two blocks
-    result = torch.zeros_like(left)
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
-        inside = slice(start, stop)
-        done, due = round(sparsity * rows * start), round(sparsity * rows * stop)
-        if pattern is None:
-            score = (left[:, inside].square() / spread[inside]).masked_fill(pruned_before[:, inside], -1)
-            mask = mask_tensor(score, (due - done) / score.numel())
-        else:
-            mask = torch.zeros(rows, stop - start, dtype=torch.bool, device=weight.device)
-        errors = torch.zeros(rows, stop - start, device=weight.device)
-        for j in range(start, stop):
-            if pattern is not None and j % pattern[1] == 0:
-                group = slice(j, j + pattern[1])
-                score = (left[:, group].square() / spread[group]).masked_fill(pruned_before[:, group], -1)
-                mask[:, j - start : j - start + pattern[1]] = mask_groups(score, *pattern)
-            column = left[:, j]
-            kept = column.masked_fill(mask[:, j - start] | pruned_before[:, j], 0)
-            error = (column - kept) / factor[j, j]
-            left[:, j:stop] -= error[:, None] * factor[None, j, j:stop]
-            result[:, j], errors[:, j - start] = kept, error
-        left[:, stop:] -= errors @ factor[inside, stop:]
-    return result.to(weight.dtype)
+    factor = factorize(hessian, damping)
+    segments = [goal[1] if isinstance(goal, tuple) else block for goal in goals]
+    updated: dict[int, Tensor] = {}
+    for segment in dict.fromkeys(segments):
+        members = [i for i, other in enumerate(segments) if other == segment]
+        rows = [len(weights[i]) for i in members]
+        joined = torch.cat([weights[i] for i in members])
+        pruned = prune_columns(joined, factor, rows, [goals[i] for i in members], segment)
+        updated |= {i: part.to(weights[i].dtype) for i, part in zip(members, pruned.split(rows))}
+    return [updated[i] for i in range(len(weights))]
+
+
+def prune_columns(
+    weight: Tensor, factor: Factor, rows: list[int], goals: list[float | tuple[int, int]], segment: int
+) -> Tensor:
+    """Return ``weight`` ``[sum of rows, inputs]`` in floats, with each layer's ``rows`` pruned to its goal."""
+    original = weight.float().T.contiguous()  # [inputs, rows]: a column is contiguous
+    result = torch.empty_like(original)
+    before = original == 0
+    masks = before.clone()
+    nothing = original.new_zeros(())
+
+    def prepare(start: int, stop: int, continuation: Tensor) -> None:
+        score = continuation.square() * factor.diagonal[start:stop, None]
+        by_layer = score.masked_fill_(before[start:stop], -1).T.split(rows)
+        for mask, score, goal in zip(masks[start:stop].T.split(rows), by_layer, goals):
+            if isinstance(goal, tuple):
+                mask |= mask_groups(score, *goal)
+            else:
+                due = round(goal * len(score) * stop) - round(goal * len(score) * start)
+                mask |= mask_tensor(score, due / score.numel())
+
+    def choose(j: int, column: Tensor) -> Tensor:
+        return torch.where(masks[j], nothing, column, out=result[j])
+
+    sweep(original, factor, segment, prepare, choose)
+    return result.T
 
 
 def gradual_schedule(steps: int, begin: float = 0.0, end: float = 1.0, every: int = 1) -> dict[int, float]:

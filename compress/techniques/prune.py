@@ -346,15 +346,16 @@ class Prune(Technique, pl.Callback):
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
         with evaluation_mode(model):
-            for shared in sequential(model, batches, statistic, self.layers):
-                for name, matrix in shared.matrices.items():
-                    if self.criterion == "sparsegpt":
-                        pattern = self._partial_pattern(now[name])
-                        weight = maths.sparsegpt(matrix.weight, shared.statistic, now[name], pattern, self.damping)
-                        matrix.weight.copy_(weight)
-                    else:
-                        score = wanda_score(matrix.weight, shared.statistic)
-                        self._apply_mask(name, self._choose_mask(score, now[name]))
+            for layers, total in calibrate_layers(model, batches, statistic):
+                names = [name for name in layers if name in self.layers]
+                weights = [layers[name].weight.data for name in names]
+                if self.criterion == "sparsegpt":
+                    goals = [self._partial_pattern(now[name]) or now[name] for name in names]
+                    for weight, pruned in zip(weights, maths.sparsegpt(weights, total, goals, self.damping)):
+                        weight.copy_(pruned)
+                    continue
+                for name, weight in zip(names, weights):
+                    self._apply_mask(name, self._choose_mask(wanda_score(weight, total), now[name]))
 
     def _score_layer(self, name: str) -> Tensor:
         if self.criterion == "movement":

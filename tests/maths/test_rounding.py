@@ -4,7 +4,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as theirs
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from compress.maths import rounding
 from compress.maths.rounding import (
     Grid,
     Inputs,
@@ -133,3 +135,38 @@ def test_a_histogram_tells_the_ends(sign):
 def test_zero_is_always_between_the_ends():
     assert percentile_range(count_values(torch.tensor([2.0, 3.0])), 100).tolist() == [0, 3]
     assert percentile_range(count_values(torch.tensor([-2.0, -3.0])), 100).tolist() == [-3, 0]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices and dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_grid_is_copied_to_the_device_of_the_inputs_once():
+    layer = nn.Linear(2, 1, device="meta")
+    Inputs(Scheme(8, symmetric=False), grid_between(torch.tensor([-0.5, 2.0]), Scheme(8), torch.float32)).attach(layer)
+    copies = []
+    for _ in range(3):
+        with Copies() as copied:
+            layer(torch.ones(1, 2, device="meta"))
+        copies.append(copied.count)
+    assert copies == [2, 0, 0]  # the scale and the zero point
+
+
+@pytest.mark.parametrize("rows, inputs, group_size", [(70, 5000, -1), (3, 40, 8), (9000, 32, 16)])
+def test_the_parts_in_which_a_grid_is_searched_change_nothing(rows, inputs, group_size, monkeypatch):
+    torch.manual_seed(0)
+    weight, importance = torch.randn(rows, inputs), torch.rand(inputs)
+    scheme = Scheme(3, group_size, symmetric=False)
+    parts = fit_grid(weight, scheme, torch.float32, importance)
+    monkeypatch.setattr(rounding, "PART", 2**40)
+    whole = fit_grid(weight, scheme, torch.float32, importance)
+    assert parts.scale.shape == parts.zero.shape == (rows, inputs // scheme.group(inputs))
+    assert ((parts.scale - whole.scale).abs() > 1e-6).float().mean() < 1e-3  # sums in another order decide ties

@@ -2,8 +2,12 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from compress.maths import sparsity as maths
 from compress.maths.hessian import second_moment
@@ -54,14 +58,14 @@ def test_sparsegpt_worked_by_hand():
     # H = [[2, 1], [1, 2]], undamped: H^-1 = [[2, -1], [-1, 2]] / 3. Pruning w_0 = 1 leaves w_1 to minimise
     # (w - 1, ...) H (...)^T, that is w_1 = 3 + 1 * H_01 / H_11 = 3.5.
     weight, hessian = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    found = maths.sparsegpt(weight, hessian, 0.5, damping=1e-7)
+    (found,) = maths.sparsegpt([weight], hessian, [0.5], damping=1e-7)
     assert torch.allclose(found, torch.tensor([[0.0, 3.5]]), atol=1e-4)
 
 
 def test_sparsegpt_with_inputs_that_do_not_correlate_is_pruning_by_magnitude():
     hessian = torch.eye(4)
     expected = WEIGHT.masked_fill(mask_tensor(magnitude_score(WEIGHT), 0.5), 0)
-    assert torch.allclose(maths.sparsegpt(WEIGHT, hessian, 0.5), expected)
+    assert torch.allclose(maths.sparsegpt([WEIGHT], hessian, [0.5])[0], expected)
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4), (2, 3)])
@@ -71,7 +75,7 @@ def test_sparsegpt_loses_less_than_the_same_count_by_magnitude_and_keeps_zeros(p
     before = mask_tensor(torch.rand(32, 96, generator=GENERATOR), 0.1)
     weight[before] = 0
     fraction = pattern[0] / pattern[1] if pattern else 0.5
-    found = maths.sparsegpt(weight, second_moment(x), fraction, pattern, block=32)
+    (found,) = maths.sparsegpt([weight], second_moment(x), [pattern or fraction], block=32)
     score = magnitude_score(weight)
     mask = mask_groups(score, *pattern) if pattern else mask_tensor(score, fraction)
 
@@ -95,6 +99,43 @@ def test_layers_are_ranked_together():
 
 def test_ties_are_pruned_to_the_count_asked_for():
     assert mask_tensor(torch.ones(10), 0.3).sum() == 3
+
+
+def test_a_score_that_is_stored_by_columns_has_the_same_mask():
+    score = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    assert rows_of(mask_tensor(score.T.contiguous().T, 1 / 3)) == rows_of(mask_tensor(score, 1 / 3)) == [[1], [0]]
+
+
+SCORES = arrays(
+    np.float32,
+    st.tuples(st.integers(1, 6), st.integers(1, 40)),
+    elements=st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.0, float("inf")]) | st.floats(-1, 1, width=32),
+)
+
+
+def lowest(row, count):
+    """Return which of a row's values the ``count`` lowest are, ties in order."""
+    chosen = sorted(range(len(row)), key=lambda i: (row[i], i))[:count]
+    return [i in chosen for i in range(len(row))]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(SCORES, st.floats(0, 1), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_lowest_of_every_row_are_those_of_a_sort(scores, fraction, dtype):
+    score = torch.from_numpy(scores).to(dtype)
+    inputs = score.shape[1]
+    mask = mask_rows(score, fraction)
+    ends = [round(i * fraction * inputs) for i in range(len(score) + 1)]
+    assert mask.tolist() == [lowest(row, ends[i + 1] - ends[i]) for i, row in enumerate(score.tolist())]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(SCORES, st.integers(1, 40), st.integers(0, 40))
+def test_the_lowest_of_every_group_are_those_of_a_sort(scores, group, pruned):
+    score = torch.from_numpy(scores).repeat(1, group)  # as many groups as inputs
+    mask = mask_groups(score, pruned % group, group)
+    groups = score.unflatten(1, (-1, group)).flatten(0, 1).tolist()
+    assert mask.unflatten(1, (-1, group)).flatten(0, 1).tolist() == [lowest(row, pruned % group) for row in groups]
 
 
 def test_rows_take_turns_in_rounding():
@@ -166,7 +207,7 @@ class TestAgainstLlmCompressor:
             layer, {layer: hessian}, 0.5, *(pattern or (0, 0)), block_size=128, dampening_frac=0.01,
             preserve_sparsity_mask=False,
         )[1]  # fmt: skip
-        found = maths.sparsegpt(layer.weight, ours, 0.5 + 1 / size, pattern)
+        (found,) = maths.sparsegpt([layer.weight], ours, [pattern or 0.5 + 1 / size])
         assert torch.equal(found == 0, expected == 0)
         assert torch.allclose(found, expected, atol=1e-4)
 
