@@ -25,28 +25,26 @@ def gptq(
 
     Return the integers of every layer. Scales have the dtype ``scale``, by default that of the weights. A group's scale
     is fitted when its first column is rounded; with ``act_order``, which visits groups early, it is fitted to the
-    original weights. The Hessian is factorized once, and layers of one scheme are rounded together.
+    original weights. In the fit, an error weighs as much as it costs after later columns have compensated it. The
+    Hessian is factorized once, and layers of one scheme are rounded together.
 
     Raises:
         UserError: no damping makes the Hessian positive definite.
     """
-    importance = hessian.diagonal()
-    order = importance.argsort(descending=True, stable=True) if act_order else None
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
     factor = factorize(hessian if order is None else hessian[order][:, order], damping)
     by_layer: dict[int, Integers] = {}
     for scheme in dict.fromkeys(schemes):
         members = [i for i, other in enumerate(schemes) if other == scheme]
         joined = torch.cat([weights[i] for i in members])
-        together = round_columns(joined, importance, factor, scheme, order, scale or joined.dtype)
+        together = round_columns(joined, factor, scheme, order, scale or joined.dtype)
         rows = [len(weights[i]) for i in members]
         parts = zip(*(part.split(rows) for part in (together.integers, *together.grid)))
         by_layer |= {i: Integers(scheme, integers, Grid(*grid)) for i, (integers, *grid) in zip(members, parts)}
     return [by_layer[i] for i in range(len(weights))]
 
 
-def round_columns(
-    weight: Tensor, importance: Tensor, factor: Factor, scheme: Scheme, order: Tensor | None, dtype: torch.dtype
-) -> Integers:
+def round_columns(weight: Tensor, factor: Factor, scheme: Scheme, order: Tensor | None, dtype: torch.dtype) -> Integers:
     """Return the integers of ``weight`` ``[rows, inputs]``, whose columns are rounded in ``order``, that of ``factor``.
 
     Without an order, groups are fitted on the way to the weights that compensate the errors so far.
@@ -60,7 +58,7 @@ def round_columns(
         empty = torch.empty(rows, columns // size, dtype=dtype, device=weight.device)
         grid = Grid(empty, empty.to(torch.int8))
     else:
-        grid = fit_grid(original.T, scheme, dtype, importance)
+        grid = fit_grid(original.T, scheme, dtype, factor.diagonal[order.argsort()])
         original = original[order]
         group_of = (order // size).tolist()  # on the host once, not at every column
     scales, zeros = (part.float().T.contiguous() for part in grid)
@@ -72,7 +70,7 @@ def round_columns(
     def prepare(start: int, stop: int, continuation: Tensor) -> None:
         if order is None:
             group = start // size
-            fitted = fit_grid((continuation * kept[start:stop]).T, scheme, dtype, importance[start:stop])
+            fitted = fit_grid((continuation * kept[start:stop]).T, scheme, dtype, factor.diagonal[start:stop])
             for part, new in zip((*grid, scales.T, zeros.T), (*fitted, *fitted)):
                 part[:, group] = new[:, 0]
 

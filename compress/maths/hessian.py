@@ -75,9 +75,9 @@ def sweep(
 ) -> None:
     """Visit the columns of a weight in order, and let each compensate the errors of those before it.
 
-    ``weight`` ``[inputs, rows]`` is transposed: its columns are contiguous. ``choose(j, column)`` returns the new values
-    ``[rows]`` of column j; ``column`` holds its values after compensation. ``prepare(start, stop, columns)`` is called
+    ``weight`` ``[inputs, rows]`` is transposed: its columns are contiguous. ``prepare(start, stop, columns)`` is called
     before each ``segment`` of columns; ``columns`` ``[stop - start, rows]`` is the best continuation in floats.
+    ``choose(j, column)`` returns the new values ``[rows]`` of column j, which has taken over the errors before it.
 
     The second half of a range receives the errors of the first half by one matrix product. No value is read on the
     host: on a GPU that would wait for the device at every column.

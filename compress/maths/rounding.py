@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 
-
 PART = 2**17
 """Weights of which the best grid is searched together on a processor: half a megabyte."""
 

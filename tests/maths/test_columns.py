@@ -8,7 +8,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import Tensor
 
 from compress.maths.gptq import gptq
-from compress.maths.rounding import Integers, Scheme, fit_grid
+from compress.maths.rounding import Grid, Integers, Scheme, fit_grid, round_to_grid
 from compress.maths.sparsity import mask_groups, mask_tensor, sparsegpt
 
 COLUMNS = 72
@@ -36,23 +36,27 @@ def continue_weights(weight: Tensor, hessian: Tensor, errors: Tensor) -> Tensor:
     return weight[:, done:] + later
 
 
-def rounding_loss(weight: Tensor, grid, scheme: Scheme, dtype: torch.dtype, importance: Tensor) -> Tensor:
-    scale, zero = (part.float() for part in grid)
-    integers = (weight / scale + zero).round().clamp(scheme.lowest, scheme.highest)
-    values = ((integers - zero).to(dtype) * grid.scale).float()
-    return ((weight - values).square() * importance).sum(1)
+def check_grid(weight: Tensor, found: Integers, groups: range, importance: Tensor) -> None:
+    """Check that the grids of some groups, of which these are the weights, lose no more than the best grids."""
+    scheme, dtype = found.scheme, found.grid.scale.dtype
+    ours = Grid(*(part[:, groups.start : groups.stop] for part in found.grid))
+
+    def lost(grid: Grid) -> Tensor:
+        change = round_to_grid(weight, grid, scheme) - weight.float()
+        return (change.square() * importance).unflatten(1, (len(groups), -1)).sum(2)
+
+    assert (lost(ours) <= 1.001 * lost(fit_grid(weight, scheme, dtype, importance))).all()
 
 
 def check_integers(weight: Tensor, hessian: Tensor, found: Integers, act_order: bool) -> None:
     scheme, integers, grid = found
-    size, dtype = scheme.group(COLUMNS), grid.scale.dtype
-    importance = hessian.diagonal()
-    order = importance.argsort(descending=True, stable=True) if act_order else torch.arange(COLUMNS)
+    size = scheme.group(COLUMNS)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(COLUMNS)
     ordered, damped = weight.double()[:, order], damp(hessian)[order][:, order]
     errors = ordered - found.dequantize(torch.float64)[:, order]
+    importance = torch.linalg.cholesky(damped.inverse(), upper=True).diagonal().float() ** -2
     if act_order:
-        expected = fit_grid(weight, scheme, dtype, importance)
-        assert torch.equal(grid.scale, expected.scale) and torch.equal(grid.zero, expected.zero)
+        check_grid(weight, found, range(COLUMNS // size), importance[order.argsort()])
     for position, column in enumerate(order.tolist()):
         continued = continue_weights(ordered, damped, errors[:, :position])
         scale, zero = (part[:, column // size].double() for part in grid)
@@ -62,11 +66,7 @@ def check_integers(weight: Tensor, hessian: Tensor, found: Integers, act_order: 
         assert torch.equal(integers[~kept, column].double(), zero[~kept])
         if not act_order and column % size == 0:
             members = (continued[:, :size] * (weight[:, column : column + size] != 0)).float()
-            weighing = importance[column : column + size]
-            best = fit_grid(members, scheme, dtype, weighing)
-            ours = type(grid)(*(part[:, column // size, None] for part in grid))
-            lost, least = (rounding_loss(members, some, scheme, dtype, weighing) for some in (ours, best))
-            assert (lost <= 1.001 * least).all()
+            check_grid(members, found, range(column // size, column // size + 1), importance[column : column + size])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
