@@ -58,6 +58,7 @@ def main() -> None:
     methods = compared_methods(bits=4, group_size=128)
     parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     parser.add_argument("--samples", type=int, default=8, help="windows to calibrate on")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each; the fastest counts")
@@ -68,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     windows = torch.randint(VOCABULARY, (options.samples, options.length))
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(options.batch_size)]
     model, narrow = one_block(TINYLLAMA), one_block(NARROW)
     dense = Dense(model, batches)
     table = Table("", "", "s a block", "ratio", "error of the layers", "ratio", "error of the block", "ratio")
@@ -138,7 +139,11 @@ def timed(method: Method, model: LlamaForCausalLM, batches: Batches) -> tuple[fl
 
 
 def ours(stage: Callable, model: LlamaForCausalLM, batches: Batches) -> LlamaForCausalLM:
-    return carry_out(model, batches, stage(samples=len(batches), batch_size=1))
+    return carry_out(model, batches, stage(samples=count_windows(batches)))
+
+
+def count_windows(batches: Batches) -> int:
+    return sum(len(batch["input_ids"]) for batch in batches)
 
 
 def theirs(modifier: Callable, model: LlamaForCausalLM, batches: Batches) -> LlamaForCausalLM:
@@ -151,7 +156,7 @@ def theirs(modifier: Callable, model: LlamaForCausalLM, batches: Batches) -> Lla
             processor=tokenizer,
             dataset=DataLoader(batches, batch_size=None),
             recipe=modifier(),
-            num_calibration_samples=len(batches),
+            num_calibration_samples=count_windows(batches),
             max_seq_length=batches[0]["input_ids"].shape[1],
         )
     return model.eval()
@@ -165,7 +170,7 @@ class Dense:
         layers = {name: one for name, one in model.model.layers.named_modules() if isinstance(one, nn.Linear)}
         self.weights = {name: layer.weight.data for name, layer in layers.items()}
         self.moments: dict[str, torch.Tensor] = {}
-        self.batches = batches[:4]
+        self.batches = batches[:1]
         hooks = [layer.register_forward_pre_hook(partial(self._add_moment, name)) for name, layer in layers.items()]
         for batch in batches:
             model(**batch)

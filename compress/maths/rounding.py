@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 
-PART = 2**17
-"""Weights of which the best grid is searched together on a processor: half a megabyte."""
+PART = 2**18
+"""Weights of which the best grid is searched together on a processor: a megabyte."""
 
 
 @dataclass(frozen=True)
