@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.maths.rounding import Grid, Inputs, Integers, Scheme
+from compress.maths.rounding import Grid, Inputs, Integers, Scheme, round_to_nearest
+from compress.models.matrices import Matrix, select_quantizable
 from compress.quiet import hide_progress_bars
 
 ABOUT = ("weight_shape", "weight_format", "quant_map", "quant_state")
@@ -49,6 +50,16 @@ class Quantized(NamedTuple):
         assert self.inputs is not None
         self.inputs.attach(layer)
         layer.quantized = self
+
+
+def select_storable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Matrix]:
+    """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
+    exclude.
+
+    Raises:
+        UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
+    """
+    return select_quantizable(model, skip, key, (nn.Linear,), "the compressed-tensors format")
 
 
 def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:

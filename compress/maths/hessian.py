@@ -116,3 +116,10 @@ def sweep(
             torch.sub(original, choose(start + j, column), out=column)
 
     visit(0, len(weight), prepared=False)
+
+
+def output_error(error: Tensor, moment: Tensor) -> float:
+    """Return ``tr(E M E^T)``, the squared error of a layer's outputs over all tokens: its weights are off by ``error``
+    ``[rows, inputs]``, and ``moment`` ``[inputs, inputs]`` is the second moment of its inputs."""
+    error = error.float()
+    return ((error @ moment) * error).sum().item()

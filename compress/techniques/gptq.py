@@ -154,10 +154,23 @@ def quantize_layers(
     """
     outcomes = {}
     with evaluation_mode(model):
-        for layers, hessian in calibrate_layers(model, batches, second_moment, schemes):
-            weights = [linear.weight.data for linear in layers.values()]
-            rounded = gptq(weights, hessian, [schemes[name] for name in layers], damping, act_order, scale)
-            for name, weight, integers in zip(layers, weights, rounded):
-                weight.copy_(integers.dequantize(weight.dtype))
-                quantized[name] = Quantized(integers.scheme, integers.grid)
-    return quantized
+        for matrices, moment in sequential(model, batches, second_moment, layers):
+            weights = [matrix.weight for matrix in matrices.values()]
+            rounded = gptq(weights, moment, [schemes[name] for name in matrices], damping, act_order, scale)
+            for (name, matrix), weight, ours in zip(matrices.items(), weights, rounded):
+                scheme = schemes[name]
+                nearest = round_to_nearest(weight, minmax_grid(weight, scheme, scale or matrix.dtype), scheme)
+                errors = [output_error(w.dequantize(torch.float32) - weight, moment) for w in (ours, nearest)]
+                chosen = ours if errors[0] <= errors[1] else nearest
+                matrix.weight.copy_(chosen.dequantize(matrix.dtype))
+                outcomes[name] = Outcome(Quantized(chosen), min(errors), errors[1])
+    return outcomes
+
+
+def write_errors(outcomes: dict[str, Outcome], path: Path) -> None:
+    """Write the errors of all layers to a CSV file: what compensation gained over rounding to nearest."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "bits", "squared_error", "squared_error_of_nearest", "gain"])
+        for name, (quantized, error, nearest) in outcomes.items():
+            writer.writerow([name, quantized.scheme.bits, error, nearest, 1 - error / nearest if nearest else 0.0])

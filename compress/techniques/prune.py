@@ -346,15 +346,14 @@ class Prune(Technique, pl.Callback):
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         statistic = second_moment if self.criterion == "sparsegpt" else squared_norms
         with evaluation_mode(model):
-            for layers, total in calibrate_layers(model, batches, statistic):
-                names = [name for name in layers if name in self.layers]
-                weights = [layers[name].weight.data for name in names]
+            for layers, total in sequential(model, batches, statistic, self.layers):
+                weights = [matrix.weight for matrix in layers.values()]
                 if self.criterion == "sparsegpt":
-                    goals = [self._partial_pattern(now[name]) or now[name] for name in names]
+                    goals = [self._partial_pattern(now[name]) or now[name] for name in layers]
                     for weight, pruned in zip(weights, maths.sparsegpt(weights, total, goals, self.damping)):
                         weight.copy_(pruned)
                     continue
-                for name, weight in zip(names, weights):
+                for name, weight in zip(layers, weights):
                     self._apply_mask(name, self._choose_mask(wanda_score(weight, total), now[name]))
 
     def _score_layer(self, name: str) -> Tensor:
