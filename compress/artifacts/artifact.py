@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from compress import __version__
 from compress.errors import UserError
 from compress.formats.packed import save_with_packed
-from compress.models.backbone import from_pretrained, set_pad_token
+from compress.models.backbone import set_pad_token
+from compress.models.loading import from_pretrained
 from compress.runtimes.processor import require_exact_sums
 from compress.runtimes.runtime import check_runtime, import_runtime
 from compress.tasks.kinds import KINDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from compress.errors import UserError
 from compress.formats.packed import Quantized
 from compress.maths.rounding import Integers, Scheme
 from compress.models.layers import detect_task_kind
+from compress.models.loading import choose_attention
 from compress.models.matrices import Matrix, select_quantizable
 from compress.quiet import hide_progress_bars
 from compress.tasks.kinds import KINDS
@@ -148,12 +150,17 @@ def load_model(auto: Any, config: Any, folder: Path) -> Any:
     Raises:
         UserError: ``folder`` lacks some of its weights.
     """
-    model = auto.from_config(config, dtype=config.dtype)
-    missing, _ = model.load_state_dict(load_floats(folder, config.quantization_config), strict=False)
-    model.tie_weights()
-    if lacking := set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()):
-        raise UserError(f"{folder} holds no weights for {', '.join(sorted(lacking)[:4])}. Name another folder.")
-    return model
+    floats = copy.deepcopy(config)
+    packed = vars(floats).pop("quantization_config")
+    architecture = auto._model_mapping[type(config)]
+    with hide_progress_bars():
+        model, info = architecture.from_pretrained(
+            None, config=floats, state_dict=load_floats(folder, packed), dtype=config.dtype, output_loading_info=True
+        )
+    if lacking := sorted(info["missing_keys"]):
+        raise UserError(f"{folder} holds no weights for {', '.join(lacking[:4])}. Name another folder.")
+    model.config.quantization_config = packed
+    return choose_attention(model)
 
 
 def load_floats(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -70,11 +70,13 @@ def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> 
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kinds = list(dict.fromkeys(layer.kind for layer in layers.values()))
+    # A single kind is given for the class Linear, which every reader understands, if all layers are of just this class:
+    # readers look for the layers to leave out among those of the same class.
+    together = len(kinds) == 1 and all(type(model.get_submodule(name)) is nn.Linear for name in layers)
     groups = {
         f"group_{i}": quantization_scheme(
             *kind,
-            # A single kind is given for the class Linear, which every reader understands.
-            targets=["Linear"] if len(kinds) == 1 else [name for name, layer in layers.items() if layer.kind == kind],
+            targets=["Linear"] if together else [name for name, layer in layers.items() if layer.kind == kind],
         )
         for i, kind in enumerate(kinds)
     }

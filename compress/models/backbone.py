@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +10,6 @@ import torch
 import transformers
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,18 +27,20 @@ from transformers.models.auto.modeling_auto import (
 from compress.cache.digests import fingerprint_files
 from compress.cache.files import expand_path
 from compress.errors import UserError
-from compress.hub import offline_if_unreachable
-from compress.install import format_command
 from compress.models.families import find_conventions
 from compress.models.layers import find_blocks
+from compress.models.loading import (
+    choose_attention,
+    from_pretrained,
+    join_lines,
+    load_weights,
+    refuse_quantized,
+)
 from compress.models.shapes import build_cut_class
 from compress.tasks.kinds import KINDS
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
-
-log = logging.getLogger(__name__)
-TRUST = "COMPRESS_TRUST_REMOTE_CODE"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -112,7 +109,7 @@ class Backbone:
         config = self.configuration(task)
         try:
             with torch.device("meta"):
-                return find_auto_class(task.kind, config).from_config(config)
+                return choose_attention(find_auto_class(task.kind, config).from_config(config))
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"model.config is not a valid architecture ({join_lines(error)[:200]}). Correct it, or set model.path."
@@ -166,7 +163,7 @@ class Backbone:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
                 setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
-            model = find_auto_class(task.kind, config).from_config(config, dtype=dtype)
+            model = choose_attention(find_auto_class(task.kind, config).from_config(config, dtype=dtype))
         set_pad_token(model, tokenizer)
         return model, tokenizer, trained
 
@@ -182,77 +179,6 @@ class Backbone:
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         assert self.path is not None
         return from_pretrained(auto, self.path, f"Model `{self.name}`", "model.path", **kwargs)
-
-
-def from_pretrained(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> Any:
-    """Return ``auto.from_pretrained(path)``; ``what`` and ``key`` name the model and its setting in errors.
-
-    Python code that is stored with a model runs only with ``COMPRESS_TRUST_REMOTE_CODE=1`` in the environment.
-    (Without an answer transformers would ask for one in the terminal.)
-
-    Raises:
-        UserError: ``path`` is neither a readable model folder nor an available model of the hub, or needs such code.
-    """
-    folder = expand_path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{what}: the folder {path} holds no config.json. Set {key} to a folder in Hugging Face format "
-            "(config.json, tokenizer files, *.safetensors)."
-        )
-    try:
-        with nullcontext() if folder.is_dir() else offline_if_unreachable():
-            trusted = os.environ.get(TRUST) == "1"
-            loaded = auto.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=trusted, **kwargs)
-            if not trusted and "auto_map" in getattr(loaded, "init_kwargs", ()):
-                warn_of_code(path)
-            return loaded
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what}: {path} needs Python code of its own, which is not run unless you trust it. Read the *.py "
-                f"files there, then set {TRUST}=1 in the environment."
-            ) from error
-        reason = join_lines(error)[:300]
-        if folder.is_dir():
-            raise UserError(
-                f"{what}: the folder {path} could not be loaded ({reason}). Set {key} to another folder."
-            ) from error
-        raise UserError(
-            f"{what}: `{path}` is neither a local folder nor available on the Hugging Face hub ({reason[:160]}). "
-            f"Set {key} to a folder with the model's files (config.json, tokenizer, *.safetensors), or to null to "
-            "build the architecture at random weights."
-        ) from error
-
-
-@cache
-def warn_of_code(path: str) -> None:
-    log.warning(
-        f"  {path} has Python code of its own for its tokenizer, which is not run; the tokenizer is the one that "
-        f"transformers has for the model. Set {TRUST}=1 in the environment if you trust the code."
-    )
-
-
-def refuse_quantized(config: PretrainedConfig, path: str, key: str) -> None:
-    """Raise UserError if the weights at ``path``, the value of ``key``, are quantized already."""
-    if stored := getattr(config, "quantization_config", None):
-        method = stored.get("quant_method", "a packed format") if isinstance(stored, dict) else stored.quant_method
-        raise UserError(
-            f"{key} is {path}, whose weights are quantized already ({getattr(method, 'value', method)}); training and "
-            f"compression start from floats. Set {key} to the model that it was made from, or measure it as it is: "
-            f"{format_command('evaluate')} artifact={path} task=..."
-        )
-
-
-def join_lines(error: Exception) -> str:
-    """Return a library's message on one line, to be quoted in a sentence."""
-    return " ".join(str(error).split())
-
-
-def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model, and the names of the tensors that the checkpoint lacks, which are random."""
-    model, info = from_pretrained(auto, path, what, key, output_loading_info=True, **kwargs)
-    mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
-    return model, sorted({*info["missing_keys"], *mismatched})
 
 
 def has_task_labels(config: PretrainedConfig, task: Task) -> bool:

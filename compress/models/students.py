@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import find_auto_class, from_pretrained, load_weights, refuse_quantized
+from compress.models.backbone import find_auto_class
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
+from compress.models.loading import from_pretrained, load_weights, refuse_quantized
 from compress.models.shapes import drop_blocks
 
 

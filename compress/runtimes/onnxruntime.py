@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from compress.formats import nbits
 from compress.formats.nbits import read_integers
 from compress.formats.onnx import Graph
-from compress.models.backbone import from_pretrained
+from compress.models.loading import from_pretrained
 from compress.runtimes.decoder import Decoder
 from compress.runtimes.runtime import Loading, explain_unreadable, require_packages
 from compress.tasks.kinds import KINDS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from compress.models.backbone import from_pretrained
+from compress.models.loading import from_pretrained
 from compress.quiet import disable_telemetry
 from compress.runtimes.decoder import Decoder
 from compress.runtimes.runtime import Loading, explain_unreadable, require_packages

@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from compress.errors import UserError
 from compress.formats.gptq import load_model
 from compress.formats.packed import describe_layer
-from compress.models.backbone import find_auto_class, from_pretrained, load_weights
+from compress.models.backbone import find_auto_class
+from compress.models.loading import SCORE_CAP, from_pretrained, load_weights
 from compress.quiet import hide_progress_bars
 from compress.runtimes.runtime import Loading
 from compress.tasks.kinds import KINDS
@@ -28,20 +31,26 @@ FORMATS = {
     "gptq": ("gptqmodel", "optimum"),
 }
 """Packages that transformers needs to load a packed format. (We read GPTQ's ourselves.)"""
+PACKED = ".weight_packed"
 CODE = """\
 from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained(".")
+model = {auto}.from_pretrained("."{attention})
 tokenizer = AutoTokenizer.from_pretrained(".")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
-CODE_UNEVEN = """\
+CODE_OURS = """\
 import compress
 
 model, tokenizer, _ = compress.load(".")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
 UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
+UNREADABLE = (
+    "transformers alone cannot load it: its code for this architecture initialises layers by their float weights, and "
+    "these are packed."
+)
+CAPPED = "Its attention scores are capped, which of transformers' implementations only `eager` does."
 
 
 def load(folder: Path, kind: str) -> PreTrainedModel:
@@ -87,15 +96,42 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
 
 def describe_loading(folder: Path, kind: str) -> Loading:
-    """Return how to load the artifact, by transformers where its config says all shapes."""
+    """Return how to load the artifact, by transformers where its config says all shapes and its code allows it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     packed = config.get("quantization_config", {}).get("quant_method")
     notes: tuple[str, ...] = ()
     if packed in FORMATS:
         notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
     if "compress" in config:
-        return Loading(CODE_UNEVEN, (UNEVEN, *notes), needs_us=True)
-    return Loading(CODE.format(auto=KINDS[kind].auto_class), notes)
+        return Loading(CODE_OURS, (UNEVEN, *notes), needs_us=True)
+    if not initialises_packed(folder, kind):
+        return Loading(CODE_OURS, (UNREADABLE, *notes), needs_us=True)
+    capped = config.get("text_config", config).get(SCORE_CAP)
+    code = CODE.format(auto=KINDS[kind].auto_class, attention=', attn_implementation="eager"' if capped else "")
+    return Loading(code, (*notes, CAPPED) if capped else notes)
+
+
+def initialises_packed(folder: Path, kind: str) -> bool:
+    """Return whether transformers' own code can initialise the architecture without the ``weight`` of those layers that
+    are packed in ``folder``; it initialises every model that it loads."""
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= {key.removesuffix(PACKED) for key in file.keys() if key.endswith(PACKED)}  # noqa: SIM118
+    if not names:
+        return True
+    config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
+    with torch.device("meta"):
+        model = find_auto_class(kind, config).from_config(config)
+    for name, module in model.named_modules():
+        vars(module).pop("_is_hf_initialized", None)
+        if name in names:
+            del module.weight
+    try:
+        model.initialize_weights()
+    except AttributeError:
+        return False
+    return True
 
 
 def unwrap_layers(model: PreTrainedModel) -> None:

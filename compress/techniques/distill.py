@@ -21,6 +21,7 @@ from compress.maths.losses import build_projection, logit_temperature, loss_weig
 from compress.models.backbone import from_pretrained, limit_length
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
+from compress.models.loading import from_pretrained
 from compress.models.matches import Match, Relations, collect_features
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student

@@ -26,6 +26,7 @@ from compress.models.backbone import is_decoder, join_lines
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import observe
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
+from compress.models.loading import join_lines
 from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.models.textpruner import find_masks, require_textpruner
 from compress.tasks.kinds import KINDS

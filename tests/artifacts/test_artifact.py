@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from compress import __version__
 from compress.artifacts.artifact import Description, Done, load_artifact, read_description, write_artifact
 from compress.errors import UserError
-from compress.models.backbone import TRUST
+from compress.models.loading import TRUST
 from compress.running.evaluate import read_own_config
 from compress.tiny_models import make_tokenizer
 
