@@ -74,7 +74,14 @@ def prepare_trace(model: Any, example: Batch) -> tuple[nn.Module, Batch, list[Te
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **__: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **__: Any,
 ) -> tuple[Tensor, None]:
     """Compute transformers' eager attention without copying keys and values for every head of a group.
 
@@ -84,6 +91,8 @@ def grouped_attention(
     groups, width = int(key.shape[1]), int(key.shape[3])  # the same for all texts, so constants of the graph
     heads = query.reshape(texts, groups, -1, new, width)
     scores = heads @ key.unsqueeze(2).transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if attention_mask is not None:
         scores = scores + attention_mask.unsqueeze(2)
     output = scores.softmax(-1) @ value.unsqueeze(2)

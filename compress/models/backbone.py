@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,7 +28,6 @@ from transformers.models.auto.modeling_auto import (
 from compress.cache.digests import fingerprint_files
 from compress.cache.files import expand_path
 from compress.errors import UserError
-from compress.models.families import find_conventions
 from compress.models.layers import find_blocks
 from compress.models.loading import (
     choose_attention,
@@ -38,6 +38,7 @@ from compress.models.loading import (
 )
 from compress.models.shapes import build_cut_class
 from compress.tasks.kinds import KINDS
+from compress.tasks.tokens import describe_unknown_token
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
@@ -216,12 +217,47 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def limit_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """Return ``wanted``, or the number of the model's positions if that is smaller."""
-    positions = getattr(model.config, "max_position_embeddings", None) or wanted
-    if find_conventions(model).positions_after_padding:
-        positions -= model.config.pad_token_id + 1
-    return min(wanted, positions, tokenizer.model_max_length)
+def limit_length(model: Any, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    """Return ``wanted``, or the number of tokens that the model has positions for if that is smaller."""
+    return min(wanted, count_positions(model) or wanted, tokenizer.model_max_length)
+
+
+def count_positions(model: Any) -> int | None:
+    """Return the number of tokens that a model, or the config of an exported one, has positions for; None if there is
+    no limit. A table of positions with a padding index is read from the row after it on."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(model, nn.Module) and type(model.config) in AutoModel._model_mapping:
+        with torch.device("meta"):
+            model = AutoModel.from_config(model.config)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        table, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
+        if "position" in name.rpartition(".")[2] and table is not None and padding is not None:
+            positions = min(positions or len(table), len(table) - padding - 1)
+    return positions
+
+
+def count_tokens(model: Any) -> int | None:
+    """Return the number of tokens that the model has embeddings for; None if it has no table of tokens."""
+    if not isinstance(model, nn.Module):
+        return getattr(model.config, "vocab_size", None)
+    try:
+        table = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # CANINE's are hashed
+        return None
+    return len(table)
+
+
+def check_added_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str | None) -> None:
+    """Raise UserError if the tokenizer at ``path`` adds a token to every text or batch that the ``model``, maybe a
+    skeleton, has no embedding for. (Other tokens without an embedding may never occur; Gemma 3 1B has such a token.)"""
+    known = count_tokens(model)
+    pad = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    added = {*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]}
+    if pad is not None:
+        added.add(tokenizer.convert_tokens_to_ids(pad))
+    if known is not None and (last := max(added)) >= known:
+        sentence = describe_unknown_token(tokenizer, last, known)
+        raise UserError(f"model.path is {path}, whose tokenizer adds {sentence}")
 
 
 def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ its blocks and compare the outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UserError
@@ -32,8 +32,6 @@ class Conventions:
 
     ffn_size: str = "intermediate_size"
     """Key of the FFN's width in the config."""
-    positions_after_padding: bool = False
-    """Whether positions are counted from the id of the padding token."""
     fusion: str = "bert"
     """Model type by which ONNX Runtime's optimizer fuses the graph."""
 
@@ -71,7 +69,6 @@ BERT = Family(
     ffn_out="output.dense",
     head_size="attention_head_size",
 )
-ROBERTA = replace(BERT, positions_after_padding=True)
 DISTILBERT = Family(
     query="attention.q_lin",
     key="attention.k_lin",
@@ -100,9 +97,9 @@ LLAMA = Family(
 )
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "camembert": ROBERTA,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "camembert": BERT,
     "electra": BERT,
     "distilbert": DISTILBERT,
     "llama": LLAMA,

@@ -19,7 +19,7 @@ from compress.cache.files import expand_path
 from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.install import format_command, format_install
-from compress.models.backbone import Backbone
+from compress.models.backbone import Backbone, check_added_tokens
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, parse_values, read_settings, to_plain
 from compress.tasks.kinds import KINDS
@@ -193,11 +193,13 @@ def make_plan(cfg: DictConfig) -> Plan:
 
     # 2) Check every stage on the shapes that the stages before it leave
     skeleton = backbone.skeleton(task)
-    reads = backbone.path and any("tokenizer" in inspect.signature(step.technique).parameters for step in steps)
+    tokenizer = backbone.tokenizer() if backbone.path else None
+    if tokenizer:
+        check_added_tokens(tokenizer, skeleton, backbone.path)
     offered = {
         "task": task,
         "baseline_config": copy.deepcopy(skeleton.config),
-        "tokenizer": backbone.tokenizer() if reads else None,
+        "tokenizer": tokenizer,
     }
     built: list[Any] = []
     for step in steps:

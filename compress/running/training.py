@@ -21,7 +21,7 @@ from compress.artifacts.artifact import Description
 from compress.cache.events import hide_events
 from compress.cache.files import remove_path
 from compress.errors import UserError
-from compress.models.backbone import limit_length
+from compress.models.backbone import count_tokens, limit_length
 from compress.models.layers import unwrap_model
 from compress.models.matrices import apply_masks, find_all_matrices, find_zeros, measure_share
 from compress.planning.plan import Plan, Step
@@ -181,7 +181,8 @@ def make_task_data(
 ) -> TaskData:
     """Return the splits, and other ``text`` to calibrate on, tokenised for ``model``."""
     length = limit_length(model, tokenizer, splits.task.max_length)
-    return TaskData(splits, tokenizer, length, batch_size, settings.seed, Path(settings.cache.dir) / "tokens", text)
+    tokens, known = Path(settings.cache.dir) / "tokens", count_tokens(model)
+    return TaskData(splits, tokenizer, length, batch_size, settings.seed, tokens, text, known)
 
 
 def fit_module(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytorch_lightning as pl
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from compress.cache.digests import compute_digest, digest_environment
+from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
 from compress.cache.sources import digest_source
 from compress.cache.store import make_once
 from compress.errors import UserError
@@ -80,7 +83,8 @@ class TaskData(pl.LightningDataModule):
 
     A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
     -100 where padded. Tokens are stored in the folder ``tokens``, if it is set, by a digest of their text. Stages
-    calibrate on the column ``text`` of ``calibration_text``, by default on the training split.
+    calibrate on the column ``text`` of ``calibration_text``, by default on the training split. Texts with a token that
+    is not among the first ``known_tokens``, those that the model has embeddings for, are refused.
 
         TaskData(load_splits(task), tokenizer, max_length=128, batch_size=32).train_dataloader()
     """
@@ -94,6 +98,7 @@ class TaskData(pl.LightningDataModule):
         seed: int = 0,
         tokens: Path | None = None,
         calibration_text: Dataset | None = None,
+        known_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.splits = splits
@@ -103,6 +108,7 @@ class TaskData(pl.LightningDataModule):
         self.seed = seed
         self.tokens = tokens
         self.calibration_text = calibration_text
+        self.known_tokens = known_tokens
         self.kind = KINDS[splits.task.kind]
         self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
@@ -137,7 +143,8 @@ class TaskData(pl.LightningDataModule):
         Raises:
             UserError: there are fewer examples.
         """
-        rows = self.tokenised("train") if self.calibration_text is None else self._kept(self.calibration_text)
+        own = self.calibration_text
+        rows = self.tokenised("train") if own is None else self._known(own, "the calibration text")
         if len(rows) < samples:
             owner = f"of task `{self.splits.task.name}`" if self.calibration_text is None else "for calibration"
             raise UserError(
@@ -192,7 +199,7 @@ class TaskData(pl.LightningDataModule):
             UserError: the split makes no block of tokens.
         """
         if split not in self._tokenised:
-            rows = self._kept(getattr(self.splits, split))
+            rows = self._known(getattr(self.splits, split), split)
             if not len(rows):
                 raise UserError(
                     f"Task `{self.splits.task.name}` has too little text in {split} for one {self.kind.unit[:-1]} of "
@@ -222,13 +229,27 @@ class TaskData(pl.LightningDataModule):
             order.sort(key=lengths.__getitem__)
         return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
 
+    def _known(self, texts: Dataset, where: str) -> Dataset:
+        """Return the tokens of texts.
+
+        Raises:
+            UserError: one of them has no embedding.
+        """
+        rows = self._kept(texts)
+        columns = rows.data.column("input_ids").chunks if self.known_tokens is not None else []
+        last = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in columns), default=0)
+        if columns and last >= self.known_tokens:
+            raise UserError(
+                f"Task `{self.splits.task.name}` has a text in {where} with "
+                f"{describe_unknown_token(self.tokenizer, last, self.known_tokens)}"
+            )
+        return rows
+
     def _kept(self, rows: Dataset) -> Dataset:
         if self.tokens is None:
             return self._tokenise(rows)
-        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        del rules["truncation"], rules["padding"]  # set by the last call, so no property of the tokenizer
         outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        key = [hash_rows(rows), rules, outputs, self.kind.name, self.max_length]
+        key = [hash_rows(rows), describe_rules(self.tokenizer), outputs, self.kind.name, self.max_length]
         key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)
         self._uses.append(make_once(folder, lambda into: self._write_tokens(rows, into)))
@@ -244,6 +265,29 @@ class TaskData(pl.LightningDataModule):
         encode = partial(self.kind.tokenise, tokenizer=self.tokenizer, max_length=self.max_length)
         tokenised = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
         return cut_blocks(tokenised, self.max_length) if self.kind.in_blocks else tokenised
+
+
+def describe_rules(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return everything that decides a text's tokens, as JSON-like content. A tokenizer that is written in Python is
+    described by the files that it saves, and by its source if that is not transformers' own."""
+    if getattr(tokenizer, "is_fast", False):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        del rules["truncation"], rules["padding"]  # set by the last call, so no property of the tokenizer
+        return rules
+    kind = type(tokenizer)
+    source = "" if kind.__module__.startswith("transformers.") else inspect.getsource(kind)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return [fingerprint_files(Path(folder)), source]
+
+
+def describe_unknown_token(tokenizer: PreTrainedTokenizerBase, token: int, known: int) -> str:
+    """Return the end of a sentence on a token that a model of ``known`` tokens has no embedding for."""
+    return (
+        f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}; the model has embeddings for the tokens 0 to "
+        f"{known - 1}. Set model.path to a folder with the tokenizer that the model was trained with, or to a copy of "
+        f"the model with more embeddings (model.resize_token_embeddings({token + 1}); the new ones are random)."
+    )
 
 
 def cut_blocks(documents: Dataset, max_length: int) -> Dataset:

@@ -18,7 +18,7 @@ from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.maths import losses
 from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
-from compress.models.backbone import from_pretrained, limit_length
+from compress.models.backbone import limit_length
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.loading import from_pretrained

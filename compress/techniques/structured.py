@@ -22,7 +22,7 @@ from compress.maths.units import (
     taylor_score,
     units_left,
 )
-from compress.models.backbone import is_decoder, join_lines
+from compress.models.backbone import is_decoder
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import observe
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model

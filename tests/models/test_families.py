@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +13,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import compress
 from compress.errors import UserError
-from compress.models.backbone import limit_length
 from compress.models.families import FAMILIES, LLAMA, Family, Fold, find_family
 from compress.models.shapes import read_blocks
 from compress.models.students import narrow_config
@@ -81,13 +79,6 @@ def test_its_sizes_are_found_under_the_keys_of_its_config(name, monkeypatch):
     monkeypatch.setitem(FAMILIES, name, replace(NEW[name], ffn_size="width"))
     assert read_sizes(model) == {"heads": 4, "ffn": 48, "layers": 2}
     assert narrow_config(model.config, 16, 1, "technique.distill.student").width == 24
-
-
-def test_its_positions_are_counted_as_its_record_says(name, monkeypatch):
-    model, tokenizer = build(name, max_position_embeddings=20), SimpleNamespace(model_max_length=512)
-    assert limit_length(model, tokenizer, 64) == 20
-    monkeypatch.setitem(FAMILIES, name, replace(NEW[name], positions_after_padding=True))
-    assert limit_length(model, tokenizer, 64) == 19
 
 
 def test_no_module_asks_for_a_family_by_its_name():
