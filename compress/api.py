@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from compress.artifacts.artifact import Artifact, load_artifact
+from compress.artifacts.artifact import Artifact, load_artifact, save_tokenizer
 from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.install import CONF, format_command
@@ -191,9 +191,22 @@ def choose_model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Itera
     if tokenizer is None:
         raise UserError(f"model is a {type(model).__name__} in memory; its tokenizer is needed too. Set tokenizer=...")
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_model(model, folder)
+        save_tokenizer(tokenizer, Path(folder))
         yield choose_group("model", {"model": "pretrained", "path": folder, "name": type(model).__name__})
+
+
+def save_model(model: PreTrainedModel, folder: str) -> None:
+    """Write a model in memory to ``folder``, without those settings of its generation config that cannot be saved."""
+    from compress.models.loading import repair_generation
+
+    own = getattr(model, "generation_config", None)
+    repair_generation(model)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if own is not None:
+            model.generation_config = own
 
 
 def choose_group(group: str, choice: str | Mapping[str, Any]) -> list[str]:

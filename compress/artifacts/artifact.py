@@ -104,8 +104,19 @@ def write_artifact(
         save_with_packed(model, packed, folder)
     else:
         (stage or Technique()).save(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str), encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer to ``folder``. The vocabulary of a tokenizer that is written in Python is copied from its own
+    files: BERTweet's code writes merges that it does not read back."""
+    names = {} if getattr(tokenizer, "is_fast", False) else tokenizer.vocab_files_names
+    files = {name: Path(getattr(tokenizer, attribute, None) or "") for attribute, name in names.items()}
+    contents = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    tokenizer.save_pretrained(folder)
+    for name in contents.keys() & {file.name for file in folder.iterdir()}:
+        (folder / name).write_bytes(contents[name])
 
 
 def read_description(folder: Path | str, kind: str | None = None) -> Description:

@@ -278,7 +278,12 @@ def describe_rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     source = "" if kind.__module__.startswith("transformers.") else inspect.getsource(kind)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return [fingerprint_files(Path(folder)), source]
+        config = Path(folder) / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        config.unlink()
+        for name in ("is_local", "local_files_only"):  # how it was loaded
+            settings.pop(name, None)
+        return [settings, fingerprint_files(Path(folder)), source]
 
 
 def describe_unknown_token(tokenizer: PreTrainedTokenizerBase, token: int, known: int) -> str:

@@ -1,12 +1,13 @@
 """Models are built for a task, from weights or at random; mistakes are refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, has_task_labels, is_decoder, limit_length, set_pad_token, train_tokenizer
@@ -203,3 +204,35 @@ def test_a_pruned_layer_has_many_zeros_but_not_zeros_alone():
         other.weight.zero_()
         chance.weight[0, 0] = 0
     assert find_pruned_layers(model) == {first: 0.5}
+
+
+AFTER_PADDING = {
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "mpnet": {},
+    "longformer": {"attention_window": [4, 4]},
+    "data2vec-text": {},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "ibert": {},
+    "luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
+    "esm": {"mask_token_id": 4},
+    "bert": {},
+    "albert": {"embedding_size": 16},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("kind", AFTER_PADDING)
+def test_a_text_of_the_longest_length_has_positions_and_a_longer_one_has_none(kind):
+    shape = {**tiny.SHAPE, "max_position_embeddings": 40, "pad_token_id": 1}
+    config = AutoConfig.for_model(kind, **{**shape, **AFTER_PADDING[kind]})
+    model, tokenizer = AutoModel.from_config(config).eval(), SimpleNamespace(model_max_length=10**30)
+    length = limit_length(model, tokenizer, 512)
+    assert length == (40 if kind in ("bert", "albert", "opt") else 38)
+    assert limit_length(SimpleNamespace(config=config), tokenizer, 512) == length  # an exported model's
+    ids = torch.full((1, length + 1), 7)
+    with torch.inference_mode():
+        model(input_ids=ids[:, 1:], attention_mask=torch.ones_like(ids[:, 1:]))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))

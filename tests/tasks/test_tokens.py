@@ -6,12 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertweetTokenizer, ByT5Tokenizer, CanineTokenizer, PhobertTokenizer, PreTrainedTokenizerFast
 
+from compress.artifacts.artifact import save_tokenizer
 from compress.errors import UserError
 from compress.tasks.splits import Splits
 from compress.tasks.task import Task
-from compress.tasks.tokens import LengthBuckets, TaskData
+from compress.tasks.tokens import LengthBuckets, TaskData, describe_rules
 
 WORDS = [f"w{i}" for i in range(20)]
 METRIC = {"multiclass": "accuracy", "multilabel": "f1_micro", "regression": "pearson", "lm": "perplexity"}
@@ -246,3 +247,46 @@ def test_text_is_tokenised_without_a_copy_of_the_trainer_and_its_model(tokenizer
     data = TaskData(splits(), tokenizer, max_length=16, batch_size=8, tokens=tmp_path)
     data.trainer = Trainer()
     assert len(data.tokenised("train")) == 40
+
+
+def make_canine(folder):
+    return CanineTokenizer()
+
+
+def make_byt5(folder):
+    return ByT5Tokenizer(extra_ids=3)
+
+
+def make_bertweet(folder, merges=("a b</w> 9",)):
+    (folder / "vocab.txt").write_text("ab 5\na@@ 4\nb 3\n")
+    (folder / "bpe.codes").write_text("\n".join(merges) + "\n")
+    return BertweetTokenizer(str(folder / "vocab.txt"), str(folder / "bpe.codes"))
+
+
+def make_phobert(folder):
+    (folder / "vocab.txt").write_text("ab 5\na@@ 4\nb 3\n")
+    (folder / "bpe.codes").write_text("a b</w> 9\n")
+    return PhobertTokenizer(str(folder / "vocab.txt"), str(folder / "bpe.codes"))
+
+
+@pytest.mark.parametrize("make", [make_canine, make_byt5, make_bertweet, make_phobert])
+def test_tokens_of_a_tokenizer_that_is_written_in_python_are_kept(make, tmp_path):
+    written, kept = make(tmp_path), tmp_path / "tokens"
+    before = written("ab b w3")["input_ids"]
+    assert not written.is_fast
+    for _ in range(2):
+        save_tokenizer(written, tmp_path / "saved")
+        written = type(written).from_pretrained(tmp_path / "saved")
+        loader = TaskData(splits(), written, 16, batch_size=8, tokens=kept).test_dataloader()
+        found = [batch["input_ids"].tolist() for batch in loader]
+        plain = TaskData(splits(), written, 16, batch_size=8).test_dataloader()
+        assert found == [batch["input_ids"].tolist() for batch in plain]
+        assert len([path for path in kept.iterdir() if path.is_dir()]) == 1
+        assert written("ab b w3")["input_ids"] == before
+
+
+def test_tokens_of_other_rules_are_not_mixed_up(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    rules = [describe_rules(make_bertweet(one)), describe_rules(make_bertweet(other, merges=("b a</w> 9",)))]
+    assert rules[0] != rules[1] and rules[0] == describe_rules(make_bertweet(one))
