@@ -18,8 +18,10 @@ import torch
 import torch.distributed
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins import HalfPrecision
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
 
 from compress.cache.digests import compute_checksum
 from compress.planning.settings import Hardware
@@ -219,18 +221,38 @@ class RestoredTogether(Restored, DDPStrategy):
     pass
 
 
-def make_trainer_options(hardware: Hardware, together: bool) -> dict[str, Any]:
-    """Return the Trainer's arguments for one device, or for all devices of the hardware."""
+class Half(HalfPrecision):
+    """Trains in 16 bits, except for buffers that no checkpoint holds: a model that is loaded in 16 bits has them in 32,
+    and the frequencies of rotary positions need it."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        kept = [
+            (owner, name, owner._buffers[name])
+            for owner in module.modules()
+            for name in owner._non_persistent_buffers_set & owner._buffers.keys()
+        ]
+        converted = super().convert_module(module)
+        for owner, name, buffer in kept:
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(owner._buffers[name].device)  # type: ignore[union-attr]
+        return converted
+
+
+def make_trainer_options(hardware: Hardware, together: bool, trains: bool = True) -> dict[str, Any]:
+    """Return the Trainer's arguments for one device, or for all devices of the hardware. A Trainer that does not train
+    leaves the model in its own precision."""
     slurm = SLURMEnvironment.detect() and (together or hardware.processes == 1)
     # On SLURM the launcher requeues, so Lightning must not.
     environment = SLURMEnvironment(auto_requeue=False) if slurm else LightningEnvironment()
     cuda = hardware.device.type == "cuda"
+    precision = hardware.precision if trains else "32-true"
+    half = precision == "bf16-true"
     return {
         "accelerator": hardware.device.type,
         "devices": hardware.devices if together else 1,
         "num_nodes": hardware.nodes if together else 1,
         "strategy": RestoredTogether() if together else RestoredAlone(torch.device("cuda", 0) if cuda else "cpu"),
-        "plugins": [Whole(), environment],
-        "precision": hardware.precision,
+        "plugins": [Whole(), environment, *([Half(precision)] if half else [])],
+        "precision": None if half else precision,
         "use_distributed_sampler": False,  # our data loader already splits the batches
     }

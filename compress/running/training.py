@@ -234,7 +234,7 @@ def fit_module(
     bar = training.epochs > 0 and sys.stderr.isatty()
     trainer = pl.Trainer(
         max_epochs=training.epochs,
-        **make_trainer_options(hardware, together=team is not None),
+        **make_trainer_options(hardware, together=team is not None, trains=training.epochs > 0),
         accumulate_grad_batches=training.accumulate,
         callbacks=[*callbacks, *([checkpoints] if resumes else []), *([StageBar(name)] if bar else [])],
         logger=TensorBoardLogger(
