@@ -8,15 +8,17 @@ import tiny
 import torch
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
-from test_backbone import TEXT
+from test_backbone import CLASSES, TEXT
 from test_conf import CONF
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import UserError
 from compress.models.backbone import Backbone
 from compress.models.loading import keep_savable
 from compress.planning.plan import make_plan
 from compress.runtimes.torch import describe_loading, load
+from compress.tasks.kinds import KINDS
 from compress.tasks.splits import Splits
 from compress.tasks.tokens import TaskData
 
@@ -113,3 +115,42 @@ def test_a_token_without_an_embedding_is_refused_where_a_text_has_it(tmp_path):
     other = TaskData(splits, tokenizer, 16, calibration_text=rows, known_tokens=60)
     with pytest.raises(UserError, match="a text in the calibration text with token 60, 'zzz'"):
         other.calibration(1, 1)
+
+
+WIDE = {**tiny.SHAPE, "pad_token_id": 0, "max_position_embeddings": 40, "vocab_size": 400}
+STORED = {
+    "bert": ({"model_type": "bert", **WIDE}, CLASSES),
+    "deberta-v2": ({"model_type": "deberta-v2", **WIDE, "relative_attention": True, "type_vocab_size": 0}, CLASSES),
+    "modernbert": ({"model_type": "modernbert", **WIDE, "local_attention": 8}, CLASSES),
+    "tied llama": ({**LLAMA, **WIDE, "tie_word_embeddings": True}, TEXT),
+    "llama": ({**LLAMA, **WIDE, "tie_word_embeddings": False}, TEXT),
+    "biased qwen2": ({**LLAMA, **WIDE, "model_type": "qwen2"}, TEXT),
+    "qwen3": ({**LLAMA, **WIDE, "model_type": "qwen3", "head_dim": 16}, CLASSES),
+    "gemma3": ({**LLAMA, **WIDE, "model_type": "gemma3_text", "head_dim": 16}, TEXT),
+    "phi3": ({**LLAMA, **WIDE, "model_type": "phi3"}, TEXT),
+    "gpt2": ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 400}, TEXT),
+    "opt": ({**WIDE, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}, TEXT),
+    "gpt_neox": ({**WIDE, "model_type": "gpt_neox"}, TEXT),
+    "mixtral": ({**LLAMA, **WIDE, "model_type": "mixtral", "num_local_experts": 2}, TEXT),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", STORED)
+def test_a_checkpoint_in_several_files_is_built_saved_and_reloaded(name, dtype, tmp_path):
+    config, task = STORED[name]
+    made, tokenizer, _ = Backbone(name="m", config=config, dtype=dtype).build(task, ["a few words to learn from"] * 9)
+    tokenizer.add_tokens(["<extra>"])
+    made.resize_token_embeddings(len(tokenizer))
+    made.eval().save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    model, tokenizer, trained = Backbone(name="m", path=str(tmp_path / "theirs"), dtype=dtype).build(task, [])
+    assert trained and model.dtype == getattr(torch, dtype)
+    write_artifact(tmp_path / "ours", model, tokenizer, Description(KINDS[task.kind].name, "m", task.name))
+    again, tokenizer, _ = load_artifact(tmp_path / "ours")
+    batch = tokenizer(["a few <extra> words", "<extra> to"], padding=True, return_tensors="pt")
+    assert len(tokenizer) - 1 in batch["input_ids"]
+    with torch.inference_mode():
+        expected = made(**batch).logits
+        assert torch.equal(model.eval()(**batch).logits, expected) and torch.equal(again(**batch).logits, expected)
