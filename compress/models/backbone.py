@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 class Backbone:
     """A model without a task's head.
 
-    With a ``path`` (Hugging Face id or local folder) weights and tokenizer are pretrained. With ``path=None`` the
-    architecture is built from ``config`` at random weights, its tokenizer is trained on the task's own text, and
-    nothing is downloaded.
+    With a ``path`` (Hugging Face id, local folder or .gguf file) weights and tokenizer are pretrained. With
+    ``path=None`` the architecture is built from ``config`` at random weights, its tokenizer is trained on the task's
+    own text, and nothing is downloaded.
     """
 
     name: str
@@ -117,14 +117,14 @@ class Backbone:
             ) from error
 
     def fingerprint(self, task: Task, known: Path | None = None) -> str | None:
-        """Return an identity of the weights: a digest of the folder's content, or the hub's id and commit.
+        """Return an identity of the weights: a digest of the folder's or file's content, or the hub's id and commit.
 
         The folder ``known`` keeps the checksums of files, so that they are read once and not for every job.
         """
         if self.path is None:
             return None
         folder = expand_path(self.path)
-        if folder.is_dir():
+        if folder.exists():
             return fingerprint_files(folder, known)
         return f"{self.path}@{self.configuration(task)._commit_hash}"
 
@@ -183,11 +183,12 @@ class Backbone:
 
 
 def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
-    """Return whether a classifier's labels are the task's, in the same order; unnamed labels are trusted."""
+    """Return whether a classifier's labels are the task's, in the same order, in whatever case. Unnamed labels are
+    trusted, and so is the name of a single number."""
     if task.num_labels == 0:
         return True
     names = [str(name).lower() for name in config.id2label.values()]
-    unnamed = all(name == f"label_{i}" for i, name in enumerate(names))
+    unnamed = all(name == f"label_{i}" for i, name in enumerate(names)) or not task.labels
     return len(names) == task.num_labels and (unnamed or names == [label.lower() for label in task.labels or ()])
 
 

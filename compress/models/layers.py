@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from compress.errors import UserError
 from compress.tasks.kinds import KINDS
@@ -69,9 +70,33 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap_model(module: nn.Module) -> nn.Module:
-    """Return the model that a callback works on: a LightningModule's ``model``, or the whole module."""
+    """Return the model that a callback works on: a LightningModule's ``model``, or the whole module.
+
+    Raises:
+        UserError: as :func:`refuse_reparametrized`.
+    """
     model = getattr(module, "model", module)
-    return model if isinstance(model, nn.Module) else module
+    found = model if isinstance(model, nn.Module) else module
+    refuse_reparametrized(found)
+    return found
+
+
+def refuse_reparametrized(model: nn.Module) -> None:
+    """Raise UserError if a layer computes its weight anew in every forward pass, which would undo what a stage did."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Embedding):
+            continue
+        if hasattr(layer, "weight_mask"):
+            call = "torch.nn.utils.prune.remove(layer, 'weight')"
+        elif is_parametrized(layer, "weight"):
+            call = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        elif hasattr(layer, "weight_g"):
+            call = "torch.nn.utils.remove_weight_norm(layer)"
+        elif hasattr(layer, "weight_orig"):
+            call = "torch.nn.utils.remove_spectral_norm(layer)"
+        else:
+            continue
+        raise UserError(f"`{name}` computes its weight in each forward pass; stages change plain weights. Call {call}.")
 
 
 def digest_tensor(tensor: Tensor) -> bytes:

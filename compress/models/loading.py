@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -117,6 +118,8 @@ def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tu
 
     The model can be saved again, and its attention is the one that its config describes.
     """
+    if find_gguf(expand_path(path)) and hasattr(transformers, "GgufConfig"):  # without it, they always become floats
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with fill_in_packed_weights():
         model, info = from_pretrained(auto, path, what, key, output_loading_info=True, **kwargs)
     if dropped := repair_generation(model):

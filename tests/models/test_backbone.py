@@ -88,6 +88,19 @@ def test_without_weights_and_architecture_there_is_nothing_to_build():
         Backbone(name="mine")
 
 
+@pytest.mark.parametrize("names", [["NO", "Maybe", "yes"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
+def test_labels_are_the_same_in_another_case_or_without_names(names):
+    assert has_task_labels(AutoConfig.for_model("bert", id2label=dict(enumerate(names))), CLASSES)
+    turned = [names[1], names[0], names[2]]
+    assert not has_task_labels(AutoConfig.for_model("bert", id2label=dict(enumerate(turned))), CLASSES)
+
+
+def test_the_name_of_a_single_number_does_not_matter():
+    score = {"id2label": {0: "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+    assert has_task_labels(AutoConfig.for_model("bert", **score), SCORES)
+    assert not has_task_labels(AutoConfig.for_model("bert", num_labels=2), SCORES)
+
+
 def test_a_saved_head_is_recognised_by_its_labels(tmp_path):
     model, tokenizer, _ = BERT.build(CLASSES, TEXTS)
     model.save_pretrained(tmp_path)
