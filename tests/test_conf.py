@@ -1,5 +1,6 @@
 """Check every YAML of conf/ as shipped: its first comment is a command that uses it. New files need no edit here."""
 
+import inspect
 import shlex
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
+from transformers import PretrainedConfig
 
+from compress.models.backbone import Backbone
 from compress.planning.chain import PACKAGE, drop_unused_settings, read_stages
+from compress.planning.settings import to_plain
+from compress.tasks.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
@@ -93,6 +98,21 @@ def test_its_command_composes_and_uses_it(file, monkeypatch):
 def test_its_package_is_where_hydra_reads_it(file):
     # Hydra reads `# @` headers only up to the first other line, and does not report later ones.
     assert not any(line.startswith("# @") for line in (CONF / file).read_text().splitlines()[1:])
+
+
+@pytest.mark.parametrize("name", [Path(file).stem for file in FILES if Path(file).parent.name == "model"])
+def test_a_models_architecture_can_be_built_for_the_task_of_its_command(name):
+    words = [word for word in command(f"model/{name}.yaml")[1:] if "=" in word]
+    cfg = compose("train", [word for word in words if not word.startswith("model.path")])
+    if cfg.model.config is None:
+        pytest.skip("it is whatever the user's folder holds")
+    backbone, task = Backbone(**{**to_plain(cfg.model), "path": None}), Task(**to_plain(cfg.task))
+    skeleton = backbone.skeleton(task)
+    # A key that the architecture does not know would be stored and change nothing.
+    code = "".join(inspect.getsource(inspect.getmodule(type(each))) for each in (skeleton, skeleton.config))
+    assert not [
+        key for key in backbone.config if key not in (*PretrainedConfig().to_dict(), "model_type") and key not in code
+    ]
 
 
 def test_the_test_sees_the_files():

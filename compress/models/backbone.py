@@ -164,6 +164,8 @@ class Backbone:
             tokenizer = train_tokenizer(texts, config)
             for key in ("pad", "bos", "eos"):
                 setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
+            if config.is_encoder_decoder:
+                config.decoder_start_token_id = tokenizer.pad_token_id
             model = choose_attention(find_auto_class(task.kind, config).from_config(config, dtype=dtype))
         set_pad_token(model, tokenizer)
         return model, tokenizer, trained
@@ -272,6 +274,8 @@ def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTok
     else:
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
         names["mask_token"] = "[MASK]"
+        if config.is_encoder_decoder:  # its classification head reads the end of the text
+            names |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
         single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -280,15 +284,16 @@ def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTok
         texts,
         trainers.BpeTrainer(
             vocab_size=config.vocab_size,
-            special_tokens=list(names.values()),
+            special_tokens=list(dict.fromkeys(names.values())),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         ),
     )
-    used = [token for token in names.values() if token in single]
+    used = [token for token in dict.fromkeys(names.values()) if token in single]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used]
     )
+    positions = getattr(config, "max_position_embeddings", None)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=config.max_position_embeddings, padding_side="right", **names
+        tokenizer_object=tokenizer, model_max_length=positions, padding_side="right", **names
     )

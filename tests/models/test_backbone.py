@@ -37,6 +37,26 @@ def test_encoders_and_decoders_get_the_head_of_the_task(backbone, task):
     assert list(model.config.id2label.values())[: len(task.labels)] == list(task.labels) or not task.labels
 
 
+SIZES = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+PAIRS = {
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+    "bart": {**SIZES, **HEADS},
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_classifier_of_an_encoder_and_a_decoder_reads_the_end_of_the_text(kind):
+    backbone = Backbone(name="small", config={"model_type": kind, "vocab_size": 400, **PAIRS[kind]})
+    model, tokenizer, _ = backbone.build(CLASSES, TEXTS)
+    batch = tokenizer(["good", "the room was not bad at all"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, -1] == model.config.eos_token_id
+    with torch.inference_mode():
+        together = model.eval()(**batch).logits
+        alone = model(**tokenizer("good", return_tensors="pt")).logits
+    assert together.shape == (2, 3) and torch.allclose(together[:1], alone, atol=1e-5)
+
+
 def test_a_decoder_gets_a_language_modelling_head():
     model, tokenizer, _ = LLAMA.build(TEXT, TEXTS)
     batch = tokenizer("the soup", return_tensors="pt")
