@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from small import SMALL
+from transformers import GenerationConfig
 
 import compress
+from compress.api import choose_model
 from compress.planning.words import quote_value
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +116,13 @@ def test_the_notebook_runs(tmp_path):
     assert "| prune+gptq" in report.outputs[0]["data"]["text/markdown"]
     assert "size_mb" in table.outputs[0]["data"]["text/html"]
     assert "did you mean `technique.prune.sparsity`" in mistake.outputs[0]["text"]
+
+
+def test_a_model_in_memory_is_given_with_a_generation_config_that_cannot_be_saved():
+    model, tokenizer = tiny.llama_lm(), tiny.tokenizer()
+    model.generation_config.temperature = 0.6
+    own = model.generation_config
+    with choose_model(model, tokenizer) as words:
+        path = next(word for word in words if word.startswith("model.path=")).removeprefix("model.path=")
+        assert GenerationConfig.from_pretrained(path.strip("'\"")).temperature != 0.6
+    assert model.generation_config is own and own.temperature == 0.6
