@@ -153,9 +153,14 @@ def load_model(auto: Any, config: Any, folder: Path) -> Any:
     floats = copy.deepcopy(config)
     packed = vars(floats).pop("quantization_config")
     architecture = auto._model_mapping[type(config)]
+    state = load_floats(folder, packed)
+    with torch.device("meta"):
+        modules = architecture(copy.deepcopy(floats)).named_modules()
+    for name in (name for name, module in modules if isinstance(module, Conv1D)):
+        state |= {key: value.T for key, value in state.items() if f".{name}.weight".endswith(f".{key}")}
     with hide_progress_bars():
         model, info = architecture.from_pretrained(
-            None, config=floats, state_dict=load_floats(folder, packed), dtype=config.dtype, output_loading_info=True
+            None, config=floats, state_dict=state, dtype=config.dtype, output_loading_info=True
         )
     if lacking := sorted(info["missing_keys"]):
         raise UserError(f"{folder} holds no weights for {', '.join(lacking[:4])}. Name another folder.")

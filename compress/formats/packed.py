@@ -107,8 +107,8 @@ def quantization_scheme(scheme: Scheme, inputs: Scheme | None, dynamic: bool, ta
 
     strategy = {"strategy": "channel"} if scheme.group_size == -1 else {"group_size": scheme.group_size}
     weights = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, **strategy)
-    if inputs is None:
-        return QuantizationScheme(targets=targets, weights=weights)
+    if inputs is None:  # the library would infer the format, and for a class derived from Linear infer `dense`
+        return QuantizationScheme(targets=targets, weights=weights, format="pack-quantized")
     activations = QuantizationArgs(
         num_bits=inputs.bits,
         symmetric=inputs.symmetric,
