@@ -252,7 +252,7 @@ def make_trainer_options(hardware: Hardware, together: bool, trains: bool = True
         "devices": hardware.devices if together else 1,
         "num_nodes": hardware.nodes if together else 1,
         "strategy": RestoredTogether() if together else RestoredAlone(torch.device("cuda", 0) if cuda else "cpu"),
-        "plugins": [Whole(), environment, *([Half(precision)] if half else [])],
+        "plugins": [Whole(), environment, *([Half("bf16-true")] if half else [])],
         "precision": None if half else precision,
         "use_distributed_sampler": False,  # our data loader already splits the batches
     }

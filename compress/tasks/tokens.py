@@ -235,14 +235,14 @@ class TaskData(pl.LightningDataModule):
         Raises:
             UserError: one of them has no embedding.
         """
-        rows = self._kept(texts)
-        columns = rows.data.column("input_ids").chunks if self.known_tokens is not None else []
-        last = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in columns), default=0)
-        if columns and last >= self.known_tokens:
-            raise UserError(
-                f"Task `{self.splits.task.name}` has a text in {where} with "
-                f"{describe_unknown_token(self.tokenizer, last, self.known_tokens)}"
-            )
+        rows, known = self._kept(texts), self.known_tokens
+        if known is None:
+            return rows
+        chunks = rows.data.column("input_ids").chunks
+        last = max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
+        if last >= known:
+            token = describe_unknown_token(self.tokenizer, last, known)
+            raise UserError(f"Task `{self.splits.task.name}` has a text in {where} with {token}")
         return rows
 
     def _kept(self, rows: Dataset) -> Dataset:
