@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -189,9 +194,15 @@ def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
     trusted, and so is the name of a single number."""
     if task.num_labels == 0:
         return True
-    names = [str(name).lower() for name in config.id2label.values()]
-    unnamed = all(name == f"label_{i}" for i, name in enumerate(names)) or not task.labels
-    return len(names) == task.num_labels and (unnamed or names == [label.lower() for label in task.labels or ()])
+    return has_labels(config, task.labels or [f\"LABEL_{i}\" for i in range(task.num_labels or 0)])
+
+
+def has_labels(config: PretrainedConfig, labels: Sequence[str]) -> bool:
+    """Return whether a classifier's labels are ``labels``, in the same order. Upper and lower case are the same,
+    unnamed labels on either side are trusted, and a single number may have any name."""
+    ours, theirs = ([str(name).lower() for name in names] for names in (config.id2label.values(), labels))
+    unnamed = any(all(name == f"label_{i}" for i, name in enumerate(names)) for names in (ours, theirs))
+    return len(ours) == len(theirs) and (len(ours) == 1 or unnamed or ours == theirs)
 
 
 def find_auto_class(kind: str, config: PretrainedConfig) -> Any:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from compress.errors import UserError
 from compress.maths import losses
+from compress.models.families import FAMILIES, name_family
 from compress.models.shapes import read_blocks
 
 LOSSES = {
@@ -53,7 +54,20 @@ class Match:
             )
 
     def check(self, student: PretrainedConfig, teacher: PretrainedConfig, key: str) -> None:
-        """Raise UserError if a layer does not exist, or if the widths differ and ``proj`` is not set."""
+        """Raise UserError if a model lacks the feature or the layer, or if the models' shapes differ too much."""
+        for who, config in (("student", student), ("teacher", teacher)):
+            if config.is_encoder_decoder:
+                raise UserError(
+                    f"{key}: the {who} is a `{config.model_type}`, which has an encoder and a decoder, and a match "
+                    f"counts the blocks of one stack. Set {key}=[]."
+                )
+            # The teacher's attention is part of its answer. The student's blocks are changed, to return it undropped.
+            by_name = self.feature == "relation" or (self.feature == "attention" and who == "student")
+            if by_name and name_family(config) not in FAMILIES:
+                raise UserError(
+                    f"{key}: the feature `{self.feature}` needs the names of the layers of a `{config.model_type}`, "
+                    f"the {who}; those of {', '.join(FAMILIES)} are known. Set feature=hidden, which every model has."
+                )
         for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
             last = config.num_hidden_layers - (self.feature != "hidden")
             if max(layer if isinstance(layer, tuple) else (layer,)) > last:
@@ -65,6 +79,14 @@ class Match:
                 count, example = ("two layers", "[0,1]") if self.loss in losses.PAIRS else ("one layer", "1")
                 raise UserError(
                     f"{key}: {side} is {layer} and `{self.loss}` takes {count}. Set for example {side}={example}."
+                )
+        if self.loss in ("attention_mse", "attention_ce"):
+            heads = count_heads(student, self.layer_S), count_heads(teacher, self.layer_T)
+            if heads[0] != heads[1]:
+                other = {"attention_mse": "attention_mse_sum", "attention_ce": "attention_ce_mean"}[self.loss]
+                raise UserError(
+                    f"{key}: block {self.layer_S} of the student has {heads[0]} heads and block {self.layer_T} of the "
+                    f"teacher {heads[1]}, and `{self.loss}` compares them one by one. Set loss={other}."
                 )
         widths = student.hidden_size, teacher.hidden_size
         narrower = widths[0] != widths[1] and not self.proj
@@ -78,6 +100,12 @@ class Match:
         """Return those of a model's features that the loss compares."""
         features = seen[self.feature]
         return [features[i] for i in layer] if isinstance(layer, tuple) else features[layer]
+
+
+def count_heads(config: PretrainedConfig, layer: Any) -> int:
+    """Return the query heads of a block, which a cut model's config has for every block."""
+    own = getattr(config, "compress", {}).get("heads")
+    return int(own[layer] if own else config.num_attention_heads)
 
 
 def collect_features(output: Any, relations: Relations) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cut heads, FFN channels and blocks out of models, and save and load the smaller models.
+"""Cut heads and FFN channels out of models, and save and load the smaller models.
 
 A plain transformers config describes one shape for all blocks, and computes BERT's head size from width and heads. Its
 entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``. Such a model is
@@ -8,7 +8,6 @@ format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,35 +173,3 @@ def build_cut_class(base: type[PreTrainedModel]) -> Any:
     subclass: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
     subclass.from_config = subclass._from_config  # the name in the Auto classes
     return subclass
-
-
-def drop_blocks(model: nn.Module, dropped: Iterable[int]) -> None:
-    """Remove blocks from the model, and their entries from the lists in its configs."""
-    _, stack = find_blocks(model)
-    total, removed = len(stack), set(dropped)
-    for index in sorted(removed, reverse=True):
-        del stack[index]
-    for index, block in enumerate(stack):
-        for module in block.modules():
-            if getattr(module, "layer_idx", None) is not None:
-                vars(module)["layer_idx"] = index  # the place of its keys and values in a cache
-
-    def keep_rest(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == total:
-            return [entry for index, entry in enumerate(value) if index not in removed]
-        return value
-
-    for config in collect_configs(model):
-        lists = {key: value for key, value in vars(config).items() if isinstance(value, list)}
-        config.num_hidden_layers = len(stack)
-        for key, value in lists.items():
-            if not key.endswith("_token_id"):  # a few models have several end-of-text tokens
-                setattr(config, key, keep_rest(value))
-        if isinstance(own := getattr(config, "compress", None), dict):
-            config.compress = {key: keep_rest(value) for key, value in own.items()}
-
-
-def collect_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Return the distinct configs of a model's modules; mostly they share one."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())

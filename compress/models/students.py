@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated
+import math
+import re
+from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import find_auto_class
+from compress.models.backbone import find_auto_class, from_pretrained, has_labels, load_weights, refuse_quantized
+from compress.models.depth import check_depth, drop_blocks, explain_fixed, is_removable, make_skeleton, select_removable
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
-from compress.models.loading import from_pretrained, load_weights, refuse_quantized
-from compress.models.shapes import drop_blocks
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -55,51 +57,111 @@ def build_student(model: PreTrainedModel, student: Student, key: str) -> PreTrai
     """Return a student that is cut from a copy of ``model``, or a narrower one of its architecture at random weights.
 
     Raises:
-        UserError: the layers do not exist, or the heads do not divide the width.
+        UserError: the model cannot do without the other layers, or be built in this width.
     """
+    dropped = choose_dropped(model, student.layers, key)
+    if student.hidden_size is None:
+        cut = copy.deepcopy(model)
+        drop_blocks(cut, dropped)
+        return cut
+    shallow = make_skeleton(model, model.config)
+    if dropped:
+        drop_blocks(shallow, dropped)
+    config = narrow_config(shallow.config, student.hidden_size, key)
+    try:
+        fits = can_run(make_skeleton(model, config)) or not can_run(shallow)
+    except (ValueError, TypeError, RuntimeError, AssertionError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{key}.hidden_size is {student.hidden_size}; the config of `{config.model_type}` describes no model of "
+            f"this width with the other settings of the chain's model. Set {key}.hidden_size=null and {key}.layers, or "
+            f"{key}.path."
+        )
+    with torch.device(model.device):
+        return type(model)._from_config(config, dtype=model.dtype)
+
+
+def choose_dropped(model: PreTrainedModel, layers: int | tuple[int, ...] | None, key: str) -> set[int]:
+    """Return the indices of the blocks that a student of these ``layers`` lacks.
+
+    Raises:
+        UserError: the layers do not exist, or the model cannot do without the others.
+    """
+    if layers is None:
+        return set()
+    check_depth(model, f"{key}.layers", f"Set {key}.hidden_size instead, or {key}.path.")
     count = len(find_blocks(model)[1])
-    layers = student.layers or count
-    keep = sorted(layers) if isinstance(layers, tuple) else space_layers(layers, count, key)
+    keep = list(layers) if isinstance(layers, tuple) else space_layers(layers, count, key)
     if wrong := [i for i in keep if i >= count]:
         raise UserError(
             f"{key}.layers names the block {wrong[0]} and the model's are 0 to {count - 1}. Set {key}.layers to some "
             "of these."
         )
-    if student.hidden_size is None:
-        cut = copy.deepcopy(model)
-        drop_blocks(cut, set(range(count)) - set(keep))
-        return cut
-    return type(model)._from_config(narrow_config(model.config, student.hidden_size, len(keep), key), dtype=model.dtype)
+    dropped = [i for i in range(count) if i not in keep]
+    if isinstance(layers, int):
+        dropped = select_removable(model, [*dropped, *reversed(keep)], count - layers)
+    if len(dropped) < count - len(set(keep)) or not is_removable(model, dropped):
+        raise UserError(f"{key}.layers is {layers}; {explain_fixed(model, range(count))}. Set other {key}.layers.")
+    return set(dropped)
 
 
-def narrow_config(config: PretrainedConfig, hidden_size: int, layers: int, key: str) -> PretrainedConfig:
+WIDTHS = re.compile(r"dim|(.*_)?(hidden_size|embedding_size|embed_proj_dim|embed_dim|n_embd|d_model)")
+"""Names in configs of a width of hidden states."""
+HEADS = re.compile(r"(.*_)?(attention_heads|num_heads|n_heads?|kv_heads|key_value_heads)")
+"""Names of a number of heads."""
+CHANNELS = re.compile(r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|hidden_dim)")
+"""Names of an FFN's width."""
+
+
+def narrow_config(config: PretrainedConfig, hidden_size: int, key: str) -> PretrainedConfig:
     """Return the config of another width: heads keep their size, and their number and the FFN shrink in proportion.
 
     Raises:
-        UserError: the width is no multiple of a head's.
+        UserError: the heads cannot be divided so.
     """
-    narrow = copy.deepcopy(config)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if hidden_size % head:
-        raise UserError(
-            f"{key}.hidden_size is {hidden_size} and a head has {head} dimensions. Set a multiple of {head}."
-        )
-    heads = hidden_size // head
-    groups = getattr(config, "num_key_value_heads", None)
-    narrow.num_attention_heads = heads
-    if groups is not None:
-        queries = config.num_attention_heads // groups
-        if heads % queries:
-            raise UserError(
-                f"{key}.hidden_size is {hidden_size} and {queries} heads of {head} dimensions share a key and value. "
-                f"Set a multiple of {queries * head}."
-            )
-        narrow.num_key_value_heads = heads // queries
+    narrow, width = copy.deepcopy(config), config.hidden_size
     ffn = find_conventions(config).ffn_size
-    setattr(narrow, ffn, round(getattr(config, ffn) * hidden_size / config.hidden_size))
-    narrow.hidden_size = hidden_size
-    narrow.num_hidden_layers = layers
+    numbers = {name: value for name, value in config.to_dict().items() if type(value) is int and value}
+    # One key and value head for all queries stays one.
+    heads = {name: value for name, value in numbers.items() if HEADS.fullmatch(name) and value > 1}
+    if any(value * hidden_size % width for value in heads.values()):
+        step = width // math.gcd(width, *heads.values())
+        raise UserError(
+            f"{key}.hidden_size is {hidden_size} and heads keep their size; for {width} dimensions the model has "
+            f"{', '.join(f'{name}={value}' for name, value in heads.items())}. Set a multiple of {step}."
+        )
+    for name, value in numbers.items():
+        if name in heads:
+            setattr(narrow, name, value * hidden_size // width)
+        elif name == ffn or CHANNELS.fullmatch(name):
+            setattr(narrow, name, max(1, round(value * hidden_size / width)))
+        elif value == width and WIDTHS.fullmatch(name):
+            setattr(narrow, name, hidden_size)
+    if hasattr(narrow, "compress"):
+        del narrow.compress  # the shapes of blocks of the old width
     return narrow
+
+
+class AssumeTrue(TorchDispatchMode):
+    """Answer 1 where a model on the meta device asks for the value of a tensor, such as whether no token is padding."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def can_run(skeleton: PreTrainedModel) -> bool:
+    """Return whether the shapes of a model on the meta device fit together. A few models cannot run there."""
+    ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
+    try:
+        with torch.device("meta"), AssumeTrue():
+            skeleton.to(torch.bfloat16).eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception:
+        return False
+    return True
 
 
 def load_student(
@@ -126,8 +188,11 @@ def load_student(
 
 
 def check_same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key: str) -> None:
-    """Raise UserError if the labels of teacher and student, or their order, differ."""
-    if list(teacher.id2label.values()) != list(student.id2label.values()):
+    """Raise UserError if the labels of teacher and student, or their order, differ.
+
+    Unnamed labels are trusted, upper and lower case are the same, and the name of a regression's number is ignored.
+    """
+    if not has_labels(teacher, list(student.id2label.values())):
         raise UserError(
             f"{key} is a model for the labels {', '.join(map(str, teacher.id2label.values()))} and the student's are "
             f"{', '.join(map(str, student.id2label.values()))}. Choose a teacher that was trained for this task."

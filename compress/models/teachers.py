@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -17,17 +17,39 @@ from compress.cache.store import make_once
 from compress.maths.losses import expand_topk, top_k
 
 Batch = dict[str, Tensor]
+Probabilities = Literal["softmax", "sigmoid"] | None
+"""The function from logits to probabilities; None for a regression."""
 
 
 @torch.inference_mode()
-def round_teacher(teacher: nn.Module, batch: Batch) -> nn.Module:
-    """Return a copy of the teacher in bfloat16 if its answers to ``batch`` agree: the same predictions, and
-    probabilities within 0.01. Otherwise return the teacher itself."""
-    copied = copy.deepcopy(teacher).to(torch.bfloat16)
+def round_teacher(teacher: nn.Module, batch: Batch, probabilities: Probabilities = "softmax") -> nn.Module:
+    """Return a copy of the teacher in bfloat16 if its answers to ``batch`` agree, otherwise the teacher itself.
+
+    With ``probabilities`` they agree if the predictions are the same and the probabilities within 0.01. Without, for a
+    regression, they agree if the numbers are within 1 % of their standard deviation over the batch.
+    """
+    copied = cast_teacher(teacher)
     exact, rounded = teacher(**batch).logits.float(), copied(**batch).logits.float()
-    same = torch.equal(exact.argmax(-1), rounded.argmax(-1))
-    close = (exact.softmax(-1) - rounded.softmax(-1)).abs().max() < 0.01
-    return copied if same and close else teacher
+    if exact.ndim == 3 and "attention_mask" in batch:
+        exact, rounded = exact[batch["attention_mask"].bool()], rounded[batch["attention_mask"].bool()]
+    if probabilities is None:
+        close = (exact - rounded).abs().max() < 0.01 * exact.std(correction=0)
+        return copied if close else teacher
+    if probabilities == "sigmoid":
+        same, answers = torch.equal(exact > 0, rounded > 0), (exact.sigmoid(), rounded.sigmoid())
+    else:
+        same, answers = torch.equal(exact.argmax(-1), rounded.argmax(-1)), (exact.softmax(-1), rounded.softmax(-1))
+    return copied if same and (answers[0] - answers[1]).abs().max() < 0.01 else teacher
+
+
+def cast_teacher(teacher: nn.Module) -> nn.Module:
+    """Return a copy of the teacher in bfloat16, as transformers would load it: buffers that are not stored, such as
+    the angles of rotary embeddings, keep their precision."""
+    copied = copy.deepcopy(teacher).to(torch.bfloat16)
+    for name, module in teacher.named_modules():
+        for buffer in module._non_persistent_buffers_set:
+            setattr(copied.get_submodule(name), buffer, copy.deepcopy(getattr(module, buffer)))
+    return copied
 
 
 class KeptLogits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -25,7 +24,7 @@ from compress.models.loading import from_pretrained
 from compress.models.matches import Match, Relations, collect_features
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
-from compress.models.teachers import Batch, KeptLogits, round_teacher
+from compress.models.teachers import Batch, KeptLogits, cast_teacher, round_teacher
 from compress.tasks.formats import read_lines
 from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
@@ -264,9 +263,9 @@ class Distill(FineTune):
         teacher = self._teacher[0].to(self.device).eval().requires_grad_(False)
         probe = next(draw_calibration_batches(self.trainer, samples=8, batch_size=8))
         if self.teacher_dtype == "auto":
-            self._teacher = [round_teacher(teacher, probe)]
+            self._teacher = [round_teacher(teacher, probe, self.kind.probabilities)]
         elif self.teacher_dtype == "bfloat16":
-            self._teacher = [copy.deepcopy(teacher).to(torch.bfloat16)]
+            self._teacher = [cast_teacher(teacher)]
         if self.kept_logits:
             self._kept = [self._keep(data)]
         if self.extra_text:
@@ -364,8 +363,14 @@ class Distill(FineTune):
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
 
     def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss between the logits, of tokens or of texts."""
+        """Return the loss between the logits, of tokens or of texts.
+
+        Two models of one tokenizer may have padded their vocabularies to other sizes; no token is in the padding.
+        """
         tokens = mask if teacher.ndim == 3 else None
+        if tokens is not None:
+            common = min(student.shape[-1], teacher.shape[-1])
+            student, teacher = student[..., :common], teacher[..., :common]
         schedule, *arguments = self.temperature_schedule or ("constant",)
         tau = logit_temperature(schedule, self.temperature, arguments, student, teacher, tokens)
         return soft_loss(self.loss, student, teacher, tau, tokens, self.kind.probabilities, self.beta)

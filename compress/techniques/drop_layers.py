@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.models.batches import Batch, draw_calibration_batches
+from compress.models.depth import check_depth, drop_blocks, explain_fixed, is_removable, select_removable
+from compress.models.families import name_family
 from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
-from compress.models.shapes import collect_configs, drop_blocks
 from compress.technique import Technique
 
 
@@ -25,7 +26,8 @@ class DropLayers(Technique, pl.Callback):
     arXiv:2004.03844 (by position).
 
     Blocks are removed once, when the fit starts; the epochs of that fit retrain the others. The others keep their
-    order, and ``from_pretrained`` loads them as a shallower model of the same architecture.
+    order, and ``from_pretrained`` loads them as a shallower model of the same architecture. A block whose removal
+    would break this is never chosen, such as ModernBERT's first, the only one without a norm.
 
     Args:
         drop: number of blocks to remove, or the list of their indices (from 0; -1 is the last).
@@ -36,7 +38,8 @@ class DropLayers(Technique, pl.Callback):
         batch_size: examples in a batch.
 
     Raises:
-        UserError: no block would be left, or the list names a block twice or an index out of range.
+        UserError: no block would be left, the list names a block twice, an index out of range or a block that must
+            stay, or the model is not one stack of blocks with weights of their own.
 
     Example:
         >>> pl.Trainer(max_epochs=1, callbacks=[DropLayers(drop=1)]).fit(module, loader)
@@ -66,34 +69,53 @@ class DropLayers(Technique, pl.Callback):
         self.batch_size = batch_size
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        total = len(find_blocks(skeleton)[1])
-        for config in collect_configs(skeleton):
-            if config.is_encoder_decoder or config.num_hidden_layers != total:
-                raise UserError(
-                    f"`drop_layers` needs a model that is one stack of blocks, each with its own weights, and "
-                    f"`{config.model_type}` is none. Choose another model."
-                )
-        self.choose_positions(total)
+        check_depth(
+            skeleton,
+            "`drop_layers`",
+            "Choose another model, or a narrower student: technique=distill technique.distill.student.hidden_size=...",
+        )
+        self.choose_blocks(skeleton)
 
     def preview(self, skeleton: nn.Module) -> nn.Module:
-        drop_blocks(skeleton, self.choose_positions(len(find_blocks(skeleton)[1])))
+        drop_blocks(skeleton, self.choose_blocks(skeleton))
         return skeleton
 
-    def choose_positions(self, total: int) -> list[int]:
-        """Return the indices of the blocks to remove from ``total``. If influence decides, they only have the right
-        number."""
-        if isinstance(self.drop, int):
-            return pick_positions(total, self.drop, "spread" if self.by == "spread" else "last", self.key)
-        return resolve_indices(total, self.drop, self.key)
+    def choose_blocks(self, model: nn.Module, influence: Tensor | None = None) -> list[int]:
+        """Return the indices of the blocks to remove. Where ``influence`` (``[blocks]``) decides and is not yet
+        measured, they only have the right number.
+
+        Raises:
+            UserError: there are no such blocks, or the model could not be loaded without them.
+        """
+        total = len(find_blocks(model)[1])
+        if not isinstance(self.drop, int):
+            indices = resolve_indices(total, self.drop, self.key)
+            if not is_removable(model, indices):
+                raise UserError(
+                    f"{self.key}.drop is {self.drop}; {explain_fixed(model, indices)}. Name others, or set "
+                    f"{self.key}.drop={len(indices)}, which chooses among those that can go."
+                )
+            return indices
+        first = pick_positions(total, self.drop, "spread" if self.by == "spread" else "last", self.key)
+        if influence is not None:
+            first = influence.argsort(stable=True).tolist()
+        order = [*first, *(index for index in reversed(range(total)) if index not in first)]
+        chosen = select_removable(model, order, self.drop)
+        if len(chosen) < self.drop:
+            raise UserError(
+                f"{self.key}.drop is {self.drop} and {len(chosen)} of {total} blocks can go; "
+                f"{explain_fixed(model, order)}. "
+                + (f"Set {self.key}.drop to {len(chosen)} or less." if chosen else "Choose another model.")
+            )
+        return chosen
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self.check(model, [])
-        dropped = self.choose_positions(len(find_blocks(model)[1]))
+        influence = None
         if isinstance(self.drop, int) and self.by == "influence":
             influence = measure_influences(model, draw_calibration_batches(trainer, self.samples, self.batch_size))
-            dropped = influence.argsort(stable=True)[: self.drop].tolist()
-        drop_blocks(model, dropped)
+        drop_blocks(model, self.choose_blocks(model, influence))
         trainer.strategy.setup_optimizers(trainer)  # the old ones held the weights of all blocks
 
 
@@ -134,7 +156,11 @@ def resolve_indices(total: int, indices: list[int], key: str) -> list[int]:
 
 @torch.no_grad()
 def measure_influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Return the Block Influence of every block over all tokens of ``batches`` except padding, ``[blocks]``."""
+    """Return the Block Influence of every block over all tokens of ``batches`` except padding, ``[blocks]``.
+
+    Raises:
+        UserError: hidden states are not ``[batch, tokens, width]``, as XLNet's.
+    """
     _, stack = find_blocks(model)
     totals = torch.zeros(len(stack), dtype=torch.float64)
     mask: Tensor | None = None
@@ -142,6 +168,11 @@ def measure_influences(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     def add(index: int, args: tuple, kwargs: dict, output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
+        if mask is not None and before.shape[:2] != mask.shape:
+            raise UserError(
+                f"The blocks of `{name_family(model)}` take hidden states of {list(before.shape[:2])} for texts of "
+                f"{list(mask.shape)}, and influence is measured where texts come first. Set by=spread or by=last."
+            )
         totals[index] += block_influence(before, after, mask).double().sum().cpu()
 
     hooks = [

@@ -222,8 +222,8 @@ def cut_embeddings(model: Any, ids: list[int]) -> None:
         UserError: the model counts positions from the id of the padding token, and this id would change.
     """
     new = {old: index for index, old in enumerate(ids)}
-    words = model.get_input_embeddings()
-    counted = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
+    words = model.get_input_embeddings()  # BART's encoder and decoder have modules of their own for the same weight
+    counted = (m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not words.weight)
     if moved := [
         m.padding_idx for m in counted if m.padding_idx is not None and new.get(m.padding_idx) != m.padding_idx
     ]:
@@ -241,7 +241,10 @@ def cut_embeddings(model: Any, ids: list[int]) -> None:
     model.resize_token_embeddings(len(ids), mean_resizing=False)
     for weight, row in zip(weights(), rows):
         weight.copy_(row)
-    model.get_input_embeddings().padding_idx = new.get(padding)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is words.weight:
+            module.padding_idx = new.get(padding)
     for config, key, tokens in named:
         left = [new[token] for token in tokens if token in new]
         setattr(config, key, left if isinstance(getattr(config, key), list) else next(iter(left), None))

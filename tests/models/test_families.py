@@ -78,7 +78,7 @@ def test_its_sizes_are_found_under_the_keys_of_its_config(name, monkeypatch):
     model = build(name, width=48)
     monkeypatch.setitem(FAMILIES, name, replace(NEW[name], ffn_size="width"))
     assert read_sizes(model) == {"heads": 4, "ffn": 48, "layers": 2}
-    assert narrow_config(model.config, 16, 1, "technique.distill.student").width == 24
+    assert narrow_config(model.config, 16, "technique.distill.student").width == 24
 
 
 def test_no_module_asks_for_a_family_by_its_name():

@@ -135,15 +135,17 @@ def test_a_student_is_cut_from_evenly_spaced_layers_of_the_teacher():
 
 
 def test_a_narrower_student_keeps_the_width_of_a_head():
-    config = narrow_config(tiny.llama().config, 16, 1, KEY)
+    config = narrow_config(tiny.llama().config, 16, KEY)
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (16, 2, 1)
     assert config.intermediate_size == 32
     student = build_student(tiny.bert(), Student(hidden_size=16), KEY)
     assert student(**tiny.batch()).logits.shape == (4, 3)
-    with pytest.raises(UserError, match="hidden_size is 20 and a head has 8 dimensions. Set a multiple of 8"):
-        narrow_config(tiny.bert().config, 20, 1, KEY)
+    with pytest.raises(
+        UserError, match="hidden_size is 20 and heads keep their size; for 32 dimensions .*=4. Set a multiple of 8"
+    ):
+        narrow_config(tiny.bert().config, 20, KEY)
     with pytest.raises(UserError, match="Set a multiple of 16"):
-        narrow_config(tiny.llama().config, 24, 1, KEY)
+        narrow_config(tiny.llama().config, 24, KEY)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from transformers import (
 from compress.errors import UserError
 from compress.maths.hessian import second_moment
 from compress.models.calibration import calibrate_layers
+from compress.models.depth import drop_blocks
 from compress.models.layers import find_blocks
 from compress.models.matrices import find_zeros
-from compress.models.shapes import drop_blocks
 from compress.running.training import HoldZeros
 from compress.techniques.drop_layers import (
     DropLayers,
