@@ -191,6 +191,8 @@ def make_plan(cfg: DictConfig) -> Plan:
             "hardware.runtime=...). Remove hardware.runtime, or end the chain on `onnx` or `openvino`."
         )
 
+    check_dtype(planned)
+
     # 2) Check every stage on the shapes that the stages before it leave
     skeleton = backbone.skeleton(task)
     tokenizer = backbone.tokenizer() if backbone.path else None
@@ -296,6 +298,18 @@ def check_stage_order(method: str, steps: tuple[Step, ...]) -> None:
                 f"leaves {weights} weights. Set {' or '.join(works.values())}."
             )
         weights, before = step.technique.leaves or weights, step.key
+
+
+def check_dtype(planned: Plan) -> None:
+    """Raise UserError if float16 weights are to be trained: they become NaN, because the smallest numbers of the
+    optimizer are zero in float16."""
+    trained = {"baseline": planned.training, **{f"technique.{step.key}.train": step.training for step in planned.steps}}
+    key = next((key for key, training in trained.items() if training.epochs), None)
+    if planned.backbone.dtype == "float16" and key:
+        raise UserError(
+            f"model.dtype is float16 and {key}.epochs is {trained[key].epochs}; training needs float32 or bfloat16 "
+            f"weights. Set model.dtype=bfloat16 or float32, or {key}.epochs=0."
+        )
 
 
 def check_data(planned: Plan, splits: Splits) -> None:

@@ -160,6 +160,24 @@ def test_a_mistake_is_reported_with_its_key(overrides, sentence):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["technique=qat", "baseline.epochs=0", "technique.qat.train.epochs=2"], "technique.qat"),
+        (["technique=none", "baseline.epochs=2"], "baseline"),
+        (
+            ["technique=distill+gptq", "baseline.epochs=0", "technique.distill.train.epochs=2"],
+            r"technique\.distill\.tr",
+        ),
+    ],
+)
+def test_float16_weights_are_not_trained(overrides, key):
+    with pytest.raises(UserError, match=rf"model.dtype is float16 and {key}.*epochs is 2; .* Set model.dtype=bfloat16"):
+        check("model.dtype=float16", *overrides)
+    check("model.dtype=bfloat16", *overrides)
+    check("model.dtype=float16", "baseline.epochs=0", "technique=gptq")
+
+
 def test_a_missing_extra_is_reported_with_its_command(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`gptq` needs compressed_tensors.*pip install -e '\.\[gptq\]'"):

@@ -4,13 +4,21 @@ import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
+from datasets import Dataset
 from test_prune import fit as one_shot
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
 from compress.models.matrices import find_zeros, matrices
-from compress.models.students import Student, build_student, check_same_vocabulary, narrow_config, space_layers
-from compress.models.teachers import round_teacher
+from compress.models.students import (
+    Student,
+    build_student,
+    check_same_labels,
+    check_same_vocabulary,
+    narrow_config,
+    space_layers,
+)
+from compress.models.teachers import KeptLogits, round_teacher
 from compress.running.training import HoldZeros
 from compress.technique import Training
 from compress.techniques.distill import Distill
@@ -216,6 +224,89 @@ def test_a_teacher_of_other_labels_is_refused():
 def test_another_vocabulary_is_explained():
     with pytest.raises(UserError, match=r"of its 3 tokens 1 have the id .*which has 2"):
         check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, f"{KEY}.path")
+
+
+def test_labels_in_another_case_and_without_names_are_the_same_labels():
+    def config(*names, problem_type=None):
+        labels = {"id2label": dict(enumerate(names))} if names else {"num_labels": 2}
+        return BertConfig(**labels, problem_type=problem_type)
+
+    ours = config("negative", "positive")
+    for theirs in (config("NEGATIVE", "Positive"), config("LABEL_0", "LABEL_1"), config()):
+        check_same_labels(theirs, ours, KEY)
+        check_same_labels(ours, theirs, KEY)
+    check_same_labels(config("score"), config("LABEL_0"), KEY)
+    check_same_labels(config("score"), config("grade"), KEY)
+    for wrong in (config("positive", "negative"), config("negative"), config("LABEL_0", "LABEL_1", "LABEL_2")):
+        with pytest.raises(
+            UserError, match="a model for the labels .* Choose a teacher that was trained for this task"
+        ):
+            check_same_labels(wrong, ours, KEY)
+
+
+def padded(model, rows):
+    """Return a language model with ``rows`` embeddings, of which the last are of no token."""
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(60, 64), (64, 60)])
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_vocabularies_of_one_tokenizer_may_be_padded_to_different_sizes(student, teacher, loss):
+    settings = {"loss": loss, "training": FAST, "temperature": 1.0, "teacher_dtype": "float32"}
+    module = Distill(padded(tiny.llama_lm(), student), teacher=padded(tiny.llama_lm(), teacher), **settings)
+    seen = distil(module, lm=True)
+    # The first 60 rows are the same, so the first answers are too; what lies beyond them does not count.
+    assert seen[0]["train/soft"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_kept_logits_of_a_padded_vocabulary_are_compared_over_the_common_tokens(k, tmp_path):
+    teacher, student = padded(tiny.llama_lm(), 64), tiny.llama_lm()
+    rows = Dataset.from_list([{"input_ids": tiny.batch(seed=seed)["input_ids"][0].tolist()} for seed in range(3)])
+
+    def collate(rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    kept = KeptLogits(tmp_path / "kept", rows, k)
+    kept.fill(lambda batch: teacher(**batch).logits.detach(), collate, 2)
+    batch = collate(list(rows))
+    module = Distill(student, teacher=teacher, loss="kl", training=FAST)
+    loss = module._soft_loss(student(**batch).logits, kept(batch), batch["attention_mask"])
+    assert kept(batch).shape[-1] == 64 and torch.isfinite(loss)
+    assert loss.item() == pytest.approx(0, abs=1e-3) if k is None else loss > 0
+
+
+class Answers(torch.nn.Module):
+    """A model that answers with its weights: in bfloat16, with their first eight digits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "logits", "rounds"),
+    [
+        ("softmax", [[1.0, 3.0]], True),
+        ("softmax", [[1.0, 1.001]], False),  # the two become the same
+        ("softmax", [[100.3, 100.6]], False),
+        ("sigmoid", [[1.0, -3.0]], True),
+        ("sigmoid", [[1000.0, -3.0]], True),  # far from any change
+        ("sigmoid", [[2.508, 2.508]], True),
+        (None, [[20.05], [24.9]], False),  # the first becomes 20.0: 2 % of the deviation of 2.4
+        (None, [[0.737], [100.0]], True),
+        (None, [[100.3], [100.6]], False),
+        (None, [[1.0], [1.0]], False),
+    ],
+)
+def test_a_rounded_teacher_is_compared_as_its_task_needs(probabilities, logits, rounds):
+    teacher = Answers(logits)
+    assert (round_teacher(teacher, {}, probabilities) is not teacher) == rounds
 
 
 def test_the_teacher_runs_in_bfloat16_only_where_it_answers_the_same():

@@ -180,16 +180,16 @@ def test_a_student_keeps_the_blocks_that_must_stay(layers, left):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@torch.no_grad()
-def test_a_teacher_in_bfloat16_answers_and_keeps_the_digits_of_its_angles(name):
+def test_a_teacher_in_bfloat16_is_the_one_that_transformers_loads(name, tmp_path):
     teacher = architectures.build(name, HEADS[name])
-    copied = cast_teacher(teacher)
-    assert all(parameter.dtype == torch.bfloat16 for parameter in copied.parameters())
-    stored = teacher.state_dict()
-    for buffer, value in teacher.named_buffers():
-        assert buffer in stored or torch.equal(copied.get_buffer(buffer), value)
-    before, after = logits(teacher), logits(copied)
-    assert (before - after).abs().max() < 0.1 * before.abs().max()
+    teacher.save_pretrained(tmp_path)
+    theirs, ours = type(teacher).from_pretrained(tmp_path, dtype=torch.bfloat16), cast_teacher(teacher)
+    angles = {key: buffer.dtype for key, buffer in ours.named_buffers() if key.endswith("inv_freq")}
+    assert set(angles.values()) <= {torch.float32}
+    assert all(parameter.dtype == torch.bfloat16 for parameter in ours.parameters())
+    if name not in ("deberta", "xlnet"):  # which transformers loads with weights of two types that do not fit
+        assert torch.equal(logits(ours), logits(theirs))
+    assert all(parameter.dtype == torch.float32 for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize(
