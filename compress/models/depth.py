@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,6 +19,8 @@ from compress.models.shapes import build_cut_class
 
 INDEX = ("layer_idx", "layer_id")
 """Attributes by which a block knows its place: that of its keys and values in a cache."""
+INVALID = (ValueError, TypeError, KeyError, IndexError, RuntimeError, AssertionError, StrictDataclassError)
+"""Errors of configs and classes that cannot be built."""
 
 
 def check_depth(model: nn.Module, what: str, instead: str) -> None:
@@ -74,7 +77,10 @@ def find_block_lists(config: PretrainedConfig) -> list[str]:
         return []
     depth = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     rest = {key: value for key, value in content.items() if key not in keys}
-    longer = type(config).from_dict({**rest, depth: count + 1})
+    try:
+        longer = type(config).from_dict({**rest, depth: count + 1})
+    except INVALID:
+        return keys  # the proof of the whole decides
     return [key for key in keys if len(getattr(longer, key, None) or ()) == count + 1]
 
 
@@ -103,12 +109,12 @@ def is_removable(model: nn.Module, dropped: Iterable[int]) -> bool:
     """Return whether the class builds the model without these blocks from the config without their entries."""
     if not isinstance(model, PreTrainedModel):
         return True  # no config describes it
-    cut = make_skeleton(model, model.config)
-    drop_blocks(cut, dropped)
     try:
+        cut = make_skeleton(model, model.config)
+        drop_blocks(cut, dropped)
         stored = type(cut.config).from_dict(json.loads(cut.config.to_json_string(use_diff=False)))
         rebuilt = make_skeleton(model, stored)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError):
+    except INVALID:
         return False
     return describe(cut) == describe(rebuilt)
 

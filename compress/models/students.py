@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from compress.errors import UserError
 from compress.models.backbone import find_auto_class, from_pretrained, has_labels, load_weights, refuse_quantized
-from compress.models.depth import check_depth, drop_blocks, explain_fixed, is_removable, make_skeleton, select_removable
+from compress.models.depth import (
+    INVALID,
+    check_depth,
+    drop_blocks,
+    explain_fixed,
+    is_removable,
+    make_skeleton,
+    select_removable,
+)
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
 
@@ -70,7 +78,7 @@ def build_student(model: PreTrainedModel, student: Student, key: str) -> PreTrai
     config = narrow_config(shallow.config, student.hidden_size, key)
     try:
         fits = can_run(make_skeleton(model, config)) or not can_run(shallow)
-    except (ValueError, TypeError, RuntimeError, AssertionError):
+    except INVALID:
         fits = False
     if not fits:
         raise UserError(
