@@ -37,13 +37,15 @@ def test_a_block_stays_if_the_class_would_build_another_model_without_it():
     assert "without block 0 the others are not the blocks that the config of `qwen3_moe`" in explain_fixed(experts, [0])
 
 
-def test_nothing_goes_where_the_config_repeats_a_pattern_of_blocks():
+def test_a_list_whose_default_is_not_known_is_cut_if_the_model_is_then_the_same():
     config = AutoConfig.for_model(
         "gpt_neo", vocab_size=60, hidden_size=64, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert not is_removable(model, [1]) and select_removable(model, [0, 1, 2, 3], 1) == []
+    assert all(is_removable(model, [index]) for index in range(4))
+    drop_blocks(model, [1])
+    assert model.config.attention_layers == ["global", "global", "local"]
 
 
 def test_a_model_of_two_stacks_or_of_shared_blocks_is_refused():
