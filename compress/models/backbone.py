@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -194,7 +190,7 @@ def has_task_labels(config: PretrainedConfig, task: Task) -> bool:
     trusted, and so is the name of a single number."""
     if task.num_labels == 0:
         return True
-    return has_labels(config, task.labels or [f\"LABEL_{i}\" for i in range(task.num_labels or 0)])
+    return has_labels(config, task.labels or [f"LABEL_{i}" for i in range(task.num_labels)])
 
 
 def has_labels(config: PretrainedConfig, labels: Sequence[str]) -> bool:
