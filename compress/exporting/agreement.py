@@ -50,7 +50,8 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
     """Compare the logits of ``exported`` with those of ``model``."""
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
-    for batch in map(select_inputs, batches):
+    for batch in batches:
+        batch = select_inputs(batch, model)
         ours, theirs = exported(**batch).logits.float(), model(**batch).logits.float()
         if theirs.ndim == 3 and "attention_mask" in batch:
             real = batch["attention_mask"].bool()

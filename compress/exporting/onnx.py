@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from compress.exporting.tracing import prepare_trace, strip_config, use_plain_attention
+from compress.exporting.tracing import (
+    NEAR,
+    prepare_trace,
+    select_inputs,
+    strip_config,
+    use_plain_operators,
+    vary_padding,
+)
+from compress.exporting.weights import Weights, digest_weight, find_factors
 from compress.formats import nbits
 from compress.formats.nbits import Weight, build_lookup, build_product, round_rows, round_weight, share_table
-from compress.formats.onnx import Graph
+from compress.formats.onnx import Graph, inline_copies, rename_read
 from compress.maths.rounding import Scheme
 from compress.models.batches import Batch
 from compress.models.families import find_conventions
-from compress.models.layers import digest_tensor, evaluation_mode
+from compress.models.layers import evaluation_mode
 from compress.models.matrices import Matrix
 from compress.quiet import silence_exporters
-from compress.runtimes.onnxruntime import PAST, PRESENT
+from compress.runtimes.onnxruntime import BESIDE, PAST, PRESENT
 from compress.runtimes.processor import Processor
 
+Feeds = list[dict[str, np.ndarray]]
 
-def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Graph:
+
+def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool, feeds: Feeds) -> Graph:
     """Return the graph with ONNX Runtime's fused operators: attention, layer norms, GELU.
+
+    The optimizer recognizes patterns of nodes, and takes those of a family that it does not know for others. So the
+    fused graph must answer the ``feeds`` as the graph at ``source`` does: otherwise attention stays unfused, or all.
 
     ``embeddings`` fuses the sum of BERT's embeddings too. ``whole`` fuses attention with its products by the weights of
     query, key and value.
     """
+    expected = run_graph(source, feeds)
+    fused = source.with_name("fused.onnx")
+    for attention in (True, False):
+        # A library that fails on an unknown pattern has fused nothing.
+        with contextlib.suppress(Exception):
+            apply_fusions(source, config, embeddings, whole, attention).write(fused)
+            if all(map(agree, run_graph(fused, feeds), expected)):
+                return Graph(fused)
+    return Graph(source)
+
+
+def run_graph(path: Path, feeds: Feeds) -> list[np.ndarray]:
+    """Return the logits for each of the ``feeds``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [session.run(["logits"], feed)[0] for feed in feeds]
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return bool(abs(ours - theirs).max() <= NEAR * abs(theirs).max())
+
+
+def apply_fusions(source: Path, config: Any, embeddings: bool, whole: bool, attention: bool) -> Graph:
+    """Return the graph at ``source`` with all patterns fused that the optimizer finds."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_by_fusion
 
@@ -40,10 +81,13 @@ def fuse_graph(source: Path, config: Any, embeddings: bool, whole: bool) -> Grap
     options = FusionOptions(fusion)
     options.enable_rotary_embeddings = False  # it stores 131,072 positions, the same for all texts
     options.enable_embed_layer_norm = embeddings
-    options.use_multi_head_attention = not whole
-    heads, width = config.num_attention_heads, config.hidden_size
-    even = width % heads == 0  # the optimizer's attention assumes so
-    options.enable_attention = even and not graph.large  # it joins weights, which must be in memory for that
+    # Joined weights would be stored beside those that blocks share.
+    readers = Counter(node.input[1] for node in graph.nodes if node.op_type == "MatMul")
+    repeated = any(readers[tensor.name] > 1 for tensor in graph.initializer)
+    options.use_multi_head_attention = repeated or not whole
+    heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+    even = bool(heads) and width % heads == 0  # the optimizer's attention assumes so
+    options.enable_attention = attention and even and not graph.large  # it joins weights, which needs them in memory
     graph.proto = optimize_by_fusion(
         graph.proto,
         model_type=fusion,
@@ -68,20 +112,30 @@ def set_heads(attention: Any, heads: int) -> None:
     number.i = heads
 
 
-def share_transposed(graph: Graph) -> None:
-    """Store a matrix once if another is its transpose, as in an output layer that is tied to the embeddings."""
+def share_equal(graph: Graph) -> None:
+    """Store a tensor once if another is equal to it, as the weights of blocks that a model repeats, or if another is
+    its transpose, as an output layer that is tied to the embeddings."""
     import onnx
 
-    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8)
-    matrices = [tensor for tensor in graph.tensors.values() if tensor.data_type in kinds and len(tensor.dims) == 2]
-    seen: dict[tuple[bytes, torch.Size], str] = {}
-    for matrix in matrices:
-        name, weight = matrix.name, graph.read_tensor(matrix)
-        if source := seen.get((digest_tensor(weight.T), weight.T.shape)):
-            graph.initializer.remove(matrix)
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    seen: dict[Any, str] = {}
+    same: dict[str, str] = {}
+    for tensor in list(graph.initializer):
+        name, most = tensor.name, max(tensor.dims, default=1)
+        if tensor.data_type not in kinds or most == 1 or name.endswith(BESIDE):
+            continue
+        values = graph.read_tensor(tensor)
+        key = (tensor.data_type, *digest_weight(values))
+        if source := seen.get(key):
+            same[name] = source
+        elif values.ndim == 2 and (source := seen.get((tensor.data_type, *digest_weight(values.T)))):
             graph.nodes.insert(0, onnx.helper.make_node("Transpose", [source], [name], f"{name}_tied", perm=[1, 0]))
         else:
-            seen[digest_tensor(weight), weight.shape] = name
+            seen[key] = name
+            continue
+        graph.initializer.remove(tensor)
+    rename_read(graph.proto.graph, same)
+    graph.remove_unread()
 
 
 def set_default_past(graph: Graph, past: Batch) -> None:
@@ -107,55 +161,49 @@ def store_float16(graph: Graph) -> None:
 
 def lower_weights(
     graph: Graph, layers: Mapping[str, Matrix], kept: Mapping[str, Weight], scheme: Scheme, activations: str
-) -> None:
-    """Store the weights of the ``layers`` as integers, and round the inputs of their products to ``activations``.
+) -> set[str]:
+    """Store the weights of the ``layers`` as integers, round the inputs of their products to ``activations``, and
+    return the names of the layers.
 
     A layer of ``kept`` keeps its integers. Embeddings, and layers that are tied to them, are rounded to 8 bits, all
     others by ``scheme``.
     """
-    import onnx
-
-    # 1) Replace the nodes that read weights of the layers
-    tensors, proto = graph.tensors, graph.proto.graph
-    names = {digest_tensor(layer.weight): name for name, layer in layers.items()}
+    tensors, weights = graph.tensors, Weights(layers)
     tables: dict[str, str] = {}
+    stored: dict[str, np.ndarray] = {}
+    rounded: dict[str, Weight] = dict(kept)
     nodes: list[Any] = []
-    for node in proto.node:
-        factors = [names.get(digest_tensor(factor)) for factor in find_factors(node, graph, tensors)]
-        if len(factors) != 1 or factors[0] is None:
+    found: set[str] = set()
+    for node in graph.nodes:
+        names = [weights.find(factor, node.name) for factor in find_factors(node, graph, tensors)]
+        if len(names) != 1 or names[0] is None:
             nodes.append(node)
             continue
-        (name,), weight = factors, layers[factors[0]].weight.detach()
+        (name,), weight = names, layers[names[0]].weight.detach()
+        found.add(name)
         if node.op_type == "Gather":
             new, lowered = build_lookup(node, round_rows(weight))
             tables[name] = node.input[0]
         else:
-            if name in kept:
-                rounded = kept[name]
-            else:
-                tied = isinstance(layers[name], nn.Embedding)
-                rounded = round_rows(weight) if tied else round_weight(weight, scheme)
-            new, lowered = build_product(node, rounded, weight.shape[1], activations)
+            if name not in rounded:
+                rounded[name] = round_rows(weight) if layers[name].is_embedding else round_weight(weight, scheme)
+            new, lowered = build_product(node, rounded[name], weight.shape[1], activations)
             if name in tables:
                 new, lowered = share_table(tables[name], new, lowered)
         nodes += new
-        tensors |= {key: onnx.numpy_helper.from_array(array, key) for key, array in lowered.items()}
-    # 2) Remove the tensors that no node reads any more
-    used = {name for node in nodes for name in node.input}
-    left = [tensor for name, tensor in tensors.items() if name in used]
-    proto.ClearField("node")
-    proto.ClearField("initializer")
-    proto.node.extend(nodes)
-    proto.initializer.extend(left)
+        stored |= lowered
+    graph.replace(nodes, stored)
     graph.declare_domain(nbits.DOMAIN)
+    return found
 
 
-def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Matrix], processor: Processor) -> None:
-    """Write the graph with quantized weights of the ``layers``; their inputs are quantized at inference."""
+def quantize_dynamic(graph: Graph, path: Path, layers: Mapping[str, Matrix], processor: Processor) -> set[str]:
+    """Write the graph with quantized weights of the ``layers``; their inputs are quantized at inference. Return the
+    names of the layers."""
     import onnx
     from onnxruntime import quantization
 
-    nodes = find_nodes(graph, layers)
+    nodes, found = find_products(graph, layers)
     graph.load(math.inf)
     quantization.quantize_dynamic(
         graph.proto,
@@ -167,19 +215,22 @@ def quantize_dynamic(graph: Graph, path: Path, layers: Iterable[Matrix], process
         use_external_data_format=graph.too_large,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # outputs of fused operators have none
     )
+    return found
 
 
 def quantize_static(
-    source: Path, target: Path, layers: Iterable[Matrix], batches: list[Batch], processor: Processor
-) -> None:
-    """Quantize the weights of the ``layers``, and their inputs with scales that cover the inputs of all ``batches``."""
+    source: Path, target: Path, layers: Mapping[str, Matrix], batches: list[Batch], processor: Processor
+) -> set[str]:
+    """Quantize the weights of the ``layers``, and their inputs with scales that cover the inputs of all ``batches``.
+    Return the names of the layers."""
     from onnxruntime import quantization
 
     graph = Graph(source)
+    nodes, found = find_products(graph, layers)
 
     class Batches(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{name: value.numpy() for name, value in batch.items()} for batch in batches])
+            self.left = iter(graph.select_feeds(batches))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
@@ -192,32 +243,25 @@ def quantize_static(
         reduce_range=processor == "any",  # weights of 7 bits
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        nodes_to_quantize=find_nodes(graph, layers),
+        nodes_to_quantize=nodes,
         use_external_data_format=graph.large or graph.too_large,
     )
+    return found
 
 
-def find_nodes(graph: Graph, layers: Iterable[Matrix]) -> list[str]:
-    """Return the names of the graph's nodes that multiply only by weights of the ``layers``."""
-    chosen, tensors, names = {digest_tensor(layer.weight) for layer in layers}, graph.tensors, []
+def find_products(graph: Graph, layers: Mapping[str, Matrix]) -> tuple[list[str], set[str]]:
+    """Return the names of the graph's nodes that multiply only by weights of the ``layers``, and the names of all
+    layers that nodes multiply by: a node of fused attention stays in floats if one of its three weights does."""
+    weights, tensors = Weights(layers), graph.tensors
+    nodes: list[str] = []
+    found: set[str] = set()
     for node in graph.nodes:
-        weights = find_factors(node, graph, tensors) if node.op_type != "Gather" else []
-        if weights and all(digest_tensor(weight) in chosen for weight in weights):
-            names.append(node.name)
-    return names
-
-
-def find_factors(node: Any, graph: Graph, tensors: dict[str, Any]) -> list[Tensor]:
-    """Return the weights ``[rows, inputs]`` of a product, or the table of a lookup; none for other nodes. A node of
-    fused attention has three weights."""
-    place = {"Gather": 0, "MatMul": 1, "Gemm": 1, "Attention": 1}.get(node.op_type)
-    stored = tensors.get(node.input[place]) if place is not None else None
-    if stored is None or len(stored.dims) != 2:
-        return []
-    weight = graph.read_tensor(stored)
-    if node.op_type == "Gather" or any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
-        return [weight]
-    return [part.T for part in weight.chunk(3 if node.op_type == "Attention" else 1, dim=1)]
+        factors = find_factors(node, graph, tensors) if node.op_type != "Gather" else []
+        names = [name for factor in factors if (name := weights.find(factor, node.name))]
+        found.update(names)
+        if factors and len(names) == len(factors):
+            nodes.append(node.name)
+    return nodes, found
 
 
 SIZES = {0: "batch", 1: "length"}
@@ -226,11 +270,13 @@ SIZES = {0: "batch", 1: "length"}
 
 def export(model: Any, example: Batch, folder: Path) -> None:
     """Write the model's graph in float32 to ``folder``, for the runtime to load."""
+    example = select_inputs(example, model)
     with evaluation_mode(model), silence_exporters(), TemporaryDirectory() as apart:
         traced = Path(apart) / "model.onnx"
         past = trace_graph(model, example, traced)
-        graph = fuse_graph(traced, model.config, embeddings=True, whole=True)
-        share_transposed(graph)
+        feeds = Graph(traced).select_feeds([{**batch, **past} for batch in vary_padding(example, bool(past))])
+        graph = fuse_graph(traced, model.config, embeddings=True, whole=True, feeds=feeds)
+        share_equal(graph)
         if past:
             set_default_past(graph, past)
         graph.write(folder / "model.onnx")
@@ -246,9 +292,9 @@ def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
     outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
     outputs |= {name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}
     axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
-    if past:
+    if past and "attention_mask" in inputs:
         axes["attention_mask"] = {0: "batch", 1: "total"}
-    with use_plain_attention(model):
+    with use_plain_operators(model, example):
         torch.onnx.export(
             module.eval(),  # the exporter leaves the model in the mode of this module
             (*inputs.values(), *past.values()),
@@ -259,4 +305,5 @@ def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
             opset_version=17,
             dynamo=False,  # the other exporter's graph is not fused
         )
+    inline_copies(path)
     return {name: part[:1, :, :0] for name, part in past.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.exporting.tracing import prepare_trace, select_inputs, strip_config
+from compress.exporting.tracing import prepare_trace, select_inputs, strip_config, write_experts
+from compress.exporting.weights import find_constants, multiply_by_rows
 from compress.formats.packed import Integers
 from compress.models.batches import Batch
 from compress.models.layers import evaluation_mode
+from compress.models.matrices import Matrix
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SCALE, SETTINGS, ZERO, find_readers
 from compress.runtimes.processor import Processor
@@ -34,7 +36,8 @@ def export(model: Any, example: Batch, folder: Path) -> None:
     import openvino
 
     with evaluation_mode(model), silence_exporters():
-        openvino.save_model(convert_to_graph(model, example), folder / GRAPH, compress_to_fp16=False)
+        graph = convert_to_graph(model, select_inputs(example, model))
+        openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
     (folder / SETTINGS).write_text(json.dumps(ARITHMETIC["fp32"]), encoding="utf-8")
     strip_config(model).save_pretrained(folder)
 
@@ -45,13 +48,14 @@ def convert_to_graph(model: Any, example: Batch) -> Any:
     import openvino
 
     module, inputs, past = prepare_trace(model, example)
-    graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
+    with write_experts(model):
+        graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
     before, after = ([f"{when}.{i}" for i in range(len(past))] for when in ("before", "after"))
     for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
         port.get_tensor().set_names({name})
     if past:
         make_stateful(graph, dict(zip(before, after)), [part.shape for part in past])
-    return graph
+    return graph.clone()  # without nodes that no output depends on, which NNCF stumbles over
 
 
 def make_stateful(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -> None:
@@ -85,48 +89,59 @@ def unmask_padding(attention: Any) -> None:
     attention.input(3).replace_source_output(ops.logical_or(mask, nothing).output(0))
 
 
-def keep_integers(graph: Any, layers: dict[str, Integers]) -> None:
-    """Replace the float weights of the ``layers`` by their integers, in the pattern that OpenVINO multiplies without
-    converting all of them to floats. It converts integers of 3 bits when it loads them."""
+def keep_integers(graph: Any, kept: dict[str, Integers], layers: Mapping[str, Matrix]) -> set[str]:
+    """Replace the float weights of the layers ``kept`` by their integers, in the pattern that OpenVINO multiplies
+    without converting all of them to floats, and return their names. It converts integers of 3 bits when it loads
+    them."""
+    done = set()
+    for dense, name, _ in find_constants(graph, {name: layers[name] for name in kept}):
+        weight = build_weight(kept[name], dense.get_friendly_name())
+        for product in find_readers(dense):
+            multiply_by_rows(product, product.input_value(0), weight)
+        done.add(name)
+    return done
+
+
+def build_weight(weight: Integers, name: str) -> Any:
+    """Return the node that computes a weight ``[rows, inputs]`` from its integers, stored as ``name``."""
     from openvino import Type
     from openvino import opset13 as ops
 
-    constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
-    for name, (scheme, integers, grid) in layers.items():
-        dense = constants[constant_name(name)]
-        signed = scheme.symmetric and scheme.bits in (4, 8)  # OpenVINO's other integers are unsigned
-        lift, to = (0, np.int8) if signed else (-scheme.lowest, np.uint8)
-        kind = getattr(Type, f"{'i' if signed else 'u'}{scheme.bits}")
-        scale, zero = grid.scale, grid.zero[:1, :1] if scheme.symmetric else grid.zero
-        if grouped := scale.shape[1] > 1:
-            integers, scale, zero = integers.unflatten(1, (scale.shape[1], -1)), scale[..., None], zero[..., None]
+    scheme, integers, grid = weight
+    shape = integers.shape
+    signed = scheme.symmetric and scheme.bits in (4, 8)  # OpenVINO's other integers are unsigned
+    lift, to = (0, np.int8) if signed else (-scheme.lowest, np.uint8)
+    kind = getattr(Type, f"{'i' if signed else 'u'}{scheme.bits}")
+    scale, zero = grid.scale, grid.zero[:1, :1] if scheme.symmetric else grid.zero
+    if grouped := scale.shape[1] > 1:
+        integers, scale, zero = integers.unflatten(1, (scale.shape[1], -1)), scale[..., None], zero[..., None]
 
-        def stored(values: Tensor, ends: str = "") -> Any:
-            constant = ops.constant((values.short() + lift).numpy().astype(to), dtype=kind)  # noqa: B023
-            constant.set_friendly_name(f"{dense.get_friendly_name()}{ends}")  # noqa: B023
-            return ops.convert(constant, "f32")
+    def stored(values: Tensor, ends: str = "") -> Any:
+        constant = ops.constant((values.short() + lift).numpy().astype(to), dtype=kind)
+        constant.set_friendly_name(f"{name}{ends}")
+        return ops.convert(constant, "f32")
 
-        readers = dense.output(0).get_target_inputs()
-        weight = stored(integers)
-        if not signed:
-            weight = ops.subtract(weight, stored(zero, ZERO))
-        scales = ops.constant(scale.float().numpy())
-        scales.set_friendly_name(f"{dense.get_friendly_name()}{SCALE}")
-        weight = ops.multiply(weight, scales)
-        if grouped:
-            weight = ops.reshape(weight, ops.constant(np.array(dense.shape)), False)
-        for reader in readers:
-            reader.replace_source_output(weight.output(0))
+    node = stored(integers)
+    if not signed:
+        node = ops.subtract(node, stored(zero, ZERO))
+    scales = ops.constant(scale.float().numpy())
+    scales.set_friendly_name(f"{name}{SCALE}")
+    node = ops.multiply(node, scales)
+    return ops.reshape(node, ops.constant(np.array(shape)), False) if grouped else node
 
 
-def find_other_readers(graph: Any, layers: Iterable[str]) -> list[str]:
-    """Return the names of the graph's products and lookups whose weight does not belong to the ``layers``."""
-    chosen = {constant_name(name) for name in layers}
+def find_other_readers(graph: Any, layers: Mapping[str, Matrix]) -> tuple[list[str], set[str]]:
+    """Return the names of the graph's products and lookups whose weight does not belong to the ``layers``, and the
+    names of the layers whose weights are in the graph."""
+    chosen = find_constants(graph, layers)
+    names = {node.get_friendly_name() for node, _, _ in chosen}
     constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
-    floats = [node for node in constants if node.get_element_type().is_real()]
-    others = [node for node in floats if node.get_friendly_name() not in chosen]
-    readers = [port.get_node() for node in others for port in node.output(0).get_target_inputs()]
-    return [node.get_friendly_name() for node in readers if node.get_type_name() in ("MatMul", "Gather")]
+    others = [node for node in constants if node.get_element_type().is_real() and node.get_friendly_name() not in names]
+    readers = [reader for node in others for reader in find_readers(node)]
+    return (
+        [reader.get_friendly_name() for reader in readers if reader.get_type_name() in ("MatMul", "Gather")],
+        {layer for _, layer, _ in chosen},
+    )
 
 
 def find_activation_products(graph: Any) -> list[str]:
@@ -189,8 +204,8 @@ def quantize_graph(
 
 
 def to_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """Return the inputs of a graph from the batch."""
-    return {name: value.numpy() for name, value in select_inputs(batch).items()}
+    """Return the inputs of a graph for OpenVINO."""
+    return {name: value.numpy() for name, value in batch.items()}
 
 
 def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str]) -> Any:
@@ -202,12 +217,12 @@ def quantize_weights(graph: Any, precision: str, group_size: int, left: list[str
     return nncf.compress_weights(graph, mode=mode, ignored_scope=nncf.IgnoredScope(names=left), **four)
 
 
-def store_float16(graph: Any, but: Iterable[str]) -> None:
+def store_float16(graph: Any, but: Mapping[str, Matrix]) -> None:
     """Store the weights in float16, except those of the layers ``but``. (OpenVINO's own function would also round the
     angles of positions, which need more digits.)"""
     import openvino
 
-    left = {constant_name(name) for name in but}
+    left = {node.get_friendly_name() for node, _, _ in find_constants(graph, but)}
     for stored in graph.get_ops():
         if stored.get_type_name() != "Constant" or stored.get_friendly_name() in left:
             continue
@@ -217,8 +232,3 @@ def store_float16(graph: Any, but: Iterable[str]) -> None:
             whole = openvino.opset13.convert(half, "f32")
             for reader in readers:
                 reader.replace_source_output(whole.output(0))
-
-
-def constant_name(layer: str) -> str:
-    """Return OpenVINO's name for the weight of the layer."""
-    return f"self.model.{layer}.weight"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +10,17 @@ import numpy as np
 from torch import nn
 
 from compress.errors import UserError
+from compress.exporting.weights import (
+    Weights,
+    find_constants,
+    find_factors,
+    multiply_by_rows,
+)
+from compress.formats.onnx import Graph
 from compress.formats.packed import Quantized
 from compress.maths.rounding import Inputs, Scheme
+from compress.models.matrices import Matrix, find_all_matrices
+from compress.runtimes.openvino import SCALE, find_readers
 from compress.runtimes.processor import WIDEST
 
 WIDER = "4-bit integers are stored in 8 bits"
@@ -89,14 +97,15 @@ def describe_limits(layers: dict[str, Quantized], wide: bool) -> str:
     return ", and ".join(limit for limit, holds in limits.items() if holds)
 
 
-def has_wide_weights(model: nn.Module, layers: dict[str, Quantized]) -> bool:
-    """Return whether sums of products by the weights of the ``layers`` can saturate without VNNI."""
-    return any(abs(weight_integers(model.get_submodule(name), layer)).max() > WIDEST for name, layer in layers.items())
+def has_wide_weights(model: nn.Module, quantized: dict[str, Quantized]) -> bool:
+    """Return whether sums of products by the weights of the ``quantized`` layers can saturate without VNNI."""
+    layers = find_all_matrices(model, embeddings=True, head=True) if quantized else {}
+    return any(abs(weight_integers(layers[name], how)).max() > WIDEST for name, how in quantized.items())
 
 
-def weight_integers(module: Any, layer: Quantized) -> np.ndarray:
-    """Return the integers ``[rows, inputs]`` of the module's weight, which is already on the layer's grid."""
-    return (module.weight.detach().float() / layer.grid.scale.float()).round().short().numpy()
+def weight_integers(layer: Matrix, how: Quantized) -> np.ndarray:
+    """Return the integers ``[rows, inputs]`` of the layer's weight, which is already on the grid of ``how``."""
+    return (layer.weight.detach().float() / how.grid.scale.float()).round().short().numpy()
 
 
 def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
@@ -106,87 +115,79 @@ def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
     return scale.float().numpy().reshape(()), (zero.short() - inputs.scheme.lowest).numpy().astype(np.uint8).reshape(())
 
 
-def quantize_onnx_graph(graph: Any, model: nn.Module, layers: dict[str, Quantized], unsigned: bool) -> None:
-    """Quantize the products by the weights of the ``layers``, and their inputs, by pairs of ``QuantizeLinear`` and
-    ``DequantizeLinear``. Runtimes turn these pairs into integer products.
+def quantize_onnx_graph(
+    graph: Graph, layers: Mapping[str, Matrix], quantized: dict[str, Quantized], unsigned: bool
+) -> set[str]:
+    """Quantize the products by the weights of the ``quantized`` layers, and their inputs, by pairs of
+    ``QuantizeLinear`` and ``DequantizeLinear``, which runtimes turn into integer products. Return the names of the
+    layers.
 
     ``unsigned`` shifts the zero of the weights to 128. These products are exact in ONNX Runtime on every processor, but
     no faster than floats.
     """
-    from onnx import numpy_helper
     from onnx.helper import make_node
 
-    # 1) Replace each product by an integer product
     lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
+    weights, tensors = Weights({name: layers[name] for name in quantized}), graph.tensors
     nodes: list[Any] = []
     stored: dict[str, np.ndarray] = {}
     entered: dict[Any, str] = {}
-    done = set()
-    for node in graph.node:
-        name = find_layer(node, layers)
+    done: set[str] = set()
+    for node in graph.nodes:
+        factors = find_factors(node, graph, tensors) if node.op_type in ("MatMul", "Gemm") else []
+        name = weights.find(factors[0], node.name) if factors else None
         if name is None:
             nodes.append(node)
             continue
-        layer, (scale, zero) = layers[name], unsigned_grid(layers[name].inputs)
+        how, (scale, zero) = quantized[name], unsigned_grid(quantized[name].inputs)
         grid = node.input[0], scale.item(), zero.item()
         if grid not in entered:  # query, key and value share their input: it is rounded once
-            x = entered[grid] = f"{name}.input"
-            how = {f"{x}_scale": scale, f"{x}_zero_point": zero}
-            nodes.append(make_node("QuantizeLinear", [node.input[0], *how], [f"{x}_quantized"], f"{x}_quantize"))
-            nodes.append(make_node("DequantizeLinear", [f"{x}_quantized", *how], [x], f"{x}_dequantize"))
-            stored |= how
-        weight = f"{name}.weight"
-        how = {
-            f"{weight}_quantized": (weight_integers(model.get_submodule(name), layer).T + lift).astype(kind),
-            f"{weight}_scale": layer.grid.scale.float().numpy()[:, 0],
-            f"{weight}_zero_point": (layer.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
-        }
+            x = entered[grid] = f"{node.name}.input"
+            bounds = {f"{x}_scale": scale, f"{x}_zero_point": zero}
+            nodes.append(make_node("QuantizeLinear", [node.input[0], *bounds], [f"{x}_quantized"], f"{x}_quantize"))
+            nodes.append(make_node("DequantizeLinear", [f"{x}_quantized", *bounds], [x], f"{x}_dequantize"))
+            stored |= bounds
+        weight = f"{name}.weight_rounded"
         if name not in done:
-            nodes.append(make_node("DequantizeLinear", list(how), [weight], f"{weight}_dequantize", axis=1))
-        stored |= how
+            parts = {
+                f"{weight}_quantized": (weight_integers(layers[name], how).T + lift).astype(kind),
+                f"{weight}_scale": how.grid.scale.float().numpy()[:, 0],
+                f"{weight}_zero_point": (how.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
+            }
+            nodes.append(make_node("DequantizeLinear", list(parts), [weight], f"{weight}_dequantize", axis=1))
+            stored |= parts
         done.add(name)
         bias = node.input[2:]  # of a Gemm, whose rows are texts
         product = f"{node.output[0]}_product" if bias else node.output[0]
         nodes.append(make_node("MatMul", [entered[grid], weight], [product], node.name))
         if bias:
             nodes.append(make_node("Add", [product, *bias], node.output, f"{node.name}_bias"))
-    assert done == layers.keys(), f"no product of the graph is by {layers.keys() - done}"
-    # 2) Remove the tensors that no node reads any more
-    used = {name for node in nodes for name in node.input}
-    others = [tensor for tensor in graph.initializer if tensor.name in used]
-    for part in ("node", "initializer"):
-        graph.ClearField(part)
-    graph.node.extend(nodes)
-    graph.initializer.extend([*others, *(numpy_helper.from_array(array, name) for name, array in stored.items())])
+    graph.replace(nodes, stored)
+    return done
 
 
-def find_layer(node: Any, names: Iterable[str]) -> str | None:
-    """Return the layer whose product the node computes, from the node's name: PyTorch puts the module's path in it."""
-    path, _, operation = node.name.replace("/", ".").removeprefix(".model.").rpartition(".")
-    return path if path in names and re.fullmatch(r"(MatMul|Gemm)(_\d+)?", operation) else None
-
-
-def quantize_openvino_graph(graph: Any, model: nn.Module, layers: dict[str, Quantized]) -> None:
-    """Quantize the products by the weights of the ``layers``, and their inputs by ``FakeQuantize``. OpenVINO turns
-    these into integer products."""
+def quantize_openvino_graph(graph: Any, layers: Mapping[str, Matrix], quantized: dict[str, Quantized]) -> set[str]:
+    """Quantize the products by the weights of the ``quantized`` layers, and their inputs by ``FakeQuantize``. OpenVINO
+    turns these into integer products. Return the names of the layers."""
     from openvino import opset13 as ops
 
-    constants = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
     entered: dict[Any, Any] = {}
-    for name, layer in layers.items():
-        dense = constants[f"self.model.{name}.weight"]
-        stored = ops.constant(weight_integers(model.get_submodule(name), layer).astype(np.int8))
+    done: set[str] = set()
+    for dense, name, _ in find_constants(graph, {name: layers[name] for name in quantized}):
+        how = quantized[name]
+        stored = ops.constant(weight_integers(layers[name], how).astype(np.int8))
         stored.set_friendly_name(dense.get_friendly_name())
-        scales = ops.constant(layer.grid.scale.float().numpy())
-        scales.set_friendly_name(f"{dense.get_friendly_name()}/fq_weights_1/scale")
+        scales = ops.constant(how.grid.scale.float().numpy())
+        scales.set_friendly_name(f"{dense.get_friendly_name()}{SCALE}")
         weight = ops.multiply(ops.convert(stored, "f32"), scales)
-        scale, zero = unsigned_grid(layer.inputs)
+        scale, zero = unsigned_grid(how.inputs)
         low, high = ((end - zero.item()) * scale.item() for end in (0, 255))
-        for reader in dense.output(0).get_target_inputs():
-            x = reader.get_node().input_value(0)
+        for product in find_readers(dense):
+            x = product.input_value(0)
             key = (x.get_node().get_friendly_name(), x.get_index(), low, high)
             if key not in entered:
                 ends = [ops.constant(np.float32(end)) for end in (low, high)]
                 entered[key] = ops.fake_quantize(x, *ends, *ends, levels=256)
-            reader.get_node().input(0).replace_source_output(entered[key].output(0))
-            reader.replace_source_output(weight.output(0))
+            multiply_by_rows(product, entered[key].output(0), weight)
+        done.add(name)
+    return done

@@ -13,6 +13,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.exporting.agreement import AGREEMENT, Agreement
 from compress.exporting.qdq import check_stages
+from compress.exporting.tracing import check_traceable
 from compress.models.matrices import Matrix, select_matrices
 from compress.runtimes.processor import Processor, require_exact_sums
 from compress.technique import Technique
@@ -51,6 +52,11 @@ class Export(Technique, pl.Callback):
         """True if the stage makes floats less precise."""
         return self.precision not in (None, "fp32")
 
+    @property
+    def rounds_weights(self) -> bool:
+        """True if the stage writes the weights of layers as integers."""
+        return self.precision is not None and self.precision.startswith("int")
+
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         if self.processor == "vnni":
             require_exact_sums(f"{self.key}.processor=vnni", f"{self.key}.processor")
@@ -58,7 +64,9 @@ class Export(Technique, pl.Callback):
         check_stages(self.key, self.precision, before)
         if self.precision in self.rounds:
             check_rounding(f"{self.key}.precision", self.precision, before)
-        self.chosen(skeleton)
+        check_traceable(self.key, skeleton)
+        if self.rounds_weights or {*self.skip} - {"embeddings", "head"}:
+            self.chosen(skeleton)
 
     def chosen(self, model: nn.Module) -> dict[str, Matrix]:
         """Return the layers that ``skip`` does not exclude from rounding."""

@@ -32,7 +32,8 @@ from transformers import AutoTokenizer
 
 session = onnxruntime.InferenceSession("model.onnx")
 tokenizer = AutoTokenizer.from_pretrained(".")
-(logits,) = session.run(["logits"], dict(tokenizer("A text.", return_tensors="np")))
+tokens = tokenizer("A text.", return_tensors="np")
+(logits,) = session.run(["logits"], {tensor.name: tokens[tensor.name] for tensor in session.get_inputs()})
 """
 CODE_TO_GENERATE = """\
 import onnxruntime
@@ -41,21 +42,24 @@ from transformers import AutoTokenizer
 onnxruntime.set_default_logger_severity(3)  # it warns about every optional input
 session = onnxruntime.InferenceSession("model.onnx")
 tokenizer = AutoTokenizer.from_pretrained(".")
-tokens = dict(tokenizer("A text.", return_tensors="np"))
-(logits,) = session.run(["logits"], tokens)  # `compress.load` generates text with a cache of keys and values:
+tokens = tokenizer("A text.", return_tensors="np")
+inputs = {tensor.name: tokens[tensor.name] for tensor in session.get_inputs() if tensor.name in tokens}
+(logits,) = session.run(["logits"], inputs)  # `compress.load` generates text with a cache of keys and values:
 # model, tokenizer, _ = compress.load(".")
 # tokenizer.decode(model.generate(**tokenizer("A text.", return_tensors="pt"), max_new_tokens=20)[0])
 """
 BESIDE = ("_scale", "_zero_point")
 """Endings of the names of tensors that are stored with quantized weights."""
 DTYPES = (np.float32, np.float16, np.int8)
+QUANTIZED = "_quantized"
+"""Ending of the names of tensors that ONNX Runtime's quantizer has rounded: biases have 32 bits."""
 PAST = "past_key_values."
 PRESENT = (PAST, "present.")
 """Beginnings of the names of a block's keys or values: as an input, and as an output."""
 
 
 class Model(Decoder):
-    """A graph as a model: it takes the inputs of its export and returns ``.logits``.
+    """A graph as a model: it takes the inputs of its export, ignores others, and returns ``.logits``.
 
     A causal language model also returns ``.past``, the keys and values so far; for other models it is None. The next
     call may take it with the next tokens and the mask of all: ``model(input_ids=..., attention_mask=..., past=...)``.
@@ -68,6 +72,7 @@ class Model(Decoder):
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.inputs = {tensor.name for tensor in self.session.get_inputs()}
         self.past = [output.name for output in self.session.get_outputs()[1:]]
         self.path = path
         self.config = config
@@ -75,7 +80,11 @@ class Model(Decoder):
     def __call__(self, past: tuple[Any, ...] | None = None, **batch: Tensor) -> Any:
         from onnxruntime import OrtValue
 
-        inputs = {name: OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for name, tensor in batch.items()}
+        inputs = {
+            name: OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+            for name, tensor in batch.items()
+            if name in self.inputs
+        }
         earlier = {name.replace(*reversed(PRESENT)): part for name, part in zip(self.past, past or ())}
         logits, *after = self.session.run_with_ort_values(["logits", *self.past], {**inputs, **earlier})
         return SimpleNamespace(logits=torch.from_numpy(logits.numpy()), past=tuple(after) or None)
@@ -104,7 +113,8 @@ class Model(Decoder):
                 yield values(node.input[0]).short() - values(node.input[2]).short()
                 del stored[node.input[0]]
         for name in stored:
-            if kinds[name] in DTYPES and not name.endswith(BESIDE):
+            rounded = name.endswith(QUANTIZED) and kinds[name] == np.int32
+            if rounded or (kinds[name] in DTYPES and not name.endswith(BESIDE)):
                 yield values(name)
 
 

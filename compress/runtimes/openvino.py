@@ -36,7 +36,9 @@ from transformers import AutoTokenizer
 settings = json.load(open("{SETTINGS}"))
 model = openvino.compile_model("{GRAPH}", "CPU", settings)
 tokenizer = AutoTokenizer.from_pretrained(".")
-logits = model(dict(tokenizer("A text.", return_tensors="np")))["logits"]
+tokens = tokenizer("A text.", return_tensors="np")
+inputs = {{port.any_name: tokens[port.any_name] for port in model.inputs}}
+logits = model(inputs)["logits"]
 """
 SCALE, ZERO = "/fq_weights_1/scale", "/fq_weights_1/zero_point"
 """Endings that NNCF adds to a weight's name for the scales and zero points of its integers."""
@@ -73,7 +75,7 @@ def use_shared_core() -> Iterator[None]:
 
 
 class Model(Decoder):
-    """A graph as a model: it takes the inputs of its export and returns ``.logits``.
+    """A graph as a model: it takes the inputs of its export, ignores others, and returns ``.logits``.
 
     A causal language model also decodes: ``model(input_ids=..., attention_mask=..., past=())`` returns ``.past``, the
     keys and values so far. The next call takes it with the next tokens and the mask of all, and consumes it.
@@ -85,12 +87,14 @@ class Model(Decoder):
         self.compiled = shared_core().compile_model(self.graph, "CPU", {**settings, **HERE, **threads})
         self.request = self.compiled.create_infer_request()
         self.config = config
+        self.inputs = {name for port in self.compiled.inputs for name in port.get_names()}
 
     def __call__(self, past: Any = None, **batch: Tensor) -> Any:
         request = self.request if past is None else past or self.compiled.create_infer_request()
         if past is None:
             request.reset_state()
-        logits = request.infer({name: tensor.numpy() for name, tensor in batch.items()}, share_inputs=True)["logits"]
+        feeds = {name: tensor.numpy() for name, tensor in batch.items() if name in self.inputs}
+        logits = request.infer(feeds, share_inputs=True)["logits"]
         return SimpleNamespace(logits=torch.from_numpy(logits), past=request)
 
     def to(self, device: torch.device | str) -> Model:

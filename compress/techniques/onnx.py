@@ -19,7 +19,7 @@ from compress.exporting.onnx import (
     quantize_dynamic,
     quantize_static,
     set_default_past,
-    share_transposed,
+    share_equal,
     store_float16,
     trace_graph,
 )
@@ -31,7 +31,8 @@ from compress.exporting.qdq import (
     suspend_quantization,
 )
 from compress.exporting.stage import Export
-from compress.exporting.tracing import is_float32, select_inputs, strip_config
+from compress.exporting.tracing import is_float32, select_inputs, strip_config, vary_padding
+from compress.exporting.weights import require_all
 from compress.formats import nbits
 from compress.formats.bnb import extract_weights
 from compress.formats.nbits import Weight
@@ -40,6 +41,7 @@ from compress.formats.packed import Integers, freeze_weights, list_packed_layers
 from compress.maths.rounding import Scheme
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import find_all_matrices
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import Model
 from compress.runtimes.processor import Processor
@@ -157,13 +159,15 @@ class Onnx(Export):
         nn.Module.float(model.cpu())  # transformers' own float() still refuses models that had bitsandbytes layers
         # One text at a time, so that padding decides no scale.
         batches = [
-            select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
+            select_inputs(batch, model) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
         ]
-        layers = self.chosen(model) if self.lowers_precision and self.precision != "fp16" else {}
-        tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+        every = find_all_matrices(model, embeddings=True, head=True)
+        layers = self.chosen(model) if self.rounds_weights else {}
+        tables = {name: layer for name, layer in layers.items() if layer.is_embedding}
         # With processor=any an output layer keeps the 8 bits of the embeddings that it is tied to, in MatMulNBits.
-        factors = [layers[name] for name in layers.keys() - (tables.keys() if self.processor == "any" else ())]
-        few = {**{name: model.get_submodule(name) for name in kept}, **(layers if self.precision == "int4" else tables)}
+        factors = {name: layer for name, layer in layers.items() if name not in tables or self.processor != "any"}
+        few = {**{name: every[name] for name in kept}, **(layers if self.precision == "int4" else tables)}
+        lowered: set[str] = set()
         # 3) Trace the graph and lower its precision
         self.folder = TemporaryDirectory()  # exists as long as the stage
         traced, path = (Path(self.folder.name) / name for name in ("traced/model.onnx", "model.onnx"))
@@ -174,19 +178,23 @@ class Onnx(Export):
                     past = trace_graph(model, batches[0], traced)
                 if integers:
                     graph = Graph(traced)
-                    quantize_onnx_graph(graph.proto.graph, model, integers, unsigned=wide)
+                    lowered = quantize_onnx_graph(graph, every, integers, unsigned=wide)
                 elif self.precision == "int8_static":
                     examples = [{**batch, **past} for batch in batches]
-                    quantize_static(traced, path, factors, examples, self.processor)
+                    lowered = quantize_static(traced, path, factors, examples, self.processor)
                     graph = Graph(path)
                 else:
-                    graph = fuse_graph(traced, model.config, embeddings=not tables, whole=len(few) == len(tables))
+                    proofs = [{**batch, **past} for batch in vary_padding(batches[0], left=bool(past))]
+                    whole = len(few) == len(tables)
+                    feeds = Graph(traced).select_feeds(proofs)
+                    graph = fuse_graph(traced, model.config, embeddings=not tables, whole=whole, feeds=feeds)
                 if self.precision == "int8_dynamic":
-                    quantize_dynamic(graph, path, factors, self.processor)
+                    lowered = quantize_dynamic(graph, path, factors, self.processor)
                     graph = Graph(path)
                 if few:
-                    lower_weights(graph, few, kept, self.scheme, self.activations)
-                share_transposed(graph)
+                    lowered |= lower_weights(graph, few, kept, self.scheme, self.activations)
+                require_all(self.key, (*layers, *kept, *integers), lowered, every)
+                share_equal(graph)
                 if self.precision == "fp16":
                     store_float16(graph)
                 if past:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
@@ -37,10 +38,12 @@ from compress.exporting.qdq import (
 )
 from compress.exporting.stage import Export
 from compress.exporting.tracing import is_float32, select_inputs, strip_config
+from compress.exporting.weights import require_all
 from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
 from compress.models.batches import Batch, draw_calibration_batches, read_validation_batches
 from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import find_all_matrices
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
 from compress.runtimes.processor import Processor
@@ -144,7 +147,7 @@ class OpenVINO(Export):
 
         # 1) Find out which integers are kept
         model: Any = unwrap_model(pl_module)
-        accuracy = self.accuracy_control(trainer)
+        accuracy = self.accuracy_control(trainer, model)
         integers = find_quantized_layers(model, self.key, self.precision)
         self.shrinks = self.lowers_precision and self.max_drop is None and is_float32(model)
         kept = {} if integers or not self.source or self.precision == "fp32" else read_integers(self.source)
@@ -158,24 +161,26 @@ class OpenVINO(Export):
         model.cpu().float()
         # One text at a time, so that padding decides no scale.
         batches = [
-            select_inputs(batch) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
+            select_inputs(batch, model) for batch in draw_calibration_batches(trainer, self.train_samples, batch_size=1)
         ]
         # 3) Convert the model and lower the precision of the graph
         self.folder = TemporaryDirectory()  # exists as long as the stage
-        path = Path(self.folder.name) / GRAPH
+        path, every = Path(self.folder.name) / GRAPH, find_all_matrices(model, embeddings=True, head=True)
         with evaluation_mode(model):
             with silence_exporters(), use_shared_core():
                 with suspend_quantization(model, integers):
                     graph = convert_to_graph(model, batches[0])
-                quantize_openvino_graph(graph, model, integers)
-                left = find_other_readers(graph, self.chosen(model).keys() - kept.keys())
+                lowered = quantize_openvino_graph(graph, every, integers)
+                layers = self.chosen(model) if self.rounds_weights else {}
+                left, found = find_other_readers(graph, {k: v for k, v in layers.items() if k not in kept})
                 if self.precision == "int8":
                     graph = quantize_graph(graph, batches, left, self.processor, accuracy)
                 elif self.precision in ("int8_weights", "int4_weights"):
                     graph = quantize_weights(graph, self.precision, self.scheme.group_size, left)
                 elif self.lowers_precision:
-                    store_float16(graph, kept)
-                keep_integers(graph, kept)  # last, because NNCF has no integers of three bits
+                    store_float16(graph, {name: every[name] for name in kept})
+                lowered |= keep_integers(graph, kept, every)  # last, because NNCF has no integers of three bits
+                require_all(self.key, (*layers, *kept, *integers), lowered | found, every)
                 openvino.save_model(graph, path, compress_to_fp16=False)
             # 4) Compare the graph with the model
             exported = Model(path, self.settings, strip_config(model))
@@ -187,7 +192,7 @@ class OpenVINO(Export):
         ):
             self.exported = exported
 
-    def accuracy_control(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def accuracy_control(self, trainer: pl.Trainer, model: Any) -> dict[str, Any]:
         """Return NNCF's arguments to limit the drop: the validation split and a function that measures a graph."""
         if self.max_drop is None:
             return {}
@@ -198,17 +203,20 @@ class OpenVINO(Export):
             )
         import nncf
 
+        def read(batch: Batch) -> dict[str, np.ndarray]:
+            return to_arrays(select_inputs(batch, model))
+
         def judge(graph: Any, batches: Iterable[Batch]) -> tuple[float, None]:
             scores = self.metrics.clone()
             for batch in batches:
-                logits = torch.from_numpy(graph.create_infer_request().infer(to_arrays(batch))[0])
+                logits = torch.from_numpy(graph.create_infer_request().infer(read(batch))[0])
                 scores.update(logits, batch["labels"].cpu())
             value = float(scores.compute()[primary])
             return (value if higher_is_better(primary) else -value), None
 
         primary = self.task.primary
         return {
-            "validation_dataset": nncf.Dataset(read_validation_batches(trainer), to_arrays),
+            "validation_dataset": nncf.Dataset(read_validation_batches(trainer), read),
             "validation_fn": judge,
             "max_drop": self.max_drop if primary == "perplexity" else self.max_drop / 100,
         }

@@ -85,8 +85,8 @@ def loaded(runtime="torch", weights="float"):
 @pytest.mark.parametrize("runtime", ["torch_compile", "onnxruntime", "openvino"])
 def test_a_float_model_answers_alike_on_every_runtime(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
-    batch = select_inputs(tiny.batch())
     ours = loaded()
+    batch = select_inputs(tiny.batch(), ours.model)
     expected = ours.model(**batch).logits
     moved = move_artifact(ours, runtime, batch, tmp_path)
     with torch.inference_mode():

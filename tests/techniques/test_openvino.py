@@ -153,7 +153,7 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
 def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tmp_path):
     model = make_distinct(uneven(tied()))
     _, exported = export(model, tmp_path, lm=True)
-    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False))
+    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False), model)
     for row in range(3):
         batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
     expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -166,7 +166,7 @@ def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tm
 def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path):
     shape = {**tiny.SHAPE, "num_hidden_layers": 1}
     model = make_distinct(BertForSequenceClassification(BertConfig(**shape, num_labels=1)).eval())
-    batches = [select_inputs(tiny.batch(rows=16, seed=seed)) for seed in range(2)]
+    batches = [select_inputs(tiny.batch(rows=16, seed=seed), model) for seed in range(2)]
     with torch.no_grad():  # the labels are its own answers, so any change is worse
         batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
     task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())

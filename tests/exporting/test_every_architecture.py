@@ -1,0 +1,201 @@
+"""Every architecture is exported so that it answers as in PyTorch, or refused from its shapes alone."""
+
+import importlib
+
+import architectures
+import pytest
+import tiny
+import torch
+from onnx import load as load_onnx
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compress.errors import UserError
+from compress.exporting.agreement import measure_agreement
+from compress.models.matrices import find_all_matrices
+from compress.techniques.finetune import FineTune
+from compress.techniques.onnx import Onnx
+from compress.techniques.openvino import OpenVINO
+from compress.techniques.prune import Prune
+from compress.techniques.w8a8 import W8A8
+
+RUNTIMES = {Onnx: "onnxruntime", OpenVINO: "openvino"}
+CASES = [
+    *((name, False) for name in architectures.ENCODERS),
+    *((name, True) for name in architectures.DECODERS),
+    *((name, False) for name in ("llama", "gpt2", "qwen3_moe")),
+]
+"""An architecture, and whether it is a language model."""
+
+
+def build(name, lm, **changes):
+    model = architectures.build(name, lm, **changes)
+    if name == "gemma2":  # other attention of transformers leaves out the bound of its scores
+        model.set_attn_implementation("eager")
+    return model
+
+
+def export(stage, model, lm, folder, *before):
+    """Return the saved model of the ``stage``, loaded again."""
+    with torch.device("meta"):
+        stage.check(type(model)(model.config), [])
+    for one in (*before, stage):
+        loaders = (architectures.loader(2, lm) for _ in range(2))
+        tiny.trainer(one).fit(FineTune(model), *loaders)
+    stage.save(model.eval(), folder)
+    return importlib.import_module(f"compress.runtimes.{RUNTIMES[type(stage)]}").load(folder, "")
+
+
+def every_shape(lm=False):
+    """Return texts of other lengths than the traced ones, with and without padding, and a single short text."""
+    return [
+        architectures.batch(7, rows=2, length=20, lm=lm),
+        architectures.batch(8, rows=3, length=11, padded=False, lm=lm),
+        architectures.batch(9, rows=1, length=3, lm=lm),
+    ]
+
+
+@pytest.mark.parametrize("stage", RUNTIMES)
+@pytest.mark.parametrize(("name", "lm"), CASES)
+def test_the_graph_answers_as_the_model(name, lm, stage, tmp_path, capfd):
+    model = build(name, lm)
+    exported = export(stage(), model, lm, tmp_path)
+    agreement = measure_agreement(model, exported, every_shape(lm))
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
+    assert capfd.readouterr().out == ""
+    if not lm:
+        return
+    # Token by token, from keys and values of earlier tokens
+    texts = architectures.inputs(3, rows=2, length=8, padded=False)
+    with torch.no_grad():
+        whole = model(**texts).logits
+    past, answers = (), []
+    for start, stop in ((0, 4), (4, 5), (5, 8)):
+        ids, mask = texts["input_ids"][:, start:stop], texts["attention_mask"][:, :stop]
+        answer = exported(past, input_ids=ids, attention_mask=mask)
+        answers.append(answer.logits.clone())
+        past = answer.past
+    assert (torch.cat(answers, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
+    # Texts of a batch end together
+    texts["attention_mask"][1, :3] = texts["input_ids"][1, :3] = 0
+    expected = model.generate(**texts, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    exported.config.eos_token_id = None
+    assert torch.equal(exported.generate(**texts, max_new_tokens=4), expected)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(Onnx, "int8_dynamic"), (OpenVINO, "int8_weights")])
+@pytest.mark.parametrize(("name", "lm"), CASES)
+def test_every_matrix_of_the_blocks_becomes_integers(name, lm, stage, precision, tmp_path):
+    model = build(name, lm)
+    exported = export(stage(precision=precision, skip=("embeddings", "head")), model, lm, tmp_path)
+    agreement = measure_agreement(model, exported, every_shape(lm))
+    assert 0 < agreement.max_logit_difference < 0.1 * agreement.largest_logit
+    integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
+    assert integers == sum(matrix.size for matrix in find_all_matrices(model, False, False).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "lm", "stage", "precision", "most"),
+    [
+        *((name, False, Onnx, "int8_static", 0.2) for name in ("albert", "deberta-v2", "bart")),
+        *((name, True, Onnx, "int8_static", 0.2) for name in ("gpt2", "qwen3_moe", "opt")),
+        *((name, True, Onnx, "int4", 0.4) for name in ("gpt2", "falcon", "mixtral")),
+        *((name, False, Onnx, "int4", 0.2) for name in ("albert", "deberta")),
+        *((name, False, OpenVINO, "int8", 0.2) for name in ("albert", "deberta-v2")),
+        *((name, True, OpenVINO, "int4_weights", 0.4) for name in ("gpt2", "phi3", "mixtral")),
+    ],
+)
+def test_zeros_stay_zeros_in_few_bits(name, lm, stage, precision, most, tmp_path):
+    model = build(name, lm)
+    settings = {"group_size": 16} if stage is OpenVINO else {}
+    exported = export(stage(precision=precision, samples=8, **settings), model, lm, tmp_path, Prune(sparsity=0.5))
+    agreement = measure_agreement(model, exported, every_shape(lm))
+    assert 0 < agreement.max_logit_difference < most * agreement.largest_logit
+    zeros = sum(int((p == 0).sum()) for p in exported.parameters())
+    assert zeros >= sum(int((m.weight == 0).sum()) for m in find_all_matrices(model, False, False).values()) > 0
+
+
+def test_attention_that_the_optimizer_takes_for_another_kind_stays_unfused(tmp_path):
+    export(Onnx(), build("bart", False), False, tmp_path)
+    kinds = {node.op_type for node in load_onnx(tmp_path / "model.onnx").graph.node}
+    assert "Attention" not in kinds and "SkipLayerNormalization" in kinds  # which would look ahead in the decoder
+
+
+@pytest.mark.parametrize("precision", [None, "int8_dynamic", "int8_static"])
+def test_a_weight_that_several_blocks_use_is_stored_once(precision, tmp_path):
+    model = build("albert", False)
+    exported = export(Onnx(precision=precision, samples=4), model, False, tmp_path)
+    biases = 3 * model.config.hidden_size  # of query, key and value, joined
+    assert sum(p.numel() for p in exported.parameters()) <= sum(p.numel() for p in model.parameters()) + biases
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(Onnx, None), (Onnx, "int8_static"), (OpenVINO, "int8")])
+@pytest.mark.parametrize("name", ["distilbert", "deberta-v2", "llama"])
+def test_inputs_that_a_tokenizer_gives_and_the_model_has_no_use_for_are_left_out(name, stage, precision, tmp_path):
+    def add_types(batch):
+        return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+    model, one = build(name, False), stage(precision=precision, samples=2)
+    batches = [add_types(architectures.batch(seed)) for seed in range(2)]
+    loader = DataLoader(batches, batch_size=None)
+    tiny.trainer(one).fit(FineTune(model), loader, loader)
+    one.save(model.eval(), tmp_path)
+    exported = importlib.import_module(f"compress.runtimes.{RUNTIMES[stage]}").load(tmp_path, "")
+    batch = {name: value for name, value in batches[0].items() if name != "labels"}
+    plain = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    near = 1e-5 if precision is None else 0.3
+    logits = exported(**batch).logits
+    assert (logits - model(**plain).logits).abs().max() < near * logits.abs().max()
+
+
+@pytest.mark.parametrize("stage", RUNTIMES)
+def test_scores_of_attention_are_bounded_as_the_config_says(stage, tmp_path):
+    model = build("gemma2", True, attn_logit_softcapping=0.5)
+    exported = export(stage(), model, True, tmp_path)
+    agreement = measure_agreement(model, exported, every_shape(True))
+    assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
+    free = measure_agreement(build("gemma2", True, attn_logit_softcapping=None), exported, every_shape(True))
+    assert free.max_logit_difference > 1e-3 * free.largest_logit
+
+
+def test_products_are_found_where_no_name_says_which_layer_they_belong_to(tmp_path):
+    model = build("opt", True)
+    exported = export(Onnx(), model, True, tmp_path, W8A8(samples=8, dynamic=False))
+    agreement = measure_agreement(model, exported, every_shape(True))
+    assert agreement.max_logit_difference < 0.05 * agreement.largest_logit
+    integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
+    assert integers == sum(matrix.size for matrix in find_all_matrices(model, False, False).values())
+
+
+class Looping(torch.nn.Module):
+    def forward(self, states, chosen):
+        for expert in chosen.nonzero():
+            states = states + expert
+        return states
+
+
+def make_mamba():
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=60, hidden_size=8, num_hidden_layers=1)
+    )
+
+
+def make_looping():
+    model = build("llama", False)
+    model.model.layers[0].mlp = Looping()
+    return model
+
+
+@pytest.mark.parametrize("stage", RUNTIMES)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (make_mamba, "`MambaForCausalLM` keeps a state of its own between tokens"),
+        (make_looping, "`LlamaForSequenceClassification` loops over the experts"),
+    ],
+)
+def test_what_no_graph_can_hold_is_refused_from_the_shapes_alone(make, reason, stage):
+    with torch.device("meta"):
+        skeleton = make()
+    with pytest.raises(UserError, match=f"{reason}.* Remove `{stage.key[10:]}` from"):
+        stage().check(skeleton, [])
