@@ -81,18 +81,28 @@ def sequential(
     Raises:
         UserError: the model never multiplies by a wanted matrix.
     """
-    left = dict(matrices(model) if wanted is None else wanted)
+    for section in split_sections(model, batches, matrices(model) if wanted is None else wanted):
+        yield from section.calibrate(statistic, prepare, combine)
+
+
+@torch.no_grad()
+def split_sections(model: nn.Module, batches: list[Batch], wanted: Mapping[str, Matrix]) -> Iterator[Section]:
+    """Yield the sections that :func:`sequential` calibrates; a block runs on what the blocks before it compute by then.
+
+    Raises:
+        UserError: the model never multiplies by a wanted matrix.
+    """
+    left = dict(wanted)
     with separate_experts(model):
         batches = prepare_batches(model, batches, left)
         for prefix, stack in find_stacks(model).items():
             inside = {name: matrix for name, matrix in left.items() if is_inside(name, [prefix])}
             if inside and not is_chain(model, stack, take_rows(batches[0]), inside):
                 break
-            for section in replay_blocks(model, prefix, stack, batches, inside) if inside else ():
-                yield from section.calibrate(statistic, prepare, combine)
+            yield from replay_blocks(model, prefix, stack, batches, inside) if inside else ()
             left = {name: matrix for name, matrix in left.items() if name not in inside}
         if left:
-            yield from view_model(model, batches, left).calibrate(statistic, prepare, combine)
+            yield view_model(model, batches, left)
 
 
 @dataclass

@@ -1,28 +1,17 @@
 """Describe what compression must know of a family of models, as one record for each family.
 
-Everything else is read from the model, or has the same name in every config of transformers: width, depth, heads. To
-add a family, add an entry to ``FAMILIES``; ``tests/models`` then cut its heads and channels, fold random scales into
-its blocks and compare the outputs.
+Everything else is read from the model, has the same name in every config of transformers (width, depth, heads), or is
+proven: where scales can be folded (:mod:`compress.models.folding`), and that a record is right
+(:func:`compress.models.proofs.prove_units`). To add a family, add an entry to ``FAMILIES`` and to
+tests/architectures.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from compress.errors import UserError
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Layers of a block that are the only readers of ``before``, so that scales can move from ``before`` to them."""
-
-    before: str
-    """Norm or layer whose outputs are divided by the scales."""
-    layers: tuple[str, ...]
-    """Layers whose inputs are multiplied by the scales."""
-    within: str | None = None
-    """Module that contains the layers; None for a single layer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +23,8 @@ class Conventions:
     """Key of the FFN's width in the config."""
     fusion: str = "bert"
     """Model type by which ONNX Runtime's optimizer fuses the graph."""
+    folds: bool = True
+    """Whether there may be a place where scales can be folded; a proof decides where. False saves the search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +37,31 @@ class Family(Conventions):
     """Layer of the keys."""
     value: str
     """Layer of the values."""
+    layout: Literal["separate", "stacked", "by_group"] = "separate"
+    """Rows of a layer that is query, key and value at once: all queries, then all keys, then all values; or by the
+    group of query heads that share a key and value head."""
     attention_out: str
     """Layer that reads the outputs of all heads."""
-    ffn_in: tuple[str, ...]
-    """Layers whose outputs are the FFN's channels; a gated FFN has two."""
-    ffn_out: str
-    """Layer that reads the FFN's channels."""
+    ffn_in: tuple[str, ...] = ()
+    """Layers whose outputs are the FFN's channels; a gated FFN has two, or one of twice the rows."""
+    ffn_out: str | None = None
+    """Layer that reads the FFN's channels; None where every block has experts."""
+    experts: str | None = None
+    """List of experts."""
+    router: str | None = None
+    """Layer with a row for every expert, which chooses among them."""
+    experts_count: str | None = None
+    """Key of the number of experts in the config."""
     head_size: str
     """Attribute of the attention module that holds a head's dimensions."""
     head_size_in_config: bool = False
     """Whether the config has ``head_dim`` and can therefore describe fewer heads of the same size."""
-    folds: tuple[Fold, ...] = ()
-    """Places where scales can be folded; none if the outputs of norms also feed the residual branch."""
+    cuts_heads: bool = True
+    """Whether heads can be removed: not where a norm spans all heads, or all blocks share biases for every head."""
+    reads_config: bool = False
+    """Whether the attention reads its number of heads from the config at every call."""
+    textpruner: bool = False
+    """Whether TextPruner scores the family."""
 
 
 BERT = Family(
@@ -68,6 +72,7 @@ BERT = Family(
     ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
     head_size="attention_head_size",
+    textpruner=True,
 )
 DISTILBERT = Family(
     query="attention.q_lin",
@@ -78,6 +83,43 @@ DISTILBERT = Family(
     ffn_out="ffn.lin2",
     ffn_size="hidden_dim",
     head_size="attention_head_size",
+    textpruner=True,
+)
+ALBERT = Family(
+    query="albert_layers.0.attention.query",
+    key="albert_layers.0.attention.key",
+    value="albert_layers.0.attention.value",
+    attention_out="albert_layers.0.attention.dense",
+    ffn_in=("albert_layers.0.ffn",),
+    ffn_out="albert_layers.0.ffn_output",
+    head_size="attention_head_size",
+)
+MPNET = Family(
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    attention_out="attention.attn.o",
+    ffn_in=("intermediate.dense",),
+    ffn_out="output.dense",
+    head_size="attention_head_size",
+    cuts_heads=False,  # biases of relative positions
+)
+MODERNBERT = Family(
+    query="attn.Wqkv",
+    key="attn.Wqkv",
+    value="attn.Wqkv",
+    layout="stacked",
+    attention_out="attn.Wo",
+    ffn_in=("mlp.Wi",),
+    ffn_out="mlp.Wo",
+    head_size="head_dim",
+)
+DEBERTA = replace(
+    BERT,
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    textpruner=False,
 )
 LLAMA = Family(
     query="self_attn.q_proj",
@@ -88,12 +130,60 @@ LLAMA = Family(
     ffn_out="mlp.down_proj",
     head_size="head_dim",
     head_size_in_config=True,
-    folds=(
-        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), within="self_attn"),
-        Fold("self_attn.v_proj", ("self_attn.o_proj",)),
-        Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), within="mlp"),
-        Fold("mlp.up_proj", ("mlp.down_proj",)),
-    ),
+)
+PHI3 = replace(
+    LLAMA,
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    layout="stacked",
+    ffn_in=("mlp.gate_up_proj",),
+    reads_config=True,
+)
+STARCODER2 = replace(LLAMA, ffn_in=("mlp.c_fc",), ffn_out="mlp.c_proj")
+MIXTRAL = replace(
+    LLAMA, ffn_in=(), ffn_out=None, experts="mlp.experts", router="mlp.gate", experts_count="num_local_experts"
+)
+GPT2 = Family(
+    query="attn.c_attn",
+    key="attn.c_attn",
+    value="attn.c_attn",
+    layout="stacked",
+    attention_out="attn.c_proj",
+    ffn_in=("mlp.c_fc",),
+    ffn_out="mlp.c_proj",
+    ffn_size="n_inner",
+    head_size="head_dim",
+)
+GPTJ = replace(
+    GPT2,
+    query="attn.q_proj",
+    key="attn.k_proj",
+    value="attn.v_proj",
+    layout="separate",
+    attention_out="attn.out_proj",
+    ffn_in=("mlp.fc_in",),
+    ffn_out="mlp.fc_out",
+)
+OPT = replace(LLAMA, attention_out="self_attn.out_proj", ffn_in=("fc1",), ffn_out="fc2", ffn_size="ffn_dim")
+NEOX = Family(
+    query="attention.query_key_value",
+    key="attention.query_key_value",
+    value="attention.query_key_value",
+    layout="by_group",
+    attention_out="attention.dense",
+    ffn_in=("mlp.dense_h_to_4h",),
+    ffn_out="mlp.dense_4h_to_h",
+    head_size="head_size",
+)
+FALCON = replace(
+    NEOX,
+    query="self_attention.query_key_value",
+    key="self_attention.query_key_value",
+    value="self_attention.query_key_value",
+    attention_out="self_attention.dense",
+    ffn_size="ffn_hidden_size",
+    head_size="head_dim",
 )
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
@@ -102,11 +192,35 @@ FAMILIES: dict[str, Family] = {
     "camembert": BERT,
     "electra": BERT,
     "distilbert": DISTILBERT,
+    "albert": ALBERT,
+    "mpnet": MPNET,
+    "modernbert": MODERNBERT,
+    "deberta-v2": DEBERTA,
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
+    "granite": LLAMA,
+    "olmo2": replace(LLAMA, cuts_heads=False),  # norms over the dimensions of all heads
+    "phi3": PHI3,
+    "starcoder2": STARCODER2,
+    "cohere": LLAMA,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": replace(MIXTRAL, experts_count="num_experts"),
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+    "opt": replace(OPT, head_size_in_config=False),
+    "gpt_neox": NEOX,
+    "falcon": FALCON,
 }
 """Records by ``model_type``, the name of an architecture in transformers' configs."""
+CONVENTIONS: dict[str, Conventions] = {
+    "xlnet": Conventions(folds=False, ffn_size="d_inner"),
+    "deberta": Conventions(folds=False),  # biases of the values are apart from their rows
+}
+"""Conventions of families whose blocks have no record."""
 
 
 def name_family(model: Any) -> str:
@@ -132,4 +246,12 @@ def find_family(model: Any) -> Family:
 
 def find_conventions(model: Any) -> Conventions:
     """Return the conventions of a model's or config's family; the defaults if it has no record."""
-    return FAMILIES.get(name_family(model), Conventions())
+    name = name_family(model)
+    return FAMILIES.get(name) or CONVENTIONS.get(name, Conventions())
+
+
+def shares_one_key_head(config: Any) -> bool:
+    """Return whether all query heads of a model share one key and value head, as its config says."""
+    if getattr(config, "new_decoder_architecture", False):  # of Falcon, whose `multi_query` is then without meaning
+        return False
+    return getattr(config, "num_key_value_heads", None) == 1 or bool(getattr(config, "multi_query", False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,15 +12,15 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats.packed import Quantized, average_bits, save_model
-from compress.maths.hessian import second_moment
-from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.formats.packed import Quantized, average_bits, save_model, select_storable
+from compress.maths.hessian import output_error, second_moment
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid, round_to_nearest
+from compress.maths.scales import mean_per_source, raise_smallest
 from compress.models.batches import draw_calibration_batches
-from compress.models.calibration import select_tokens
-from compress.models.families import FAMILIES, Family, find_family, name_family
-from compress.models.folding import find_sources, fold_scale
+from compress.models.calibration import Section, sequential
+from compress.models.families import find_conventions, name_family
+from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.shapes import read_block
 from compress.technique import Technique
 
 
@@ -86,148 +86,99 @@ class AWQ(Technique, pl.Callback):
         self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        name = name_family(skeleton)
-        if name not in FAMILIES:
-            known = ", ".join(other for other, family in FAMILIES.items() if family.folds)
-            raise UserError(f"`awq` knows where to fold scales in {known} and not in `{name}`. Set technique=gptq.")
-        if not FAMILIES[name].folds:
-            raise UserError(
-                f"`awq` folds the scales of a layer's inputs into the norm before it, and the norms of `{name}` feed "
-                "the residual branch as well, which would be scaled too. Set technique=gptq."
-            )
-        for name, linear in find_quantizable(skeleton, self.skip, self.key).items():
-            self.scheme.check(self.key, name, linear)
+        if not find_conventions(skeleton).folds:
+            raise UserError(describe_unfoldable(skeleton))
+        for name, matrix in select_storable(skeleton, self.skip, self.key).items():
+            self.scheme.check(self.key, name, matrix.inputs)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # before training: a script without the chain has not checked
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = find_quantizable(model, self.skip, self.key)
+        wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
+        outcomes: dict[str, int] = {}
+        scaled: set[str] = set()
 
-        def prepare(name: str, block: nn.Module, forwards: Forwards, masks: list[Tensor | None]) -> None:
-            names = {layer.removeprefix(f"{name}.") for layer in wanted}
-            rescale_block(block, find_family(model), forwards, masks, self.scheme, self.grid, names)
+        def prepare(section: Section) -> None:
+            folds = find_folds(section, outcomes)
+            scaled.update(name for fold in folds for name in fold.after)
+            if not scaled:
+                raise UserError(describe_unfoldable(model))
+            rescale_section(section, folds, self.scheme, self.grid)
 
         with evaluation_mode(model):
-            for layers, moment in calibrate_layers(model, batches, second_moment, wanted, prepare=prepare):
-                for name, linear in layers.items():
-                    weight = linear.weight.data
-                    shrink = search_clipping(weight, moment, self.scheme, self.grid) if self.clip else 1.0
+            for shared in sequential(model, batches, second_moment, wanted, prepare):
+                for name, matrix in shared.matrices.items():
+                    weight = matrix.weight
+                    shrink = search_clipping(weight, shared.statistic, self.scheme, self.grid) if self.clip else 1.0
                     grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
-                    weight.copy_(round_to_grid(weight, grid, self.scheme))
-                    self.quantized[name] = Quantized(self.scheme, grid)
-        self.average_bits = average_bits(model, self.quantized)
+                    stored = round_to_nearest(weight, grid, self.scheme)
+                    matrix.weight.copy_(stored.dequantize(matrix.dtype))
+                    self.quantized[name] = Quantized(stored)
+        self.average_bits = average_bits(self.quantized)
+        self.limits = f"{len(scaled & wanted.keys())} of {len(wanted)} matrices have scaled inputs; {AWQ.limits}"
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.quantized, folder)
 
 
+def describe_unfoldable(model: nn.Module) -> str:
+    return (
+        f"`awq` moves the scales of a layer's inputs into the norm or layer before it, and no place of `"
+        f"{name_family(model)}` allows that: something else reads the same outputs. Set technique=gptq."
+    )
+
+
 @torch.no_grad()
-def rescale_block(
-    block: nn.Module,
-    family: Family,
-    forwards: Forwards,
-    masks: list[Tensor | None],
-    scheme: Scheme,
-    points: int,
-    wanted: Container[str],
-) -> None:
-    """Scale the inputs of the block's layers by the scales that lose least in rounding, measured on its ``forwards``.
-    Until the weights are rounded, the block computes the same function. Layers that are not ``wanted`` stay
-    unchanged."""
-    for place in family.folds:
-        before = block.get_submodule(place.before)
-        layers: list[Any] = [block.get_submodule(name) for name in place.layers]
-        changed = place.layers + ((place.before,) if isinstance(before, nn.Linear) else ())
-        if any(name not in wanted for name in changed):
-            continue
-        source = find_sources(before, layers[0], read_block(block, family).head_size)
-        if place.within is None:
-            (layer,) = layers
-            error = moment_error(layer.weight, combine_over_inputs(layer, forwards, masks, second_moment))
-        else:
-            error = output_error(block.get_submodule(place.within), layers, forwards, masks)
-        activation = combine_over_inputs(layers[0], forwards, masks, sum_magnitudes)
-        scale = search_scales([layer.weight for layer in layers], activation, source, scheme, points, error)
-        fold_scale(before, layers, scale, source)
+def rescale_section(section: Section, folds: list[Fold], scheme: Scheme, points: int) -> None:
+    """Scale the inputs of the section's matrices by the scales that lose least in rounding. Until the weights are
+    rounded, the section computes the same function."""
+    blocks: dict[str, list[Fold]] = {}
+    for fold in folds:  # the moments of a block are in memory, also where the section is a whole model
+        blocks.setdefault(section.name or find_block(fold.before.name), []).append(fold)
+    for inside in blocks.values():
+        moments: dict[str, Tensor] = {}
+        for shared in section.observe(second_moment, {name for fold in inside for name in fold.after}):
+            moments |= dict.fromkeys(shared.matrices, shared.statistic)
+        for fold in inside:
+            fold.apply(search_scales(fold, moments, scheme, points))
 
 
-def moment_error(weight: Tensor, moment: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """Return a function that computes the squared error of a layer's outputs at another weight, from the second moment
-    of its inputs."""
-
-    def error(others: list[Tensor]) -> Tensor:
-        lost = others[0].float() - weight.float()
-        return ((lost @ moment) * lost).sum()
-
-    return error
+def find_block(name: str) -> str:
+    """Return the part of a module's name that ends in the first number, which is that of its block."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[: number + 1])
 
 
-def output_error(
-    module: nn.Module, layers: list[nn.Linear], forwards: Forwards, masks: list[Tensor | None]
-) -> Callable[[list[Tensor]], Tensor]:
-    """Return a function that computes the squared error of the outputs of ``module``, except padding, at other weights
-    of the ``layers`` inside it."""
-    calls = list(record_inputs(module, forwards))
-    weights = [layer.weight.data for layer in layers]
+def search_scales(fold: Fold, moments: dict[str, Tensor], scheme: Scheme, points: int) -> Tensor:
+    """Return the scales, ``[channels]``, at which the rounded matrices of a fold have the least error of their outputs,
+    on inputs of the second ``moments`` ``[inputs, inputs]`` of the matrices that are rounded (equation 4 of the paper).
 
-    def outputs(i: int) -> Tensor:
-        args, kwargs = calls[i]
-        output = module(*args, **kwargs)
-        return select_tokens(output[0] if isinstance(output, tuple) else output, masks[i]).float()
-
-    expected = [outputs(i) for i in range(len(calls))]
-
-    def error(others: list[Tensor]) -> Tensor:
-        for layer, other in zip(layers, others):
-            layer.weight.data = other
-        try:
-            return torch.stack([(outputs(i) - expected[i]).pow(2).sum() for i in range(len(calls))]).sum()
-        finally:
-            for layer, weight in zip(layers, weights):
-                layer.weight.data = weight
-
-    return error
-
-
-def sum_magnitudes(x: Tensor) -> Tensor:
-    """Return the sum of absolute activations ``[tokens, inputs]`` of every channel, ``[inputs]``."""
-    return x.abs().sum(0)
-
-
-def search_scales(
-    weights: list[Tensor],
-    activation: Tensor,
-    source: Tensor,
-    scheme: Scheme,
-    points: int,
-    error: Callable[[list[Tensor]], Tensor],
-) -> Tensor:
-    """Return the scales, ``[channels]``, at which the rounded ``weights`` have the least ``error``. Candidates are
-    ``points`` ratios, with and without the weights' own magnitude. All scales at 1 come first, and win a tie."""
-    own = mean_per_source(source, relative_magnitude(weights, scheme))
-    activation = mean_per_source(source, activation)
+    Candidates are ``points`` ratios, with and without the weights' own magnitude. All scales at 1 come first, and win a
+    tie.
+    """
+    matrices = {name: fold.after[name].weight for name in fold.after if name in moments}
+    power = torch.stack([moments[name].diagonal() for name in matrices]).sum(0)
+    own = mean_per_source(fold.source, relative_magnitude(list(matrices.values()), scheme))
+    activation = mean_per_source(fold.source, power.sqrt())
     candidates = [
         channel_scales(activation, weight, ratio)
         for weight in (torch.ones_like(own), own)
         for ratio in torch.linspace(0, 1, points).tolist()
     ]
 
-    def rounded(weight: Tensor, scale: Tensor) -> Tensor:
-        scaled = weight.float() * scale
-        return (round_to_grid(scaled, minmax_grid(scaled, scheme, weight.dtype), scheme) / scale).to(weight.dtype)
+    def error(name: str, scale: Tensor) -> float:
+        weight = matrices[name].float()
+        scaled = weight * scale
+        grid = minmax_grid(scaled, scheme, matrices[name].dtype)
+        return output_error(round_to_grid(scaled, grid, scheme) / scale - weight, moments[name])
 
-    errors = [error([rounded(weight, scale[source]) for weight in weights]) for scale in candidates]
-    return candidates[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
-
-
-def mean_per_source(source: Tensor, x: Tensor) -> Tensor:
-    """Return the mean of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
-    total = torch.zeros(int(source.max()) + 1, device=x.device).index_add_(0, source, x)
-    return total / source.bincount()
+    errors = [sum(error(name, scale[fold.source]) for name in matrices) for scale in candidates]
+    return candidates[min(range(len(errors)), key=lambda i: errors[i] if isfinite(errors[i]) else inf)]
 
 
 def relative_magnitude(weights: list[Tensor], scheme: Scheme) -> Tensor:
@@ -242,7 +193,7 @@ def channel_scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
     """Return ``activation^ratio / weight^(1 - ratio)`` of every channel, centred at 1. A channel that is always zero,
     or has only zero weights, gets 1."""
     live = (activation > 0) & (weight > 0)
-    scale = torch.where(live, activation, 1.0) ** ratio / torch.where(live, weight, 1.0) ** (1 - ratio)
+    scale = raise_smallest(activation) ** ratio / raise_smallest(weight) ** (1 - ratio)
     if live.any():
         scale = scale / (scale[live].max() * scale[live].min()).sqrt()
     return torch.where(live, scale, 1.0)

@@ -1,4 +1,4 @@
-"""Structured pruning: attention heads and FFN channels."""
+"""Structured pruning: attention heads, FFN channels and experts."""
 
 from __future__ import annotations
 
@@ -8,28 +8,22 @@ from typing import Annotated, Any, Literal
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
-from torch import Tensor, nn
 
 from compress.cache.files import expand_path
 from compress.errors import UserError
-from compress.maths.sparsity import squared_norms
 from compress.maths.units import (
     Masks,
-    Scores,
-    activation_score,
     mask_important,
-    standardise_score,
-    taylor_score,
     units_left,
 )
-from compress.models.backbone import is_decoder
 from compress.models.batches import Batch, draw_calibration_batches
-from compress.models.calibration import observe
-from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
+from compress.models.families import find_family, name_family
+from compress.models.importance import label_with_predictions, score_by_activation, score_by_gradient
+from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.loading import join_lines
+from compress.models.proofs import prove_units
 from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
 from compress.models.textpruner import find_masks, require_textpruner
-from compress.tasks.kinds import KINDS
 from compress.technique import Technique
 from compress.techniques.prune import Prune
 
@@ -37,8 +31,8 @@ Rows = list[list[Literal[0, 1]]]
 
 
 class Structured(Technique, pl.Callback):
-    """Remove the least important attention heads and FFN channels, so that the model gets smaller and faster on any
-    runtime. The epochs of the same fit retrain the other units.
+    """Remove the least important attention heads, FFN channels and experts, so that the model gets smaller and faster
+    on any runtime. The epochs of the same fit retrain the other units.
 
     Units are scored when the fit starts, on the first ``samples`` examples of the datamodule's ``calibration``, or of
     the training loader if there is none:
@@ -53,11 +47,15 @@ class Structured(Technique, pl.Callback):
 
     TextPruner (Yang, Cui and Chen, 2022, arXiv:2203.15996) scores encoders by ``loss`` and ``logits`` if all their
     blocks have the number of heads in the config. Query heads of a decoder that share a key and value head (Ainslie et
-    al., "GQA", 2023, arXiv:2305.13245) are removed together.
+    al., "GQA", 2023, arXiv:2305.13245) are removed together. An expert scores like one large unit.
+
+    Which layers belong to a unit is written down for every family, and proven before anything is removed: the first
+    block without a unit must compute what it computes while nothing reads this unit.
 
     Args:
         target_heads: query heads of a block afterwards, on average; null keeps them all.
         target_ffn_size: FFN channels of a block afterwards, on average; null keeps them all.
+        target_experts: experts of every block afterwards; null keeps them all.
         iterations: number of cuts, each with new scores.
         importance: the score of a unit.
         even_heads: the same number of heads in every block; false: the least important heads of all blocks are
@@ -88,6 +86,7 @@ class Structured(Technique, pl.Callback):
         self,
         target_heads: Annotated[int, Field(ge=1)] | None = None,
         target_ffn_size: Annotated[int, Field(ge=1)] | None = None,
+        target_experts: Annotated[int, Field(ge=1)] | None = None,
         iterations: Annotated[int, Field(ge=1)] = 1,
         importance: Literal["loss", "logits", "activation"] = "loss",
         even_heads: bool = True,
@@ -101,6 +100,7 @@ class Structured(Technique, pl.Callback):
     ) -> None:
         self.target_heads = target_heads
         self.target_ffn_size = target_ffn_size
+        self.target_experts = target_experts
         self.iterations = iterations
         self.importance = importance
         self.even_heads = even_heads
@@ -113,31 +113,42 @@ class Structured(Technique, pl.Callback):
         self.batch_size = batch_size
         self.masked = head_mask is not None or ffn_mask is not None
         self.train_samples = 0 if self.masked else samples
-        targets = target_heads is not None or target_ffn_size is not None
+        targets = any(target is not None for target in (target_heads, target_ffn_size, target_experts))
         if self.masked == targets:
             raise UserError(
                 f"{self.key} has {'both targets and masks' if targets else 'nothing to remove'}. Set either "
-                f"{self.key}.target_heads, target_ffn_size or both, or head_mask, ffn_mask or both."
+                f"{self.key}.target_heads, target_ffn_size, target_experts or several of them, or head_mask, ffn_mask "
+                "or both."
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
+        self.check_parts(each[0], name_family(skeleton))
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
                 raise UserError(f"The masks of {self.key} keep everything. Set 0 for the units to remove.")
             return
-        heads, ffn, group = [block.heads for block in each], [block.ffn for block in each], each[0].group_size
-        shared, multiple = "a group of heads that share a key and value head", f"{self.key}.ffn_multiple_of"
+        heads, ffn, experts = ([getattr(block, part) for block in each] for part in ("heads", "ffn", "experts"))
+        group, multiple = each[0].group_size, f"{self.key}.ffn_multiple_of"
+        shared = "a group of heads that share a key and value head"
         check_target(f"{self.key}.target_heads", self.target_heads, heads, self.even_heads, group, shared)
         check_target(
             f"{self.key}.target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of, multiple
         )
-        if self.count_goals(each) == (sum(block.groups for block in each), sum(ffn)):
+        check_target(f"{self.key}.target_experts", self.target_experts, experts, True, 1, "an expert")
+        chosen = getattr(skeleton.config, "num_experts_per_tok", 0)
+        if self.target_experts is not None and self.target_experts < chosen:
+            raise UserError(
+                f"{self.key}.target_experts={self.target_experts} is less than the {chosen} experts that every token "
+                f"is sent to. Set {self.key}.target_experts to {chosen} or more."
+            )
+        if self.count_goals(each) == count_units(each):
             raise UserError(
                 f"{self.key} keeps the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels that a block has "
-                "already. Set lower targets, or remove the stage."
+                f"already{f', and its {experts[0]} experts' if experts[0] else ''}. Set lower targets, or remove the "
+                "stage."
             )
-        if self.importance == "logits" and skeleton.config.num_labels == 1:
+        if self.importance == "logits" and getattr(skeleton.config, "num_labels", 0) == 1:
             raise UserError(
                 f"{self.key}.importance is logits, which compares the probabilities of labels, and this model predicts "
                 f"one number. Set {self.key}.importance=loss or activation."
@@ -150,6 +161,34 @@ class Structured(Technique, pl.Callback):
                 "technique=structured+prune."
             )
 
+    @property
+    def parts(self) -> list[str]:
+        """What is removed: ``groups`` of heads, ``ffn`` channels, ``experts``."""
+        given = {
+            "groups": (self.target_heads, self.head_mask),
+            "ffn": (self.target_ffn_size, self.ffn_mask),
+            "experts": (self.target_experts,),
+        }
+        return [part for part, settings in given.items() if any(setting is not None for setting in settings)]
+
+    def check_parts(self, block: Block, family: str) -> None:
+        """Raise UserError if the blocks of a ``family`` do not have what should be removed."""
+        if "groups" in self.parts and not block.family.cuts_heads:
+            raise UserError(
+                f"{self.key} cannot remove heads of `{family}`: a norm spans the heads of a block, or all blocks share "
+                "numbers for every head. Set only target_ffn_size or ffn_mask."
+            )
+        if "ffn" in self.parts and not block.ffn:
+            raise UserError(
+                f"{self.key} removes channels of FFNs, and the blocks of `{family}` have {block.experts} experts in "
+                f"place of one FFN. Set {self.key}.target_experts."
+            )
+        if "experts" in self.parts and not block.experts:
+            raise UserError(
+                f"{self.key}.target_experts is {self.target_experts}, and the blocks of `{family}` have no experts. "
+                f"Set {self.key}.target_ffn_size."
+            )
+
     def preview(self, skeleton: Any) -> Any:
         each = read_blocks(skeleton)
         if self.masked:
@@ -160,6 +199,7 @@ class Structured(Technique, pl.Callback):
                 skeleton,
                 preview_sizes(heads, self.target_heads, self.even_heads, each[0].group_size),
                 preview_sizes(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
+                preview_sizes([block.experts for block in each], self.target_experts, True, 1),
             )
         record_shapes(skeleton)
         return skeleton
@@ -167,6 +207,7 @@ class Structured(Technique, pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = unwrap_model(pl_module)
         self.check(model, [])
+        prove_units(model, self.parts)
         goals = self.count_goals(read_blocks(model))
         if self.masked:
             remove_units(model, **self.read_masks(read_blocks(model)))
@@ -184,20 +225,20 @@ class Structured(Technique, pl.Callback):
                     remove_units(model, **self.textpruner_masks(model, batches))
                 else:
                     self.cut_in_turns(model, batches)
+        if (left := count_units(read_blocks(model))) != goals:
+            raise RuntimeError(f"{left} head groups, FFN channels and experts are left; {goals} are expected")
         record_shapes(model)
-        left = sum(block.groups for block in read_blocks(model)), sum(block.ffn for block in read_blocks(model))
-        if left != goals:
-            raise RuntimeError(f"{left} head groups and FFN channels are left; {goals} are expected")
 
-    def count_goals(self, each: list[Block]) -> tuple[int, int]:
-        """Return the numbers of head groups and FFN channels that all blocks together should keep."""
+    def count_goals(self, each: list[Block]) -> dict[str, int]:
+        """Return the numbers of head groups, FFN channels and experts that all blocks together should keep."""
+        goals = count_units(each)
         if self.masked:
-            masks = self.read_masks(each)
-            groups, ffn = (sum(int(mask.sum()) for mask in masks.get(part, ())) for part in ("groups", "ffn"))
-        else:
-            groups = len(each) * (self.target_heads or 0) // each[0].group_size
-            ffn = len(each) * (self.target_ffn_size or 0)
-        return groups or sum(block.groups for block in each), ffn or sum(block.ffn for block in each)
+            return goals | {part: sum(int(row.sum()) for row in rows) for part, rows in self.read_masks(each).items()}
+        targets = {"groups": self.target_heads, "ffn": self.target_ffn_size, "experts": self.target_experts}
+        size = {"groups": each[0].group_size}
+        return goals | {
+            part: len(each) * target // size.get(part, 1) for part, target in targets.items() if target is not None
+        }
 
     def read_masks(self, each: list[Block]) -> dict[str, Masks]:
         """Return the user's masks in the form of :func:`compress.models.shapes.remove_units`."""
@@ -216,10 +257,10 @@ class Structured(Technique, pl.Callback):
         return masks
 
     def by_textpruner(self, model: Any) -> bool:
-        """Return True if TextPruner scores the model. It reads the number of heads of every block from the config,
+        """Return whether TextPruner scores the model. It reads the number of heads of every block from the config,
         which is wrong after an earlier cut."""
-        config = model.config
-        return self.importance != "activation" and not is_decoder(config) and not hasattr(config, "compress")
+        known = find_family(model).textpruner
+        return known and self.importance != "activation" and not hasattr(model.config, "compress")
 
     def textpruner_masks(self, model: Any, batches: list[Batch]) -> dict[str, Masks]:
         first = read_blocks(model)[0]
@@ -239,7 +280,7 @@ class Structured(Technique, pl.Callback):
 
     def cut_in_turns(self, model: Any, batches: list[Batch]) -> None:
         """Score the units and remove the least important ones, turn by turn."""
-        rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of)}
+        rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of), "experts": (True, 1)}
         for turn in self.plan_turns(read_blocks(model)):
             scores = (
                 score_by_activation(model, batches)
@@ -251,17 +292,20 @@ class Structured(Technique, pl.Callback):
             )
 
     def plan_turns(self, each: list[Block]) -> list[dict[str, int]]:
-        """Return the numbers of head groups and FFN channels after every cut, the removal spread evenly over the
-        steps."""
-        groups, ffn = self.count_goals(each)
+        """Return the numbers of units after every cut, the removal spread evenly over the steps."""
+        now, goals = count_units(each), self.count_goals(each)
         turns: list[dict[str, int]] = []
         for step in range(1, self.iterations + 1):
-            heads = {"groups": units_left(step, self.iterations, sum(block.groups for block in each), groups)}
-            channels = {"ffn": units_left(step, self.iterations, sum(block.ffn for block in each), ffn)}
-            heads, channels = heads if self.target_heads else {}, channels if self.target_ffn_size else {}
-            halves = {"head-first": [heads, channels], "ffn-first": [channels, heads]}
-            turns += filter(None, halves.get(self.order or "", [heads | channels]))
+            left = {part: units_left(step, self.iterations, now[part], goals[part]) for part in self.parts}
+            heads, rest = ({part: n for part, n in left.items() if (part == "groups") is own} for own in (True, False))
+            halves = {"head-first": [heads, rest], "ffn-first": [rest, heads]}
+            turns += filter(None, halves.get(self.order or "", [left]))
         return turns
+
+
+def count_units(each: list[Block]) -> dict[str, int]:
+    """Return the numbers of head groups, FFN channels and experts of all blocks together."""
+    return {part: sum(getattr(block, part) for block in each) for part in ("groups", "ffn", "experts")}
 
 
 def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int, multiple: str) -> None:
@@ -332,57 +376,3 @@ def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
     if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
         raise UserError(f"{key} has a row of zeros, or values that are not 0 or 1. Keep at least one unit of a block.")
     return [row.bool() for row in rows]
-
-
-def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
-    """Return the scores of all units from the gradients of the loss on ``batches``. Only one weight's gradient is in
-    memory at a time."""
-    each = read_blocks(model)
-    units = {block.attention_out.weight: block.groups for block in each}
-    units |= {block.ffn_out.weight: block.ffn for block in each}
-    scores = {weight: torch.zeros(count, device=weight.device) for weight, count in units.items()}
-
-    def add(weight: Tensor) -> None:
-        scores[weight] += taylor_score(weight.detach(), weight.grad, units[weight])  # type: ignore[arg-type,index]
-        weight.grad = None
-
-    learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in learned:
-        parameter.requires_grad_(parameter in units)
-    hooks = [weight.register_post_accumulate_grad_hook(add) for weight in units]
-    for batch in batches:
-        model(**batch).loss.backward()
-    for hook in hooks:
-        hook.remove()
-    for parameter, required in learned.items():
-        parameter.requires_grad_(required)
-    return {
-        "groups": [scores[block.attention_out.weight] for block in each],
-        "ffn": [scores[block.ffn_out.weight] for block in each],
-    }
-
-
-def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
-    """Return the scores of all units from their activations on ``batches``."""
-    norms = {
-        matrix.module: shared.statistic.sqrt()
-        for shared in observe(model, batches, squared_norms)
-        for matrix in shared.matrices.values()
-    }
-
-    def score(layer: nn.Linear, units: int) -> Tensor:
-        return standardise_score(activation_score(layer.weight.detach(), norms[layer], units))
-
-    return {
-        "groups": [score(block.attention_out, block.groups) for block in read_blocks(model)],
-        "ffn": [score(block.ffn_out, block.ffn) for block in read_blocks(model)],
-    }
-
-
-@torch.no_grad()
-def label_with_predictions(model: Any, batch: Batch) -> Batch:
-    """Return the batch with the model's predictions as labels. (The cross-entropy to the whole distribution has no
-    gradient as long as the model is unchanged.)"""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    kind = KINDS[detect_task_kind(model)]
-    return {**inputs, "labels": kind.choose_labels(model(**inputs).logits, inputs)}

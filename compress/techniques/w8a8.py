@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
-import torch
 from pydantic import Field, validate_call
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import UserError
 from compress.formats.packed import Quantized, average_bits, save_model, select_storable
@@ -23,12 +22,11 @@ from compress.maths.rounding import (
 )
 from compress.models.backbone import is_decoder
 from compress.models.batches import draw_calibration_batches
-from compress.models.calibration import observe, sequential
-from compress.models.families import FAMILIES, find_family, name_family
-from compress.models.folding import find_sources, fold_scale
-from compress.models.layers import evaluation_mode, find_blocks, unwrap_model
+from compress.models.calibration import sequential
+from compress.models.families import find_conventions, name_family
+from compress.models.folding import smooth_model
+from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.matrices import Matrix
-from compress.models.shapes import read_block
 from compress.technique import Technique
 
 WEIGHTS = Scheme(bits=8)
@@ -110,17 +108,8 @@ class W8A8(Technique, pl.Callback):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         config: Any = getattr(skeleton, "config", None)
         family = name_family(skeleton)
-        known = FAMILIES.get(family)
-        if self.smoothing is not None and not (known and known.folds):
-            reason = (
-                f"the norms of `{family}` feed the residual branch as well, which would be scaled too"
-                if known
-                else f"the norms of `{family}` are not known"
-            )
-            raise UserError(
-                f"{self.key}.smoothing folds the scales of a layer's inputs into the norm before it, and {reason}. Set "
-                f"{self.key}.smoothing=null."
-            )
+        if self.smoothing is not None and not find_conventions(skeleton).folds:
+            raise UserError(self.describe_unfoldable(skeleton))
         if self.dynamic and "head" not in self.skip and not (config is not None and is_decoder(config)):
             raise UserError(
                 f"{self.key}.dynamic=true needs a scale for every token, and the head of `{family}` reads one vector a "
@@ -128,6 +117,13 @@ class W8A8(Technique, pl.Callback):
                 f"{self.key}.dynamic=false."
             )
         select_storable(skeleton, self.skip, self.key)
+
+    def describe_unfoldable(self, model: nn.Module) -> str:
+        return (
+            f"{self.key}.smoothing moves the scales of a layer's inputs into the norm or layer before it, and no place "
+            f"of `{name_family(model)}` allows that: something else reads the same outputs. Set "
+            f"{self.key}.smoothing=null."
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # a script without the chain has not checked the model
@@ -137,11 +133,8 @@ class W8A8(Technique, pl.Callback):
         wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
         with evaluation_mode(model):
-            if self.smoothing is not None:
-                largest: dict[str, Tensor] = {}
-                for shared in observe(model, batches, max_magnitudes, wanted, combine=torch.maximum):
-                    largest |= dict.fromkeys(shared.matrices, shared.statistic)
-                smooth_blocks(model, largest, self.smoothing)
+            if self.smoothing is not None and not smooth_model(model, batches, wanted, self.smoothing):
+                raise UserError(self.describe_unfoldable(model))
             if self.dynamic:
                 self._round_layers(wanted, Inputs(self.inputs))
             else:
@@ -162,37 +155,3 @@ class W8A8(Technique, pl.Callback):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.quantized, folder)
-
-
-def max_magnitudes(x: Tensor) -> Tensor:
-    """Return the largest magnitude of every input over the tokens of ``x`` ``[tokens, inputs]``."""
-    return x.abs().amax(0)
-
-
-def smooth_blocks(model: nn.Module, largest: dict[str, Tensor], strength: float) -> None:
-    """Scale the inputs of the layers for which the ``largest`` activations, ``[inputs]``, are given. The model computes
-    the same function."""
-    family, (prefix, stack) = find_family(model), find_blocks(model)
-    for index, block in enumerate(stack):
-        for place in family.folds:
-            before: Any = block.get_submodule(place.before)
-            changed = (*place.layers, *([place.before] if isinstance(before, nn.Linear) else []))
-            if any(f"{prefix}.{index}.{name}" not in largest for name in changed):
-                continue  # a skipped layer would change
-            layers: list[Any] = [block.get_submodule(name) for name in place.layers]
-            source = find_sources(before, layers[0], read_block(block, family).head_size)
-            activation = max_per_source(source, largest[f"{prefix}.{index}.{place.layers[0]}"])
-            weight = max_per_source(source, torch.cat([layer.weight.data for layer in layers]).float().abs().amax(0))
-            fold_scale(before, layers, smoothing_scale(activation, weight, strength), source)
-
-
-def max_per_source(source: Tensor, x: Tensor) -> Tensor:
-    """Return the largest of ``x`` ``[inputs]`` over the inputs of the same ``source``, ``[channels]``."""
-    return torch.zeros(int(source.max()) + 1, device=x.device).scatter_reduce(0, source, x, "amax")
-
-
-def smoothing_scale(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
-    """Return ``activation^strength / weight^(1 - strength)`` of every channel's largest activation and weight. A
-    strength of 0.5 makes both equally large. A channel that is always zero, or has only zero weights, gets 1."""
-    live = (activation > 0) & (weight > 0)
-    return torch.where(live, activation**strength / weight ** (1 - strength), 1.0)

@@ -1,24 +1,31 @@
 """Models with fewer heads and narrower FFNs save, load and export like any other."""
 
 import json
+from dataclasses import replace
 
+import architectures
 import pytest
 import tiny
 import torch
+from architectures import ARCHITECTURES
 from test_prune import fit
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, find_auto_class
-from compress.models.families import FAMILIES
-from compress.models.shapes import read_blocks, record_shapes, remove_units, shape_blocks
+from compress.models.families import FAMILIES as RECORDS
+from compress.models.proofs import find_reader, prove_units
+from compress.models.shapes import read_blocks, record_shapes, remove_units, see_matrix, shape_blocks
 from compress.runtimes import torch as runtime
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
 
 INPUTS = {key: value for key, value in tiny.batch().items() if key != "labels"}
 TASK = Task(name="t", kind="multiclass", metrics=("accuracy",), primary="accuracy", labels=("no", "maybe", "yes"))
-PLAIN = [name for name, record in FAMILIES.items() if record.head_size_in_config]
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "llama", "mistral", "qwen2")
+PLAIN = [name for name in FAMILIES if RECORDS[name].head_size_in_config]
+KNOWN = [name for name, architecture in ARCHITECTURES.items() if architecture.model_type in RECORDS]
+LMS = ("granite", "cohere")  # transformers has no classifier of them
 
 
 def family(name):
@@ -157,12 +164,135 @@ def test_a_cut_model_is_a_model_to_start_from(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def cut_some(name, even):
+    """Return a random model of an architecture with fewer units in the first block, or in all; and the model in full
+    shape in which nothing reads these units, and as it was."""
+    cut, unread, whole = (architectures.build(name, lm=name in LMS) for _ in range(3))
+    parts = {}
+    for part in ("groups", "ffn"):
+        totals = [getattr(block, part) for block in read_blocks(cut)]
+        if totals[0] and (part == "ffn" or read_blocks(cut)[0].family.cuts_heads):
+            masks = [torch.arange(total) % 3 != (1 if even or index == 0 else -1) for index, total in enumerate(totals)]
+            parts[part] = masks
+            for block, kept in zip(read_blocks(unread), masks):
+                layer, _, index = find_reader(block, part)
+                see_matrix(layer).weight[:, index[~kept].flatten()] = 0
+    remove_units(cut, **parts)
+    record_shapes(cut)
+    return cut, unread, whole
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("even", [True, False])
+def test_every_known_architecture_is_cut_as_if_nothing_read_the_units_and_reloads(name, even, tmp_path):
+    cut, unread, whole = cut_some(name, even)
+    answers = [answer(model) for model in (cut, unread, whole)]
+    scale = answers[2].abs().max()
+    assert torch.allclose(answers[0], answers[1], atol=1e-5 * scale)
+    assert not torch.allclose(answers[0], answers[2], atol=1e-3 * scale)
+    cut.save_pretrained(tmp_path)
+    loaded = runtime.load(tmp_path, "lm" if name in LMS else "multiclass")
+    assert type(loaded) is type(cut) and torch.equal(answer(loaded), answers[0])
+
+
+@torch.no_grad()
+def answer(model):
+    return model(**architectures.inputs()).logits
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_record_of_every_known_architecture_is_proven_and_the_model_stays_as_it_is(name):
+    model = architectures.build(name, lm=name in LMS)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first = read_blocks(model)[0]
+    for part in ("groups", "ffn", "experts"):
+        if part == "groups" and not first.family.cuts_heads:
+            with pytest.raises(UserError, match=r"The heads of this `\w+` cannot be removed: without some"):
+                prove_units(model, [part])
+        elif getattr(first, part):
+            prove_units(model, [part])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "part"),
+    [
+        ("phi3", {"layout": "by_group"}, "groups"),
+        ("gpt_neox", {"layout": "stacked"}, "groups"),
+        ("bert", {"key": "attention.self.query"}, "groups"),
+        ("llama", {"ffn_in": ("mlp.gate_proj", "mlp.gate_proj")}, "ffn"),
+        ("gpt2", {"ffn_in": ()}, "ffn"),
+        ("mixtral", {"router": "self_attn.q_proj"}, "experts"),
+    ],
+)
+def test_a_wrong_record_is_refused(name, wrong, part, monkeypatch):
+    model = architectures.build(name)
+    monkeypatch.setitem(RECORDS, name, replace(RECORDS[name], **wrong))
+    with pytest.raises(UserError, match="cannot be removed: without some, its first block computes something else"):
+        prove_units(model, [part])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma3_text", "gpt2", "mixtral"])
+def test_records_are_proven_in_half_precision_as_well(name):
+    model = architectures.build(name).bfloat16()
+    prove_units(model, ["groups", "experts" if name == "mixtral" else "ffn"])
+
+
+def test_query_heads_that_all_share_one_key_head_are_cut_one_by_one(tmp_path):
+    model = architectures.build("llama", num_key_value_heads=1)
+    layer = read_blocks(model)[0].attention_out.weight
+    expected = layer[:, 16:].clone()
+    remove_units(model, groups=[torch.tensor([0, 1, 1, 1]).bool()] * 3)
+    assert torch.equal(layer, expected) and read_blocks(model)[0].key.out_features == 16
+    record_shapes(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(runtime.load(tmp_path, "multiclass")), answer(model))
+
+
+@pytest.mark.parametrize("grouped", [{"num_kv_heads": 2, "new_decoder_architecture": True}, {"multi_query": False}])
+def test_every_layout_of_falcon_is_proven_and_cut(grouped, tmp_path):
+    model = architectures.build("falcon", **grouped)
+    groups = 2 if "num_kv_heads" in grouped else 4
+    assert read_blocks(model)[0].groups == groups
+    prove_units(model, ["groups", "ffn"])
+    shape_blocks(model, heads=[4 - 4 // groups] * 3)
+    record_shapes(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(runtime.load(tmp_path, "multiclass")), answer(model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_removed_with_their_rows_of_the_router(name, tmp_path):
+    model = architectures.build(name)
+    old = [block.expert_outs[3].weight.clone() for block in read_blocks(model)]
+    remove_units(model, experts=[torch.tensor([1, 0, 1, 1]).bool()] * 3)
+    record_shapes(model)
+    assert [block.experts for block in read_blocks(model)] == [3, 3, 3]
+    assert all(torch.equal(block.expert_outs[2].weight, weight) for block, weight in zip(read_blocks(model), old))
+    assert not hasattr(model.config, "compress")
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(answer(plain), answer(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "modernbert"])
+def test_what_is_one_layer_has_no_layer_of_queries(name):
+    block = read_blocks(architectures.build(name))[0]
+    with pytest.raises(UserError, match="computes queries, keys and values at once"):
+        block.query  # noqa: B018
+
+
 def test_other_families_are_refused():
-    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9))
-    with pytest.raises(UserError, match=r"is a `gpt2`; the layers of bert, .* qwen2 are known"):
-        read_blocks(gpt2)
+    with pytest.raises(UserError, match=r"is a `t5`; the layers of bert, .* falcon are known"):
+        read_blocks(architectures.build("t5"))
     with pytest.raises(UserError, match="is a `Linear`"):
         read_blocks(torch.nn.Linear(2, 2))
+
+
+def test_a_block_without_a_layer_of_the_record_is_refused():
+    mixed = architectures.build("qwen3_moe", mlp_only_layers=[1])
+    with pytest.raises(UserError, match=r"Block 1 of `model.layers` has no layer `mlp.experts`, which every block"):
+        read_blocks(mixed)
 
 
 # Counts of RoBERTa-large with a head for two labels by TextPruner's `summary`: parameters, and the ids of the 514

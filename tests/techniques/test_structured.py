@@ -1,25 +1,29 @@
 import json
+from dataclasses import replace
 
+import architectures
 import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
 from pydantic import ValidationError
 from small import SMALL
-from test_shapes import FAMILIES, INPUTS, PLAIN, family, logits, uneven
+from test_shapes import FAMILIES, INPUTS, KNOWN, LMS, PLAIN, RECORDS, family, logits, uneven
 
 import compress
 from compress.errors import UserError
 from compress.maths.units import activation_score, mask_important, standardise_score, taylor_score, units_left
 from compress.models import textpruner as textpruning
+from compress.models.importance import label_with_predictions, score_by_gradient
 from compress.models.matrices import find_zeros, matrices
 from compress.models.shapes import read_blocks, remove_units
 from compress.running.training import HoldZeros
+from compress.runtimes.torch import load
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
-from compress.techniques.structured import Structured, label_with_predictions, score_by_gradient
+from compress.techniques.structured import Structured
 
 ENCODERS = [name for name in FAMILIES if name not in PLAIN]
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 0.5], [0.0, 1.0, -1.0, 2.0]])
@@ -214,6 +218,52 @@ def test_a_model_that_was_cut_before_is_cut_again(textpruner):
     assert sum(sizes(model)[0]) == 4 and sum(sizes(model)[1]) == 80
 
 
+CUT = [name for name in KNOWN if name not in LMS]
+
+
+def train(model, stage):
+    tiny.trainer(stage).fit(tiny.Theirs(model), architectures.loader(2))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_every_known_architecture_is_scored_and_cut_and_reloads(name, tmp_path):
+    model = architectures.build(name)
+    first = read_blocks(model)[0]
+    heads = first.heads - first.group_size if first.family.cuts_heads else None
+    wanted = {"target_heads": heads, "target_ffn_size": first.ffn // 2 or None, "target_experts": first.experts and 3}
+    wanted = {key: value for key, value in wanted.items() if value}
+    importance = "activation" if first.family.textpruner else "loss"
+    train(model, Structured(**wanted, importance=importance, iterations=2, samples=8))
+    for block in read_blocks(model):
+        found = {"target_heads": block.heads, "target_ffn_size": block.ffn, "target_experts": block.experts}
+        assert wanted.items() <= found.items()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, "multiclass")
+    with torch.no_grad():
+        assert torch.equal(again(**architectures.inputs()).logits, model(**architectures.inputs()).logits)
+
+
+@pytest.mark.parametrize("importance", ["loss", "activation"])
+def test_experts_that_do_nothing_are_the_ones_removed(importance):
+    model = architectures.build("mixtral")
+    kept = []
+    for number, block in enumerate(read_blocks(model)):
+        block.expert_outs[number].weight.zero_()
+        kept.append([expert.weight.clone() for i, expert in enumerate(block.expert_outs) if i != number])
+    train(model, Structured(target_experts=3, importance=importance, samples=8))
+    for block, expected in zip(read_blocks(model), kept):
+        assert all(torch.equal(expert.weight, weight) for expert, weight in zip(block.expert_outs, expected))
+
+
+def test_a_wrong_record_is_refused_before_anything_is_removed(monkeypatch):
+    model = architectures.build("gpt_neox")
+    monkeypatch.setitem(RECORDS, "gpt_neox", replace(RECORDS["gpt_neox"], layout="stacked"))
+    with pytest.raises(UserError, match="heads of this `gpt_neox` cannot be removed"):
+        train(model, Structured(target_heads=2))
+    assert read_blocks(model)[0].heads == 4
+
+
 # Training afterwards
 
 
@@ -308,6 +358,22 @@ def test_a_mask_leaves_groups_whole():
         (tiny.bert, {"target_ffn_size": 8, "ffn_multiple_of": 16, "even_ffn": False}, "cannot be reached from 64"),
         (lambda: tiny.bert(num_labels=1), {"target_heads": 2, "importance": "logits"}, "predicts one number"),
         (lambda: torch.nn.Linear(2, 2), {"target_heads": 2}, "The model is a `Linear`"),
+        (lambda: architectures.build("t5"), {"target_heads": 2}, "The model is a `t5`; .* are known"),
+        (lambda: architectures.build("bart"), {"target_heads": 2}, "The model is a `bart`; .* are known"),
+        (lambda: architectures.build("mpnet"), {"target_heads": 2}, "cannot remove heads of `mpnet`: .* Set only"),
+        (lambda: architectures.build("olmo2"), {"target_heads": 2}, "cannot remove heads of `olmo2`: a norm spans"),
+        (tiny.bert, {"target_experts": 2}, "the blocks of `bert` have no experts"),
+        (
+            lambda: architectures.build("mixtral"),
+            {"target_ffn_size": 64},
+            "`mixtral` have 4 experts in place of one FFN. Set technique.structured.target_experts",
+        ),
+        (
+            lambda: architectures.build("mixtral"),
+            {"target_experts": 1},
+            "target_experts=1 is less than the 2 experts that every token is sent to",
+        ),
+        (lambda: architectures.build("mixtral"), {"target_experts": 4}, "has already, and its 4 experts. Set lower"),
     ],
 )
 def test_targets_that_do_not_fit_are_reported_from_the_shapes_alone(build, settings, sentence):
