@@ -72,8 +72,10 @@ def main() -> None:
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(options.batch_size)]
     model, narrow = one_block(TINYLLAMA), one_block(NARROW)
     dense = Dense(model, batches)
-    table = Table("", "", "s a block", "ratio", "error of the layers", "ratio", "error of the block", "ratio")
+    tokens, processor = options.samples * options.length, read_processor()["model name"]
+    print(f"{processor}, {options.threads} threads, {tokens} tokens, PyTorch {torch.__version__}")
     for name in options.methods:
+        table = Table("", "", "s a block", "ratio", "error of the layers", "ratio", "error of the block", "ratio")
         seconds, results = {}, {}
         for method in methods[name].values():  # what is imported and compiled on first use is not timed
             timed(method, narrow, batches)
@@ -83,9 +85,7 @@ def main() -> None:
                 whole, results[side] = timed(method, model, batches)
                 seconds[side] = min(whole - machinery, seconds.get(side, float("inf")))
         add_rows(table, name, seconds, {side: dense.compare(result) for side, result in results.items()})
-    tokens, processor = options.samples * options.length, read_processor()["model name"]
-    print(f"{processor}, {options.threads} threads, {tokens} tokens, PyTorch {torch.__version__}")
-    Console(width=130).print(table)
+        Console(width=130).print(table)  # at once: a run takes minutes
 
 
 def compared_methods(bits: int, group_size: int) -> dict[str, dict[str, Method]]:
