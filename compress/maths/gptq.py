@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.maths.hessian import Factor, factorize, sweep
+from compress.maths.hessian import Factor, Sweep, factorize
 from compress.maths.rounding import Grid, Integers, Scheme, fit_grid
 
 
@@ -87,7 +87,7 @@ def round_columns(weight: Tensor, factor: Factor, scheme: Scheme, order: Tensor 
             chosen.sub_(zero)
         return chosen.mul_(scale) if dtype is torch.float32 else (chosen.to(dtype) * scale.to(dtype)).float()
 
-    sweep(original, factor, columns if order is not None else size, prepare, choose)
+    Sweep(original, factor, columns if order is not None else size, prepare, choose).run()
     # 3) Restore the order
     if order is not None:
         integers = integers[order.argsort()]

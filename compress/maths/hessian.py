@@ -66,14 +66,8 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     )
 
 
-def sweep(
-    weight: Tensor,
-    factor: Factor,
-    segment: int,
-    prepare: Callable[[int, int, Tensor], None],
-    choose: Callable[[int, Tensor], Tensor],
-) -> None:
-    """Visit the columns of a weight in order, and let each compensate the errors of those before it.
+class Sweep:
+    """A visit of the columns of a weight in order, in which each compensates the errors of those before it.
 
     ``weight`` ``[inputs, rows]`` is transposed: its columns are contiguous. ``prepare(start, stop, columns)`` is called
     before each ``segment`` of columns; ``columns`` ``[stop - start, rows]`` is the best continuation in floats.
@@ -82,40 +76,51 @@ def sweep(
     The second half of a range receives the errors of the first half by one matrix product. No value is read on the
     host: on a GPU that would wait for the device at every column.
     """
-    upper = factor.upper
-    current = weight.clone()  # columns after compensation; once visited, the error of the column
 
-    def visit(start: int, stop: int, prepared: bool) -> None:
-        if not prepared and stop - start <= segment:
-            prepare(start, stop, continuation(start, stop))
+    def __init__(
+        self,
+        weight: Tensor,
+        factor: Factor,
+        segment: int,
+        prepare: Callable[[int, int, Tensor], None],
+        choose: Callable[[int, Tensor], Tensor],
+    ) -> None:
+        self.weight, self.upper, self.segment = weight, factor.upper, segment
+        self.prepare, self.choose = prepare, choose
+        self.current = weight.clone()  # columns after compensation; once visited, the error of the column
+
+    def run(self) -> None:
+        """Visit all columns."""
+        self._visit(0, len(self.weight), prepared=False)
+
+    def _visit(self, start: int, stop: int, prepared: bool) -> None:
+        if not prepared and stop - start <= self.segment:
+            self.prepare(start, stop, self._continue(start, stop))
             prepared = True
         if prepared and stop - start <= LEAF:
-            visit_columns(start, stop)
+            self._visit_columns(start, stop)
             return
-        middle = start + halve(stop - start)
-        visit(start, middle, prepared)
-        current[middle:stop].addmm_(upper[start:middle, middle:stop].T, current[start:middle])
-        visit(middle, stop, prepared)
+        unit = LEAF if prepared else self.segment
+        middle = start + max((stop - start) // unit // 2, 1) * unit
+        self._visit(start, middle, prepared)
+        errors, later = self.current[start:middle], self.current[middle:stop]
+        later.addmm_(self.upper[start:middle, middle:stop].T, errors)
+        self._visit(middle, stop, prepared)
 
-    def halve(length: int) -> int:
-        unit = segment if length > segment else LEAF
-        return max(length // unit // 2, 1) * unit
-
-    def continuation(start: int, stop: int) -> Tensor:
+    def _continue(self, start: int, stop: int) -> Tensor:
+        """Return the values of columns that compensate the errors before ``start`` best."""
+        before = self.weight[start:stop]
         if start == 0:
-            return weight[:stop]
-        inside = upper[start:stop, start:stop].T
-        received = current[start:stop] - weight[start:stop]
-        return weight[start:stop] + torch.linalg.solve_triangular(inside, received, upper=False, unitriangular=True)
+            return before
+        inside, received = self.upper[start:stop, start:stop].T, self.current[start:stop] - before
+        return before + torch.linalg.solve_triangular(inside, received, upper=False, unitriangular=True)
 
-    def visit_columns(start: int, stop: int) -> None:
-        columns, before = current[start:stop].unbind(), weight[start:stop].unbind()
+    def _visit_columns(self, start: int, stop: int) -> None:
+        columns, before = self.current[start:stop].unbind(), self.weight[start:stop].unbind()
         for j, (column, original) in enumerate(zip(columns, before)):
             if j:
-                column.addmv_(current[start : start + j].T, upper[start : start + j, start + j])
-            torch.sub(original, choose(start + j, column), out=column)
-
-    visit(0, len(weight), prepared=False)
+                column.addmv_(self.current[start : start + j].T, self.upper[start : start + j, start + j])
+            torch.sub(original, self.choose(start + j, column), out=column)
 
 
 def output_error(error: Tensor, moment: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.maths.hessian import Factor, factorize, sweep
+from compress.maths.hessian import Factor, Sweep, factorize
 
 SCOPES = {
     "magnitude": ("global", "layer", "row"),
@@ -202,7 +202,7 @@ def prune_columns(
     def choose(j: int, column: Tensor) -> Tensor:
         return torch.where(masks[j], nothing, column, out=result[j])
 
-    sweep(original, factor, segment, prepare, choose)
+    Sweep(original, factor, segment, prepare, choose).run()
     return result.T
 
 

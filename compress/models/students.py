@@ -166,7 +166,9 @@ def can_run(skeleton: PreTrainedModel) -> bool:
     ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
     try:
         with torch.device("meta"), AssumeTrue():
-            skeleton.to(torch.bfloat16).eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+            skeleton.to(torch.bfloat16).eval()(  # type: ignore[arg-type]
+                input_ids=ids, attention_mask=torch.ones_like(ids)
+            )
     except Exception:
         return False
     return True

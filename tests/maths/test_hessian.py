@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import UserError
 from compress.maths.gptq import gptq
-from compress.maths.hessian import factorize, second_moment
+from compress.maths.hessian import Sweep, factorize, second_moment
 from compress.maths.rounding import Scheme
 from compress.maths.sparsity import sparsegpt
 
@@ -43,6 +45,24 @@ def test_damping_grows_until_the_factor_is_exact():
     assert upper.isfinite().all() and (diagonal > 1e-7).all()
     with pytest.raises(UserError, match=r"not invertible at any damping; the inputs hold NaN or infinity"):
         factorize(torch.full((4, 4), torch.nan), 0.01)
+
+
+def test_the_factor_of_inputs_that_are_all_zero_is_finite():
+    upper, diagonal = factorize(torch.zeros(4, 4), 0.01)
+    assert torch.equal(upper, torch.eye(4)) and (diagonal > 0).all()
+
+
+def test_what_a_sweep_holds_is_freed_at_once():
+    current = []
+
+    class Watched(Sweep):
+        def run(self):
+            super().run()
+            current.append(weakref.ref(self.current))
+
+    weight = torch.randn(40, 3)
+    Watched(weight, factorize(torch.eye(40), 0.01), 40, lambda *_: None, lambda _, column: column).run()
+    assert current[0]() is None  # no cycle that would wait for the garbage collector
 
 
 class HostReads(TorchDispatchMode):
