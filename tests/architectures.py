@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from compress.models.loading import choose_attention
+
 BLOCKS = 3
 WORDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {"hidden_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "intermediate_size": 128}
@@ -134,7 +136,7 @@ def build(name: str, lm: bool = False, seed: int = 0, **changes: Any) -> PreTrai
                 parameter.mul_(3)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return choose_attention(model)
 
 
 def batch(seed: int = 0, rows: int = 4, length: int = 16, padded: bool = True, lm: bool = False) -> dict[str, Tensor]:

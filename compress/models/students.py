@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import find_auto_class, from_pretrained, has_labels, load_weights, refuse_quantized
+from compress.models.backbone import find_auto_class, has_labels
 from compress.models.depth import (
     INVALID,
     check_depth,
@@ -26,6 +26,7 @@ from compress.models.depth import (
 )
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
+from compress.models.loading import choose_attention, from_pretrained, load_weights, refuse_quantized
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -87,7 +88,7 @@ def build_student(model: PreTrainedModel, student: Student, key: str) -> PreTrai
             f"{key}.path."
         )
     with torch.device(model.device):
-        return type(model)._from_config(config, dtype=model.dtype)
+        return choose_attention(type(model)._from_config(config, dtype=model.dtype))  # type: ignore[no-any-return]
 
 
 def choose_dropped(model: PreTrainedModel, layers: int | tuple[int, ...] | None, key: str) -> set[int]:
@@ -190,7 +191,7 @@ def load_student(
     auto = find_auto_class(detect_task_kind(model), config)
     if not weights:
         with torch.device("meta"):
-            return auto.from_config(config)
+            return choose_attention(auto.from_config(config))  # type: ignore[no-any-return]
     if tokenizer is not None:
         check_same_vocabulary(tokenizer.get_vocab(), from_pretrained(AutoTokenizer, path, what, key).get_vocab(), key)
     student, _ = load_weights(auto, path, what, key, config=config, ignore_mismatched_sizes=True)
