@@ -7,16 +7,17 @@ What fails after the check is a fault, and the table is not written.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, CLASSIFIERS, DECODERS, build
+from architectures import CLASSIFIERS, DECODERS, build
 from hydra.utils import get_class
 from tqdm import tqdm
 
@@ -79,11 +80,11 @@ def run_cell(stage: str, family: str, lm: bool) -> str:
     return ""
 
 
-def run_all(rows: list[tuple[str, bool]]) -> Iterator[tuple[str, str, bool, str]]:
-    """Yield stage, family, whether it is a language model, and the refusal or nothing, of every cell."""
-    for family, lm in tqdm(rows, unit="family"):
-        for stage in STAGES:
-            yield stage, family, lm, report_cell(stage, family, lm)
+def run_row(row: tuple[str, bool]) -> list[tuple[str, str, bool, str]]:
+    """Return stage, family, whether it is a language model, and the refusal or nothing, of every cell of a row."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return [(stage, *row, report_cell(stage, *row)) for stage in STAGES]
 
 
 def report_cell(stage: str, family: str, lm: bool) -> str:
@@ -107,7 +108,7 @@ def format_page(cells: list[tuple[str, str, bool, str]]) -> str:
             for stage in STAGES:
                 refusal = part[stage, family]
                 marks.append("✓" if not refusal else f"[{notes.setdefault(generalise(refusal), len(notes) + 1)}]")
-            lines.append(f"| {ARCHITECTURES[family].model_type if family == 't5' else family} | {' | '.join(marks)} |")
+            lines.append(f"| {family} | {' | '.join(marks)} |")
     lines += ["", "## Why not", "", *(f"{number}. {sentence}" for sentence, number in notes.items()), ""]
     return "\n".join(lines)
 
@@ -127,7 +128,9 @@ def generalise(sentence: str) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     wanted = sys.argv[1:]
-    cells = list(run_all([row for row in ROWS if not wanted or row[0] in wanted]))
+    rows = [row for row in ROWS if not wanted or row[0] in wanted]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        cells = [cell for row in tqdm(pool.imap(run_row, rows), total=len(rows), unit="family") for cell in row]
     for stage, family, lm, refusal in cells:
         if refusal.startswith("FAULT") or wanted:
             print(f"{family}{' (lm)' if lm else ''}, {stage}: {refusal or 'works'}")

@@ -58,6 +58,8 @@ class Family(Conventions):
     """Whether the config has ``head_dim`` and can therefore describe fewer heads of the same size."""
     cuts_heads: bool = True
     """Whether heads can be removed: not where a norm spans all heads, or all blocks share biases for every head."""
+    shares_blocks: bool = False
+    """Whether several passes use the same block."""
     reads_config: bool = False
     """Whether the attention reads its number of heads from the config at every call."""
     textpruner: bool = False
@@ -90,6 +92,7 @@ ALBERT = Family(
     key="albert_layers.0.attention.key",
     value="albert_layers.0.attention.value",
     attention_out="albert_layers.0.attention.dense",
+    shares_blocks=True,
     ffn_in=("albert_layers.0.ffn",),
     ffn_out="albert_layers.0.ffn_output",
     head_size="attention_head_size",

@@ -68,6 +68,12 @@ class Match:
                     f"{key}: the feature `{self.feature}` needs the names of the layers of a `{config.model_type}`, "
                     f"the {who}; those of {', '.join(FAMILIES)} are known. Set feature=hidden, which every model has."
                 )
+            family = FAMILIES.get(name_family(config))
+            if self.feature == "relation" and family and (family.layout != "separate" or family.shares_blocks):
+                raise UserError(
+                    f"{key}: the feature `relation` needs layers for queries, keys and values in every block of the "
+                    f"{who}, and a `{config.model_type}` has one for all of them. Set feature=hidden or attention."
+                )
         for side, layer, config in (("layer_T", self.layer_T, teacher), ("layer_S", self.layer_S, student)):
             last = config.num_hidden_layers - (self.feature != "hidden")
             if max(layer if isinstance(layer, tuple) else (layer,)) > last:

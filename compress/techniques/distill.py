@@ -251,7 +251,8 @@ class Distill(FineTune):
             for either in (self.model, *self._teacher):
                 cast(PreTrainedModel, either).set_attn_implementation("eager")  # others return no attention matrix
             for block in read_blocks(self.model):  # the returned matrix is the one after dropout
-                vars(block.attention)["attention_dropout"] = 0.0
+                if not isinstance(getattr(block.attention, "attention_dropout", None), nn.Module):
+                    vars(block.attention)["attention_dropout"] = 0.0
                 for module in block.attention.modules():
                     if isinstance(module, nn.Dropout):
                         module.p = 0.0
