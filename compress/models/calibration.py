@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -118,6 +119,8 @@ class Section:
     """Runs of the section, one for every calibration batch."""
     masks: Sequence[Tensor | None]
     """Attention masks ``[batch, tokens]`` of the batches."""
+    finishes: Sequence[Callable[[], Any]]
+    """Runs of the model from the section on, one for every calibration batch; each returns the model's output."""
     probe: Callable[[], Any] | None = None
     """A cheaper run that makes the same products."""
     waves: list[list[dict[str, Matrix]]] = field(init=False)
@@ -189,7 +192,7 @@ def view_model(model: nn.Module, batches: list[Batch], watched: dict[str, Matrix
     """Return the whole model as a section."""
     forwards = [partial(run_model, model, batch) for batch in batches]
     masks = [batch.get("attention_mask") for batch in batches]
-    return Section("", model, watched, forwards, masks, partial(run_model, model, take_rows(batches[0])))
+    return Section("", model, watched, forwards, masks, forwards, partial(run_model, model, take_rows(batches[0])))
 
 
 def take_rows(batch: Batch) -> Batch:
@@ -281,15 +284,44 @@ def replay_blocks(
     model: nn.Module, prefix: str, stack: nn.ModuleList, batches: list[Batch], watched: dict[str, Matrix]
 ) -> Iterator[Section]:
     """Yield the blocks in order as sections, each on the outputs of the block before it as the caller left it."""
-    hidden, calls = capture_calls(model, stack, batches)
+    hidden, calls, in_tuples = capture_calls(model, stack, batches)
     masks = [batch.get("attention_mask") for batch in batches]
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
         name = f"{prefix}.{index}"
         forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
         if inside := {key: matrix for key, matrix in watched.items() if is_inside(key, [name])}:
-            yield Section(name, block, inside, forwards, masks)
+            starts = zip(batches, hidden)
+            finishes = [partial(run_from, model, batch, block, state, in_tuples) for batch, state in starts]
+            yield Section(name, block, inside, forwards, masks, finishes)
         if index < len(stack) - 1:
             hidden = [forward() for forward in forwards]
+
+
+def run_from(
+    model: nn.Module, batch: Batch, block: nn.Module, state: Tensor, in_tuples: Mapping[nn.Module, bool]
+) -> Any:
+    """Return the model's output on a batch whose hidden states before ``block`` are ``state``. Blocks before it are
+    skipped, those of ``in_tuples``, which return only hidden states."""
+
+    def put(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+
+    hook = block.register_forward_pre_hook(put, with_kwargs=True)
+    before = takewhile(lambda other: other is not block, in_tuples)
+    try:
+        with skip_blocks({other: in_tuples[other] for other in before}):
+            return run_model(model, batch)
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def skip_blocks(in_tuples: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Let blocks return their input. A block returns it in a tuple if ``in_tuples`` says so."""
+    with ExitStack() as passed:
+        for block, in_tuple in in_tuples.items():
+            passed.enter_context(patch.object(block, "forward", partial(return_states, in_tuple)))
+        yield
 
 
 class Call(NamedTuple):
@@ -306,15 +338,16 @@ class Call(NamedTuple):
 
 def capture_calls(
     model: nn.Module, stack: nn.ModuleList, batches: list[Batch]
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """Return the hidden states that enter the first block, by batch, and the call of every block, by batch and block.
+) -> tuple[list[Tensor], list[list[Call]], dict[nn.Module, bool]]:
+    """Return the hidden states that enter the first block, by batch, the call of every block, by batch and block, and
+    the blocks that return only hidden states, in order: whether they return them in a tuple.
 
     Blocks share the masks and position embeddings of a call, which take memory once. For speed, blocks that return
     only hidden states are skipped after the first batch: they return their input.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
-    in_tuples: dict[nn.Module, bool] = {}  # whether a block that returns only hidden states wraps them in a tuple
+    in_tuples: dict[nn.Module, bool] = {}
 
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
         rest = dict(kwargs)
@@ -334,14 +367,12 @@ def capture_calls(
     try:
         for batch in batches:
             calls.append([])
-            with ExitStack() as passed, suppress(Seen):
-                for block, in_tuple in in_tuples.items():
-                    passed.enter_context(patch.object(block, "forward", partial(return_states, in_tuple)))
+            with skip_blocks(in_tuples), suppress(Seen):
                 run_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return hidden, calls
+    return hidden, calls, in_tuples
 
 
 def return_states(in_tuple: bool, hidden_states: Tensor, *_: Any, **__: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.formats import packed
@@ -21,12 +21,14 @@ from compress.maths.losses import soft_loss
 from compress.maths.rounding import Scheme, fit_grid, round_to_grid
 from compress.maths.sparsity import squared_norms
 from compress.models.batches import Batch, draw_calibration_batches
-from compress.models.calibration import Shared, observe
+from compress.models.calibration import Section, Shared, split_sections
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
 from compress.models.matrices import Matrix
 from compress.tasks.kinds import KINDS
 from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
+
+Probabilities = Literal["softmax", "sigmoid"] | None
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,7 @@ class Mixed(Technique, pl.Callback):
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]
         with evaluation_mode(model):
-            sets = observe(model, few, squared_norms, wanted)
-            answers = [model(**batch).logits for batch in few]
-            self.options = [
-                [measure_choice(model, shared, scheme, few, answers) for scheme in self.schemes]
-                for shared in tqdm(sets, desc="measuring", unit="set", leave=False, disable=None)
-            ]
+            self.options = list(measure_choices(model, few, wanted, self.schemes))
         # 2) Choose the bits and quantize
         budget = self.budget * sum(matrix.size for matrix in wanted.values())
         self.chosen = choose_bits(self.options, budget, self.key)
@@ -165,15 +162,27 @@ def count_stored_bits(scheme: Scheme, matrix: Matrix) -> float:
 
 
 @torch.no_grad()
+def measure_choices(
+    model: nn.Module, batches: list[Batch], wanted: dict[str, Matrix], schemes: list[Scheme]
+) -> Iterator[list[Choice]]:
+    """Yield the choices for every set of matrices that share an input: how far the model's answers to ``batches`` move
+    if only these are rounded, by each of ``schemes``.
+
+    What runs before the block of a set is not computed again.
+    """
+    probabilities = KINDS[detect_task_kind(model)].probabilities
+    answers: list[Tensor] = []
+    for section in split_sections(model, batches, wanted):
+        answers = answers or [finish().logits for finish in section.finishes]
+        for shared in section.observe(squared_norms):
+            yield [measure_choice(section, shared, scheme, answers, probabilities) for scheme in schemes]
+
+
 def measure_choice(
-    model: nn.Module,
-    shared: Shared,
-    scheme: Scheme,
-    batches: list[Batch],
-    answers: list[Tensor],
+    section: Section, shared: Shared, scheme: Scheme, answers: list[Tensor], probabilities: Probabilities
 ) -> Choice:
-    """Return how far the model's ``answers`` to ``batches`` move if only the ``shared`` matrices are rounded to
-    nearest, on grids fitted with errors weighted by the squared norms of their inputs. The weights are restored."""
+    """Return how far the ``answers`` move if only the ``shared`` matrices of a section are rounded to nearest, on grids
+    fitted with errors weighted by the squared norms of their inputs. The weights are restored."""
     layers, importance = shared
     dense = {name: matrix.weight.clone() for name, matrix in layers.items()}
     for name, matrix in layers.items():
@@ -181,8 +190,8 @@ def measure_choice(
         rounded = round_to_grid(weight, fit_grid(weight, scheme, weight.dtype, importance), scheme)
         matrix.weight.copy_(rounded.to(weight.dtype) * (weight != 0))
     moved = [
-        logit_distance(model(**batch).logits, before, batch, KINDS[detect_task_kind(model)].probabilities)
-        for batch, before in zip(batches, answers)
+        logit_distance(finish().logits, before, mask, probabilities)
+        for finish, before, mask in zip(section.finishes, answers, section.masks)
     ]
     for name, matrix in layers.items():
         matrix.weight.copy_(dense[name])
@@ -190,16 +199,21 @@ def measure_choice(
     return Choice(tuple(layers), scheme.bits, size, torch.stack(moved).mean().item())
 
 
-def logit_distance(
-    after: Tensor, before: Tensor, batch: Batch, probabilities: Literal["softmax", "sigmoid"] | None
-) -> Tensor:
+def logit_distance(after: Tensor, before: Tensor, mask: Tensor | None, probabilities: Probabilities) -> Tensor:
     """Return how far logits moved: the KL divergence over all tokens except padding, or for a regression the squared
     error."""
-    after, before = after.double(), before.double()  # a small layer may move them by less than float32 resolves
     if probabilities is None:
-        return F.mse_loss(after, before)
-    mask = batch.get("attention_mask") if before.ndim == 3 else None
-    return soft_loss("kl", after, before, 1.0, mask, probabilities)
+        return F.mse_loss(after.double(), before.double())  # a small layer may move them by less than float32 resolves
+    if before.ndim == 2:
+        return soft_loss("kl", after.double(), before.double(), 1.0, None, probabilities)
+    total, count = torch.zeros((), dtype=torch.float64, device=before.device), 0
+    for row in range(len(before)):  # in 64 bits the logits of a vocabulary take several times the memory of the model
+        one = slice(row, row + 1)
+        kept = mask if mask is None else mask[one]
+        tokens = before.shape[1] if kept is None else int(kept.sum())
+        loss = soft_loss("kl", after[one].double(), before[one].double(), 1.0, kept, probabilities)
+        total, count = total + loss * tokens, count + tokens
+    return total / count
 
 
 def choose_bits(options: list[list[Choice]], budget_bits: float, key: str) -> list[Choice]:

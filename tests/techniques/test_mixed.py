@@ -1,6 +1,7 @@
 import csv
 from itertools import product
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -9,9 +10,12 @@ from test_prune import fit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress.errors import UserError
+from compress.maths.rounding import Scheme, fit_grid, round_to_grid
+from compress.maths.sparsity import squared_norms
+from compress.models.calibration import observe
 from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import check_bits
-from compress.techniques.mixed import Choice, Mixed, choose_bits
+from compress.techniques.mixed import Choice, Mixed, choose_bits, measure_choices
 from compress.techniques.prune import Prune
 
 SMALL = {"group_size": 16, "samples": 8, "measured": 8}
@@ -41,6 +45,40 @@ def test_no_choice_within_the_budget_diverges_less():
     allowed = [choices for choices in product(*options) if sum(choice.stored_bits for choice in choices) <= 150]
     least = min(sum(choice.divergence for choice in choices) for choices in allowed)
     assert sum(choice.divergence for choice in chosen) == least
+
+
+@pytest.mark.parametrize(
+    ("name", "lm"), [("bert", False), ("llama", True), ("gemma2", True), ("t5", False), ("mixtral", True)]
+)
+@torch.no_grad()
+def test_a_choice_diverges_as_the_whole_model_does_with_these_layers_rounded(name, lm):
+    model, batches, scheme = (
+        architectures.build(name, lm),
+        [architectures.inputs(seed) for seed in (1, 2)],
+        Scheme(2, 16),
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    each = list(measure_choices(model, batches, matrices(model), [scheme]))
+    assert sorted(layer for (choice,) in each for layer in choice.layers) == sorted(matrices(model))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    answers = [model(**batch).logits for batch in batches]
+    moments = {key: shared.statistic for shared in observe(model, batches, squared_norms) for key in shared.matrices}
+    for (choice,) in each[:: max(1, len(each) // 6)]:
+        kept = {layer: matrices(model)[layer].weight.clone() for layer in choice.layers}
+        for layer, weight in kept.items():
+            grid = fit_grid(weight, scheme, weight.dtype, moments[layer])
+            matrices(model)[layer].weight.copy_(round_to_grid(weight, grid, scheme))
+        moved = []
+        for batch, answer in zip(batches, answers):
+            log_p, log_q = answer.double().log_softmax(-1), model(**batch).logits.double().log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+            moved.append((divergence[batch["attention_mask"].bool()] if lm else divergence).mean())
+        for layer, weight in kept.items():
+            matrices(model)[layer].weight.copy_(weight)
+        # The texts of experts run one by one, so that the mean is over texts and not over tokens.
+        assert choice.divergence == pytest.approx(
+            torch.stack(moved).mean().item(), rel=0.3 if name == "mixtral" else 1e-4
+        )
 
 
 @pytest.mark.parametrize("build", tiny.ALL)
