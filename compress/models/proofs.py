@@ -114,7 +114,8 @@ def unread_units(block: Block, part: str) -> Iterator[None]:
         return
     layer, _, index = find_reader(block, part)
     count, _ = count_removed(block, part)
-    columns, weight = index[:count].flatten().to(layer.weight.device), see_matrix(layer).weight
+    weight = see_matrix(layer).weight
+    columns = index[:count].flatten().to(weight.device)
     before = weight[:, columns].clone()
     weight[:, columns] = 0
     try:

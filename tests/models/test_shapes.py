@@ -192,7 +192,8 @@ def test_every_known_architecture_is_cut_as_if_nothing_read_the_units_and_reload
     assert not torch.allclose(answers[0], answers[2], atol=1e-3 * scale)
     cut.save_pretrained(tmp_path)
     loaded = runtime.load(tmp_path, "lm" if name in LMS else "multiclass")
-    assert type(loaded) is type(cut) and torch.equal(answer(loaded), answers[0])
+    cut.set_attn_implementation(loaded.config._attn_implementation)  # the loaded Gemma 2 caps its attention scores
+    assert type(loaded) is type(cut) and torch.equal(answer(loaded), answer(cut))
 
 
 @torch.no_grad()

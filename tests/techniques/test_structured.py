@@ -240,6 +240,7 @@ def test_every_known_architecture_is_scored_and_cut_and_reloads(name, tmp_path):
         assert wanted.items() <= found.items()
     model.save_pretrained(tmp_path)
     again = load(tmp_path, "multiclass")
+    model.set_attn_implementation(again.config._attn_implementation)  # the loaded Gemma 2 caps its attention scores
     with torch.no_grad():
         assert torch.equal(again(**architectures.inputs()).logits, model(**architectures.inputs()).logits)
 
