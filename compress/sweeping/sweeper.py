@@ -264,9 +264,10 @@ def read_sizes(skeleton: Any) -> dict[str, int]:
     from compress.models.families import find_conventions
 
     config = skeleton.config
+    ffn = getattr(config, find_conventions(config).ffn_size, 0)
     return {
         "heads": config.num_attention_heads,
-        "ffn": getattr(config, find_conventions(config).ffn_size, 0),
+        "ffn": 4 * config.hidden_size if ffn is None else ffn,  # None is GPT-2's default
         "layers": config.num_hidden_layers,
     }
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -64,6 +65,10 @@ def test_its_sizes_are_found_under_the_keys_of_its_config(name, monkeypatch):
     monkeypatch.setitem(FAMILIES, name, replace(NEW[name], ffn_size="width"))
     assert read_sizes(model) == {"heads": 4, "ffn": 48, "layers": 2}
     assert narrow_config(model.config, 16, "technique.distill.student").width == 24
+
+
+def test_the_ffn_of_a_config_that_leaves_its_width_open_is_four_times_as_wide_as_the_model():
+    assert read_sizes(architectures.build("gptj")) == {"heads": 4, "ffn": 256, "layers": 3}
 
 
 def test_no_module_asks_for_a_family_by_its_name():
