@@ -30,7 +30,8 @@ class AWQ(Technique, pl.Callback):
 
     Lin et al., "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", 2023,
     arXiv:2306.00978. The scales are folded into the operation before, a norm or a layer, so the model computes the same
-    function at no extra cost. A weight that is exactly zero stays exactly zero.
+    function at no extra cost. Where that is possible is proven: random scales there must leave the outputs of the block
+    as they are. Other layers keep their inputs. A weight that is exactly zero stays exactly zero.
 
     Blocks are quantized in order, each calibrated on the outputs of the quantized blocks before it; the activations of
     one block are in memory. A layer that ``skip`` names stays unchanged, bit for bit, so no scales are folded into it.
@@ -50,7 +51,7 @@ class AWQ(Technique, pl.Callback):
             patterns of layer names.
 
     Raises:
-        UserError: the scales cannot be folded into the model, groups do not divide a layer, or a pattern matches no
+        UserError: scales can be folded nowhere in the model, groups do not divide a layer, or a pattern matches no
             layer.
 
     Example:

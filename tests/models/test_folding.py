@@ -108,6 +108,14 @@ def test_the_proof_finds_the_same_in_half_precision(name, dtype):
     assert name_places(find_all(model, {})) == PLACES[name]
 
 
+def test_the_smallest_weights_in_float16_are_rounded_and_cost_no_fold():
+    model = build("llama", lm=True).half()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data *= 1e-4  # below the least normal number
+        layer.self_attn.o_proj.weight.data *= 1e3
+    assert name_places(find_all(model, {})) == LLAMA
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 def test_a_norm_that_adds_one_to_its_weight_is_told_from_a_plain_one(name):
     for hint in (0, 1):  # 0 says that the norms are plain, as Llama's are
