@@ -177,7 +177,7 @@ def test_wanda_prunes_as_its_scores_on_the_inputs_of_the_pruned_blocks_before_sa
     fit(model, Prune(sparsity=0.5, criterion="wanda", samples=16))
     name, first = next(iter(matrices(dense).items()))
     inputs = []
-    first.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    first.module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     norms = torch.zeros(first.inputs)
     with torch.no_grad():
         for batch in tiny.loader():
