@@ -22,6 +22,7 @@ from compress.models.families import find_conventions, name_family
 from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.technique import Technique
+from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
 
 
 class AWQ(Technique, pl.Callback):
@@ -83,6 +84,7 @@ class AWQ(Technique, pl.Callback):
         self.skip = skip
         self.train_samples = samples
         self.keeps_head = "head" in skip
+        self.outcomes: dict[str, Outcome] = {}
         self.quantized: dict[str, Quantized] = {}
         self.average_bits: dict[str, float] = {}
 
@@ -115,15 +117,22 @@ class AWQ(Technique, pl.Callback):
                     weight = matrix.weight
                     shrink = search_clipping(weight, shared.statistic, self.scheme, self.grid) if self.clip else 1.0
                     grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
-                    stored = round_to_nearest(weight, grid, self.scheme)
-                    matrix.weight.copy_(stored.dequantize(matrix.dtype))
-                    self.quantized[name] = Quantized(stored)
+                    clipped = round_to_nearest(weight, grid, self.scheme)
+                    outcome = compare_with_nearest(weight, clipped, shared.statistic)
+                    matrix.weight.copy_(outcome.quantized.weight.dequantize(matrix.dtype))
+                    self.outcomes[name] = outcome
+        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
+        self.reached = set(self.quantized)
         self.average_bits = average_bits(self.quantized)
         self.limits = f"{len(scaled & wanted.keys())} of {len(wanted)} matrices have scaled inputs; {AWQ.limits}"
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.quantized, folder)
+
+    def report(self, folder: Path) -> None:
+        """Write ``errors.csv``: the error of every scaled layer's outputs, beside that without clipping."""
+        write_errors(self.outcomes, folder / "errors.csv")
 
 
 def describe_unfoldable(model: nn.Module) -> str:

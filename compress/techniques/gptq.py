@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
-from torch import nn
+from torch import Tensor, nn
 
 from compress.formats import gptq as gptq_format
 from compress.formats import packed
@@ -17,7 +17,7 @@ from compress.formats.gptq import check_format, save_model
 from compress.formats.packed import Quantized
 from compress.maths.gptq import gptq
 from compress.maths.hessian import output_error, second_moment
-from compress.maths.rounding import Scheme, minmax_grid, round_to_nearest
+from compress.maths.rounding import Integers, Scheme, minmax_grid, round_to_nearest
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import sequential
 from compress.models.layers import evaluation_mode, unwrap_model
@@ -158,13 +158,18 @@ def quantize_layers(
             weights = [matrix.weight for matrix in matrices.values()]
             rounded = gptq(weights, moment, [schemes[name] for name in matrices], damping, act_order, scale)
             for (name, matrix), weight, ours in zip(matrices.items(), weights, rounded):
-                scheme = schemes[name]
-                nearest = round_to_nearest(weight, minmax_grid(weight, scheme, scale or matrix.dtype), scheme)
-                errors = [output_error(w.dequantize(torch.float32) - weight, moment) for w in (ours, nearest)]
-                chosen = ours if errors[0] <= errors[1] else nearest
-                matrix.weight.copy_(chosen.dequantize(matrix.dtype))
-                outcomes[name] = Outcome(Quantized(chosen), min(errors), errors[1])
+                outcomes[name] = compare_with_nearest(weight, ours, moment)
+                matrix.weight.copy_(outcomes[name].quantized.weight.dequantize(matrix.dtype))
     return outcomes
+
+
+def compare_with_nearest(weight: Tensor, ours: Integers, moment: Tensor) -> Outcome:
+    """Return the better of ``ours`` and the integers nearest to ``weight`` ``[rows, inputs]``, by the error of the
+    outputs on inputs of the second ``moment`` ``[inputs, inputs]``."""
+    grid = minmax_grid(weight, ours.scheme, ours.grid.scale.dtype)
+    both = ours, round_to_nearest(weight, grid, ours.scheme)
+    errors = [output_error(rounded.dequantize(torch.float32) - weight, moment) for rounded in both]
+    return Outcome(Quantized(both[errors[1] < errors[0]]), min(errors), errors[1])
 
 
 def write_errors(outcomes: dict[str, Outcome], path: Path) -> None:

@@ -82,7 +82,7 @@ def shrink(model_type):
     sizes = {key: value for key, value in WORDS.items() if key in default} | {"decoder_start_token_id": 2}
     for key, value in default.items():
         if type(value) is int or (value is None and key.endswith(("hidden_size", "n_inner"))):
-            sizes |= {key: small for pattern, small in SIZES.items() if re.search(pattern, key)}
+            sizes[key] = next((small for pattern, small in SIZES.items() if re.search(pattern, key)), value)
     return AutoConfig.for_model(model_type, **{key: value for key, value in sizes.items() if key in default})
 
 

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -9,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from compress.errors import PostconditionError, UserError
 from compress.maths.gptq import gptq
-from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.maths.rounding import Scheme, minmax_grid, round_to_grid, round_to_nearest
 from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import check_bits
 from compress.runtimes.torch import load
-from compress.techniques.gptq import GPTQ
+from compress.techniques.gptq import GPTQ, compare_with_nearest
 from compress.techniques.prune import Prune
 
 
@@ -208,3 +209,26 @@ def test_after_training_it_quantizes_what_was_trained():
     assert not torch.equal(layer.weight, untrained.get_submodule(name).weight)
     for row in layer.weight.view(32, 2, 16).flatten(0, 1):
         assert len(row.unique()) <= 16
+
+
+def test_no_layer_is_worse_than_rounded_to_nearest_and_the_report_says_by_how_much(tmp_path):
+    stage = GPTQ(bits=3, group_size=16, samples=16)
+    fit(tiny.llama_lm(), stage)
+    stage.report(tmp_path)
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(matrices(tiny.llama_lm()))
+    assert all(float(row["squared_error"]) <= float(row["squared_error_of_nearest"]) for row in rows.values())
+    assert sum(float(row["gain"]) for row in rows.values()) / len(rows) > 0.1
+    assert all(row["bits"] == "3" for row in rows.values())
+
+
+def test_the_better_of_two_roundings_is_kept():
+    weight, moment = torch.tensor([[1.0, 0.5]]), torch.eye(2)
+    grid = minmax_grid(weight, Scheme(4), torch.float32)
+    nearest = round_to_nearest(weight, grid, Scheme(4))
+    worse = nearest._replace(integers=nearest.integers - 1)
+    for ours in (nearest, worse):
+        outcome = compare_with_nearest(weight, ours, moment)
+        assert torch.equal(outcome.quantized.weight.integers, nearest.integers)
+        assert outcome.error == pytest.approx(outcome.nearest)
