@@ -122,7 +122,8 @@ INTRODUCTION = """\
 What every stage does with every family of models, from runs on tiny random models: the stage's check, its work on a
 pruned model, its promises, saving, and an artifact that reloads to the same logits. ✓ works; a number is the sentence
 below with which the check refuses the stage, before anything is loaded or trained. The table is written by
-`python tests/compatibility.py`, and a test runs cells of every row and column again."""
+`python tests/compatibility.py`, and a test runs cells of every row and column again. All of it ran on CPUs; on a CUDA
+GPU nothing has run yet, which `pytest -m gpu` does where there is one."""
 
 
 def generalise(sentence: str) -> str:
