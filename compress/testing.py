@@ -24,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
@@ -69,7 +70,10 @@ class Case:
         cache."""
         name = self.technique.key.removeprefix("technique.")
         step = Step(name, name, self.technique, dict(self.settings), training or self.training)
-        return step.build(model=model, tokenizer=make_tokenizer(), baseline=folder, source=folder, keep_in=folder)
+        # A few classes of tokenizers add a token of their own when they are loaded.
+        stored = (folder / "tokenizer.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder) if stored else make_tokenizer()
+        return step.build(model=model, tokenizer=tokenizer, baseline=folder, source=folder, keep_in=folder)
 
     def find_models(self) -> list[Callable[[], Any]]:
         """Return the constructors of the models that the stage accepts.
