@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
@@ -27,6 +26,7 @@ from compress.models.depth import (
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.loading import choose_attention, from_pretrained, load_weights, refuse_quantized
+from compress.models.skeletons import can_run
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -150,29 +150,6 @@ def narrow_config(config: PretrainedConfig, hidden_size: int, key: str) -> Pretr
     if hasattr(narrow, "compress"):
         del narrow.compress  # the shapes of blocks of the old width
     return narrow
-
-
-class AssumeTrue(TorchDispatchMode):
-    """Answer 1 where a model on the meta device asks for the value of a tensor, such as whether no token is padding."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def can_run(skeleton: PreTrainedModel) -> bool:
-    """Return whether the shapes of a model on the meta device fit together. A few models cannot run there."""
-    ids = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-    try:
-        with torch.device("meta"), AssumeTrue():
-            skeleton.to(torch.bfloat16).eval()(  # type: ignore[arg-type]
-                input_ids=ids, attention_mask=torch.ones_like(ids)
-            )
-    except Exception:
-        return False
-    return True
 
 
 def load_student(

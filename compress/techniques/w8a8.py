@@ -27,6 +27,7 @@ from compress.models.families import find_conventions, name_family
 from compress.models.folding import smooth_model
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.matrices import Matrix
+from compress.models.skeletons import find_flat_inputs
 from compress.technique import Technique
 
 WEIGHTS = Scheme(bits=8)
@@ -116,7 +117,12 @@ class W8A8(Technique, pl.Callback):
                 f"text, which loaders would scale by the batch. Add `head` to {self.key}.skip, or set "
                 f"{self.key}.dynamic=false."
             )
-        select_storable(skeleton, self.skip, self.key)
+        wanted = select_storable(skeleton, self.skip, self.key)
+        if self.dynamic and (flat := find_flat_inputs(skeleton, wanted)):
+            raise UserError(
+                f"{self.key}.dynamic=true needs a scale for every token, and `{flat[0]}` of `{family}` reads texts and "
+                f"tokens in one dimension, which loaders would scale by the batch. Set {self.key}.dynamic=false."
+            )
 
     def describe_unfoldable(self, model: nn.Module) -> str:
         return (

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError
 from compress.models.depth import check_depth, drop_blocks, explain_fixed, is_removable, make_skeleton, select_removable
-from compress.models.students import can_run, narrow_config
+from compress.models.skeletons import can_run
+from compress.models.students import narrow_config
 
 KEY = "technique.distill.student"
 

@@ -228,3 +228,11 @@ def test_it_works_alone_in_a_script_whose_module_is_not_ours():
         assert all(len(row.unique()) <= 256 for row in layer.weight) and layer.module._forward_pre_hooks
     with pytest.raises(UserError, match="no place of `deberta` allows that"):
         tiny.trainer(W8A8(smoothing=0.5)).fit(tiny.Theirs(architectures.build("deberta")), tiny.loader())
+
+
+def test_a_layer_that_reads_texts_and_tokens_in_one_dimension_has_no_scale_for_every_token():
+    with torch.device("meta"):
+        skeleton = architectures.build("opt", lm=True)
+    with pytest.raises(UserError, match=r"w8a8.dynamic=true .* `model.decoder.layers.0.fc1` of `opt` .*dynamic=false"):
+        W8A8().check(skeleton, [])
+    W8A8(dynamic=False).check(skeleton, [])
