@@ -186,8 +186,22 @@ def quantize_openvino_graph(graph: Any, layers: Mapping[str, Matrix], quantized:
             x = product.input_value(0)
             key = (x.get_node().get_friendly_name(), x.get_index(), low, high)
             if key not in entered:
-                ends = [ops.constant(np.float32(end)) for end in (low, high)]
-                entered[key] = ops.fake_quantize(x, *ends, *ends, levels=256)
+                entered[key] = round_inputs(x, low, high)
             multiply_by_rows(product, entered[key].output(0), weight)
         done.add(name)
     return done
+
+
+def round_inputs(x: Any, low: float, high: float) -> Any:
+    """Return the OpenVINO node that rounds ``x`` to one of 256 numbers from ``low`` to ``high``.
+
+    OpenVINO folds the factors of a norm before ``FakeQuantize`` into its range, and takes those of the first channel
+    for all if ``x`` is ``[tokens, channels]``, without texts. A third axis between both keeps them apart.
+    """
+    from openvino import opset13 as ops
+
+    ends = [ops.constant(np.float32(end)) for end in (low, high)]
+    if len(x.get_partial_shape()) != 2:
+        return ops.fake_quantize(x, *ends, *ends, levels=256)
+    first = ops.constant(0)
+    return ops.squeeze(ops.fake_quantize(ops.unsqueeze(x, first), *ends, *ends, levels=256), first)
