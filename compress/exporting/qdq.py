@@ -127,7 +127,6 @@ def quantize_onnx_graph(
     """
     from onnx.helper import make_node
 
-    lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
     weights, tensors = Weights({name: layers[name] for name in quantized}), graph.tensors
     nodes: list[Any] = []
     stored: dict[str, np.ndarray] = {}
@@ -139,31 +138,43 @@ def quantize_onnx_graph(
         if name is None:
             nodes.append(node)
             continue
-        how, (scale, zero) = quantized[name], unsigned_grid(quantized[name].inputs)
-        grid = node.input[0], scale.item(), zero.item()
+        how, bias = quantized[name], node.input[2:]
+        scale, zero = unsigned_grid(how.inputs)
+        grid = node.input[0], scale.item(), zero.item(), bool(bias)
+        x, weight, axis = f"{node.name}.input", f"{name}.weight_rounded", f"{node.name}.axis"
         if grid not in entered:  # query, key and value share their input: it is rounded once
-            x = entered[grid] = f"{node.name}.input"
             bounds = {f"{x}_scale": scale, f"{x}_zero_point": zero}
-            nodes.append(make_node("QuantizeLinear", [node.input[0], *bounds], [f"{x}_quantized"], f"{x}_quantize"))
+            # A Gemm's rows get an axis of texts: ONNX Runtime multiplies two axes in floats, and rounds their bias.
+            source = f"{x}_rows" if bias else node.input[0]
+            nodes += [make_node("Unsqueeze", [node.input[0], axis], [source], f"{x}_unsqueeze")] if bias else []
+            nodes.append(make_node("QuantizeLinear", [source, *bounds], [f"{x}_quantized"], f"{x}_quantize"))
             nodes.append(make_node("DequantizeLinear", [f"{x}_quantized", *bounds], [x], f"{x}_dequantize"))
             stored |= bounds
-        weight = f"{name}.weight_rounded"
+            entered[grid] = x
         if name not in done:
-            parts = {
-                f"{weight}_quantized": (weight_integers(layers[name], how).T + lift).astype(kind),
-                f"{weight}_scale": how.grid.scale.float().numpy()[:, 0],
-                f"{weight}_zero_point": (how.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
-            }
+            parts = store_weight(weight, layers[name], how, unsigned)
             nodes.append(make_node("DequantizeLinear", list(parts), [weight], f"{weight}_dequantize", axis=1))
             stored |= parts
         done.add(name)
-        bias = node.input[2:]  # of a Gemm, whose rows are texts
-        product = f"{node.output[0]}_product" if bias else node.output[0]
+        product, whole = (f"{node.name}.{part}" if bias else node.output[0] for part in ("product", "sum"))
         nodes.append(make_node("MatMul", [entered[grid], weight], [product], node.name))
         if bias:
-            nodes.append(make_node("Add", [product, *bias], node.output, f"{node.name}_bias"))
+            nodes.append(make_node("Add", [product, *bias], [whole], f"{node.name}_bias"))
+            nodes.append(make_node("Squeeze", [whole, axis], node.output, f"{node.name}_squeeze"))
+            stored[axis] = np.array([0])
     graph.replace(nodes, stored)
     return done
+
+
+def store_weight(name: str, layer: Matrix, how: Quantized, unsigned: bool) -> dict[str, np.ndarray]:
+    """Return the integers ``[inputs, rows]`` of the layer's weight, their scales and their zero points by name; each
+    begins with ``name``."""
+    lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
+    return {
+        f"{name}_quantized": (weight_integers(layer, how).T + lift).astype(kind),
+        f"{name}_scale": how.grid.scale.float().numpy()[:, 0],
+        f"{name}_zero_point": (how.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
+    }
 
 
 def quantize_openvino_graph(graph: Any, layers: Mapping[str, Matrix], quantized: dict[str, Quantized]) -> set[str]:
