@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from compress.errors import PostconditionError
+from compress.exporting.qdq import suspend_quantization
 from compress.exporting.tracing import select_inputs
 from compress.models.batches import Batch, read_validation_batches, spread_evenly
 
 AGREEMENT = "agreement.json"
 EXAMPLES = 128  # of the validation split: the whole split would take two models minutes
+KEPT = 32  # examples on which an export shows that it has kept the integers of an earlier stage
+ROUNDED = 2.0
+"""Largest difference of an export that rounds inputs as the model does, as a multiple of what this rounding changes.
+Sums in another order round some inputs to the next integer, but even independent roundings would differ by sqrt(2)."""
+NEGLIGIBLE = 0.02
+"""Difference, as a fraction of the logits, below which the rounding need not explain it."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,7 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
     same: list[Tensor] = []
     for batch in batches:
         batch = select_inputs(batch, model)
-        ours, theirs = exported(**batch).logits.float(), model(**batch).logits.float()
-        if theirs.ndim == 3 and "attention_mask" in batch:
-            real = batch["attention_mask"].bool()
-            ours, theirs = ours[real], theirs[real]
+        ours, theirs = compute_logits(exported, batch), compute_logits(model, batch)
         examples += len(batch["input_ids"])
         difference = max(difference, (ours - theirs).abs().max().item())
         largest = max(largest, theirs.abs().max().item())
@@ -64,3 +69,37 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
         elif theirs.shape[-1] > 1:
             same.append(ours.argmax(-1) == theirs.argmax(-1))
     return Agreement(examples, difference, largest, torch.cat(same).float().mean().item() if same else None)
+
+
+def compute_logits(model: Any, batch: Batch) -> Tensor:
+    """Return the logits of the batch without those of padding."""
+    logits: Tensor = model(**batch).logits.float()
+    return logits[batch["attention_mask"].bool()] if logits.ndim == 3 and "attention_mask" in batch else logits
+
+
+@torch.inference_mode()
+def require_kept(key: str, trainer: pl.Trainer, model: Any, exported: Any, integers: Collection[str]) -> None:
+    """Raise PostconditionError if the export ``key``, which has kept all integers of an earlier stage, answers texts of
+    the validation split otherwise than the model. ``integers`` are the layers whose inputs are rounded too.
+
+    Differences are root mean squares over the logits. Without a validation split nothing is compared.
+    """
+    if not trainer.enable_validation:
+        return
+    batches = read_validation_batches(trainer)
+    count = min(KEPT, sum(len(batch["input_ids"]) for batch in batches))
+    squares = torch.zeros(3, dtype=torch.float64)
+    for batch in spread_evenly(batches, count):
+        batch = select_inputs(batch, model)
+        theirs = compute_logits(model, batch)
+        with suspend_quantization(model, integers):
+            floats = compute_logits(model, batch)
+        parts = compute_logits(exported, batch) - theirs, floats - theirs, theirs
+        squares += torch.stack([part.double().square().sum() for part in parts])
+    difference, rounding, size = squares.sqrt().tolist()
+    if difference > (limit := max(ROUNDED * rounding, NEGLIGIBLE * size)):
+        raise PostconditionError(
+            f"`{key.rpartition('.')[2]}` should answer as the model whose integers it keeps, within {limit / size:.0%} "
+            f"of the logits, but its answers differ by {difference / size:.0%}. Use another export or another version "
+            f"of its runtime, or remove `{key.rpartition('.')[2]}` from the chain."
+        )

@@ -176,10 +176,10 @@ def lower_weights(
     found: set[str] = set()
     for node in graph.nodes:
         names = [weights.find(factor, node.name) for factor in find_factors(node, graph, tensors)]
-        if len(names) != 1 or names[0] is None:
+        if len(names) != 1 or (name := names[0]) is None:
             nodes.append(node)
             continue
-        (name,), weight = names, layers[names[0]].weight.detach()
+        weight = layers[name].weight.detach()
         found.add(name)
         if node.op_type == "Gather":
             new, lowered = build_lookup(node, round_rows(weight))

@@ -217,7 +217,8 @@ def split_layers(experts: Any, name: str) -> nn.ModuleList:
     for expert, part in enumerate(weight.detach()):
         layer = nn.Linear(1, 1, bias=False, device="meta")
         layer.weight = nn.Parameter(part.T if experts.is_transposed else part, requires_grad=False)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach()[expert], requires_grad=False)
+        added = None if bias is None else nn.Parameter(bias.detach()[expert], requires_grad=False)
+        layer.register_parameter("bias", added)
         layers.append(layer)
     return layers
 

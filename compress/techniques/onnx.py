@@ -12,7 +12,7 @@ from pydantic import Field, validate_call
 from torch import nn
 
 from compress.errors import UserError
-from compress.exporting.agreement import measure_on_validation
+from compress.exporting.agreement import measure_on_validation, require_kept
 from compress.exporting.onnx import (
     fuse_graph,
     lower_weights,
@@ -151,10 +151,8 @@ class Onnx(Export):
         self.packed |= extract_weights(model)  # from another stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
         wide = self.processor == "any" and has_wide_weights(model, integers)
-        if integers:
-            self.limits = describe_limits(integers, wide)
-        else:
-            self.limits = describe_precision_limits(self.precision, self.packed, kept)
+        limits = describe_precision_limits(self.precision, self.packed, kept)
+        self.limits = describe_limits(integers, wide) if integers else limits
         # 2) Choose calibration batches and the layers to lower
         nn.Module.float(model.cpu())  # transformers' own float() still refuses models that had bitsandbytes layers
         # One text at a time, so that padding decides no scale.
@@ -203,6 +201,8 @@ class Onnx(Export):
             # 4) Compare the graph with the model
             exported = Model(path, strip_config(model))
             self.agreement = measure_on_validation(trainer, model, exported)
+            if integers or (kept and self.precision is None and self.activations == "float32"):
+                require_kept(self.key, trainer, model, exported, integers)
         if self.lowers_precision or kept or integers:
             self.exported = exported
 

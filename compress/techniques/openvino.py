@@ -17,7 +17,7 @@ from pydantic import Field, validate_call
 from torch import nn
 
 from compress.errors import UserError
-from compress.exporting.agreement import measure_on_validation
+from compress.exporting.agreement import measure_on_validation, require_kept
 from compress.exporting.openvino import (
     ARITHMETIC,
     FLOAT_PRODUCTS,
@@ -185,11 +185,10 @@ class OpenVINO(Export):
             # 4) Compare the graph with the model
             exported = Model(path, self.settings, strip_config(model))
             self.agreement = measure_on_validation(trainer, model, exported)
-        if (
-            self.lowers_precision
-            or integers
-            or any(weight.grid.scale.dtype != torch.float32 for weight in kept.values())
-        ):
+            rounded = any(weight.grid.scale.dtype != torch.float32 for weight in kept.values())  # weights, by the model
+            if integers or (kept and self.precision is None and not rounded):
+                require_kept(self.key, trainer, model, exported, integers)
+        if self.lowers_precision or integers or rounded:
             self.exported = exported
 
     def accuracy_control(self, trainer: pl.Trainer, model: Any) -> dict[str, Any]:
