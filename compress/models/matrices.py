@@ -187,7 +187,7 @@ def select_matrices(model: nn.Module, skip: Sequence[str], key: str) -> dict[str
         raise UserError(
             f"`{key.rpartition('.')[2]}` compresses matrices, and only {share:.0%} of the weights in the blocks of "
             f"`{name}` are: at least {LEAST_SHARE:.0%} are expected. Choose another model, or stages that need no "
-            "matrices (finetune, distill, onnx, openvino)."
+            "matrices (finetune, distill, onnx and openvino with precision=null)."
         )
     patterns = [word for word in skip if word not in ("embeddings", "head")]
     found = find_all_matrices(model, embeddings="embeddings" not in skip, head="head" not in skip)

@@ -20,6 +20,7 @@ from compress.techniques.prune import Prune
 from compress.techniques.w8a8 import W8A8
 
 RUNTIMES = {Onnx: "onnxruntime", OpenVINO: "openvino"}
+EIGHT_BITS = ("bert", "albert", "gpt2", "phi3", "mixtral", "t5")  # which differ in kind
 CASES = [
     *((name, False) for name in architectures.ENCODERS),
     *((name, True) for name in architectures.DECODERS),
@@ -32,6 +33,12 @@ def build(name, lm, **changes):
     model = architectures.build(name, lm, **changes)
     if name == "gemma2":  # other attention of transformers leaves out the bound of its scores
         model.set_attn_implementation("eager")
+    if model.config.model_type == "t5":
+        # T5 does not scale its scores. With weights of this size one token takes all attention, and which one it is
+        # depends on the last digit: in PyTorch too, float32 is 3e-5 from float64 and 8 bits are half a logit away.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.div_(3 if parameter.ndim > 1 else 1)
     return model
 
 
@@ -84,7 +91,10 @@ def test_the_graph_answers_as_the_model(name, lm, stage, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(Onnx, "int8_dynamic"), (OpenVINO, "int8_weights")])
-@pytest.mark.parametrize(("name", "lm"), CASES)
+@pytest.mark.parametrize(
+    ("name", "lm"),
+    [pytest.param(*case, marks=() if case[0] in EIGHT_BITS else pytest.mark.slow) for case in CASES],
+)
 def test_every_matrix_of_the_blocks_becomes_integers(name, lm, stage, precision, tmp_path):
     model = build(name, lm)
     exported = export(stage(precision=precision, skip=("embeddings", "head")), model, lm, tmp_path)
@@ -158,11 +168,14 @@ def test_scores_of_attention_are_bounded_as_the_config_says(stage, tmp_path):
     assert free.max_logit_difference > 1e-3 * free.largest_logit
 
 
-def test_products_are_found_where_no_name_says_which_layer_they_belong_to(tmp_path):
-    model = build("opt", True)
-    exported = export(Onnx(), model, True, tmp_path, W8A8(samples=8, dynamic=False))
-    agreement = measure_agreement(model, exported, every_shape(True))
-    assert agreement.max_logit_difference < 0.05 * agreement.largest_logit
+@pytest.mark.parametrize("stage", RUNTIMES)
+@pytest.mark.parametrize("lm", [False, True])
+def test_products_of_two_axes_without_names_are_integers_that_answer_as_the_model(lm, stage, tmp_path):
+    model = build("opt", lm)
+    exported = export(stage(), model, lm, tmp_path, W8A8(samples=8, dynamic=False))
+    agreement = measure_agreement(model, exported, every_shape(lm))
+    # Sums in another order round an input to the next integer, rarely.
+    assert agreement.max_logit_difference < 0.03 * agreement.largest_logit
     integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
     assert integers == sum(matrix.size for matrix in find_all_matrices(model, False, False).values())
 
@@ -199,3 +212,12 @@ def test_what_no_graph_can_hold_is_refused_from_the_shapes_alone(make, reason, s
         skeleton = make()
     with pytest.raises(UserError, match=f"{reason}.* Remove `{stage.key[10:]}` from"):
         stage().check(skeleton, [])
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(Onnx, "int8_dynamic"), (OpenVINO, "int8_weights")])
+def test_weights_that_are_no_matrices_are_exported_in_floats_only(stage, precision):
+    with torch.device("meta"):
+        skeleton = build("xlnet", False)
+    with pytest.raises(UserError, match=r"compresses matrices, .* onnx and openvino with precision=null"):
+        stage(precision=precision).check(skeleton, [])
+    stage().check(skeleton, [])
