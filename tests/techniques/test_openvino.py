@@ -99,7 +99,8 @@ def packed(tmp_path_factory):
     kinds = [Scheme(4, 16), Scheme(4, -1, False), Scheme(8, 16), Scheme(8, -1, False), Scheme(2, 16), Scheme(3, 8)]
     schemes = dict(zip(matrices(model), kinds * 2))
     batches = [{key: value for key, value in tiny.batch().items() if key != "labels"}]
-    save_model(model, quantize_layers(model, batches, schemes, damping=0.01, act_order=True), folder)
+    outcomes = quantize_layers(model, matrices(model), batches, schemes, damping=0.01, act_order=True)
+    save_model(model, {name: outcome.quantized for name, outcome in outcomes.items()}, folder)
     return folder, load_torch(folder, "multiclass"), schemes
 
 
