@@ -154,12 +154,6 @@ def test_an_impossible_architecture_is_refused(wrong):
         Backbone(name="mine", config=wrong).skeleton(CLASSES)
 
 
-def test_blocks_without_linear_layers_are_refused():
-    gpt2 = Backbone(name="gpt2", config={"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9})
-    with pytest.raises(UserError, match="hold no torch.nn.Linear"):
-        matrices(gpt2.skeleton(TEXT)).items()
-
-
 def test_a_missing_folder_or_hub_is_reported_with_the_setting(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"Model `bert`: `nobody/nothing` is neither a local folder .* Set model.path"):
