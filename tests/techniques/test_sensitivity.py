@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.maths.allocation import Point, allocate_sparsity, read_points, write_points
 from compress.models.batches import spread_evenly
 from compress.models.layers import evaluation_mode
-from compress.models.matrices import matrices
+from compress.models.matrices import Matrix, matrices
 from compress.tasks.metrics import TaskMetrics
 from compress.techniques.finetune import FineTune
 from compress.techniques.sensitivity import Sensitivity, draw_layer_drops, prune_each
@@ -81,13 +81,17 @@ def test_a_point_is_the_model_with_that_layer_alone_pruned():
 @pytest.mark.parametrize(("higher", "drop"), [(True, 0.25), (False, -0.25)])
 def test_a_drop_is_positive_where_worse(higher, drop):
     values = iter([0.75, 0.5])
-    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), higher, "technique.sensitivity")
+    (point,) = prune_each(
+        {"a": Matrix("a", torch.nn.Linear(2, 2))}, [0.5], lambda: next(values), higher, "technique.sensitivity"
+    )
     assert (point.value, point.drop) == (0.5, drop)
 
 
 def test_a_value_that_is_no_number_is_an_infinite_drop_and_refused_for_the_unpruned_model():
     values = iter([0.75, math.nan])
-    (point,) = prune_each({"a": torch.nn.Linear(2, 2)}, [0.5], lambda: next(values), True, "technique.sensitivity")
+    (point,) = prune_each(
+        {"a": Matrix("a", torch.nn.Linear(2, 2))}, [0.5], lambda: next(values), True, "technique.sensitivity"
+    )
     assert point.drop == math.inf
     with pytest.raises(UserError, match="measured nan on the unpruned model"):
         list(prune_each({}, [0.5], lambda: math.nan, True, "technique.sensitivity"))
@@ -99,7 +103,7 @@ def test_a_layer_is_put_back_even_where_measuring_fails():
     before = layer.weight.data.clone()
     values = iter([1.0])  # and then StopIteration
     with pytest.raises(RuntimeError):
-        list(prune_each({"a": layer}, [0.5], lambda: next(values), True, "technique.sensitivity"))
+        list(prune_each({"a": Matrix("a", layer)}, [0.5], lambda: next(values), True, "technique.sensitivity"))
     assert torch.equal(layer.weight.data.view(torch.int32), before.view(torch.int32))
 
 
