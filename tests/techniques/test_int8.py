@@ -9,7 +9,7 @@ from test_prune import fit
 from test_shapes import INPUTS, family, logits, uneven
 
 from compress.errors import PostconditionError, UserError
-from compress.models.matrices import find_zeros, matrices, measure_matrices
+from compress.models.matrices import Matrix, find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
 from compress.techniques.int8 import Int8, make_8bit_layer
@@ -27,7 +27,7 @@ def quantized(model):
 def test_two_rows_worked_by_hand():
     linear = torch.nn.Linear(4, 2)
     linear.weight.data = torch.tensor([[1.27, -0.63, 0.006, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    layer = make_8bit_layer(linear, threshold=6.0)
+    layer = make_8bit_layer(Matrix("", linear), threshold=6.0)
     assert layer.weight.tolist() == [[127, -63, 1, 0], [0, 0, 0, 0]]  # hundredths; the nearest to 0.6 is one
     layer.bias = linear.bias
     inputs = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
@@ -42,7 +42,7 @@ def test_an_outlier_is_multiplied_apart():
     inputs[:, 7] *= 100  # leaves few steps for the other channels of a token
 
     def error(threshold):
-        layer = make_8bit_layer(linear, threshold)
+        layer = make_8bit_layer(Matrix("", linear), threshold)
         layer.bias = linear.bias
         with torch.no_grad():
             return (layer.eval()(inputs) - linear(inputs)).norm()

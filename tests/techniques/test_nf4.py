@@ -10,7 +10,7 @@ from test_shapes import logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from compress.errors import PostconditionError, UserError
-from compress.models.matrices import dequantize_weight, find_zeros, matrices, measure_matrices
+from compress.models.matrices import Matrix, dequantize_weight, find_zeros, matrices, measure_matrices
 from compress.models.shapes import record_shapes, remove_units
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes import torch as runtime
@@ -51,7 +51,7 @@ def test_a_weight_that_is_one_of_the_sixteen_values_stays(quant_type):
     }
     linear = torch.nn.Linear(32, 32)
     linear.weight.data = 0.7 * torch.tensor(sixteen[quant_type] * 4).repeat(32, 1)
-    packed = make_4bit_layer(linear, quant_type, False, 32, torch.float32).weight
+    packed = make_4bit_layer(Matrix("", linear), quant_type, False, 32, torch.float32).weight
     assert packed.numel() == 32 * 32 / 2 and torch.allclose(dequantize_weight(packed), linear.weight, atol=1e-7)
 
 
@@ -61,7 +61,8 @@ def test_a_block_of_a_row_shares_a_scale(blocksize, quant_type):
     linear = torch.nn.Linear(128, 32)
     linear.weight.data[:, :blocksize] *= 1000
     error = (
-        dequantize_weight(make_4bit_layer(linear, quant_type, False, blocksize, torch.float32).weight) - linear.weight
+        dequantize_weight(make_4bit_layer(Matrix("", linear), quant_type, False, blocksize, torch.float32).weight)
+        - linear.weight
     ).abs()
     largest = linear.weight.abs().unflatten(1, (-1, blocksize)).amax(2)
     assert (error.unflatten(1, (-1, blocksize)).amax(2) <= 0.17 * largest).all()  # the widest gap is a third
