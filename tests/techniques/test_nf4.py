@@ -60,10 +60,8 @@ def test_a_weight_that_is_one_of_the_sixteen_values_stays(quant_type):
 def test_a_block_of_a_row_shares_a_scale(blocksize, quant_type):
     linear = torch.nn.Linear(128, 32)
     linear.weight.data[:, :blocksize] *= 1000
-    error = (
-        dequantize_weight(make_4bit_layer(Matrix("", linear), quant_type, False, blocksize, torch.float32).weight)
-        - linear.weight
-    ).abs()
+    packed = make_4bit_layer(Matrix("", linear), quant_type, False, blocksize, torch.float32).weight
+    error = (dequantize_weight(packed) - linear.weight).abs()
     largest = linear.weight.abs().unflatten(1, (-1, blocksize)).amax(2)
     assert (error.unflatten(1, (-1, blocksize)).amax(2) <= 0.17 * largest).all()  # the widest gap is a third
 
