@@ -38,7 +38,7 @@ def test_code_counts_and_comments_do_not(tmp_path, monkeypatch):
 def test_what_another_package_imports_of_its_own_and_of_ours_counts(tmp_path, monkeypatch):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "stage.py").write_text(
-        "from typing import TYPE_CHECKING\nfrom . import factor\nfrom compress.models.layers import find_linears\n"
+        "from typing import TYPE_CHECKING\nfrom . import factor\nfrom compress.models.layers import find_stacks\n"
         "if TYPE_CHECKING:\n    import compress.reporting.page\n"
     )
     factor = tmp_path / "theirs" / "factor.py"
