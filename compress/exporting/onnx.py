@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.errors import UserError
 from compress.exporting.tracing import (
     NEAR,
     prepare_trace,
@@ -29,6 +30,7 @@ from compress.maths.rounding import Scheme
 from compress.models.batches import Batch
 from compress.models.families import find_conventions
 from compress.models.layers import evaluation_mode
+from compress.models.loading import join_lines
 from compress.models.matrices import Matrix
 from compress.quiet import silence_exporters
 from compress.runtimes.onnxruntime import BESIDE, PAST, PRESENT
@@ -295,15 +297,21 @@ def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
     if past and "attention_mask" in inputs:
         axes["attention_mask"] = {0: "batch", 1: "total"}
     with use_plain_operators(model, example):
-        torch.onnx.export(
-            module.eval(),  # the exporter leaves the model in the mode of this module
-            (*inputs.values(), *past.values()),
-            str(path),  # not a file object, which takes only small graphs
-            input_names=[*inputs, *past],
-            output_names=list(outputs),
-            dynamic_axes={**axes, **outputs},
-            opset_version=17,
-            dynamo=False,  # the other exporter's graph is not fused
-        )
+        try:
+            torch.onnx.export(
+                module.eval(),  # the exporter leaves the model in the mode of this module
+                (*inputs.values(), *past.values()),
+                str(path),  # not a file object, which takes only small graphs
+                input_names=[*inputs, *past],
+                output_names=list(outputs),
+                dynamic_axes={**axes, **outputs},
+                opset_version=17,
+                dynamo=False,  # the other exporter's graph is not fused
+            )
+        except (torch.onnx.errors.OnnxExporterError, AssertionError) as error:  # as for Cohere's rotary positions
+            raise UserError(
+                f"PyTorch's exporter cannot write a `{model.config.model_type}` as an ONNX graph "
+                f"({join_lines(error)[:160]}). Set technique=openvino."
+            ) from error
     inline_copies(path)
     return {name: part[:1, :, :0] for name, part in past.items()}
