@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
 from compress.formats.gptq import pack_layer, pack_words, unpack_layer, unpack_words
-from compress.formats.packed import Quantized, list_packed_layers
-from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
+from compress.formats.packed import list_packed_layers
+from compress.maths.rounding import Scheme, minmax_grid, round_to_nearest
 from compress.models.matrices import matrices, measure_matrices
 from compress.planning.plan import make_plan
 from compress.running.promises import check_bits
@@ -55,16 +55,15 @@ def test_what_is_packed_is_unpacked(bits, symmetric):
     integers = torch.randint(0, 2**bits, (64, 5), generator=generator, dtype=torch.int32)
     assert torch.equal(unpack_words(pack_words(integers, bits), bits), integers)
     weight, scheme = torch.randn(32, 64, generator=generator), Scheme(bits, 16, symmetric)
-    grid = minmax_grid(weight, scheme, torch.float16)
-    weight = round_to_grid(weight, grid, scheme)
-    tensors = pack_layer(weight, Quantized(scheme, grid))
+    rounded = round_to_nearest(weight, minmax_grid(weight, scheme, torch.float16), scheme)
+    tensors = pack_layer(rounded)
     assert {name: list(one.shape) for name, one in tensors.items()} == {
         "qweight": [64 * bits // 32, 32],
         "qzeros": [4, 32 * bits // 32],
         "scales": [4, 32],
         "g_idx": [64],
     }
-    assert torch.equal(unpack_layer(tensors, bits, first=symmetric), weight)
+    assert torch.equal(unpack_layer(tensors, bits, first=symmetric), rounded.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False)])
