@@ -17,7 +17,7 @@ from transformers import (
 
 from compress.errors import UserError
 from compress.maths.hessian import second_moment
-from compress.models.calibration import calibrate_layers
+from compress.models.calibration import sequential
 from compress.models.depth import drop_blocks
 from compress.models.layers import find_blocks
 from compress.models.matrices import find_zeros
@@ -226,7 +226,7 @@ def test_measuring_leaves_the_model_training_where_it_was():
 
 def test_later_stages_find_their_way_through_the_blocks_that_are_left():
     model = fit(tiny.llama(), DropLayers(drop=[1]))
-    names = [name for layers, _ in calibrate_layers(model, [inputs()], second_moment) for name in layers]
+    names = [name for layers, _ in sequential(model, [inputs()], second_moment) for name in layers]
     assert {name.split(".")[2] for name in names} == {"0", "1", "2"}
 
 
