@@ -11,15 +11,11 @@ import multiprocessing
 import resource
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from yaml import safe_load
 
 MODEL = Path(__file__).parents[1] / "conf" / "model" / "tinyllama.yaml"
@@ -82,24 +78,11 @@ def ours(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
 
 
 def llm_compressor(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
+    from untrained import run_llm_compressor
 
-    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory even without a GPU
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(1)]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # required, but not used
-    with TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        model.name_or_path = model.config.name_or_path = folder  # where it looks for the model's other files
-        oneshot(
-            model=model,
-            processor=tokenizer,
-            dataset=DataLoader(batches, batch_size=None),
-            recipe=GPTQModifier(scheme="W4A16", targets="Linear", ignore=["lm_head"]),
-            num_calibration_samples=len(windows),
-            max_seq_length=windows.shape[1],
-        )
+    run_llm_compressor(model, batches, GPTQModifier(scheme="W4A16", targets="Linear", ignore=["lm_head"]))
 
 
 if __name__ == "__main__":

@@ -19,23 +19,17 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from tempfile import TemporaryDirectory
 
 import torch
-from llmcompressor import oneshot
 from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import GPTQModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from untrained import carry_out
+from transformers import LlamaConfig, LlamaForCausalLM
+from untrained import carry_out, run_llm_compressor
 
 from compress.formats.packed import quantization_scheme
 from compress.maths.hessian import second_moment
@@ -65,7 +59,6 @@ def main() -> None:
     options = parser.parse_args()
     silence_libraries()
     logger.remove()  # llm-compressor's own
-    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory even without a GPU
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     windows = torch.randint(VOCABULARY, (options.samples, options.length))
@@ -139,27 +132,11 @@ def timed(method: Method, model: LlamaForCausalLM, batches: Batches) -> tuple[fl
 
 
 def ours(stage: Callable, model: LlamaForCausalLM, batches: Batches) -> LlamaForCausalLM:
-    return carry_out(model, batches, stage(samples=count_windows(batches)))
-
-
-def count_windows(batches: Batches) -> int:
-    return sum(len(batch["input_ids"]) for batch in batches)
+    return carry_out(model, batches, stage(samples=sum(len(batch["input_ids"]) for batch in batches)))
 
 
 def theirs(modifier: Callable, model: LlamaForCausalLM, batches: Batches) -> LlamaForCausalLM:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # required, but not used
-    with TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        model.name_or_path = model.config.name_or_path = folder  # where it looks for the model's other files
-        oneshot(
-            model=model,
-            processor=tokenizer,
-            dataset=DataLoader(batches, batch_size=None),
-            recipe=modifier(),
-            num_calibration_samples=count_windows(batches),
-            max_seq_length=batches[0]["input_ids"].shape[1],
-        )
-    return model.eval()
+    return run_llm_compressor(model, batches, modifier())
 
 
 class Dense:

@@ -1,13 +1,17 @@
-"""Apply stages to a model without training it."""
+"""Apply stages, or llm-compressor, to a model without training it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,3 +37,24 @@ def carry_out(model: PreTrainedModel, calibration: Iterable[Batch], *stages: pl.
     module = Untrained(model)
     trainer.fit(module, DataLoader(list(calibration), batch_size=None))
     return module.model.eval()
+
+
+def run_llm_compressor(model: PreTrainedModel, batches: list[Batch], modifier: Any) -> PreTrainedModel:
+    """Apply a ``modifier`` of llm-compressor, which calibrates on the batches, and return the model."""
+    from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    IntermediatesCache._pin_intermediate = staticmethod(lambda value: value)  # pins memory even without a GPU
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))  # required, but not used
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.name_or_path = model.config.name_or_path = folder  # where it looks for the model's other files
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=DataLoader(batches, batch_size=None),
+            recipe=modifier,
+            num_calibration_samples=sum(len(batch["input_ids"]) for batch in batches),
+            max_seq_length=batches[0]["input_ids"].shape[1],
+        )
+    return model.eval()
