@@ -86,8 +86,8 @@ class Technique:
     """True if the stage can train in several processes: its parameters are those of the model before ``on_fit_start``,
     and it changes them outside the optimizer alike in all processes."""
     reached: Collection[str] = ()
-    """Names of the matrices that the stage compressed. If they are not all weights of the blocks, the report says what
-    share they are."""
+    """Names of the matrices that the stage compressed, where they are not those of ``average_bits``. If they are not
+    all weights of the blocks, the report says what share they are."""
     average_bits: Mapping[str, float] = MappingProxyType({})
     """Promised and checked after the stage: the bits that a weight of each layer takes on disk, scales and zero points
     included."""

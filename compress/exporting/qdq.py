@@ -18,8 +18,8 @@ from compress.exporting.weights import (
 )
 from compress.formats.onnx import Graph
 from compress.formats.packed import Quantized
-from compress.maths.rounding import Inputs, Scheme
-from compress.models.matrices import Matrix, find_all_matrices
+from compress.maths.rounding import Inputs, Integers, Scheme
+from compress.models.matrices import Matrix
 from compress.runtimes.openvino import SCALE, find_readers
 from compress.runtimes.processor import WIDEST
 
@@ -97,15 +97,9 @@ def describe_limits(layers: dict[str, Quantized], wide: bool) -> str:
     return ", and ".join(limit for limit, holds in limits.items() if holds)
 
 
-def has_wide_weights(model: nn.Module, quantized: dict[str, Quantized]) -> bool:
+def has_wide_weights(quantized: dict[str, Quantized]) -> bool:
     """Return whether sums of products by the weights of the ``quantized`` layers can saturate without VNNI."""
-    layers = find_all_matrices(model, embeddings=True, head=True) if quantized else {}
-    return any(abs(weight_integers(layers[name], how)).max() > WIDEST for name, how in quantized.items())
-
-
-def weight_integers(layer: Matrix, how: Quantized) -> np.ndarray:
-    """Return the integers ``[rows, inputs]`` of the layer's weight, which is already on the grid of ``how``."""
-    return (layer.weight.detach().float() / how.grid.scale.float()).round().short().numpy()
+    return any(how.weight.integers.short().abs().max() > WIDEST for how in quantized.values())
 
 
 def unsigned_grid(inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +146,7 @@ def quantize_onnx_graph(
             stored |= bounds
             entered[grid] = x
         if name not in done:
-            parts = store_weight(weight, layers[name], how, unsigned)
+            parts = store_weight(weight, how.weight, unsigned)
             nodes.append(make_node("DequantizeLinear", list(parts), [weight], f"{weight}_dequantize", axis=1))
             stored |= parts
         done.add(name)
@@ -166,14 +160,14 @@ def quantize_onnx_graph(
     return done
 
 
-def store_weight(name: str, layer: Matrix, how: Quantized, unsigned: bool) -> dict[str, np.ndarray]:
-    """Return the integers ``[inputs, rows]`` of the layer's weight, their scales and their zero points by name; each
+def store_weight(name: str, weight: Integers, unsigned: bool) -> dict[str, np.ndarray]:
+    """Return the integers ``[inputs, rows]`` of a layer's weight, their scales and their zero points by name; each
     begins with ``name``."""
     lift, kind = (128, np.uint8) if unsigned else (0, np.int8)
     return {
-        f"{name}_quantized": (weight_integers(layer, how).T + lift).astype(kind),
-        f"{name}_scale": how.grid.scale.float().numpy()[:, 0],
-        f"{name}_zero_point": (how.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
+        f"{name}_quantized": (weight.integers.short().numpy().T + lift).astype(kind),
+        f"{name}_scale": weight.grid.scale.float().numpy()[:, 0],
+        f"{name}_zero_point": (weight.grid.zero.short().numpy()[:, 0] + lift).astype(kind),
     }
 
 
@@ -186,7 +180,7 @@ def quantize_openvino_graph(graph: Any, layers: Mapping[str, Matrix], quantized:
     done: set[str] = set()
     for dense, name, _ in find_constants(graph, {name: layers[name] for name in quantized}):
         how = quantized[name]
-        stored = ops.constant(weight_integers(layers[name], how).astype(np.int8))
+        stored = ops.constant(how.weight.integers.numpy())
         stored.set_friendly_name(dense.get_friendly_name())
         scales = ops.constant(how.grid.scale.float().numpy())
         scales.set_friendly_name(f"{dense.get_friendly_name()}{SCALE}")

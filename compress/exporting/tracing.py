@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from compress.errors import UserError
 from compress.models.batches import Batch
 from compress.models.layers import detect_task_kind
+from compress.models.matrices import is_expert_list
 from compress.tasks.kinds import KINDS
 
 GROUPED = "grouped"  # our name for :func:`grouped_attention` in transformers
@@ -115,13 +116,6 @@ def loops_over_experts(module: nn.Module) -> bool:
     except (OSError, TypeError):  # a class without a file
         return False
     return "for expert" in code and ".nonzero()" in code and not is_expert_list(module)
-
-
-def is_expert_list(module: nn.Module) -> bool:
-    """Return whether the module holds the weights of several experts as transformers stores them, ``[experts, rows,
-    inputs]`` or with ``is_transposed`` ``[experts, inputs, rows]``."""
-    weights = module.named_parameters(recurse=False)
-    return hasattr(module, "is_transposed") and any(weight.ndim == 3 for _, weight in weights)
 
 
 def grouped_attention(

@@ -24,7 +24,7 @@ from compress.errors import UserError
 from compress.models.batches import Batch
 from compress.models.layers import find_stacks, is_inside
 from compress.models.matrices import Matrix, matrices
-from compress.models.products import Products, Trace, separate_experts
+from compress.models.products import Products, Trace, flatten_tensors, separate_experts
 
 Statistic = Callable[[Tensor], Tensor]
 """A function of inputs ``[tokens, inputs]`` in float32, without padding, such as their second moment."""
@@ -269,15 +269,6 @@ def is_chain(model: nn.Module, stack: nn.ModuleList, batch: Batch, watched: Mapp
         and not any(id(tensor) in computed for _, _, rest in entered for tensor in rest)
         and all(len(blocks) == 1 and None not in blocks for blocks in users.values())
     )
-
-
-def flatten_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from flatten_tensors(part)
 
 
 def replay_blocks(

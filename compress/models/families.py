@@ -66,6 +66,11 @@ class Family(Conventions):
     """Whether TextPruner scores the family."""
 
 
+def fuse(layer: str, layout: Literal["stacked", "by_group"]) -> dict[str, Any]:
+    """Return the fields of a record for one ``layer`` that is query, key and value at once."""
+    return {"query": layer, "key": layer, "value": layer, "layout": layout}
+
+
 BERT = Family(
     query="attention.self.query",
     key="attention.self.key",
@@ -108,10 +113,7 @@ MPNET = Family(
     cuts_heads=False,  # biases of relative positions
 )
 MODERNBERT = Family(
-    query="attn.Wqkv",
-    key="attn.Wqkv",
-    value="attn.Wqkv",
-    layout="stacked",
+    **fuse("attn.Wqkv", "stacked"),
     attention_out="attn.Wo",
     ffn_in=("mlp.Wi",),
     ffn_out="mlp.Wo",
@@ -136,10 +138,7 @@ LLAMA = Family(
 )
 PHI3 = replace(
     LLAMA,
-    query="self_attn.qkv_proj",
-    key="self_attn.qkv_proj",
-    value="self_attn.qkv_proj",
-    layout="stacked",
+    **fuse("self_attn.qkv_proj", "stacked"),
     ffn_in=("mlp.gate_up_proj",),
     reads_config=True,
 )
@@ -148,10 +147,7 @@ MIXTRAL = replace(
     LLAMA, ffn_in=(), ffn_out=None, experts="mlp.experts", router="mlp.gate", experts_count="num_local_experts"
 )
 GPT2 = Family(
-    query="attn.c_attn",
-    key="attn.c_attn",
-    value="attn.c_attn",
-    layout="stacked",
+    **fuse("attn.c_attn", "stacked"),
     attention_out="attn.c_proj",
     ffn_in=("mlp.c_fc",),
     ffn_out="mlp.c_proj",
@@ -168,12 +164,16 @@ GPTJ = replace(
     ffn_in=("mlp.fc_in",),
     ffn_out="mlp.fc_out",
 )
-OPT = replace(LLAMA, attention_out="self_attn.out_proj", ffn_in=("fc1",), ffn_out="fc2", ffn_size="ffn_dim")
+OPT = replace(
+    LLAMA,
+    attention_out="self_attn.out_proj",
+    ffn_in=("fc1",),
+    ffn_out="fc2",
+    ffn_size="ffn_dim",
+    head_size_in_config=False,
+)
 NEOX = Family(
-    query="attention.query_key_value",
-    key="attention.query_key_value",
-    value="attention.query_key_value",
-    layout="by_group",
+    **fuse("attention.query_key_value", "by_group"),
     attention_out="attention.dense",
     ffn_in=("mlp.dense_h_to_4h",),
     ffn_out="mlp.dense_4h_to_h",
@@ -181,9 +181,7 @@ NEOX = Family(
 )
 FALCON = replace(
     NEOX,
-    query="self_attention.query_key_value",
-    key="self_attention.query_key_value",
-    value="self_attention.query_key_value",
+    **fuse("self_attention.query_key_value", "by_group"),
     attention_out="self_attention.dense",
     ffn_size="ffn_hidden_size",
     head_size="head_dim",
@@ -214,7 +212,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": replace(MIXTRAL, experts_count="num_experts"),
     "gpt2": GPT2,
     "gptj": GPTJ,
-    "opt": replace(OPT, head_size_in_config=False),
+    "opt": OPT,
     "gpt_neox": NEOX,
     "falcon": FALCON,
 }

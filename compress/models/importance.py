@@ -17,7 +17,7 @@ from compress.models.shapes import read_blocks, see_matrix
 from compress.tasks.kinds import KINDS
 
 
-def find_readers(model: nn.Module) -> dict[str, list[list[tuple[Matrix, int]]]]:
+def find_unit_readers(model: nn.Module) -> dict[str, list[list[tuple[Matrix, int]]]]:
     """Return the matrices that read the units of every block, each with its number of units: one for the heads or the
     FFN, and one for every expert."""
     readers: dict[str, list[list[tuple[Matrix, int]]]] = {"groups": [], "ffn": [], "experts": []}
@@ -31,7 +31,7 @@ def find_readers(model: nn.Module) -> dict[str, list[list[tuple[Matrix, int]]]]:
 def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Return the scores of all units from the gradients of the loss on ``batches``. Only one weight's gradient is in
     memory at a time."""
-    readers = find_readers(model)
+    readers = find_unit_readers(model)
     of_weight: dict[nn.Parameter, list[tuple[Matrix, int, Tensor]]] = {}
     scores: dict[str, list[list[Tensor]]] = {part: [[] for _ in each] for part, each in readers.items()}
     for part, each in readers.items():
@@ -71,7 +71,7 @@ def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 
     return {
         part: [standardise_score(torch.cat([score(*reader) for reader in row])) for row in each if row]
-        for part, each in find_readers(model).items()
+        for part, each in find_unit_readers(model).items()
     }
 
 

@@ -58,6 +58,21 @@ def detect_task_kind(model: nn.Module) -> str:
 
 
 @contextmanager
+def keep_unstored_buffers(module: nn.Module) -> Iterator[None]:
+    """Keep the precision of buffers that no checkpoint holds while a module is cast: a model that is loaded in 16 bits
+    has them in 32, and the frequencies of rotary positions need it."""
+    kept = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name in owner._non_persistent_buffers_set
+        if (buffer := owner._buffers.get(name)) is not None
+    ]
+    yield
+    for owner, name, buffer in kept:
+        owner._buffers[name] = buffer.to(owner._buffers[name].device)  # type: ignore[union-attr]
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode, and every module back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
@@ -82,7 +97,7 @@ def unwrap_model(module: nn.Module) -> nn.Module:
 
 
 def refuse_reparametrized(model: nn.Module) -> None:
-    """Raise UserError if a layer computes its weight anew in every forward pass, which would undo what a stage did."""
+    """Raise UserError if a layer computes its weight again in every forward pass, which would undo what a stage did."""
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Embedding):
             continue

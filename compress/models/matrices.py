@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -123,13 +123,21 @@ def read_matrices(name: str, module: nn.Module) -> list[Matrix]:
         return [Matrix(name, module)]
     if isinstance(module, Conv1D):
         return [Matrix(name, module, transposed=True)]
-    transposed = getattr(module, "is_transposed", None)  # which transformers' lists of experts have
+    if not is_expert_list(module):
+        return []
     return [
-        Matrix(f"{name}.{expert}.{parameter}", module, parameter, bool(transposed), expert)
+        Matrix(f"{name}.{expert}.{parameter}", module, parameter, bool(module.is_transposed), expert)
         for parameter, weight in module.named_parameters(recurse=False)
-        if transposed is not None and weight.ndim == 3
+        if weight.ndim == 3
         for expert in range(len(weight))
     ]
+
+
+def is_expert_list(module: nn.Module) -> bool:
+    """Return whether the module holds the weights of several experts as transformers stores them, ``[experts, rows,
+    inputs]`` or with ``is_transposed`` ``[experts, inputs, rows]``."""
+    weights = module.named_parameters(recurse=False)
+    return hasattr(module, "is_transposed") and any(weight.ndim == 3 for _, weight in weights)
 
 
 def count_block_weights(model: nn.Module) -> int:
@@ -242,11 +250,13 @@ def match_ratios(ratios: dict[str, float], layers: Iterable[str], otherwise: flo
     }
 
 
-def find_zeros(model: nn.Module) -> dict[str, Tensor]:
-    """Return the zeros of every pruned matrix (bool, ``[rows, inputs]``). An exact zero *is* the mask, and nothing else
-    is stored. The embedding of padding is zero by itself and does not count."""
+def find_zeros(model: nn.Module, trainable: bool = False) -> dict[str, Tensor]:
+    """Return the zeros of every pruned matrix (bool, ``[rows, inputs]``), or of the ``trainable`` ones. An exact zero
+    *is* the mask, and nothing else is stored. The embedding of padding is zero by itself and does not count."""
     zeros = {}
     for name, matrix in find_all_matrices(model, embeddings=True, head=True).items():
+        if trainable and not matrix.stored.requires_grad:
+            continue
         mask = matrix.weight == 0
         if (padding := getattr(matrix.module, "padding_idx", None)) is not None:
             mask[padding] = False
@@ -265,12 +275,10 @@ def find_pruned_layers(model: nn.Module, least: float = 0.05) -> dict[str, float
 
 
 @torch.no_grad()
-def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Multiply the weights by their masks ``[rows, inputs]`` (1 keeps, 0 prunes) in place."""
-    if masks:
-        found = find_all_matrices(model, embeddings=True, head=True)
-        for name, mask in masks.items():
-            found[name].weight.mul_(mask)
+def apply_masks(layers: Mapping[str, Matrix], masks: dict[str, Tensor]) -> None:
+    """Multiply the weights of matrices by their masks ``[rows, inputs]`` (1 keeps, 0 prunes) in place."""
+    for name, mask in masks.items():
+        layers[name].weight.mul_(mask)
 
 
 def measure_sparsity(weights: Iterable[Tensor]) -> float:

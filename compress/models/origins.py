@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compress.models.calibration import flatten_tensors
 from compress.models.matrices import Matrix, read_matrices
-from compress.models.products import PRODUCTS, locate
+from compress.models.products import flatten_tensors, locate, match_product
 
 
 class Origins(TorchFunctionMode):
@@ -34,12 +33,10 @@ class Origins(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
         names: set[str] = set().union(*(self._origins.get(x, ()) for x in flatten_tensors([args, kwargs or {}])))
-        if func in PRODUCTS and len(args) > max(PRODUCTS[func]):
-            weight = args[PRODUCTS[func][1]]
-            matrix = self._places.get(locate(weight)) if isinstance(weight, Tensor) else None
-            if matrix is not None and weight.numel() == matrix.size:
-                self.feeds.setdefault(matrix.name, set()).update(names)
-                names = {matrix.name}
+        if product := match_product(func, args, self._places):
+            matrix, _ = product
+            self.feeds.setdefault(matrix.name, set()).update(names)
+            names = {matrix.name}
         if names:
             self.mark(args[0] if output is None else output, names)
         return output

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compress.models.matrices import Matrix
+from compress.models.matrices import Matrix, is_expert_list
 
 PRODUCTS: dict[Any, tuple[int, int]] = {
     F.linear: (0, 1),
@@ -34,12 +34,28 @@ class Products(TorchFunctionMode):
         self.places = {locate(matrix.weight): matrix for matrix in watched}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and len(args) > max(PRODUCTS[func]):
-            inputs, weight = (args[place] for place in PRODUCTS[func])
-            matrix = self.places.get(locate(weight)) if isinstance(weight, Tensor) else None
-            if matrix is not None and weight.numel() == matrix.size:
-                self.see(matrix, inputs)
+        if product := match_product(func, args, self.places):
+            self.see(*product)
         return func(*args, **kwargs or {})
+
+
+def match_product(func: Any, args: Any, places: Mapping[Any, Matrix]) -> tuple[Matrix, Tensor] | None:
+    """Return the matrix and the inputs that a call multiplies; None if it is no product with a matrix of ``places``,
+    which are by :func:`locate`."""
+    if func not in PRODUCTS or len(args) <= max(PRODUCTS[func]):
+        return None
+    inputs, weight = (args[place] for place in PRODUCTS[func])
+    matrix = places.get(locate(weight)) if isinstance(weight, Tensor) else None
+    return None if matrix is None or weight.numel() != matrix.size else (matrix, inputs)
+
+
+def flatten_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from flatten_tensors(part)
 
 
 def locate(weight: Tensor) -> tuple[int, Any]:
@@ -97,7 +113,7 @@ class Trace:
 @contextmanager
 def separate_experts(model: nn.Module) -> Iterator[None]:
     """Let lists of experts multiply by one expert after the other, not by a product of all of them."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "is_transposed")}
+    configs = {id(module.config): module.config for module in model.modules() if is_expert_list(module)}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for config in configs.values():
         config._experts_implementation = "eager"

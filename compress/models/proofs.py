@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import UserError
-from compress.models.calibration import Seen, flatten_tensors, run_model
+from compress.models.calibration import Seen, run_model
 from compress.models.families import name_family
 from compress.models.layers import evaluation_mode, find_blocks
-from compress.models.products import locate, separate_experts
+from compress.models.products import flatten_tensors, locate, separate_experts
 from compress.models.shapes import Block, Part, cut_experts, cut_heads, cut_part, read_blocks, see_matrix
 
 TOLERANCE = 1e-5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from compress.models.layers import evaluation_mode
 from compress.models.matrices import Matrix
 from compress.models.products import Products
 
@@ -50,6 +51,7 @@ def find_flat_inputs(model: nn.Module, watched: Mapping[str, Matrix]) -> list[st
         if x.ndim == 2:
             flat[matrix.name] = None
 
-    with suppress(Exception), torch.device(device), AssumeTrue(), Products(watched.values(), see):
+    products = Products(watched.values(), see)
+    with evaluation_mode(model), suppress(Exception), torch.device(device), AssumeTrue(), products:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))  # a few models cannot run without values
     return list(flat)

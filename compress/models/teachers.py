@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from compress.cache.store import make_once
 from compress.maths.losses import expand_topk, top_k
+from compress.models.layers import keep_unstored_buffers
+from compress.tasks.kinds import Probabilities
 
 Batch = dict[str, Tensor]
-Probabilities = Literal["softmax", "sigmoid"] | None
-"""The function from logits to probabilities; None for a regression."""
 
 
 @torch.inference_mode()
@@ -45,10 +45,9 @@ def round_teacher(teacher: nn.Module, batch: Batch, probabilities: Probabilities
 def cast_teacher(teacher: nn.Module) -> nn.Module:
     """Return a copy of the teacher in bfloat16, as transformers would load it: buffers that are not stored, such as
     the angles of rotary embeddings, keep their precision."""
-    copied = copy.deepcopy(teacher).to(torch.bfloat16)
-    for name, module in teacher.named_modules():
-        for buffer in module._non_persistent_buffers_set:
-            setattr(copied.get_submodule(name), buffer, copy.deepcopy(getattr(module, buffer)))
+    copied = copy.deepcopy(teacher)
+    with keep_unstored_buffers(copied):
+        copied.to(torch.bfloat16)
     return copied
 
 

@@ -29,9 +29,7 @@ class State:
 def capture_state(model: nn.Module) -> State:
     """Return the state of a model, without a copy of its weights."""
     digests = {name: digest_tensor(tensor) for name, tensor in model.state_dict().items()}
-    found = find_all_matrices(model, embeddings=True, head=True)
-    zeros = {name: zero for name, zero in find_zeros(model).items() if found[name].stored.requires_grad}
-    return State(digests, zeros)
+    return State(digests, find_zeros(model, trainable=True))
 
 
 def check_model(key: str, stage: Technique, before: State, model: nn.Module) -> None:

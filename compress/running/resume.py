@@ -24,6 +24,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 
 from compress.cache.digests import compute_checksum
+from compress.models.layers import keep_unstored_buffers
 from compress.planning.settings import Hardware
 
 log = logging.getLogger(__name__)
@@ -222,20 +223,11 @@ class RestoredTogether(Restored, DDPStrategy):
 
 
 class Half(HalfPrecision):
-    """Trains in 16 bits, except for buffers that no checkpoint holds: a model that is loaded in 16 bits has them in 32,
-    and the frequencies of rotary positions need it."""
+    """Trains in 16 bits, except for the buffers that a model loaded in 16 bits would have in 32."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        kept = [
-            (owner, name, owner._buffers[name])
-            for owner in module.modules()
-            for name in owner._non_persistent_buffers_set & owner._buffers.keys()
-        ]
-        converted = super().convert_module(module)
-        for owner, name, buffer in kept:
-            if buffer is not None:
-                owner._buffers[name] = buffer.to(owner._buffers[name].device)  # type: ignore[union-attr]
-        return converted
+        with keep_unstored_buffers(module):
+            return super().convert_module(module)
 
 
 def make_trainer_options(hardware: Hardware, together: bool, trains: bool = True) -> dict[str, Any]:

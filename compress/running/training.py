@@ -23,7 +23,7 @@ from compress.cache.files import remove_path
 from compress.errors import UserError
 from compress.models.backbone import count_tokens, limit_length
 from compress.models.layers import unwrap_model
-from compress.models.matrices import apply_masks, find_all_matrices, find_zeros, measure_share
+from compress.models.matrices import Matrix, apply_masks, find_all_matrices, find_zeros, measure_share
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
 from compress.running.batch_size import fit_batch_size
@@ -47,7 +47,8 @@ def list_limits(planned: Plan, step: Step, stage: Technique, before: Description
     moved = stage.runtime != before.runtime
     kept = [limit for limit in before.limits if not (moved and limit.partition(":")[0] in formats)]
     own = [stage.limits] if stage.limits else []
-    if stage.reached and (share := measure_share(model, stage.reached)) < WHOLE:
+    reached = stage.average_bits or stage.reached
+    if reached and (share := measure_share(model, reached)) < WHOLE:
         own.append(f"{share:.1%} of the weights in the blocks are compressed, the others are as they were")
     return (*kept, *(f"{step.name}: {limit}" for limit in own))
 
@@ -276,16 +277,17 @@ class HoldZeros(pl.Callback):
 
     def __init__(self, layers: Collection[str] | None = None) -> None:
         self.layers = layers
+        self.matrices: dict[str, Matrix] = {}
         self.masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
-        trained = [name for name, m in find_all_matrices(model, True, True).items() if m.stored.requires_grad]
+        self.matrices = find_all_matrices(model, embeddings=True, head=True)
         self.masks = {
             name: ~zero
-            for name, zero in find_zeros(model).items()
-            if name in trained and (self.layers is None or name in self.layers)
+            for name, zero in find_zeros(model, trainable=True).items()
+            if self.layers is None or name in self.layers
         }
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        apply_masks(unwrap_model(pl_module), self.masks)
+        apply_masks(self.matrices, self.masks)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Probabilities = Literal["softmax", "sigmoid"] | None
+"""The function from logits to probabilities; None for a regression."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number that judges a model, from the arrays of :meth:`Kind.keep_answers` with one example a row.
@@ -67,7 +71,7 @@ class Kind(ABC):
     """Value in the model's config by which transformers chooses the loss."""
     num_labels: int | None = None
     """Number of outputs for a text; None: one for each label, 0: a head without labels."""
-    probabilities: Literal["softmax", "sigmoid"] | None = None
+    probabilities: Probabilities = None
     """Function that turns logits into probabilities; None if there are no probabilities."""
     flag_columns = False
     """Whether 0/1 columns, one for each label, may replace a column of labels."""

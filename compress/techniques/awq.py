@@ -122,7 +122,6 @@ class AWQ(Technique, pl.Callback):
                     matrix.weight.copy_(outcome.quantized.weight.dequantize(matrix.dtype))
                     self.outcomes[name] = outcome
         self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
-        self.reached = set(self.quantized)
         self.average_bits = average_bits(self.quantized)
         self.limits = f"{len(scaled & wanted.keys())} of {len(wanted)} matrices have scaled inputs; {AWQ.limits}"
         model.cpu()

@@ -114,7 +114,6 @@ class GPTQ(Technique, pl.Callback):
         schemes = dict.fromkeys(layers, self.scheme)
         self.outcomes = quantize_layers(model, layers, batches, schemes, self.damping, self.act_order, scale)
         self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
-        self.reached = set(self.quantized)
         self.average_bits = (gptq_format if own else packed).average_bits(self.quantized)
         model.cpu()
 

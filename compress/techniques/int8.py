@@ -60,7 +60,6 @@ class Int8(Technique, pl.Callback):
         model = unwrap_model(pl_module).cpu()
         layers = select_convertible(model, self.skip, self.key)
         self.average_bits = {name: 8 + 32 / matrix.inputs for name, matrix in layers.items()}
-        self.reached = set(layers)
         self.state = replace_layers(model, layers, lambda matrix: make_8bit_layer(matrix, self.threshold))
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -24,11 +24,9 @@ from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import Section, Shared, split_sections
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
 from compress.models.matrices import Matrix
-from compress.tasks.kinds import KINDS
+from compress.tasks.kinds import KINDS, Probabilities
 from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
-
-Probabilities = Literal["softmax", "sigmoid"] | None
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,6 @@ class Mixed(Technique, pl.Callback):
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
         outcomes = quantize_layers(model, wanted, batches, schemes, self.damping, self.act_order)
         self.quantized = {name: outcome.quantized for name, outcome in outcomes.items()}
-        self.reached = set(self.quantized)
         self.average_bits = packed.average_bits(self.quantized)
         model.cpu()
 

@@ -96,7 +96,6 @@ class NF4(Technique, pl.Callback):
             name: average_bits(matrix.size, self.blocksize, self.double_quantization) for name, matrix in layers.items()
         }
         settings = (self.quant_type, self.double_quantization, self.blocksize, self.computed_in)
-        self.reached = set(layers)
         self.state = replace_layers(model, layers, lambda matrix: make_4bit_layer(matrix, *settings))
 
     def save(self, model: nn.Module, folder: Path) -> None:

@@ -150,7 +150,7 @@ class Onnx(Export):
         self.shrinks = self.lowers_precision and is_float32(model)
         self.packed |= extract_weights(model)  # from another stage of the same fit
         kept = self.packed if self.keeps and not integers else {}
-        wide = self.processor == "any" and has_wide_weights(model, integers)
+        wide = self.processor == "any" and has_wide_weights(integers)
         limits = describe_precision_limits(self.precision, self.packed, kept)
         self.limits = describe_limits(integers, wide) if integers else limits
         # 2) Choose calibration batches and the layers to lower

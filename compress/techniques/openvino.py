@@ -153,7 +153,7 @@ class OpenVINO(Export):
         kept = {} if integers or not self.source or self.precision == "fp32" else read_integers(self.source)
         if any(weight.scheme.bits == 3 for weight in kept.values()):
             self.limits = f"{self.limits}; {THREE}".removeprefix("; ")
-        wide = self.processor == "any" and has_wide_weights(model, integers)
+        wide = self.processor == "any" and has_wide_weights(integers)
         if wide:
             self.settings = {**self.settings, **FLOAT_PRODUCTS}
         self.limits = describe_limits(integers, wide) or self.limits

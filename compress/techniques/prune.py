@@ -281,7 +281,7 @@ class Prune(Technique, pl.Callback):
                 score.sub_(gradient.float() * self._update_dense(name).float())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        apply_masks(unwrap_model(pl_module), self.masks)
+        apply_masks(self.layers, self.masks)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reached = set(self.layers)

@@ -137,7 +137,6 @@ class QAT(Technique, pl.Callback):
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         for name, matrix in select_storable(model, self.skip, self.key).items():
             self.quantized[name] = freeze_rounding(matrix.module)
-        self.reached = set(self.quantized)
         self.average_bits = average_bits(self.quantized)
         self._log_losses(trainer, model)
         model.cpu()

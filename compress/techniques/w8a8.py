@@ -148,7 +148,6 @@ class W8A8(Technique, pl.Callback):
                     dtype = next(iter(shared.matrices.values())).dtype
                     grid = grid_between(percentile_range(shared.statistic, self.percentile), self.inputs, dtype)
                     self._round_layers(shared.matrices, Inputs(self.inputs, grid))
-        self.reached = set(self.quantized)
         self.average_bits = average_bits(self.quantized)
         model.cpu()
 

@@ -1,4 +1,4 @@
-"""A layer whose weight is computed anew in every forward pass is refused, because no change of it would last."""
+"""A layer whose weight is computed again in every forward pass is refused, because no change of it would last."""
 
 import pytest
 import tiny
