@@ -205,22 +205,28 @@ def predict_split(
         batch = move_batch(batch, device)
         wanted = batch.pop("labels")
         lengths.append(batch["attention_mask"].sum(1).cpu())
-        answers, wanted = kind.keep_answers(bench.artifact.model(**batch).logits, wanted)
-        outputs.append(answers.cpu())
+        part, wanted = kind.keep_answers(bench.artifact.model(**batch).logits, wanted)
+        outputs.append(part.cpu())
         labels.append(wanted.cpu())
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
-    arrays = {
-        name: torch.cat(parts)[order].numpy()
-        for name, parts in (("outputs", outputs), ("labels", labels), ("tokens", lengths))
-    }
-    examples = len(order)
-    if broken := int((~np.isfinite(arrays["outputs"]).reshape(examples, -1).all(1)).sum()):
+    found, truth = (torch.cat(parts)[order].numpy() for parts in (outputs, labels))
+    answers = kind.collect_answers(found, truth, getattr(bench.data.splits, bench.split))
+    examples = len(answers.outputs)
+    if broken := int((~np.isfinite(answers.outputs).reshape(examples, -1).all(1)).sum()):
         raise PostconditionError(
             f"The outputs for {broken} of the {examples} examples of the {bench.split} split are not finite."
         )
+    tokens = torch.cat(lengths)[order].numpy()
     texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
-    characters = np.array([len(text) for text in texts] or [0] * examples)
-    negated = np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples)
-    names = task.labels or ()
-    predictions = Predictions(task.kind, **arrays, characters=characters, negated=negated, names=names)
+    if answers.rows is not None:
+        tokens, texts = tokens[answers.rows], [texts[row] for row in answers.rows]
+    predictions = Predictions(
+        task.kind,
+        answers.outputs,
+        answers.labels,
+        tokens=tokens,
+        characters=np.array([len(text) for text in texts] or [0] * examples),
+        negated=np.array([bool(NEGATION.search(text)) for text in texts] or [False] * examples),
+        names=task.labels or (),
+    )
     return {name: predictions.score(name) for name in task.metrics}, predictions

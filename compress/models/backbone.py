@@ -39,7 +39,7 @@ from compress.models.loading import (
 )
 from compress.models.shapes import build_cut_class
 from compress.tasks.kinds import KINDS
-from compress.tasks.tokens import describe_unknown_token
+from compress.tasks.tokenizers import describe_unknown_token
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
@@ -205,7 +205,11 @@ def find_auto_class(kind: str, config: PretrainedConfig) -> Any:
     """Return the transformers class that builds an architecture with the head of a task of this ``kind``. It also
     builds models that were cut to shapes that a plain config cannot describe."""
     auto: Any = getattr(transformers, KINDS[kind].auto_class)
-    return build_cut_class(auto._model_mapping[type(config)]) if hasattr(config, "compress") else auto
+    base = auto._model_mapping[type(config)]
+    adapted = KINDS[kind].adapt_class(base)
+    if hasattr(config, "compress"):
+        return build_cut_class(adapted)
+    return auto if adapted is base else adapted
 
 
 def is_decoder(config: PretrainedConfig) -> bool:

@@ -50,7 +50,10 @@ def is_inside(name: str, prefixes: Iterable[str]) -> bool:
 
 
 def detect_task_kind(model: nn.Module) -> str:
-    """Return the kind of task that the model's head is for, as its config says: ``multiclass`` if it says nothing."""
+    """Return the kind of task that the model's head is for, as its class or its config says: ``multiclass`` if they say
+    nothing."""
+    if named := getattr(model, "task_kind", None):
+        return str(named)
     generates = getattr(model, "get_output_embeddings", lambda: None)() is not None
     problem = None if generates else getattr(model.config, "problem_type", None)
     fitting = (kind.name for kind in KINDS.values() if (kind.generates, kind.problem_type) == (generates, problem))

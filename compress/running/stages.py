@@ -60,7 +60,7 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     if not trained and not training.epochs:
         limits.append("baseline: some weights are random and were not trained, so the quality is meaningless")
     if training.epochs:
-        module = FineTune(model, TaskMetrics(planned.task), training)
+        module = FineTune(model, TaskMetrics(planned.task, splits.validation), training)
         callbacks: list[pl.Callback] = []
         if pruned := find_pruned_layers(model):
             callbacks.append(HoldZeros(pruned))
@@ -98,7 +98,7 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     before = capture_state(model)
     text = step.calibration and step.calibration.rows
     data = make_task_data(splits, model, tokenizer, step.training.batch_size, planned.settings, text)
-    scores = TaskMetrics(planned.task)
+    scores = TaskMetrics(planned.task, splits.validation)
 
     # 2) Build the stage, and train
     stage = step.build(

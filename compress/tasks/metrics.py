@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -10,14 +12,18 @@ from torchmetrics.utilities import dim_zero_cat
 from compress.tasks.kinds import KINDS
 from compress.tasks.task import Task
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Batch = dict[str, Tensor]
 
 
 class TaskMetrics(Metric):
     """Compute the task's metrics by name over all examples since the last reset; all but perplexity are fractions.
 
-    Every example's answer is kept, as :meth:`compress.tasks.kinds.Kind.keep_answers` returns it, on all processes that
-    train together. ``update(logits, labels)`` takes the model's logits and labels of a batch.
+    Every batch's answers are kept, as :meth:`compress.tasks.kinds.Kind.keep_answers` returns them, on all processes
+    that train together. ``update(logits, labels)`` takes the model's logits and labels of a batch. ``rows`` are the
+    rows before tokenising of the split that is scored, for the kinds of task that need them.
 
         scores = TaskMetrics(task)
         scores.update(model(**batch).logits, batch["labels"])
@@ -28,9 +34,9 @@ class TaskMetrics(Metric):
     outputs: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, rows: Dataset | None = None) -> None:
         super().__init__()
-        self.kind, self.names = KINDS[task.kind], task.metrics
+        self.kind, self.names, self.rows = KINDS[task.kind], task.metrics, rows
         self.add_state("outputs", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
@@ -41,7 +47,8 @@ class TaskMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         outputs, labels = (dim_zero_cat(kept).cpu().numpy() for kept in (self.outputs, self.labels))
-        values = {name: self.kind.metrics[name].compute(outputs, labels) for name in self.names}
+        answers = self.kind.collect_answers(outputs, labels, self.rows)
+        values = {name: self.kind.metrics[name].compute(answers.outputs, answers.labels) for name in self.names}
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in values.items()}
 
 

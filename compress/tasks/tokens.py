@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import numpy as np
@@ -19,14 +16,15 @@ import pytorch_lightning as pl
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_from_disk
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
+from compress.cache.digests import compute_digest, digest_environment
 from compress.cache.sources import digest_source
 from compress.cache.store import make_once
 from compress.errors import UserError
 from compress.tasks.kinds import KINDS
 from compress.tasks.splits import Splits, hash_rows
+from compress.tasks.tokenizers import describe_rules, describe_unknown_token
 
 Batch = dict[str, torch.Tensor]
 LONG = 100_000
@@ -210,10 +208,7 @@ class TaskData(pl.LightningDataModule):
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Return the rows as one padded batch."""
-        labels = [row.pop("labels") for row in rows] if "labels" in rows[0] else None
-        batch = dict(DataCollatorWithPadding(self.tokenizer)(rows))
-        encoded = self.kind.collate_labels(labels, batch)
-        return batch if encoded is None else {**batch, "labels": encoded}
+        return self.kind.collate(rows, self.tokenizer)
 
     def in_batches(self, split: str) -> DataLoader:
         """Return a loader of the whole split, from long texts to short."""
@@ -265,34 +260,6 @@ class TaskData(pl.LightningDataModule):
         encode = partial(self.kind.tokenise, tokenizer=self.tokenizer, max_length=self.max_length)
         tokenised = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
         return cut_blocks(tokenised, self.max_length) if self.kind.in_blocks else tokenised
-
-
-def describe_rules(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return everything that decides a text's tokens, as JSON-like content. A tokenizer that is written in Python is
-    described by the files that it saves, and by its source if that is not transformers' own."""
-    if getattr(tokenizer, "is_fast", False):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        del rules["truncation"], rules["padding"]  # set by the last call, so no property of the tokenizer
-        return rules
-    kind = type(tokenizer)
-    source = "" if kind.__module__.startswith("transformers.") else inspect.getsource(kind)
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        config = Path(folder) / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        config.unlink()
-        for name in ("is_local", "local_files_only"):  # how it was loaded
-            settings.pop(name, None)
-        return [settings, fingerprint_files(Path(folder)), source]
-
-
-def describe_unknown_token(tokenizer: PreTrainedTokenizerBase, token: int, known: int) -> str:
-    """Return the end of a sentence on a token that a model of ``known`` tokens has no embedding for."""
-    return (
-        f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}; the model has embeddings for the tokens 0 to "
-        f"{known - 1}. Set model.path to a folder with the tokenizer that the model was trained with, or to a copy of "
-        f"the model with more embeddings (model.resize_token_embeddings({token + 1}); the new ones are random)."
-    )
 
 
 def cut_blocks(documents: Dataset, max_length: int) -> Dataset:

@@ -139,7 +139,8 @@ def answering(logits):
         for i in range(0, len(logits), 2)
     ]
     count = len(logits)
-    data = SimpleNamespace(in_order=lambda split: range(count), words=lambda split: [("text",)] * count, max_length=8)
+    splits, texts = SimpleNamespace(test=None), [("text",)] * count
+    data = SimpleNamespace(splits=splits, in_order=lambda split: range(count), words=lambda split: texts, max_length=8)
     description = Description("multiclass", "tiny", "toy")
     artifact = Artifact(lambda input_ids, **_: SimpleNamespace(logits=logits[input_ids[:, 0]]), None, description)
     texts = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]

@@ -27,7 +27,7 @@ SPACE = [
     "search.slots=[[none,prune,gptq],[none,prune,gptq,awq],[none,onnx]]",
     "search.recovery=[]",
     "search.epochs=[0]",
-    "search.settings={onnx:{precision:[null]}}",
+    "search.settings={awq:{group_size:[7]},onnx:{precision:[null]}}",
 ]
 SPEED = {"prune": 1.2, "gptq": 1.5, "onnx": 3.0}
 DROP = {"prune": 0.002, "gptq": 0.009, "onnx": 0.0}
@@ -123,7 +123,10 @@ def test_where_no_chain_is_good_enough_the_baseline_is_chosen(search, tmp_path):
         (["search.trials=1", "seed=1,2"], "`seed=1,2` has several values; a search takes one"),
         (["search.trials=1", "search.slots=[[prunne]]"], "did you mean `prune`?"),
         (["search.trials=1", "+search.settings.nf4.bitts=[2]"], "search.settings.nf4.bitts cannot be used"),
-        (["search.trials=1", "search.slots=[[awq]]"], "No chain of search.slots can work here: awq:"),
+        (
+            ["search.trials=1", "search.slots=[[awq]]", "+search.settings.awq.group_size=[7]"],
+            "No chain of search.slots can work here: awq:",
+        ),
     ],
 )
 def test_a_mistake_is_reported_in_one_line_and_nothing_is_begun(search, tmp_path, words, sentence):

@@ -12,7 +12,8 @@ from compress.artifacts.artifact import save_tokenizer
 from compress.errors import UserError
 from compress.tasks.splits import Splits
 from compress.tasks.task import Task
-from compress.tasks.tokens import LengthBuckets, TaskData, describe_rules
+from compress.tasks.tokenizers import describe_rules
+from compress.tasks.tokens import LengthBuckets, TaskData
 
 WORDS = [f"w{i}" for i in range(20)]
 METRIC = {"multiclass": "accuracy", "multilabel": "f1_micro", "regression": "pearson", "lm": "perplexity"}

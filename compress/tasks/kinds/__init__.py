@@ -1,0 +1,19 @@
+"""The kinds of task.
+
+A new kind is a subclass of :class:`compress.tasks.kinds.base.Kind` in ``KINDS``. Reading a task's config must stay
+cheap, so only the methods that need torch import it.
+"""
+
+from compress.tasks.kinds.base import Answers, Kind, Metric, Probabilities
+from compress.tasks.kinds.classes import Multiclass, Multilabel, Regression
+from compress.tasks.kinds.language import LanguageModel
+
+__all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Multiclass(), Multilabel(), Regression(), LanguageModel())}
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return whether a higher value of ``metric``, a metric's name or ``loss``, is better."""
+    lower = (name for kind in KINDS.values() for name, entry in kind.metrics.items() if not entry.higher_is_better)
+    return metric not in ("loss", *lower)

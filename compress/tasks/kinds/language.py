@@ -1,0 +1,61 @@
+"""Language modelling: a text is continued."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from compress.maths import scores
+from compress.tasks.kinds.base import Kind, Metric
+from compress.tasks.labels import LabelledTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class LanguageModel(Kind):
+    """A text is continued; an example is a block of tokens."""
+
+    name = "lm"
+    metrics = MappingProxyType(
+        {
+            "perplexity": Metric(scores.perplexity, higher_is_better=False),
+            "accuracy": Metric(scores.token_accuracy),
+        }
+    )
+    auto_class = "AutoModelForCausalLM"
+    pipeline = "text-generation"
+    num_labels = 0
+    probabilities = "softmax"
+    in_blocks = True
+    generates = True
+
+    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[Any]:
+        return labels  # none: a block of tokens is its own labels
+
+    def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+        return {"input_ids": tokenizer(rows["text"], verbose=False)["input_ids"]}
+
+    def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
+        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def count_examples(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] != -100).sum()
+
+    def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        labels = inputs["input_ids"].clone()
+        labels[:, 1:] = logits[:, :-1].argmax(-1)  # position t predicts token t + 1
+        return labels.masked_fill(inputs["attention_mask"] == 0, -100) if "attention_mask" in inputs else labels
+
+    def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two arrays: ``[blocks, 2]`` with the sum of the tokens' losses in nats and the number of correctly
+        predicted tokens, and ``[blocks]`` with the number of tokens to predict. Position t predicts token t + 1."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        logits, labels = logits[:, :-1].float(), labels[:, 1:]
+        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        predicted = labels != -100
+        right = ((logits.argmax(-1) == labels) & predicted).sum(1)
+        return torch.stack([losses.view_as(labels).sum(1), right.float()], dim=1), predicted.sum(1)
