@@ -51,7 +51,7 @@ def test_every_architecture_reloads_to_the_same_logits(kind, task, tmp_path):
     with torch.no_grad():
         found = load_artifact(tmp_path, task).model(**PROBE).logits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    # What its card tells a reader to type works.
+    # What its card says to type works.
     auto = getattr(transformers, KINDS[task].auto_class)
     if describe_loading(tmp_path, task).needs_us:
         with pytest.raises(AttributeError, match="weight"):

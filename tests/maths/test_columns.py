@@ -98,8 +98,8 @@ def test_eight_bits_survive_scales_of_sixteen():
     zero = found.grid.zero.repeat_interleave(8, 1)
     steps = found.integers.short() - zero
     assert steps.abs().max() > 200
-    told = (found.dequantize(torch.bfloat16).float() / found.grid.scale.float().repeat_interleave(8, 1)).round()
-    assert (told != steps).any()  # bfloat16 weights do not tell their integers
+    read_back = (found.dequantize(torch.bfloat16).float() / found.grid.scale.float().repeat_interleave(8, 1)).round()
+    assert (read_back != steps).any()  # bfloat16 weights do not say their integers
     args = QuantizationArgs(num_bits=8, symmetric=False, group_size=8)
     theirs = dequantize(found.integers, *found.grid, args, dtype=torch.bfloat16)
     assert torch.equal(found.dequantize(torch.bfloat16), theirs)
