@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compress.maths.rounding import Grid, Inputs, Integers, Scheme, round_to_nearest
 from compress.models.matrices import Matrix, select_quantizable
@@ -54,12 +55,12 @@ class Quantized(NamedTuple):
 
 def select_storable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Matrix]:
     """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
-    exclude.
+    exclude. Before the model is saved, :func:`compress.models.linears.use_linear_layers` must have been called.
 
     Raises:
         UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
     """
-    return select_quantizable(model, skip, key, (nn.Linear,), "the compressed-tensors format")
+    return select_quantizable(model, skip, key, (nn.Linear, Conv1D), "the compressed-tensors format")
 
 
 def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Cut heads and FFN channels out of models, and save and load the smaller models.
 
 A plain transformers config describes one shape for all blocks, and computes BERT's head size from width and heads. Its
-entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``. Such a model is
-built by a subclass of its transformers class (:func:`build_cut_class`), which serves ``from_pretrained`` in every
-format.
+entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``, and has ``linear:
+true`` where :mod:`compress.models.linears` has replaced layers. Such a model is built by a subclass of its transformers
+class (:func:`build_cut_class`), which serves ``from_pretrained`` in every format.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compress.errors import UserError
 from compress.models.families import Family, find_family, name_family, shares_one_key_head
 from compress.models.layers import find_blocks
+from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix, read_matrices
 
 Part = tuple[nn.Module, int, Tensor]
@@ -267,7 +268,7 @@ def record_shapes(model: PreTrainedModel) -> None:
     ``compress``."""
     family, config, blocks = find_family(model), model.config, read_blocks(model)
     first, heads, ffn = blocks[0], [block.heads for block in blocks], [block.ffn for block in blocks]
-    extra = {}
+    extra: dict[str, Any] = {}
     if family.experts_count:
         setattr(config, family.experts_count, first.experts)
     elif len(set(ffn)) == 1:
@@ -279,6 +280,8 @@ def record_shapes(model: PreTrainedModel) -> None:
         config.update(plain)
     elif set(heads) != {config.num_attention_heads}:
         extra["heads"] = heads
+    if getattr(config, "compress", {}).get("linear"):
+        extra["linear"] = True
     if extra:
         config.compress = extra
     elif hasattr(config, "compress"):
@@ -300,7 +303,11 @@ def build_cut_class(base: type[PreTrainedModel]) -> Any:
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        shape_blocks(self, **config.compress)
+        shapes = dict(config.compress)
+        if shapes.pop("linear", False):
+            use_linear_layers(self)
+        if shapes:
+            shape_blocks(self, **shapes)
         self.__class__ = base  # only the config still shows the difference
 
     subclass: Any = type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

@@ -46,6 +46,7 @@ model, tokenizer, _ = compress.load(".")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
 UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
+REPLACED = "transformers stores its layers transposed (Conv1D), which the format of its weights does not know."
 UNREADABLE = (
     "transformers alone cannot load it: its code for this architecture initialises layers by their float weights, and "
     "these are packed."
@@ -102,8 +103,9 @@ def describe_loading(folder: Path, kind: str) -> Loading:
     notes: tuple[str, ...] = ()
     if packed in FORMATS:
         notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
-    if "compress" in config:
-        return Loading(CODE_OURS, (UNEVEN, *notes), needs_us=True)
+    if ours := config.get("compress"):
+        why = [UNEVEN] * (ours != {"linear": True}) + [REPLACED] * ("linear" in ours)
+        return Loading(CODE_OURS, (*why, *notes), needs_us=True)
     if not initialises_packed(folder, kind):
         return Loading(CODE_OURS, (UNREADABLE, *notes), needs_us=True)
     capped = config.get("text_config", config).get(SCORE_CAP)

@@ -29,6 +29,7 @@ from compress.maths.rounding import (
 from compress.models.batches import draw_calibration_batches, read_validation_batches
 from compress.models.calibration import observe
 from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.linears import use_linear_layers
 from compress.tasks.metrics import evaluate_metric
 from compress.technique import Technique, Training
 
@@ -118,6 +119,7 @@ class QAT(Technique, pl.Callback):
         model = unwrap_model(pl_module)
         self._check_training(trainer.max_epochs)
         self.check(model, [])
+        use_linear_layers(model)
         layers = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}

@@ -26,6 +26,7 @@ from compress.models.calibration import sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import smooth_model
 from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.linears import copy_with_linear_layers, use_linear_layers
 from compress.models.matrices import Matrix
 from compress.models.skeletons import find_flat_inputs
 from compress.technique import Technique
@@ -117,6 +118,7 @@ class W8A8(Technique, pl.Callback):
                 f"text, which loaders would scale by the batch. Add `head` to {self.key}.skip, or set "
                 f"{self.key}.dynamic=false."
             )
+        skeleton = copy_with_linear_layers(skeleton)
         wanted = select_storable(skeleton, self.skip, self.key)
         if self.dynamic and (flat := find_flat_inputs(skeleton, wanted)):
             raise UserError(
@@ -132,7 +134,9 @@ class W8A8(Technique, pl.Callback):
         )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(unwrap_model(pl_module), [])  # a script without the chain has not checked the model
+        model = unwrap_model(pl_module)
+        use_linear_layers(model)
+        self.check(model, [])  # a script without the chain has not checked the model
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
