@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from compress.errors import UserError
 from compress.models.batches import Batch
 from compress.models.layers import detect_task_kind
+from compress.models.linears import compute_experts
 from compress.models.matrices import is_expert_list
 from compress.tasks.kinds import KINDS
 
@@ -147,17 +148,8 @@ def grouped_attention(
 
 def split_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute each expert on the tokens that chose it, by plain products of the layers that :func:`write_experts`
-    made.
-
-    ``hidden_states`` is ``[tokens, width]``; ``top_k_index`` and ``top_k_weights`` are ``[tokens, chosen experts]``.
-    """
-    output = torch.zeros_like(hidden_states)
-    for expert, (enter, leave) in enumerate(zip(self.entering, self.leaving)):
-        tokens, place = torch.where(top_k_index == expert)
-        channels = enter(hidden_states[tokens])
-        channels = self._apply_gate(channels) if self.has_gate else self.act_fn(channels)
-        output = output.index_add(0, tokens, leave(channels) * top_k_weights[tokens, place].unsqueeze(-1))
-    return output
+    made."""
+    return compute_experts(self, zip(self.entering, self.leaving), hidden_states, top_k_index, top_k_weights)
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

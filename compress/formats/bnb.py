@@ -25,8 +25,10 @@ def select_convertible(model: nn.Module, skip: Sequence[str], key: str) -> dict[
     Raises:
         UserError: ``skip`` does not fit the model, or transformers would load a layer as floats.
     """
-    found = select_quantizable(model, skip, key, (nn.Linear, Conv1D), "bitsandbytes' format")
+    found = select_quantizable(model, skip, key, (nn.Linear, Conv1D), "bitsandbytes' format", experts=True)
     for name, matrix in found.items():
+        if matrix.expert is not None:
+            continue
         if not is_convertible(matrix.module) or name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
             raise UserError(
                 f"`{name}` is a {type(matrix.module).__name__} that transformers loads as floats, not as a layer of "

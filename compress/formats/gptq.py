@@ -34,7 +34,7 @@ def select_storable(model: nn.Module, skip: tuple[str, ...], key: str) -> dict[s
     Raises:
         UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
     """
-    return select_quantizable(model, skip, key, (nn.Linear, Conv1D), "GPTQ's format")
+    return select_quantizable(model, skip, key, (nn.Linear, Conv1D), "GPTQ's format", experts=False)
 
 
 def check_format(

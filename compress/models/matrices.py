@@ -209,10 +209,10 @@ def select_matrices(model: nn.Module, skip: Sequence[str], key: str) -> dict[str
 
 
 def select_quantizable(
-    model: nn.Module, skip: Sequence[str], key: str, modules: tuple[type[nn.Module], ...], format: str
+    model: nn.Module, skip: Sequence[str], key: str, modules: tuple[type[nn.Module], ...], format: str, experts: bool
 ) -> dict[str, Matrix]:
     """Return the matrices to quantize, by name: those that the setting ``key.skip`` does not exclude. The file format
-    named ``format`` can store those of the ``modules``.
+    named ``format`` can store those of the ``modules`` and, if so, those of ``experts``.
 
     Raises:
         UserError: ``skip`` does not exclude the embeddings, or the format cannot store a matrix.
@@ -221,7 +221,7 @@ def select_quantizable(
         raise UserError(f"{key}.skip is {list(skip)}; embeddings stay floats here. Add `embeddings` to {key}.skip.")
     found = {name: m for name, m in select_matrices(model, skip, key).items() if not m.is_embedding}
     for name, matrix in found.items():
-        if not isinstance(matrix.module, modules):
+        if not (isinstance(matrix.module, modules) or (experts and matrix.expert is not None)):
             expected = " and ".join(module.__name__ for module in modules)
             raise UserError(
                 f"`{key.rpartition('.')[2]}` stores weights in {format}, which knows those of {expected} layers, and "

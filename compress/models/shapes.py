@@ -1,8 +1,8 @@
 """Cut heads and FFN channels out of models, and save and load the smaller models.
 
 A plain transformers config describes one shape for all blocks, and computes BERT's head size from width and heads. Its
-entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``, and has ``linear:
-true`` where :mod:`compress.models.linears` has replaced layers. Such a model is built by a subclass of its transformers
+entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``, and
+``linear`` what :mod:`compress.models.linears` has replaced. Such a model is built by a subclass of its transformers
 class (:func:`build_cut_class`), which serves ``from_pretrained`` in every format.
 """
 
@@ -268,7 +268,7 @@ def record_shapes(model: PreTrainedModel) -> None:
     ``compress``."""
     family, config, blocks = find_family(model), model.config, read_blocks(model)
     first, heads, ffn = blocks[0], [block.heads for block in blocks], [block.ffn for block in blocks]
-    extra: dict[str, Any] = {}
+    extra: dict[str, list[Any]] = {}
     if family.experts_count:
         setattr(config, family.experts_count, first.experts)
     elif len(set(ffn)) == 1:
@@ -280,8 +280,8 @@ def record_shapes(model: PreTrainedModel) -> None:
         config.update(plain)
     elif set(heads) != {config.num_attention_heads}:
         extra["heads"] = heads
-    if getattr(config, "compress", {}).get("linear"):
-        extra["linear"] = True
+    if replaced := getattr(config, "compress", {}).get("linear"):
+        extra["linear"] = replaced
     if extra:
         config.compress = extra
     elif hasattr(config, "compress"):
@@ -304,8 +304,7 @@ def build_cut_class(base: type[PreTrainedModel]) -> Any:
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         shapes = dict(config.compress)
-        if shapes.pop("linear", False):
-            use_linear_layers(self)
+        use_linear_layers(self, shapes.pop("linear", ()))
         if shapes:
             shape_blocks(self, **shapes)
         self.__class__ = base  # only the config still shows the difference

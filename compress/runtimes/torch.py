@@ -46,7 +46,10 @@ model, tokenizer, _ = compress.load(".")
 logits = model(**tokenizer("A text.", return_tensors="pt")).logits
 """
 UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
-REPLACED = "transformers stores its layers transposed (Conv1D), which the format of its weights does not know."
+REPLACED = (
+    "transformers stores layers of this architecture transposed (Conv1D) or several experts in one parameter, and the "
+    "format of its weights knows Linear layers only, which are in their place."
+)
 UNREADABLE = (
     "transformers alone cannot load it: its code for this architecture initialises layers by their float weights, and "
     "these are packed."
@@ -104,7 +107,7 @@ def describe_loading(folder: Path, kind: str) -> Loading:
     if packed in FORMATS:
         notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
     if ours := config.get("compress"):
-        why = [UNEVEN] * (ours != {"linear": True}) + [REPLACED] * ("linear" in ours)
+        why = [UNEVEN] * bool(ours.keys() - {"linear"}) + [REPLACED] * ("linear" in ours)
         return Loading(CODE_OURS, (*why, *notes), needs_us=True)
     if not initialises_packed(folder, kind):
         return Loading(CODE_OURS, (UNREADABLE, *notes), needs_us=True)

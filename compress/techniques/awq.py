@@ -21,7 +21,6 @@ from compress.models.calibration import Section, sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.linears import use_linear_layers
 from compress.technique import Technique
 from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
 
@@ -100,7 +99,6 @@ class AWQ(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        use_linear_layers(model)
         wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         outcomes: dict[str, int] = {}

@@ -21,7 +21,6 @@ from compress.maths.rounding import Integers, Scheme, minmax_grid, round_to_near
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import sequential
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix
 from compress.technique import Technique
 
@@ -108,11 +107,9 @@ class GPTQ(Technique, pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # a script without the chain has not checked the model
-        own = self.format == "gptq"
-        if not own:
-            use_linear_layers(model)
         layers = self.select(model)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
+        own = self.format == "gptq"
         scale = gptq_format.SCALE if own else None
         schemes = dict.fromkeys(layers, self.scheme)
         self.outcomes = quantize_layers(model, layers, batches, schemes, self.damping, self.act_order, scale)

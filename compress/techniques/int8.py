@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.formats.bnb import replace_layers, save_model, select_convertible
 from compress.models.layers import unwrap_model
+from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix
 from compress.technique import Technique
 
@@ -58,6 +59,7 @@ class Int8(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
+        use_linear_layers(model, ["experts"])
         layers = select_convertible(model, self.skip, self.key)
         self.average_bits = {name: 8 + 32 / matrix.inputs for name, matrix in layers.items()}
         self.state = replace_layers(model, layers, lambda matrix: make_8bit_layer(matrix, self.threshold))

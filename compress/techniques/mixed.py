@@ -23,7 +23,6 @@ from compress.maths.sparsity import squared_norms
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import Section, Shared, split_sections
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
-from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix
 from compress.tasks.kinds import KINDS, Probabilities
 from compress.technique import Technique
@@ -126,7 +125,6 @@ class Mixed(Technique, pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # 1) Measure the divergence of every set of layers at every number of bits
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        use_linear_layers(model)
         wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.formats.bnb import replace_layers, save_model, select_convertible
 from compress.models.layers import unwrap_model
+from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix
 from compress.technique import Technique
 
@@ -88,6 +89,7 @@ class NF4(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).cpu()
+        use_linear_layers(model, ["experts"])
         layers = select_convertible(model, self.skip, self.key)
         self.check(model, [])
         own = next(iter(layers.values())).dtype

@@ -112,15 +112,15 @@ class QAT(Technique, pl.Callback):
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, matrix in select_storable(skeleton, self.skip, self.key).items():
+        for name, matrix in select_storable(skeleton, self.skip, self.key, experts=False).items():
             self.scheme.check(self.key, name, matrix.inputs)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self._check_training(trainer.max_epochs)
         self.check(model, [])
-        use_linear_layers(model)
-        layers = select_storable(model, self.skip, self.key)
+        use_linear_layers(model, ["Conv1D"])
+        layers = select_storable(model, self.skip, self.key, experts=False)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}
         with evaluation_mode(model):
@@ -137,7 +137,7 @@ class QAT(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        for name, matrix in select_storable(model, self.skip, self.key).items():
+        for name, matrix in select_storable(model, self.skip, self.key, experts=False).items():
             self.quantized[name] = freeze_rounding(matrix.module)
         self.average_bits = average_bits(self.quantized)
         self._log_losses(trainer, model)

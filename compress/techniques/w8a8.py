@@ -119,7 +119,7 @@ class W8A8(Technique, pl.Callback):
                 f"{self.key}.dynamic=false."
             )
         skeleton = copy_with_linear_layers(skeleton)
-        wanted = select_storable(skeleton, self.skip, self.key)
+        wanted = select_storable(skeleton, self.skip, self.key, experts=False)
         if self.dynamic and (flat := find_flat_inputs(skeleton, wanted)):
             raise UserError(
                 f"{self.key}.dynamic=true needs a scale for every token, and `{flat[0]}` of `{family}` reads texts and "
@@ -135,12 +135,12 @@ class W8A8(Technique, pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
-        use_linear_layers(model)
+        use_linear_layers(model, ["Conv1D"])
         self.check(model, [])  # a script without the chain has not checked the model
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = select_storable(model, self.skip, self.key)
+        wanted = select_storable(model, self.skip, self.key, experts=False)
         batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
         with evaluation_mode(model):
             if self.smoothing is not None and not smooth_model(model, batches, wanted, self.smoothing):

@@ -59,7 +59,7 @@ def llama_with_biases():
     return LlamaForCausalLM(LlamaConfig(**tiny.SHAPE, pad_token_id=0, attention_bias=True, mlp_bias=True)).eval()
 
 
-REFUSED = ("xlnet", "deberta", "mixtral", "qwen3_moe")
+REFUSED = ("xlnet", "deberta")
 QUANTIZED = [name for name in architectures.ARCHITECTURES if name not in REFUSED]
 DECODERS = (tiny.llama, tiny.llama_lm, mistral, qwen2_lm, llama_with_biases)
 
