@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, NamedTuple
 
@@ -42,14 +44,18 @@ class Scheme:
         overhead = dtype.itemsize * 8 + (0 if self.symmetric else self.bits)
         return self.bits + overhead / self.group(inputs)
 
-    def check(self, key: str, name: str, inputs: int) -> None:
-        """Raise UserError if the groups do not divide the ``inputs`` of the matrix ``name``; ``key`` is the setting of
+    def check(self, key: str, inputs: Mapping[str, int]) -> None:
+        """Raise UserError if the groups do not divide the ``inputs`` of a matrix, by name; ``key`` is the setting of
         the stage."""
-        if self.group_size == 0 or inputs % self.group(inputs):
-            raise UserError(
-                f"{key}.group_size is {self.group_size}, which does not divide the {inputs} inputs of "
-                f"`{name}`. Set a divisor of every layer's inputs, or {key}.group_size=-1 for one scale a row."
-            )
+        for name, count in inputs.items():
+            if self.group_size == 0 or count % self.group(count):
+                common = math.gcd(*inputs.values())
+                fits = [2**power for power in range(4, 10) if 2**power < self.group_size and common % 2**power == 0]
+                advice = f"{key}.group_size={fits[-1]}, which divides those of every layer" if fits else ""
+                raise UserError(
+                    f"{key}.group_size is {self.group_size}, which does not divide the {count} inputs of `{name}`. Set "
+                    f"{advice or 'a divisor of the inputs of every layer'}, or {key}.group_size=-1 for one scale a row."
+                )
 
 
 class Grid(NamedTuple):

@@ -176,6 +176,11 @@ def measure_matrices(model: nn.Module) -> dict[str, int]:
     return {name: matrix.size for name, matrix in find_all_matrices(model, embeddings=True, head=True).items()}
 
 
+def count_inputs(found: Mapping[str, Matrix]) -> dict[str, int]:
+    """Return the number of inputs of every matrix, by name."""
+    return {name: matrix.inputs for name, matrix in found.items()}
+
+
 def measure_share(model: nn.Module, names: Collection[str]) -> float:
     """Return the share of the blocks' weights that the matrices ``names`` are."""
     return sum(m.size for name, m in matrices(model).items() if name in names) / max(count_block_weights(model), 1)

@@ -21,6 +21,7 @@ from compress.models.calibration import Section, sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.matrices import count_inputs
 from compress.technique import Technique
 from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
 
@@ -91,8 +92,7 @@ class AWQ(Technique, pl.Callback):
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         if not find_conventions(skeleton).folds:
             raise UserError(describe_unfoldable(skeleton))
-        for name, matrix in select_storable(skeleton, self.skip, self.key).items():
-            self.scheme.check(self.key, name, matrix.inputs)
+        self.scheme.check(self.key, count_inputs(select_storable(skeleton, self.skip, self.key)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # before training: a script without the chain has not checked

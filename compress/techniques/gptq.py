@@ -21,7 +21,7 @@ from compress.maths.rounding import Integers, Scheme, minmax_grid, round_to_near
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import sequential
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.matrices import Matrix
+from compress.models.matrices import Matrix, count_inputs
 from compress.technique import Technique
 
 
@@ -94,8 +94,7 @@ class GPTQ(Technique, pl.Callback):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         layers = self.select(skeleton)
-        for name, matrix in layers.items():
-            self.scheme.check(self.key, name, matrix.inputs)
+        self.scheme.check(self.key, count_inputs(layers))
         if self.format == "gptq":
             check_format(self.key, skeleton, layers, self.scheme, self.skip)
 

@@ -23,7 +23,7 @@ from compress.maths.sparsity import squared_norms
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import Section, Shared, split_sections
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
-from compress.models.matrices import Matrix
+from compress.models.matrices import Matrix, count_inputs
 from compress.tasks.kinds import KINDS, Probabilities
 from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
@@ -108,8 +108,7 @@ class Mixed(Technique, pl.Callback):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         layers = select_storable(skeleton, self.skip, self.key)
-        for name, matrix in layers.items():
-            self.schemes[0].check(self.key, name, matrix.inputs)
+        self.schemes[0].check(self.key, count_inputs(layers))
         weights = sum(matrix.size for matrix in layers.values())
         least, most = (
             sum(count_stored_bits(scheme, matrix) for matrix in layers.values()) / weights

@@ -43,7 +43,7 @@ from compress.formats.packed import read_integers
 from compress.maths.rounding import Scheme
 from compress.models.batches import Batch, draw_calibration_batches, read_validation_batches
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.matrices import find_all_matrices
+from compress.models.matrices import count_inputs, find_all_matrices
 from compress.quiet import silence_exporters
 from compress.runtimes.openvino import GRAPH, SETTINGS, Model, use_shared_core
 from compress.runtimes.processor import Processor
@@ -138,9 +138,9 @@ class OpenVINO(Export):
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         super().check(skeleton, before)
-        for name, layer in self.chosen(skeleton).items() if self.precision == "int4_weights" else ():
-            if not layer.is_embedding:
-                self.scheme.check(self.key, name, layer.inputs)
+        if self.precision == "int4_weights":
+            chosen = self.chosen(skeleton)
+            self.scheme.check(self.key, count_inputs({name: m for name, m in chosen.items() if not m.is_embedding}))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         import openvino

@@ -30,6 +30,7 @@ from compress.models.batches import draw_calibration_batches, read_validation_ba
 from compress.models.calibration import observe
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.linears import use_linear_layers
+from compress.models.matrices import count_inputs
 from compress.tasks.metrics import evaluate_metric
 from compress.technique import Technique, Training
 
@@ -112,8 +113,7 @@ class QAT(Technique, pl.Callback):
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        for name, matrix in select_storable(skeleton, self.skip, self.key, experts=False).items():
-            self.scheme.check(self.key, name, matrix.inputs)
+        self.scheme.check(self.key, count_inputs(select_storable(skeleton, self.skip, self.key, experts=False)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)

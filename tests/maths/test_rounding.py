@@ -6,6 +6,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compress.errors import UserError
 from compress.maths import rounding
 from compress.maths.rounding import (
     Grid,
@@ -41,6 +42,15 @@ def test_every_group_has_its_own_scale():
     assert grid.scale[0, 1].item() == pytest.approx(10 * grid.scale[0, 0].item())
     assert Scheme(4, group_size=2).average_bits(4, torch.float32) == 4 + 32 / 2
     assert Scheme(4, symmetric=False).average_bits(64, torch.float16) == 4 + (16 + 4) / 64
+
+
+def test_a_group_that_does_not_divide_all_inputs_is_refused_with_the_largest_that_does():
+    inputs = {"q_proj": 576, "down_proj": 1536}  # SmolLM2
+    Scheme(4, 64).check("technique.gptq", inputs)
+    with pytest.raises(UserError, match=r"128, which does not divide the 576 inputs of `q_proj`. Set .*group_size=64,"):
+        Scheme(4, 128).check("technique.gptq", inputs)
+    with pytest.raises(UserError, match=r"Set a divisor of the inputs of every layer, or .*group_size=-1"):
+        Scheme(4, 128).check("technique.gptq", {"q_proj": 72})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

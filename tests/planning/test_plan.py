@@ -109,7 +109,10 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
         (["technique=prune", "technique.prune.scope=block"], r"scope is 'block'; .*'global', 'layer' or 'row'"),
         (["technique=prune", "technique.prune.train.epochs=-1"], r"technique.prune.train.epochs is -1"),
         (["technique=gptq", "technique.gptq.bits=5"], r"technique.gptq.bits is 5; .* 2, 3, 4 or 8"),
-        (["technique=gptq", "technique.gptq.group_size=100"], r"group_size is 100, which does not divide the 128"),
+        (
+            ["technique=gptq", "technique.gptq.group_size=100"],
+            r"group_size is 100, which does not divide the 128 .* Set technique.gptq.group_size=64, which",
+        ),
         (["technique=drop_layers", "technique.drop_layers.drop=3"], r"drop is 3 and the model has 3 blocks"),
         (
             ["technique=drop_layers+drop_layers", "technique.drop_layers.drop=2"],
