@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,9 @@ from compress.tasks.tokenizers import describe_unknown_token
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
+
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+"""Keys of a config with the numbers of special tokens."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -163,8 +167,9 @@ class Backbone:
             trained = same_labels and not missing
         else:
             tokenizer = train_tokenizer(texts, config)
-            for key in ("pad", "bos", "eos"):
-                setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
+            for key in SPECIAL:
+                if hasattr(config, key) or getattr(tokenizer, key) is not None:
+                    setattr(config, key, getattr(tokenizer, key))
             if config.is_encoder_decoder:
                 config.decoder_start_token_id = tokenizer.pad_token_id
             model = choose_attention(find_auto_class(task.kind, config).from_config(config, dtype=dtype))
@@ -173,12 +178,17 @@ class Backbone:
 
     def _from_config(self) -> PretrainedConfig:
         try:
-            return AutoConfig.for_model(**(self.config or {}))
+            config = AutoConfig.for_model(**(self.config or {}))
         except (ValueError, TypeError) as error:
             reason = join_lines(error)[:200]
             raise UserError(
                 f"model.config is not an architecture of transformers ({reason}). Correct it, or set model.path."
             ) from error
+        for key in SPECIAL:  # the family's own; the tokenizer that is trained later has others
+            number = getattr(config, key, None)
+            if isinstance(number, int) and number >= getattr(config, "vocab_size", math.inf):
+                setattr(config, key, None)
+        return config
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         assert self.path is not None

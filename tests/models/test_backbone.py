@@ -63,6 +63,16 @@ def test_a_decoder_gets_a_language_modelling_head():
     assert model(**batch).logits.shape == (1, batch["input_ids"].shape[1], 400)
 
 
+@pytest.mark.parametrize("kind", ["modernbert", "opt"])
+def test_a_small_vocabulary_has_the_special_tokens_of_its_own_tokenizer(kind):
+    sizes = {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": tiny.SHAPE["hidden_size"]}
+    backbone = Backbone(name="small", config={"model_type": kind, **sizes})  # ModernBERT's own pad token is 50283
+    assert len(backbone.skeleton(CLASSES).get_input_embeddings().weight) == 400
+    model, tokenizer, _ = backbone.build(CLASSES, TEXTS)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        assert getattr(model.config, key, None) == getattr(tokenizer, key)
+
+
 def test_an_encoder_is_refused_for_language_modelling():
     with pytest.raises(UserError, match="`bert` is an encoder. Choose a decoder"):
         BERT.skeleton(TEXT)
