@@ -127,10 +127,13 @@ def round_to_integers(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
 
 def fit_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int = 20) -> Grid:
     """Return the grid of every group of ``weight`` ``[rows, inputs]`` with the least rounding error, of ``steps`` grids
-    between half and all of the group's range. ``importance`` ``[inputs]`` weighs the squared errors."""
+    between half and all of the group's range. ``importance`` weighs the squared errors, ``[inputs]``, or is the second
+    moment of the inputs, ``[inputs, inputs]``, of which the part within a group counts."""
     size, rows = scheme.group(weight.shape[1]), len(weight)
     groups = weight.T.unflatten(0, (-1, size))  # [groups, size, rows]: what belongs to a row's scale is in one column
     weighing = importance.float().unflatten(0, (-1, size))
+    if importance.ndim == 2:
+        weighing = weighing.unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, size, size]
     few_rows, few_groups = rows, len(groups)
     if weight.device.type == "cpu":  # A part that stays in the processor's cache is several times faster there.
         few_rows = max(64, PART // size)
@@ -147,7 +150,8 @@ def fit_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Ten
 
 
 def fit_groups(groups: Tensor, scheme: Scheme, dtype: torch.dtype, importance: Tensor, steps: int) -> Grid:
-    """Return the best grids, with parts ``[groups, rows]``, of ``groups`` ``[groups, size, rows]``."""
+    """Return the best grids, with parts ``[groups, rows]``, of ``groups`` ``[groups, size, rows]``; ``importance`` is
+    ``[groups, size]`` or ``[groups, size, size]``."""
     low, high = groups.amin(1), groups.amax(1)
     errors = torch.empty_like(groups)
 
@@ -161,8 +165,10 @@ def fit_groups(groups: Tensor, scheme: Scheme, dtype: torch.dtype, importance: T
             errors.sub_(zero)
         # The product has the dtype of the scale, as for a checkpoint's reader.
         values = errors.mul_(scale) if dtype is torch.float32 else errors.to(dtype).mul_(scale)
-        torch.sub(values, groups, out=errors).square_()
-        return (importance[:, None] @ errors)[:, 0]
+        torch.sub(values, groups, out=errors)
+        if importance.ndim == 3:
+            return (importance @ errors).mul_(errors).sum(1)
+        return (importance[:, None] @ errors.square_())[:, 0]
 
     best = grid_of_range(low, high, scheme, dtype)
     least = lost(best)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.formats.packed import Quantized, average_bits, save_model, select_storable
 from compress.maths.hessian import output_error, second_moment
-from compress.maths.rounding import Scheme, minmax_grid, round_to_grid, round_to_nearest
+from compress.maths.rounding import Scheme, fit_grid, minmax_grid, round_to_grid, round_to_nearest
 from compress.maths.scales import mean_per_source, raise_smallest
 from compress.models.batches import draw_calibration_batches
 from compress.models.calibration import Section, sequential
@@ -24,6 +24,9 @@ from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.matrices import count_inputs
 from compress.technique import Technique
 from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
+
+MOST_ROWS = 512
+"""Rows of the matrices that share an input, on which scales are compared: their errors rank the scales as all would."""
 
 
 class AWQ(Technique, pl.Callback):
@@ -115,8 +118,8 @@ class AWQ(Technique, pl.Callback):
             for shared in sequential(model, batches, second_moment, wanted, prepare):
                 for name, matrix in shared.matrices.items():
                     weight = matrix.weight
-                    shrink = search_clipping(weight, shared.statistic, self.scheme, self.grid) if self.clip else 1.0
-                    grid = minmax_grid(weight, self.scheme, weight.dtype, shrink)
+                    points = self.grid if self.clip else 1
+                    grid = fit_grid(weight, self.scheme, weight.dtype, shared.statistic, points)
                     clipped = round_to_nearest(weight, grid, self.scheme)
                     outcome = compare_with_nearest(weight, clipped, shared.statistic)
                     matrix.weight.copy_(outcome.quantized.weight.dequantize(matrix.dtype))
@@ -168,9 +171,9 @@ def search_scales(fold: Fold, moments: dict[str, Tensor], scheme: Scheme, points
     on inputs of the second ``moments`` ``[inputs, inputs]`` of the matrices that are rounded (equation 4 of the paper).
 
     Candidates are ``points`` ratios, with and without the weights' own magnitude. All scales at 1 come first, and win a
-    tie.
+    tie. Of many rows, some show which scales are best.
     """
-    matrices = {name: fold.after[name].weight for name in fold.after if name in moments}
+    matrices = {name: matrix.weight for name, matrix in fold.after.items() if name in moments}
     power = torch.stack([moments[name].diagonal() for name in matrices]).sum(0)
     own = mean_per_source(fold.source, relative_magnitude(list(matrices.values()), scheme))
     activation = mean_per_source(fold.source, power.sqrt())
@@ -180,14 +183,23 @@ def search_scales(fold: Fold, moments: dict[str, Tensor], scheme: Scheme, points
         for ratio in torch.linspace(0, 1, points).tolist()
     ]
 
+    share = MOST_ROWS / sum(map(len, matrices.values()))
+    some = {name: take_rows(weight, share) for name, weight in matrices.items()}
+
     def error(name: str, scale: Tensor) -> float:
-        weight = matrices[name].float()
+        weight = some[name].float()
         scaled = weight * scale
-        grid = minmax_grid(scaled, scheme, matrices[name].dtype)
+        grid = minmax_grid(scaled, scheme, some[name].dtype)
         return output_error(round_to_grid(scaled, grid, scheme) / scale - weight, moments[name])
 
     errors = [sum(error(name, scale[fold.source]) for name in matrices) for scale in candidates]
     return candidates[min(range(len(errors)), key=lambda i: errors[i] if isfinite(errors[i]) else inf)]
+
+
+def take_rows(weight: Tensor, share: float) -> Tensor:
+    """Return a ``share`` of the rows of ``weight`` ``[rows, inputs]``, at even distances, and at least one row."""
+    count = max(round(share * len(weight)), 1)
+    return weight if count >= len(weight) else weight[torch.arange(count) * len(weight) // count]
 
 
 def relative_magnitude(weights: list[Tensor], scheme: Scheme) -> Tensor:
@@ -206,20 +218,3 @@ def channel_scales(activation: Tensor, weight: Tensor, ratio: float) -> Tensor:
     if live.any():
         scale = scale / (scale[live].max() * scale[live].min()).sqrt()
     return torch.where(live, scale, 1.0)
-
-
-@torch.no_grad()
-def search_clipping(weight: Tensor, moment: Tensor, scheme: Scheme, points: int) -> Tensor:
-    """Return the range of every group's grid, as a fraction of its widest weight, ``[rows, groups]``. Of ``points``
-    fractions from 1 to 0.5, the best one changes the group's contribution to the outputs least, on inputs of second
-    ``moment`` ``[inputs, inputs]``."""
-    size = scheme.group(weight.shape[1])
-    within = moment.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-    def error(shrink: float) -> Tensor:
-        grid = minmax_grid(weight, scheme, weight.dtype, shrink)
-        lost = (round_to_grid(weight, grid, scheme) - weight.float()).unflatten(1, (-1, size)).transpose(0, 1)
-        return ((lost @ within) * lost).sum(2).T
-
-    shares = torch.linspace(1, 0.5, points, device=weight.device)
-    return shares[torch.stack([error(share) for share in shares.tolist()]).argmin(0)]

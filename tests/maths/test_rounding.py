@@ -69,6 +69,36 @@ def test_a_fitted_grid_loses_no_more_than_one_of_the_whole_range(bits, symmetric
     assert bits == 8 or fitted.sum() < 0.95 * whole.sum()
 
 
+def test_a_grid_for_inputs_that_correlate_worked_by_hand():
+    weight, scheme = torch.tensor([[1.0, 0.2]]), Scheme(2, -1, symmetric=False)  # four levels from 0 on
+
+    def rounded(moment):
+        return round_to_grid(weight, fit_grid(weight, scheme, torch.float32, moment, steps=10), scheme)[0].tolist()
+
+    # The wide weight has no input: 0.2 is a third of 0.6.
+    assert rounded(torch.tensor([[0.0, 0.0], [0.0, 1.0]])) == pytest.approx([0.6, 0.2])
+    # Both have inputs of one size: 0.05^2 + 0.117^2 is less than 0.133^2 without clipping, and than 0.1^2 + 0.1^2.
+    assert rounded(torch.eye(2)) == pytest.approx([0.95, 0.95 / 3])
+    # Inputs that are always equal: what the one weight loses, the other gains.
+    assert rounded(torch.ones(2, 2)) == pytest.approx([0.9, 0.3])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_group_has_the_range_at_which_its_outputs_lose_least(bits, symmetric):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(24, 64), torch.randn(400, 64) @ torch.randn(64, 64)
+    scheme = Scheme(bits, 16, symmetric)
+
+    def lost(grid):
+        difference = (round_to_grid(weight, grid, scheme) - weight).unflatten(1, (4, 16))
+        return torch.einsum("tgi,rgi->trg", inputs.unflatten(1, (4, 16)), difference).square().sum(0)
+
+    fitted = lost(fit_grid(weight, scheme, torch.float32, inputs.T @ inputs))
+    whole = lost(minmax_grid(weight, scheme, torch.float32))
+    assert (fitted <= whole * 1.001).all() and fitted.sum() < 0.95 * whole.sum()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_zero_is_on_every_grid(symmetric):
     torch.manual_seed(0)

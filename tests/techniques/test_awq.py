@@ -26,9 +26,9 @@ import compress
 from compress.errors import UserError
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
 from compress.models.calibration import split_sections
-from compress.models.folding import find_folds
+from compress.models.folding import Fold, Norm, find_folds
 from compress.models.layers import find_blocks
-from compress.models.matrices import find_zeros, matrices, measure_matrices
+from compress.models.matrices import Matrix, find_zeros, matrices, measure_matrices
 from compress.running.experiment import run_experiment
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes.torch import load
@@ -37,7 +37,8 @@ from compress.techniques.awq import (
     channel_scales,
     relative_magnitude,
     rescale_section,
-    search_clipping,
+    search_scales,
+    take_rows,
 )
 from compress.techniques.prune import Prune
 
@@ -126,33 +127,17 @@ def test_weights_are_counted_as_shares_of_their_group():
     assert relative_magnitude([weight[:1], weight[1:]], Scheme(4, 2)).tolist() == [0.75, 0.625, 0.25, 0.5]
 
 
-def test_clipping_worked_by_hand():
-    weight, scheme = torch.tensor([[1.0, 0.2]]), Scheme(2, -1, symmetric=False)  # four levels from 0 on
-    # The wide weight has no input: 0.2 is a third of 0.6.
-    share = search_clipping(weight, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), scheme, points=6)
-    assert share.item() == pytest.approx(0.6)
-    grid = minmax_grid(weight, scheme, torch.float32, share)
-    assert round_to_grid(weight, grid, scheme)[0].tolist() == pytest.approx([0.6, 0.2])
-    # Equal inputs: the 0.133 lost of the 0.2 are less than the loss of clipping the 1.
-    assert search_clipping(weight, torch.eye(2), scheme, points=6).item() == 1
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_group_is_clipped_where_that_loses_less(bits, symmetric):
+def test_some_rows_rank_scales_as_all_do(monkeypatch):
     torch.manual_seed(0)
-    weight, inputs = torch.randn(24, 64), torch.randn(400, 64) @ torch.randn(64, 64)
-    scheme = Scheme(bits, 16, symmetric)
-    share = search_clipping(weight, inputs.T @ inputs, scheme, points=20)
-    assert share.shape == (24, 4) and share.min() >= 0.5 and len(share.unique()) > 3
-
-    def lost(shrink):
-        difference = round_to_grid(weight, minmax_grid(weight, scheme, torch.float32, shrink), scheme) - weight
-        return (
-            torch.einsum("tgi,rgi->trg", inputs.unflatten(1, (4, 16)), difference.unflatten(1, (4, 16))).pow(2).sum(0)
-        )
-
-    assert (lost(share) <= lost(1.0) * 1.001).all() and lost(share).sum() < 0.95 * lost(1.0).sum()
+    before, after = torch.nn.LayerNorm(32), torch.nn.Linear(32, 600)
+    inputs = torch.randn(200, 32) * torch.logspace(0, 1.5, 32)
+    fold = Fold(Norm("before", before), {"after": Matrix("after", after)}, torch.arange(32))
+    moments = {"after": inputs.T @ inputs}
+    assert len(take_rows(after.weight, 0.5)) == 300
+    every = search_scales(fold, moments, Scheme(3, 16), points=8)
+    assert not torch.equal(every, torch.ones(32))
+    monkeypatch.setattr("compress.techniques.awq.MOST_ROWS", 100)
+    assert torch.equal(search_scales(fold, moments, Scheme(3, 16), points=8), every)
 
 
 def test_channels_that_are_almost_never_active_get_no_scale_beyond_sixteen_bits():
