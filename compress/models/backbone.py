@@ -271,17 +271,20 @@ def count_tokens(model: Any) -> int | None:
     return len(table)
 
 
-def check_added_tokens(tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str | None) -> None:
-    """Raise UserError if the tokenizer at ``path`` adds a token to every text or batch that the ``model``, maybe a
-    skeleton, has no embedding for. (Other tokens without an embedding may never occur; Gemma 3 1B has such a token.)"""
+def check_added_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, path: str | None, key: str = "model.path"
+) -> None:
+    """Raise UserError if the tokenizer at ``path``, the setting ``key``, adds a token to every text or batch that the
+    ``model``, maybe a skeleton, has no embedding for. (Other tokens without an embedding may never occur; Gemma 3 1B
+    has such a token.)"""
     known = count_tokens(model)
     pad = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     added = {*tokenizer("a", "b")["input_ids"], *tokenizer("a")["input_ids"]}
     if pad is not None:
         added.add(tokenizer.convert_tokens_to_ids(pad))
     if known is not None and (last := max(added)) >= known:
-        sentence = describe_unknown_token(tokenizer, last, known)
-        raise UserError(f"model.path is {path}, whose tokenizer adds {sentence}")
+        sentence = describe_unknown_token(tokenizer, last, known, key)
+        raise UserError(f"{key} is {path}, whose tokenizer adds {sentence}")
 
 
 def train_tokenizer(texts: list[str], config: PretrainedConfig) -> PreTrainedTokenizerFast:

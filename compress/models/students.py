@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import UserError
-from compress.models.backbone import find_auto_class, has_labels
+from compress.models.backbone import check_added_tokens, find_auto_class, has_labels
 from compress.models.depth import (
     INVALID,
     check_depth,
@@ -158,7 +158,8 @@ def load_student(
     """Return the model at ``path`` with the head of ``model``; without ``weights``, on the meta device.
 
     Raises:
-        UserError: there is no such model, or its vocabulary is not that of ``tokenizer``, the chain's tokenizer.
+        UserError: there is no such model, its vocabulary is not that of ``tokenizer``, the chain's tokenizer, or it has
+            no embedding for a token that this adds to texts.
     """
     what = "Student"
     config = from_pretrained(AutoConfig, path, what, key)
@@ -166,11 +167,13 @@ def load_student(
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
     auto = find_auto_class(detect_task_kind(model), config)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = choose_attention(auto.from_config(config))
     if not weights:
-        with torch.device("meta"):
-            return choose_attention(auto.from_config(config))  # type: ignore[no-any-return]
+        return skeleton
     if tokenizer is not None:
         check_same_vocabulary(tokenizer.get_vocab(), from_pretrained(AutoTokenizer, path, what, key).get_vocab(), key)
+        check_added_tokens(tokenizer, skeleton, path, key)
     student, _ = load_weights(auto, path, what, key, config=config, ignore_mismatched_sizes=True)
     return student
 

@@ -32,10 +32,11 @@ def describe_rules(tokenizer: PreTrainedTokenizerBase) -> Any:
         return [settings, fingerprint_files(Path(folder)), source]
 
 
-def describe_unknown_token(tokenizer: PreTrainedTokenizerBase, token: int, known: int) -> str:
-    """Return the end of a sentence on a token that a model of ``known`` tokens has no embedding for."""
+def describe_unknown_token(tokenizer: PreTrainedTokenizerBase, token: int, known: int, key: str = "model.path") -> str:
+    """Return the end of a sentence on a token that a model of ``known`` tokens, the setting ``key``, has no embedding
+    for."""
     return (
         f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}; the model has embeddings for the tokens 0 to "
-        f"{known - 1}. Set model.path to a folder with the tokenizer that the model was trained with, or to a copy of "
+        f"{known - 1}. Set {key} to a folder with the tokenizer that the model was trained with, or to a copy of "
         f"the model with more embeddings (model.resize_token_embeddings({token + 1}); the new ones are random)."
     )

@@ -26,7 +26,7 @@ from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_mod
 from compress.models.matrices import Matrix, count_inputs
 from compress.tasks.kinds import KINDS, Probabilities
 from compress.technique import Technique
-from compress.techniques.gptq import quantize_layers
+from compress.techniques.gptq import Outcome, quantize_layers, write_errors
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Mixed(Technique, pl.Callback):
         self.keeps_head = "head" in skip
         self.options: list[list[Choice]] = []
         self.chosen: list[Choice] = []
+        self.outcomes: dict[str, Outcome] = {}
         self.quantized: dict[str, Quantized] = {}
         self.average_bits: dict[str, float] = {}
 
@@ -134,8 +135,8 @@ class Mixed(Technique, pl.Callback):
         self.chosen = choose_bits(self.options, budget, self.key)
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
-        outcomes = quantize_layers(model, wanted, batches, schemes, self.damping, self.act_order)
-        self.quantized = {name: outcome.quantized for name, outcome in outcomes.items()}
+        self.outcomes = quantize_layers(model, wanted, batches, schemes, self.damping, self.act_order)
+        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
         self.average_bits = packed.average_bits(self.quantized)
         model.cpu()
 
@@ -143,7 +144,9 @@ class Mixed(Technique, pl.Callback):
         save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
-        """Write ``bits.csv``: the bits of every layer and the measured divergence of every choice."""
+        """Write ``bits.csv``, the bits of every layer and the measured divergence of every choice, and ``errors.csv``,
+        the error of every layer's outputs beside that of rounding to nearest."""
+        write_errors(self.outcomes, folder / "errors.csv")
         with (folder / "bits.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["layer", "bits", *(f"divergence_at_{scheme.bits}" for scheme in self.schemes)])

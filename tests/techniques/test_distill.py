@@ -15,6 +15,7 @@ from compress.models.students import (
     build_student,
     check_same_labels,
     check_same_vocabulary,
+    load_student,
     narrow_config,
     space_layers,
 )
@@ -224,6 +225,15 @@ def test_a_teacher_of_other_labels_is_refused():
 def test_another_vocabulary_is_explained():
     with pytest.raises(UserError, match=r"of its 3 tokens 1 have the id .*which has 2"):
         check_same_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1, "b": 2}, f"{KEY}.path")
+
+
+def test_a_student_without_an_embedding_for_a_token_of_every_text_is_refused(tmp_path):
+    tokenizer, student = tiny.tokenizer(), tiny.bert()
+    student.resize_token_embeddings(max(tokenizer("a")["input_ids"]))
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"{KEY}.path is .*, whose tokenizer adds token .* Set {KEY}.path to a folder"):
+        load_student(str(tmp_path), tiny.bert(), f"{KEY}.path", tokenizer)
 
 
 def test_labels_in_another_case_and_without_names_are_the_same_labels():

@@ -132,6 +132,10 @@ def test_the_report_holds_every_layer_and_what_each_choice_costs(tmp_path):
     for row in rows:
         costs = [float(row[f"divergence_at_{bits}"]) for bits in (2, 3, 4, 8)]
         assert costs[0] > costs[2] > costs[3] >= 0
+    errors = {row["layer"]: row for row in csv.DictReader((tmp_path / "errors.csv").open())}
+    assert errors.keys() == stage.quantized.keys()
+    for row in rows:
+        assert errors[row["layer"]]["bits"] == row["bits"] and float(errors[row["layer"]]["gain"]) >= 0
 
 
 def test_a_budget_out_of_reach_is_refused():
