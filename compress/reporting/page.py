@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from compress.reporting.escaping import make_printable, make_rows_printable, pla
 from compress.reporting.findings import list_notes, read_conclusions
 from compress.reporting.plots import Picture, draw_figures
 from compress.reporting.rows import is_bound, is_significant
-from compress.reporting.tables import format_title, label_rows, summarise_seeds
+from compress.reporting.tables import format_rate, format_title, label_rows, summarise_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ class Column:
     """
 
     name: str
-    form: str
+    form: str | Callable[[Any], str]
     key: str
     ends: tuple[str, str] | None = None
 
@@ -48,9 +49,10 @@ class Column:
             return ""
         if self.key in ("value", "change") and math.isnan(row[self.key]):
             return "undefined"
-        shown = self.form.format(self.scale_value(row, self.key))
+        show = self.form.format if isinstance(self.form, str) else self.form
+        shown = show(self.scale_value(row, self.key))
         if self.ends and row.get(self.ends[0]) is not None:
-            low, high = (self.form.format(self.scale_value(row, end)) for end in self.ends)
+            low, high = (show(self.scale_value(row, end)) for end in self.ends)
             shown += f" [{low}, {high}]"
         less = "< " * (self.key == "p_holm" and is_bound(row))
         return less + shown + "*" * (self.key == "change" and is_significant(row))
@@ -68,7 +70,7 @@ QUALITY_AND_COST = (
     Column("smaller", "{:.2f}x", "compression_ratio"),
     Column("ms [95%]", "{:.2f}", "latency_ms", ("latency_low_ms", "latency_high_ms")),
     Column("faster [95%]", "{:.2f}", "speedup", ("speedup_low", "speedup_high")),
-    Column("texts/s", "{:,.0f}", "throughput_per_s"),
+    Column("texts/s", format_rate, "throughput_per_s"),
     Column("memory, MB", "{:,.1f}", "model_memory_mb"),
     Column("compress s", "{:.1f}", "compression_time_s"),
 )

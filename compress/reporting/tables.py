@@ -122,10 +122,15 @@ def format_figures(row: Row) -> dict[str, str]:
         "ms": f"{row['latency_ms']:.2f}",
         "faster [95%]": format_ratio(row, "speedup"),
         "in its\nruntime [95%]": format_ratio(row, "speedup_same_runtime"),
-        "texts/s": f"{row['throughput_per_s']:,.0f}",
+        "texts/s": format_rate(row["throughput_per_s"]),
         "train s": f"{row['training_time_s']:.1f}",
         "compress s": "" if baseline else f"{row['compression_time_s']:.1f}",
     }
+
+
+def format_rate(per_second: float) -> str:
+    """Return a number of texts per second; a slow model's is below one."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def format_ratio(row: Row, key: str) -> str:

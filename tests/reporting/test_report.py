@@ -172,6 +172,13 @@ def test_in_a_narrow_terminal_columns_are_dropped_and_nothing_is_cut_off():
     assert drawn(rows, 80) == ["method", "model", "seed", "settings", "accuracy", "change"]
 
 
+def test_a_model_slower_than_a_text_a_second_has_a_rate(tmp_path):
+    slow = {name: replace(one, throughput_per_s=0.131) for name, one in OUTCOME.measurements.items()}
+    rows = [build_row(JOB, name, replace(OUTCOME, measurements=slow)) for name in slow]
+    assert figure_columns(rows)["texts/s"] == ["0.13", "0.13"]
+    assert '<td data-value="0.131">0.13</td>' in write_page(tmp_path, rows).read_text()
+
+
 def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(tmp_path):
     none, prune = OUTCOME.measurements.values()
     outcome = replace(
