@@ -55,12 +55,21 @@ def measure_on_validation(trainer: pl.Trainer, model: Any, exported: Any) -> Agr
 
 @torch.inference_mode()
 def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Agreement:
-    """Compare the logits of ``exported`` with those of ``model``."""
+    """Compare the logits of ``exported`` with those of ``model``.
+
+    Raises:
+        PostconditionError: logits are not finite where the model's are.
+    """
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
     for batch in batches:
         batch = select_inputs(batch, model)
         ours, theirs = compute_logits(exported, batch), compute_logits(model, batch)
+        if theirs.isfinite().all() and not ours.isfinite().all():
+            raise PostconditionError(
+                "The exported graph answers nan or infinity where the model answers numbers. Use another export "
+                "(technique=onnx, technique=openvino) or another version of its runtime."
+            )
         examples += len(batch["input_ids"])
         difference = max(difference, (ours - theirs).abs().max().item())
         largest = max(largest, theirs.abs().max().item())

@@ -55,6 +55,7 @@ def convert_to_graph(model: Any, example: Batch) -> Any:
         port.get_tensor().set_names({name})
     if past:
         make_stateful(graph, dict(zip(before, after)), [part.shape for part in past])
+    unmask_padding(graph)
     return graph.clone()  # without nodes that no output depends on, which NNCF stumbles over
 
 
@@ -74,19 +75,27 @@ def make_stateful(graph: Any, names: dict[str, str], shapes: list[torch.Size]) -
             shape = node.get_output_partial_shape(0)
             rest = ops.constant(np.array([shape[1].get_length(), 0, shape[3].get_length()]))
             node.set_arguments([ops.broadcast(ops.constant(np.float32(0)), ops.concat([texts, rest], 0))])
-        if node.get_type_name() == "ScaledDotProductAttention":
-            unmask_padding(node)
     graph.validate_nodes_and_infer_types()
 
 
-def unmask_padding(attention: Any) -> None:
-    """Let padding before a text attend to everything. With nothing to attend to, OpenVINO would compute nan for it, and
-    then for later tokens."""
+def unmask_padding(graph: Any) -> None:
+    """Let padding attend to everything where it has nothing to attend to: before a text, or further from it than a
+    window of attention is wide. OpenVINO would compute nan for it, and then for the text."""
     from openvino import opset13 as ops
 
-    mask = attention.input_value(3)
-    nothing = ops.logical_not(ops.reduce_logical_or(mask, ops.constant(-1), True))
-    attention.input(3).replace_source_output(ops.logical_or(mask, nothing).output(0))
+    masks: dict[tuple[str, int], Any] = {}  # usually one for all blocks
+    for node in graph.get_ops():
+        if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() < 4:
+            continue
+        mask = node.input_value(3)
+        if mask.get_element_type().is_real():  # added to the scores, and finite
+            continue
+        source = mask.get_node().get_name(), mask.get_index()
+        if source not in masks:
+            nothing = ops.logical_not(ops.reduce_logical_or(mask, ops.constant(-1), True))
+            masks[source] = ops.logical_or(mask, nothing)
+        node.input(3).replace_source_output(masks[source].output(0))
+    graph.validate_nodes_and_infer_types()
 
 
 def keep_integers(graph: Any, kept: dict[str, Integers], layers: Mapping[str, Matrix]) -> set[str]:

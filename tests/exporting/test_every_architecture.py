@@ -54,9 +54,10 @@ def export(stage, model, lm, folder, *before):
 
 
 def every_shape(lm=False):
-    """Return texts of other lengths than the traced ones, with and without padding, and a single short text."""
+    """Return texts of other lengths than the traced ones, with and without padding, which may be longer than a window
+    of attention, and a single short text."""
     return [
-        architectures.batch(7, rows=2, length=20, lm=lm),
+        architectures.batch(7, rows=4, length=20, lm=lm),
         architectures.batch(8, rows=3, length=11, padded=False, lm=lm),
         architectures.batch(9, rows=1, length=3, lm=lm),
     ]
