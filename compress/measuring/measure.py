@@ -31,7 +31,8 @@ from compress.measuring.timing import (
 from compress.models.matrices import dequantize_weight
 from compress.planning.settings import Latency
 from compress.runtimes.runtime import import_runtime
-from compress.tasks.kinds import KINDS
+from compress.tasks.harness import answer_questions
+from compress.tasks.kinds import KINDS, Answers
 from compress.tasks.task import Task
 
 
@@ -200,6 +201,10 @@ def predict_split(
         PostconditionError: an output is not finite. Every metric would count such an answer as a choice.
     """
     kind = KINDS[task.kind]
+    if kind.in_harness:
+        answers = answer_questions(task, bench.artifact.model, bench.artifact.tokenizer, device, label)
+        tokens = np.array([len(ids) for ids in bench.data.tokenised(bench.split)["input_ids"]])
+        return keep_predictions(bench, task, answers, tokens)
     outputs, labels, lengths = [], [], []
     for batch in tqdm(bench.batched, desc=label, unit="batch", leave=False, disable=None):
         batch = move_batch(batch, device)
@@ -211,12 +216,23 @@ def predict_split(
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
     found, truth = (torch.cat(parts)[order].numpy() for parts in (outputs, labels))
     answers = kind.collect_answers(found, truth, getattr(bench.data.splits, bench.split))
+    return keep_predictions(bench, task, answers, torch.cat(lengths)[order].numpy())
+
+
+def keep_predictions(
+    bench: Bench, task: Task, answers: Answers, tokens: np.ndarray
+) -> tuple[dict[str, float], Predictions]:
+    """Return the task's metrics and the predictions, given the ``tokens`` of each row of the split.
+
+    Raises:
+        PostconditionError: an output is not finite.
+    """
+    kind = KINDS[task.kind]
     examples = len(answers.outputs)
     if broken := int((~np.isfinite(answers.outputs).reshape(examples, -1).all(1)).sum()):
         raise PostconditionError(
             f"The outputs for {broken} of the {examples} examples of the {bench.split} split are not finite."
         )
-    tokens = torch.cat(lengths)[order].numpy()
     texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
     if answers.rows is not None:
         tokens, texts = tokens[answers.rows], [texts[row] for row in answers.rows]

@@ -34,7 +34,7 @@ class Predictions:
 
     Attributes:
         outputs: logits. For a language model an example is a block: the sum of its tokens' losses in nats, and the
-            number of tokens predicted correctly.
+            number of tokens predicted correctly. For a task of the harness, see :class:`compress.tasks.kinds.harness`.
         labels: true labels. For a language model, the number of tokens to predict.
         tokens: length of the example in the model's tokens.
         characters: length of the text (0 for a block).
@@ -104,10 +104,12 @@ def compare_predictions(baseline: Predictions, variant: Predictions, metric: str
     """
     if not are_paired(baseline, variant):
         return None
-    judge = KINDS[variant.kind].metrics[metric]
+    kind = KINDS[variant.kind]
+    judge = kind.metrics[metric]
     answers = (judge.read(baseline.outputs), judge.read(variant.outputs))
     change = paired_difference(judge.score, *answers, variant.labels)
-    if judge.counts_examples and baseline.correct_examples is not None and variant.correct_examples is not None:
+    counted = kind.counts_examples(metric, variant.labels)
+    if counted and baseline.correct_examples is not None and variant.correct_examples is not None:
         p_value = mcnemar(baseline.correct_examples, variant.correct_examples)
     else:
         p_value = permutation_p_value(judge.score, *answers, variant.labels)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import UserError
 from compress.tasks.formats import Table
+from compress.tasks.harness import load_prompts
 from compress.tasks.kinds import KINDS
 from compress.tasks.labels import LabelError, Labels
 from compress.tasks.reading import Examples, read_tables, take_rows
@@ -26,7 +27,8 @@ class Splits:
     """A task's rows: columns ``text``, ``text_pair`` (of pairs) and ``label`` (except for ``lm``).
 
     ``label`` is an index, a float for regression, or a vector of 0.0 and 1.0 for multi-label. ``task`` is the loaded
-    task with its labels; ``notes`` report the rows that were held out, limited and left out.
+    task with its labels; ``notes`` report the rows that were held out, limited and left out. ``harness`` are the
+    questions that artifacts are measured on in place of ``test``.
     """
 
     train: Dataset
@@ -34,6 +36,12 @@ class Splits:
     test: Dataset
     task: Task
     notes: tuple[str, ...] = ()
+    harness: Splits | None = None
+
+    @property
+    def measured(self) -> Splits:
+        """Return the splits that artifacts are measured on."""
+        return self.harness or self
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -61,6 +69,11 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
         UserError: the data is not available, or does not match the task.
     """
     from datasets import Dataset
+
+    if KINDS[task.kind].in_harness:
+        task, table, found = load_prompts(task)
+        nothing = Dataset.from_dict({name: [] for name in table})
+        return Splits(nothing, nothing, Dataset.from_dict(table), task, found)
 
     # 1) Read the rows, and encode their labels
     examples = read_tables(task)

@@ -24,6 +24,11 @@ def check_label_name(name: Any) -> Any:
     return name
 
 
+def make_list(value: Any) -> Any:
+    """Return a single name as a list."""
+    return [value] if isinstance(value, str) else value
+
+
 LabelName = Annotated[str, BeforeValidator(check_label_name)]
 Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
 Rows = Annotated[int, Field(ge=1)] | None
@@ -80,9 +85,21 @@ class Task:
     max_length: Annotated[int, Field(ge=2)] = 128
     epochs: Annotated[int, Field(ge=0)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 32
+    tasks: Annotated[tuple[str, ...], BeforeValidator(make_list)] = ()
+    """Tasks and groups of EleutherAI's harness, for the kind ``lm_eval``."""
+    fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in a prompt of the harness; None: as each of its tasks says."""
+    text: Any = None
+    """Text that stages calibrate and train on, where the task has none: a text file, or a task of ``conf/task``, alone
+    or with settings such as its ``path``."""
 
     def __post_init__(self) -> None:
         kind = KINDS[self.kind]
+        if kind.in_harness != bool(self.tasks):
+            raise UserError(
+                f"task.tasks is {', '.join(self.tasks) or 'empty'}, and task `{self.name}` is {self.kind}. Set "
+                "task=lm_eval task.tasks=[hellaswag,piqa] or other tasks of the harness."
+            )
         wrong = [name for name in self.metrics if name not in kind.metrics]
         if wrong or not self.metrics:
             raise UserError(

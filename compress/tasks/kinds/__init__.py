@@ -6,14 +6,17 @@ cheap, so only the methods that need torch import it.
 
 from compress.tasks.kinds.base import Answers, Kind, Metric, Probabilities
 from compress.tasks.kinds.classes import Multiclass, Multilabel, Regression
+from compress.tasks.kinds.harness import Harness
 from compress.tasks.kinds.language import LanguageModel
 
 __all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Multiclass(), Multilabel(), Regression(), LanguageModel())}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (Multiclass(), Multilabel(), Regression(), LanguageModel(), Harness())
+}
 
 
 def higher_is_better(metric: str) -> bool:
     """Return whether a higher value of ``metric``, a metric's name or ``loss``, is better."""
-    lower = (name for kind in KINDS.values() for name, entry in kind.metrics.items() if not entry.higher_is_better)
-    return metric not in ("loss", *lower)
+    entries = (kind.metrics[metric] for kind in KINDS.values() if metric in kind.metrics)
+    return metric != "loss" and all(entry.higher_is_better for entry in entries)

@@ -78,6 +78,8 @@ class Kind(ABC):
     """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
     generates = False
     """Whether the model writes text, token by token from left to right."""
+    in_harness = False
+    """Whether EleutherAI's harness asks the questions and judges the answers: see :mod:`compress.tasks.harness`."""
 
     @property
     def unit(self) -> str:
@@ -180,6 +182,10 @@ class Kind(ABC):
             rows: the rows of the split before tokenising.
         """
         return Answers(outputs, labels)
+
+    def counts_examples(self, metric: str, labels: np.ndarray) -> bool:
+        """Return whether a metric is the share of the examples that :meth:`find_correct` finds correct."""
+        return self.metrics[metric].counts_examples
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the labels that a model chose; None if there are no labels to choose from."""
