@@ -22,6 +22,7 @@ from compress.install import format_command, format_install
 from compress.models.backbone import Backbone, check_added_tokens
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, parse_values, read_settings, to_plain
+from compress.tasks.harness import check_tasks
 from compress.tasks.kinds import KINDS
 from compress.tasks.reading import read_documents
 from compress.tasks.splits import Splits, load_splits
@@ -114,6 +115,8 @@ class Plan:
     training: Training
     steps: tuple[Step, ...]
     settings: Settings
+    harness: Task | None = None
+    """The questions of EleutherAI's harness that artifacts are measured on; ``task`` is then the text beside them."""
     team: Any = None
     """Processes that train together, a :class:`compress.running.team.Team`."""
 
@@ -160,6 +163,7 @@ NOT_TRAINED_WITH = (
     *("path", "hub", "files", "generate", "rows", "columns", "holdout", "limit"),  # the fingerprint covers the content
     *("epochs", "batch_size"),  # defaults of the training's settings, and for measuring
     "metrics",  # the primary one selects the epoch
+    *("tasks", "fewshot", "text"),  # of the harness, which only measures
 )
 """Settings of a task that no training depends on, given the fingerprint of its rows."""
 
@@ -179,12 +183,12 @@ def make_plan(cfg: DictConfig) -> Plan:
         )
     if unknown := sorted(set(map(str, cfg)) - {*known, "scale"}):
         raise UserError(f"`{unknown[0]}` is no setting; expected one of {', '.join(known)}. Remove it.")
-    task = parse_values(Task, to_plain(cfg.task), "task")
+    task, harness = choose_text(parse_values(Task, to_plain(cfg.task), "task"))
     backbone = parse_values(Backbone, to_plain(cfg.model), "model")
     steps = tuple(make_step(stage) for stage in read_stages(cfg.technique))
     check_stage_order(cfg.technique.name, steps)
     training = parse_values(Training, to_plain(cfg.baseline), "baseline")
-    planned = Plan(cfg.technique.name, backbone, task, training, steps, read_settings(cfg))
+    planned = Plan(cfg.technique.name, backbone, task, training, steps, read_settings(cfg), harness)
     if planned.settings.hardware.runtime:
         raise UserError(
             f"hardware.runtime is set, which only an evaluation can use ({format_command('evaluate')} artifact=FOLDER "
@@ -214,6 +218,9 @@ def make_plan(cfg: DictConfig) -> Plan:
                 "hardware.devices=1 and hardware.nodes=1."
             )
         built.append(stage)
+
+    if harness and harness.text is None:
+        refuse_without_text(planned, built)
 
     # 3) Note how many texts every stage needs
     needed = ({split: getattr(stage, f"{split}_samples") for split in ("train", "validation")} for stage in built)
@@ -271,6 +278,42 @@ def parse_calibration(value: Any, key: str) -> Calibration | None:
         )
     task = parse_values(Task, {**read_choice("task", name), **settings}, key)
     return Calibration(value, task)
+
+
+def choose_text(task: Task) -> tuple[Task, Task | None]:
+    """Return the task whose text stages calibrate and train on, and the task of the harness that ``task`` is, if it is
+    one. Without ``task.text``, the text is generated and only serves to check what stages promise.
+
+    Raises:
+        UserError: the harness does not know one of its tasks, or ``task.text`` is no task of kind ``lm``.
+    """
+    if not KINDS[task.kind].in_harness:
+        return task, None
+    check_tasks(task)
+    source = parse_calibration("toy_lm" if task.text is None else task.text, "task.text").source
+    if isinstance(source, Path):
+        shares = {"validation": 0.1, "test": 0.1}
+        metrics = {"metrics": ("perplexity", "accuracy"), "primary": "perplexity"}
+        source = parse_values(Task, {"name": "", "kind": "lm", "path": str(source), "holdout": shares, **metrics}, "")
+    if not KINDS[source.kind].in_blocks:
+        raise UserError(
+            f"task.text is {source.name}, whose kind is {source.kind}; text to continue is expected. Set task.text to "
+            "a text file or a task of kind lm (task.text=wikitext)."
+        )
+    return replace(source, name=task.name, epochs=task.epochs), task
+
+
+def refuse_without_text(planned: Plan, built: list[Any]) -> None:
+    """Raise UserError if something trains, calibrates or compares on text that the harness's task does not have."""
+    needs = {"split=validation": planned.settings.split == "validation", "baseline.epochs": planned.training.epochs}
+    for step, stage in zip(planned.steps, built):
+        calibrates = stage.train_samples > 1 and step.calibration is None  # an export reads one text, for its shape
+        needs[f"technique.{step.key}"] = calibrates or step.training.epochs or stage.validation_samples
+    if asking := [key for key, needed in needs.items() if needed]:
+        raise UserError(
+            f"{asking[0]} needs text to learn from, and task `{planned.task.name}` only has questions. Set task.text "
+            "to a text file or a task, e.g. task.text=wikitext or task.text='{task: wikitext, path: FOLDER}'."
+        )
 
 
 def read_choice(group: str, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import AutoConfig
 from yaml import YAMLError
 
 from compress.artifacts import artifact
@@ -21,7 +22,8 @@ from compress.artifacts.moving import move_artifact
 from compress.cache.files import write_atomically
 from compress.errors import UserError
 from compress.measuring.measure import measure_artifacts
-from compress.models.backbone import has_task_labels
+from compress.models.backbone import has_task_labels, is_decoder
+from compress.models.loading import from_pretrained
 from compress.planning.settings import find_strings, parse_values, read_settings, to_plain
 from compress.quiet import silence_libraries
 from compress.reporting import jobs, report
@@ -147,7 +149,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     Raises:
         UserError: there is no such folder, or its model does not fit the task.
     """
-    # 1) Load the artifacts and the data
+    # 1) Load the data and the artifacts
     if OmegaConf.is_missing(cfg, "artifact"):
         raise UserError("artifact is not set; expected the `artifact` folder of a run. Set artifact=FOLDER.")
     chosen = {key: read_folders(cfg, key) for key in ("baseline", "artifact")}
@@ -160,8 +162,13 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     seed = own.get("seed", 0) if cfg.seed is None else cfg.seed
     settings = read_settings(OmegaConf.create({**cfg, "seed": seed}))
     task = parse_values(Task, read_task(cfg, own), "task")
-    loaded = [load_artifact(path, task.kind) for path in folders]
+    if KINDS[task.kind].in_harness:
+        for path in folders:
+            check_generates(path, task)
+        if settings.split != "test":
+            raise UserError(f"split is {settings.split}; the questions of task `{task.name}` are test. Set split=test.")
     splits = load_splits(task, settings.seed)
+    loaded = [load_artifact(path, task.kind) for path in folders]
 
     # 2) Check that they fit the task, and each other
     for path, each in zip(folders, loaded):
@@ -188,7 +195,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
 
     # 4) Collect their rows
     descriptions = {name: each.description for name, each in zip(names, loaded)}
-    outcome = Outcome(task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
+    outcome = Outcome(splits.task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
     model = loaded[-1].description.model
     return collect_rows(folder, Job("", model, task.name, settings.seed), outcome, home)
 
@@ -234,6 +241,18 @@ def read_task(cfg: DictConfig, own: DictConfig) -> dict:
     if "name" not in given:
         raise UserError(f"task is not set and {cfg.artifact} does not name its own. Set task=sst2 or another task.")
     return to_plain(OmegaConf.create(given))
+
+
+def check_generates(folder: Path, task: Task) -> None:
+    """Raise UserError if the model in ``folder`` writes no text; nothing but its config is read."""
+    kind = read_description(folder, task.kind).kind
+    config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
+    if not KINDS[kind].generates or not is_decoder(config):
+        what = "an encoder" if not is_decoder(config) else f"a model of kind {kind}"
+        raise UserError(
+            f"The model in {folder} is {what} (`{config.model_type}`); task `{task.name}` needs one that continues "
+            "text. Set artifact to a causal language model."
+        )
 
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:

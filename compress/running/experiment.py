@@ -61,8 +61,10 @@ def prepare_experiment(cfg: DictConfig, team: Team | None = None) -> tuple[Plan,
     """
     planned = make_plan(cfg)
     log.info(f"{planned.backbone.name} on {planned.task.name}: {planned.method}")
-    splits = load_splits(planned.task, planned.settings.seed)
-    for note in splits.notes:
+    asked = planned.harness if planned.settings.split == "test" else None
+    harness = load_splits(asked, planned.settings.seed) if asked else None
+    splits = replace(load_splits(planned.task, planned.settings.seed), harness=harness)
+    for note in (*splits.notes, *(harness.notes if harness else ())):
         log.info(f"  {note}")
     planned = planned.read(splits, team)
     check_data(planned, splits)
@@ -136,19 +138,19 @@ def run_chain(
     # 4) Measure, and write the results
     measurements, predictions = measure_artifacts(
         benches,
-        splits.task,
+        splits.measured.task,
         planned.settings.hardware.latency,
         planned.settings.hardware.device,
         exported,
     )
     outcome = Outcome(
-        primary=planned.task.primary,
+        primary=splits.measured.task.primary,
         descriptions={name: each.description for name, each in loaded.items()},
         measurements=measurements,
         baseline=baseline.name,
         predictions=predictions,
         agreements={planned.method: agreement} if (agreement := read_agreement(source / "report")) else {},
-        data=splits.fingerprint,
+        data=splits.measured.fingerprint,
     )
     predictions[planned.method].save(into / FILE)
     (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2), encoding="utf-8")
@@ -184,5 +186,6 @@ def follow_first_process(cfg: DictConfig, team: Team) -> None:
 
 def make_split_bench(splits: Splits, folder: Path, loaded: Artifact, settings: Settings) -> Bench:
     """Return an artifact with the split that it is measured on, encoded by its own tokenizer."""
+    splits = splits.measured
     data = make_task_data(splits, loaded.model, loaded.tokenizer, splits.task.batch_size, settings)
     return build_bench(folder, loaded, data, settings.hardware.latency, settings.split)

@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> int:
             if team and team.rank:
                 return follow_first_process(cfg, team)
             planned, splits, addresses = prepare_experiment(cfg, team)
-            key, begun = f"{request} {compute_digest([addresses, splits.fingerprint])}", find_start_time(hydra)
+            key, begun = f"{request} {compute_digest([addresses, splits.measured.fingerprint])}", find_start_time(hydra)
             refresh = planned.settings.cache.mode == "refresh"
             if run.is_finished(key, since=begun if refresh else 0.0):
                 log.info(f"finished before: {run.path}")
