@@ -120,6 +120,30 @@ def compare_predictions(baseline: Predictions, variant: Predictions, metric: str
     return Comparison(metric, change, max(p_value, SMALLEST_P) if tested else None, changed)
 
 
+def compare_tasks(baseline: Predictions, variant: Predictions) -> dict[str, Comparison]:
+    """Return the comparison of each task that was asked beside others, by its first metric, with p-values corrected
+    over the tasks (Holm). It is empty for a single task, and if the examples differ."""
+    if not (KINDS[variant.kind].in_harness and len(variant.names) > 1 and are_paired(baseline, variant)):
+        return {}
+    masks = KINDS[variant.kind].slice_labels(variant.labels, variant.names)
+    compared = {
+        name: compare_predictions(select_examples(baseline, mask), select_examples(variant, mask), name)
+        for name, mask in masks.items()
+    }
+    found = {name: comparison for name, comparison in compared.items() if comparison}
+    corrected = holm([1.0 if each.p_value is None else each.p_value for each in found.values()])
+    return {
+        name: replace(each, p_value=None if each.p_value is None else p)
+        for (name, each), p in zip(found.items(), corrected)
+    }
+
+
+def select_examples(predictions: Predictions, mask: np.ndarray) -> Predictions:
+    """Return the predictions for some examples."""
+    arrays = ("outputs", "labels", "tokens", "characters", "negated")
+    return replace(predictions, **{name: getattr(predictions, name)[mask] for name in arrays})
+
+
 def slice_examples(predictions: Predictions) -> dict[str, np.ndarray]:
     """Return the slices of the split as masks by name.
 

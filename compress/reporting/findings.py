@@ -13,6 +13,7 @@ from compress.reporting.rows import (
     group_rows,
     is_faster,
     is_near_baseline,
+    is_perplexity,
     is_significant,
     is_smaller,
     is_undefined,
@@ -21,6 +22,7 @@ from compress.reporting.tables import (
     build_table,
     describe_size_ratio,
     describe_speedup,
+    format_change,
     format_figures,
     format_significance,
     format_title,
@@ -96,6 +98,7 @@ def list_notes(rows: list[Row]) -> list[str]:
             f"{row['method']}"
             + (f" ({'' if p < 0.05 else 'not '}significant among its slices)" if p is not None else "")
         )
+    notes += [f"{row['method']}: {changes}" for row in done if (changes := format_task_changes(row))]
     chains = [row for row in done if row["speedup"] is not None] or done
     shares = [row["measuring_time_s"] / row["run_time_s"] for row in chains if row.get("run_time_s")]
     if any(shares):
@@ -115,6 +118,17 @@ def list_notes(rows: list[Row]) -> list[str]:
     limits = [part for row in rows for part in row.get("limits", "").split(" | ") if part]
     failures = [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"]
     return [*dict.fromkeys(notes), *dict.fromkeys(limits), *failures]
+
+
+def format_task_changes(row: Row) -> str:
+    """Return the change of every task that was asked beside others, with stars; empty without such tasks."""
+    tasks = [key for key in row if f"{key}_change_low" in row]
+    changes = (
+        f"{task} {format_change({'metric': task}, row[f'{task}_change'])}"
+        + "*" * ((row[f"{task}_p_holm"] if row[f"{task}_p_holm"] is not None else 1.0) < 0.05)
+        for task in tasks
+    )
+    return ", ".join(changes) + " (*: p < 0.05, corrected for its tasks)" * bool(tasks)
 
 
 def describe_lengths(rows: list[Row], what: str) -> str:
@@ -148,7 +162,7 @@ def recommend_rows(rows: list[Row]) -> list[str]:
         near = [row for row in group if row["method"] != "none" and is_near_baseline(row)]
         smaller = [row for row in near if is_smaller(row)]
         faster = [row for row in near if is_faster(row)]
-        margin = "1 % of the baseline" if metric == "perplexity" else "1 point of the baseline"
+        margin = "1 % of the baseline" if is_perplexity(metric) else "1 point of the baseline"
         for word, candidates, key in (
             ("smallest", smaller, lambda row: -row["compression_ratio"]),
             ("fastest", faster, lambda row: -row["speedup"]),

@@ -18,7 +18,7 @@ from compress.reporting.curves import draw_curves
 from compress.reporting.escaping import make_printable, make_rows_printable, plain_figures
 from compress.reporting.findings import list_notes, read_conclusions
 from compress.reporting.plots import Picture, draw_figures
-from compress.reporting.rows import is_bound, is_significant
+from compress.reporting.rows import is_bound, is_perplexity, is_significant
 from compress.reporting.tables import format_rate, format_title, label_rows, summarise_seeds
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Column:
         return less + shown + "*" * (self.key == "change" and is_significant(row))
 
     def scale_value(self, row: Row, key: str) -> Any:
-        return row[key] * 100 if self.key in SHARES and row["metric"] != "perplexity" else row[key]
+        return row[key] * 100 if self.key in SHARES and not is_perplexity(row["metric"]) else row[key]
 
 
 QUALITY_AND_COST = (

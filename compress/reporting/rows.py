@@ -72,7 +72,7 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
     ``change`` is the primary metric minus the baseline's. An undefined metric is NaN, without an interval or p-value.
     """
     from compress.measuring.effects import describe_effects, is_only_sparser
-    from compress.measuring.predictions import find_worst_slice
+    from compress.measuring.predictions import compare_tasks, find_worst_slice
 
     # 1) Compare with the baseline
     description, measured = outcome.descriptions[method], outcome.measurements[method]
@@ -89,6 +89,7 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
     taught = compared and not method.startswith("teacher") and teachers
     before, after = next(iter(outcome.predictions.values()), None), outcome.predictions.get(method)
     worst = find_worst_slice(before, after, outcome.primary) if compared and before and after else None
+    tasks = compare_tasks(before, after) if compared and before and after else {}
     # 2) Lay out the columns
     return {
         "method": method,
@@ -114,6 +115,11 @@ def build_row(job: Job, method: str, outcome: Outcome) -> Row:
         "worst_slice_change": worst.change if worst else None,
         "worst_slice_p_holm": worst.p_value if worst else None,
         **quality,
+        **{
+            f"{name}_{key}": value
+            for name, each in tasks.items()
+            for key, value in (*interval_columns("change", each.change).items(), ("p_holm", each.p_value))
+        },
         "compression_ratio": baseline.size_bytes / measured.size_bytes,
         "label_agreement": agreement.label_agreement if agreement else None,
         "max_logit_difference": agreement.max_logit_difference if agreement else None,
@@ -230,8 +236,13 @@ def is_near_baseline(row: Row) -> bool:
 
 def quality_drop(row: Row) -> float:
     """Return the loss of quality against the baseline: points, or percent of a perplexity."""
-    perplexity = row["metric"] == "perplexity"
+    perplexity = is_perplexity(row["metric"])
     return float(100 * (row["change"] / (row["value"] - row["change"]) if perplexity else -row["change"]))
+
+
+def is_perplexity(metric: str) -> bool:
+    """Return whether a metric is a perplexity, or its logarithm, whose changes are no shares of examples."""
+    return metric.endswith(("perplexity", "bits_per_byte"))
 
 
 def is_significant(row: Row) -> bool:

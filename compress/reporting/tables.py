@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from compress.reporting.rows import Row, is_bound, is_significant, is_undefined
+from compress.reporting.rows import Row, is_bound, is_perplexity, is_significant, is_undefined
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,13 +143,13 @@ def format_ratio(row: Row, key: str) -> str:
 def format_value(row: Row) -> str:
     if is_undefined(row):
         return "undefined"
-    return f"{row['value']:.3f}" if row["metric"] == "perplexity" else f"{row['value']:.4f}"
+    return f"{row['value']:.3f}" if is_perplexity(row["metric"]) else f"{row['value']:.4f}"
 
 
 def format_change(row: Row, change: float) -> str:
     if math.isnan(change):
         return "undefined"
-    return f"{change:+.3f}" if row["metric"] == "perplexity" else f"{100 * change:+.2f} pt"
+    return f"{change:+.3f}" if is_perplexity(row["metric"]) else f"{100 * change:+.2f} pt"
 
 
 def format_significance(row: Row, change: str) -> str:

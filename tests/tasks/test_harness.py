@@ -13,7 +13,7 @@ from compress.artifacts.artifact import Artifact, Description
 from compress.artifacts.moving import move_artifact
 from compress.errors import UserError
 from compress.install import CONF
-from compress.measuring.predictions import Predictions, compare_predictions, find_worst_slice
+from compress.measuring.predictions import Predictions, compare_predictions, compare_tasks, find_worst_slice
 from compress.planning.plan import make_plan
 from compress.planning.settings import to_plain
 from compress.running.evaluate import evaluate_artifact
@@ -148,9 +148,14 @@ def test_answers_are_compared_question_by_question(folder):
     assert change.change.value == pytest.approx(-0.7) and change.p_value < 0.001
     worst = find_worst_slice(before, after, "average")
     assert worst.change == pytest.approx(-0.7) and worst.p_value < 0.05
+    columns = compare_tasks(before, after)
+    assert list(columns) == ["letters_acc_norm", "last_word_acc"]
+    assert [each.change.value for each in columns.values()] == pytest.approx([-0.7, -0.7])
+    assert columns["last_word_acc"].p_value == pytest.approx(2 * 2 * 0.5**7)  # McNemar's, twice for two tasks (Holm)
     one = dataclasses.replace(after, labels=np.where([False, True], after.labels[0], after.labels))
     paired = dataclasses.replace(before, labels=one.labels)
-    assert compare_predictions(paired, one, "letters_acc_norm").p_value == pytest.approx(2 * 0.5**14)  # McNemar's
+    assert compare_predictions(paired, one, "letters_acc_norm").p_value == pytest.approx(2 * 0.5**14)
+    assert compare_tasks(dataclasses.replace(paired, names=("a",)), dataclasses.replace(one, names=("a",))) == {}
     assert higher_is_better("average") and not higher_is_better("last_word_perplexity")
 
 
@@ -175,6 +180,16 @@ def test_a_run_measures_its_baseline_and_its_variant_by_the_harness(carry_out, f
         cfg = compose("evaluate", [f"artifact={tmp_path / 'artifact'}", *small, "hardware.latency.batch_sizes=[1]"])
     (row,) = evaluate_artifact(cfg, tmp_path / "again")
     assert row["average"] == packed.quality["average"] and row["metric"] == "average"
+
+
+def test_an_encoder_is_not_asked(folder, tmp_path, monkeypatch):
+    tiny.bert().save_pretrained(tmp_path / "encoder")
+    monkeypatch.setattr("compress.running.evaluate.load_artifact", None)  # nothing is loaded
+    words = [f"artifact={tmp_path / 'encoder'}", "task=lm_eval", "task.tasks=letters", f"task.path={folder}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", words)
+    with pytest.raises(UserError, match=r"encoder is an encoder \(`bert`\); task `lm_eval` needs one that"):
+        evaluate_artifact(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(
