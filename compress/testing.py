@@ -24,7 +24,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
@@ -39,12 +39,28 @@ from compress.running.training import HoldZeros
 from compress.tasks.kinds import KINDS
 from compress.technique import Technique, Training
 from compress.techniques.finetune import FineTune
-from compress.tiny_models import QUIET, Theirs, make_bert, make_llama_lm, make_loader, make_tokenizer, make_trainer
+from compress.tiny_models import (
+    QUIET,
+    SHAPE,
+    Theirs,
+    make_bert,
+    make_llama_lm,
+    make_loader,
+    make_tokenizer,
+    make_trainer,
+)
 
 OFFERED = set("model metrics tokenizer task training baseline source keep_in baseline_config".split())
 """Arguments that a constructor gets from the chain and not from its YAML."""
 Models = tuple[Callable[[], Any], ...]
 MODELS: Models = (make_bert, make_llama_lm)
+
+
+def make_embedding() -> Any:
+    """Return a model that answers with vectors, for ``models`` of :func:`check_technique`."""
+    torch.manual_seed(0)
+    config = BertConfig(**{**SHAPE, "max_position_embeddings": 40})
+    return KINDS["embedding"].adapt_class(BertModel)(config).eval()
 
 
 @dataclass(frozen=True)
@@ -286,8 +302,9 @@ def _fit(
 
 def _make_loader(model: nn.Module) -> DataLoader:
     """Return a loader with the labels that the model's head takes."""
-    loader = make_loader(lm=KINDS[detect_task_kind(model)].in_blocks)
-    return DataLoader([_end_texts(model, batch) for batch in loader], batch_size=None)  # type: ignore[arg-type]
+    kind = KINDS[detect_task_kind(model)]
+    batches = [{**batch, "labels": kind.make_labels(batch)} for batch in make_loader()]
+    return DataLoader([_end_texts(model, batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
 
 def _end_texts(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

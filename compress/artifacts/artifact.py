@@ -105,6 +105,8 @@ def write_artifact(
     else:
         (stage or Technique()).save(model, folder)
     save_tokenizer(tokenizer, folder)
+    if description.runtime == "torch":
+        KINDS[description.kind].write_files(folder, model.config)
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str), encoding="utf-8")
 
 
@@ -179,6 +181,7 @@ def load_artifact(folder: Path | str, kind: str | None = None) -> Artifact:
     tokenizer = from_pretrained(AutoTokenizer, str(folder), "Artifact", "artifact")
     model = import_runtime(description.runtime).load(Path(folder), description.kind)
     set_pad_token(model, tokenizer)
+    KINDS[description.kind].prepare_tokenizer(tokenizer, model.config)
     return Artifact(model, tokenizer, description)
 
 

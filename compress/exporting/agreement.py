@@ -16,6 +16,8 @@ from compress.errors import PostconditionError
 from compress.exporting.qdq import suspend_quantization
 from compress.exporting.tracing import select_inputs
 from compress.models.batches import Batch, read_validation_batches, spread_evenly
+from compress.models.layers import detect_task_kind
+from compress.tasks.kinds import KINDS
 
 AGREEMENT = "agreement.json"
 EXAMPLES = 128  # of the validation split: the whole split would take two models minutes
@@ -30,7 +32,7 @@ NEGLIGIBLE = 0.02
 @dataclass(frozen=True)
 class Agreement:
     """The largest difference of the logits over ``examples`` without padding, the largest logit of the model, and the
-    share of labels (tokens, for a language model) on which both agree; None for a regression."""
+    share of labels (tokens, for a language model) on which both agree; None for answers that are no labels."""
 
     examples: int
     max_logit_difference: float
@@ -75,7 +77,7 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
         largest = max(largest, theirs.abs().max().item())
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             same.append(((ours > 0) == (theirs > 0)).flatten())
-        elif theirs.shape[-1] > 1:
+        elif KINDS[detect_task_kind(model)].probabilities and theirs.shape[-1] > 1:
             same.append(ours.argmax(-1) == theirs.argmax(-1))
     return Agreement(examples, difference, largest, torch.cat(same).float().mean().item() if same else None)
 

@@ -291,7 +291,8 @@ def trace_graph(model: Any, example: Batch, path: Path) -> Batch:
     values with which a decoder starts; nothing for other models."""
     module, inputs, parts = prepare_trace(model, example)
     past = {f"{PAST}{i // 2}.{('key', 'value')[i % 2]}": part for i, part in enumerate(parts)}
-    outputs = {"logits": {0: "batch"} if "ForSequenceClassification" in type(model).__name__ else SIZES}
+    by_token = model(**example).logits.ndim == 3
+    outputs = {"logits": SIZES if by_token else {0: "batch"}}
     outputs |= {name.replace(*PRESENT): {0: "batch", 2: "total"} for name in past}
     axes = {**dict.fromkeys(inputs, SIZES), **{name: {0: "batch", 2: "past"} for name in past}}
     if past and "attention_mask" in inputs:

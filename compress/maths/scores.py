@@ -140,3 +140,23 @@ def perplexity(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> 
 def token_accuracy(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the share of correct tokens; the second column of ``outputs`` counts a block's correct tokens."""
     return sum_weighted(outputs[:, 1], weights) / sum_weighted(tokens, weights)
+
+
+def average_precision(outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean precision at each example with a label above 0, from the highest output down; NaN without one.
+
+    Examples with the same output are taken together, as scikit-learn does.
+    """
+    order = np.argsort(-outputs.ravel(), kind="stable")
+    values, counts = outputs.ravel()[order], weights[order]
+    hits = (counts * (labels.ravel()[order] > 0)[:, None]).cumsum(0)
+    last = np.append(values[1:] != values[:-1], True)  # of the examples with one output
+    found, seen = hits[last], counts.cumsum(0)[last]
+    total = found[-1]
+    steps = np.diff(found, axis=0, prepend=0) * found / np.maximum(seen, 1e-12)
+    return np.divide(steps.sum(0), total, out=np.full_like(total, np.nan, dtype=float), where=total > 0)
+
+
+def mean_value(outputs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean of a number that each example has already, such as the nDCG of a query."""
+    return sum_weighted(outputs.ravel(), weights) / weights.sum(0)

@@ -235,7 +235,8 @@ def keep_predictions(
         )
     texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
     if answers.rows is not None:
-        tokens, texts = tokens[answers.rows], [texts[row] for row in answers.rows]
+        owners = answers.rows.reshape(examples, -1)
+        tokens, texts = tokens[owners].sum(1), [" ".join(texts[row] for row in rows) for rows in owners]
     predictions = Predictions(
         task.kind,
         answers.outputs,

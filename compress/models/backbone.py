@@ -98,6 +98,7 @@ class Backbone:
                 f"Task `{task.name}` needs a classification head and transformers has none for "
                 f"`{config.model_type}`. Choose another model."
             )
+        kind.configure(config, task)
         if kind.num_labels == 0:
             return config
         config.num_labels = task.num_labels
@@ -174,6 +175,7 @@ class Backbone:
                 config.decoder_start_token_id = tokenizer.pad_token_id
             model = choose_attention(find_auto_class(task.kind, config).from_config(config, dtype=dtype))
         set_pad_token(model, tokenizer)
+        KINDS[task.kind].prepare_tokenizer(tokenizer, model.config)
         return model, tokenizer, trained
 
     def _from_config(self) -> PretrainedConfig:

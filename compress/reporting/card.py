@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,9 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
     job = Job(method, description.model, description.task, seed=0)
     rows = make_rows_printable([build_row(job, name, outcome) for name in outcome.measurements])
     loading = import_runtime(description.runtime).describe_loading(folder, description.kind)
+    config = folder / "config.json"
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    outputs = KINDS[description.kind].describe_outputs(stored)
     # 2) Write the card
     lines = [
         "---",
@@ -65,7 +69,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         ),
         f"## Load it {'with' if loading.needs_us else 'without'} `compress`",
         "",
-        *(line for note in loading.notes for line in (note, "")),
+        *(line for note in (*loading.notes, *outputs) for line in (note, "")),
         "```python",
         loading.code + "```",
         "",

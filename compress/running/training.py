@@ -97,7 +97,8 @@ class KeepBest(ModelCheckpoint):
 def read_losses(trainer: pl.Trainer) -> dict[str, float]:
     """Return the mean losses of the last epoch by split."""
     means = {"train": "train/epoch_loss", "validation": "validation/loss"}
-    return {split: trainer.callback_metrics[name].item() for split, name in means.items()}
+    values = trainer.callback_metrics
+    return {split: values[name].item() for split, name in means.items() if name in values}
 
 
 def has_finished_pruning(trainer: pl.Trainer) -> bool:

@@ -112,6 +112,8 @@ def describe_loading(folder: Path, kind: str) -> Loading:
     if not initialises_packed(folder, kind):
         return Loading(CODE_OURS, (UNREADABLE, *notes), needs_us=True)
     capped = config.get("text_config", config).get(SCORE_CAP)
+    if own := KINDS[kind].loading_code:
+        return Loading(own, notes)
     code = CODE.format(auto=KINDS[kind].auto_class, attention=', attn_implementation="eager"' if capped else "")
     return Loading(code, (*notes, CAPPED) if capped else notes)
 

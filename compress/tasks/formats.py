@@ -159,6 +159,10 @@ def decide_quoting(text: str, separator: str) -> tuple[int, list[str]]:
     return csv.QUOTE_MINIMAL, notes
 
 
+MORE = "..."
+"""The last name of the columns of a file whose rows may have more columns, which are not read."""
+
+
 def _read_csv(path: Path, names: tuple[str, ...] | None) -> Read:
     return _read_separated(path, names, ",")
 
@@ -182,6 +186,9 @@ def _read_separated(path: Path, names: tuple[str, ...] | None, expected: str) ->
         notes.append(f"columns are separated by {'tabs' if separator == '	' else f'`{separator}`'}")
     # 2) Read the cells
     options: Any = {"header": None, "dtype": str, "keep_default_na": False, "lineterminator": "\n", "engine": "c"}
+    if names and names[-1] == MORE:
+        names = names[:-1]
+        options["usecols"] = range(len(names))
     frame = pd.read_csv(io.StringIO(text), sep=separator, quoting=quoting, **options)  # as many columns as at first
     cells: list[list[str]] = [frame[column].tolist() for column in frame.columns]
     windows = first.endswith("\r") if names is None else 2 * text.count("\r\n") > text.count("\n")

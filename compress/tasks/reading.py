@@ -46,8 +46,10 @@ class Examples:
 def read_tables(task: Task) -> dict[str, Examples]:
     """Return the examples of the data set's splits."""
     if task.generate:
-        from compress.tasks.toy import generate_splits
+        from compress.tasks.toy import generate_pairs, generate_splits
 
+        if task.generate == "toy_embedding":
+            return {split: Examples(table, name_rows(table, split)) for split, table in generate_pairs().items()}
         texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
         return {
             split: _select_columns(task, name_rows({name: table[name] for name in texts}, split), split)

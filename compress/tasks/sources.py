@@ -53,8 +53,8 @@ class Hub:
 class File:
     """A file of a split, or several by a pattern (``*_dev.tsv``).
 
-    ``names`` are the columns of a file without a header, ``columns`` replaces the task's, and ``label_base`` is the
-    number of the first label.
+    ``names`` are the columns of a file without a header, with ``...`` at the end if rows may have more columns;
+    ``columns`` replaces the task's, and ``label_base`` is the number of the first label.
     """
 
     file: str

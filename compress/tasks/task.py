@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from compress.errors import UserError
+from compress.tasks.embedding import Embedding
 from compress.tasks.kinds import KINDS
 from compress.tasks.sources import STRICT, Columns, Hub, Layout
 
@@ -74,12 +75,13 @@ class Task:
     metrics: tuple[str, ...]
     primary: str
     labels: tuple[LabelName, ...] | None = None
-    generate: Literal["toy"] | None = None
+    generate: Literal["toy", "toy_embedding"] | None = None
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()
     rows: Literal["table", "dialogues", "articles"] = "table"
     columns: Columns = Columns()
+    embedding: Embedding = Embedding()
     holdout: Holdout = Holdout()
     limit: Limit = Limit()
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -111,6 +113,7 @@ class Task:
                 f"task.primary is {self.primary}, which task `{self.name}` does not measure. Set "
                 f"task.primary to one of {', '.join(self.metrics)}."
             )
+        kind.check(self)
         fewest = 2 if kind.num_labels is None else 0
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), fewest):
             raise UserError(

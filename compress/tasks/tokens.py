@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -43,12 +44,22 @@ class LengthBuckets(Sampler[list[int]]):
         seed: seed of the order.
         rank: rank of this process; every process gets its share of each batch.
         processes: number of the processes that train together.
+        groups: rows that are drawn together, each group as one of the texts that ``lengths`` describe.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        groups: list[list[int]] | None = None,
+    ) -> None:
         self.lengths = torch.tensor(lengths)
         self.batch_size = batch_size
         self.rank, self.processes = rank, processes
+        self.groups = groups
         self.seed = seed
         self.go_on(0)
 
@@ -66,7 +77,8 @@ class LengthBuckets(Sampler[list[int]]):
         batches, self.seen = self._draw_batches()[self.seen :], 0
         for batch in batches:
             short = -len(batch) % self.processes  # every process needs the same number of texts
-            yield [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
+            own = [*batch, *(batch * self.processes)[:short]][self.rank :: self.processes]
+            yield own if self.groups is None else [row for group in own for row in self.groups[group]]
 
     def _draw_batches(self) -> list[list[int]]:
         """Return the batches of the next epoch."""
@@ -110,6 +122,7 @@ class TaskData(pl.LightningDataModule):
         self.kind = KINDS[splits.task.kind]
         self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
+        self._expanded: dict[str, Dataset] = {}
         self._uses: list[IO] = []
         """Stored tokens in use, which are read from the disk when they are needed."""
 
@@ -124,8 +137,11 @@ class TaskData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rows = self.tokenised("train")
         lengths = [len(ids) for ids in rows["input_ids"]]
+        groups = self.kind.find_groups(self.expanded("train"))
+        if groups:
+            lengths = [max(lengths[row] for row in group) for group in groups]
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self.buckets = LengthBuckets(lengths, self.batch_size, self.seed, rank, processes)
+        self.buckets = LengthBuckets(lengths, self.batch_size, self.seed, rank, processes, groups)
         return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
@@ -149,9 +165,12 @@ class TaskData(pl.LightningDataModule):
                 f"Calibration asks for {samples} {self.kind.unit} and the text {owner} has {len(rows)}. Set "
                 f"{len(rows)} or fewer (samples={len(rows)})."
             )
-        return DataLoader(
-            rows.shuffle(self.seed, keep_in_memory=True).select(range(samples)), batch_size, collate_fn=self.collate
-        )
+        if own is None and (groups := self.kind.find_groups(self.expanded("train"))):
+            random.Random(self.seed).shuffle(groups)
+            drawn = rows.select([row for group in groups[:samples] for row in group][:samples])
+        else:
+            drawn = rows.shuffle(self.seed, keep_in_memory=True).select(range(samples))
+        return DataLoader(drawn, batch_size, collate_fn=self.collate)
 
     def texts(self, count: int, split: str, batch_size: int = 1) -> list[Batch]:
         """Return ``count`` batches of texts of a split without labels, spread evenly from short to long. Every
@@ -164,7 +183,7 @@ class TaskData(pl.LightningDataModule):
     def words(self, split: str, count: int | None = None) -> list[tuple[str, ...]]:
         """Return the untokenised form of the same ``count`` texts and their pairs; without ``count``, of all texts in
         their own order."""
-        rows, texts = self.tokenised(split), getattr(self.splits, split)
+        rows, texts = self.tokenised(split), self.expanded(split)
         picked = self._spread_rows(count, split) if count else list(range(len(rows)))
         if self.kind.in_blocks:
             return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
@@ -174,7 +193,7 @@ class TaskData(pl.LightningDataModule):
 
     def describe_cut(self, split: str) -> str:
         """Return a note on the texts that are longer than ``max_length`` tokens; empty if there are none."""
-        rows, texts = self.tokenised(split), getattr(self.splits, split)
+        rows, texts = self.tokenised(split), self.expanded(split)
         if self.kind.in_blocks:
             return ""
         full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
@@ -187,8 +206,14 @@ class TaskData(pl.LightningDataModule):
 
     def in_order(self, split: str) -> list[int]:
         """Return the indices of a split's rows in the order of its batches: from long to short."""
-        lengths = [-len(ids) for ids in self.tokenised(split)["input_ids"]]
-        return sorted(range(len(lengths)), key=lengths.__getitem__)
+        lengths = self.kind.keep_together([len(ids) for ids in self.tokenised(split)["input_ids"]])
+        return sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+    def expanded(self, split: str) -> Dataset:
+        """Return the rows of a split before tokenising, one for each row of tokens (but for a language model)."""
+        if split not in self._expanded:
+            self._expanded[split] = self.kind.expand_rows(getattr(self.splits, split))
+        return self._expanded[split]
 
     def tokenised(self, split: str) -> Dataset:
         """Return the split's ``input_ids``, ``attention_mask`` and, except for a language model, ``labels``.
@@ -197,7 +222,7 @@ class TaskData(pl.LightningDataModule):
             UserError: the split makes no block of tokens.
         """
         if split not in self._tokenised:
-            rows = self._known(getattr(self.splits, split), split)
+            rows = self._known(self.expanded(split), split)
             if not len(rows):
                 raise UserError(
                     f"Task `{self.splits.task.name}` has too little text in {split} for one {self.kind.unit[:-1]} of "
@@ -244,6 +269,7 @@ class TaskData(pl.LightningDataModule):
         if self.tokens is None:
             return self._tokenise(rows)
         outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
+        outputs += [self.tokenizer.init_kwargs.get("prompts")]
         key = [hash_rows(rows), describe_rules(self.tokenizer), outputs, self.kind.name, self.max_length]
         key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)

@@ -12,6 +12,7 @@ from typing import Any
 
 LABELS = ("awful", "bad", "good", "great")
 SIZES = {"train": 16_000, "validation": 500, "test": 2_000}
+PAIRS = {"train": 8_000, "validation": 400, "test": 1_000}
 
 THINGS = """film book play song novel concert album show series documentary hotel room bed breakfast restaurant soup
 salad pizza curry coffee tea bread cake service waiter cook garden beach museum tour guide train bus flight seat ticket
@@ -44,6 +45,21 @@ def generate_splits() -> dict[str, dict[str, list[Any]]]:
         taken, texts = texts[:size], texts[size:]
         tables[split] = {"text": taken, "label": [labels[text] for text in taken]}
     return tables
+
+
+def generate_pairs() -> dict[str, dict[str, list[Any]]]:
+    """Return the columns ``text``, ``text_pair`` and ``label`` of every split: two clauses, and from 0 to 1 how near
+    their scores are. No clause is in two splits."""
+    rng = random.Random(0)
+    clauses = dict(generate_clause(rng) for _ in range(2 * sum(PAIRS.values())))
+    share, texts = len(clauses) / sum(PAIRS.values()), list(clauses)
+    pairs: dict[str, dict[str, list[Any]]] = {}
+    for split, size in PAIRS.items():
+        taken, texts = texts[: int(size * share)], texts[int(size * share) :]
+        first, second = ([rng.choice(taken) for _ in range(size)] for _ in range(2))
+        near = [1 - abs(clauses[one] - clauses[other]) / 4 for one, other in zip(first, second)]
+        pairs[split] = {"text": first, "text_pair": second, "label": near}
+    return pairs
 
 
 def classify_score(score: float) -> int:

@@ -17,6 +17,7 @@ from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.maths import losses
 from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
+from compress.maths.vector_losses import similarity_distance, vector_distance
 from compress.models.backbone import limit_length
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
@@ -36,6 +37,10 @@ from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
 
 
+VECTORS = {"vectors": vector_distance, "similarities": similarity_distance}
+"""Losses between vectors."""
+
+
 class Distill(FineTune):
     """Train a student to reproduce its teacher's answers.
 
@@ -51,7 +56,10 @@ class Distill(FineTune):
         student: a student other than the model itself.
         teacher: a model, or the folder of an artifact or a model; null for the chain's fine-tuned baseline.
         loss: the loss between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` for a
-            regression and ``ce`` for other tasks. Labels of a multi-label task are compared one by one.
+            regression and ``ce`` for other tasks. Labels of a multi-label task are compared one by one. Vectors have
+            losses of their own: ``vectors`` (null), one minus the cosine to the teacher's vector, by a learnt
+            projection where the widths differ; and ``similarities``, the error of the cosines between the texts of a
+            batch.
         temperature: divisor of both logits; null for 1 for a language model and 4 for other tasks.
         temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around the temperature.
         beta: mixing weight of ``js``: near 0 it is KL, near 1 reverse KL.
@@ -85,7 +93,7 @@ class Distill(FineTune):
         training: Training | None = None,
         student: Student = Student(),  # noqa: B008  (frozen)
         teacher: str | nn.Module | None = None,
-        loss: Literal["ce", "kl", "mse", "reverse_kl", "js"] | None = None,
+        loss: Literal["ce", "kl", "mse", "reverse_kl", "js", "vectors", "similarities"] | None = None,
         temperature: Annotated[float, Field(gt=0)] | None = None,
         temperature_schedule: tuple[Any, ...] | None = None,
         beta: Annotated[float, Field(gt=0, lt=1)] = 0.5,
@@ -109,7 +117,7 @@ class Distill(FineTune):
         self.student = student
         self.kind = KINDS[task.kind if task else detect_task_kind(model)]
         self.labels_known = task is None or task.labels is not None
-        self.loss = loss or ("ce" if self.kind.probabilities else "mse")
+        self.loss = loss or self.kind.distillation_losses[0]
         # A text has many right continuations, so the teacher's probabilities are informative as they are. It has one
         # right label, so what the teacher knows of the others only shows in softened answers (TextBrewer's default).
         self.temperature = temperature or (1.0 if self.kind.generates else 4.0)
@@ -135,6 +143,8 @@ class Distill(FineTune):
         self._kept: list[KeptLogits] = []
         self._extra: Iterator[Batch] | None = None
         self.projections = nn.ModuleList()
+        self.widen: nn.Module = nn.Identity()
+        """The projection of the student's vectors to the teacher's width."""
         self._refuse_contradictions()
 
     @property
@@ -145,11 +155,12 @@ class Distill(FineTune):
         self.student.check_settings(f"{self.key}.student")
         for match in self.matches:
             match.check_settings(f"{self.key}.intermediate_matches")
-        if not self.kind.probabilities and self.loss != "mse":
-            raise UserError(
-                f"{self.key}.loss is {self.loss}, which compares probabilities, and a regression has none. Set "
-                f"{self.key}.loss=mse."
-            )
+        if self.loss not in (fitting := self.kind.distillation_losses):
+            why = "compares vectors, and the model answers with none"
+            if self.loss not in VECTORS:
+                what = "an embedding" if "vectors" in fitting else "a regression"
+                why = f"compares probabilities, and {what} has none"
+            raise UserError(f"{self.key}.loss is {self.loss}, which {why}. Set {self.key}.loss={fitting[0]}.")
         schedule, *arguments = self.temperature_schedule or ("constant",)
         if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
             raise UserError(
@@ -200,7 +211,7 @@ class Distill(FineTune):
         self.alone = not before and not self.teacher
         student = self.preview(skeleton)
         teacher = self._teacher_config() or self.baseline_config or skeleton.config
-        if self.labels_known:
+        if self.labels_known and self.kind.num_labels != 0:
             check_same_labels(teacher, skeleton.config, f"{self.key}.teacher")
         for match in self.matches:
             match.check(student.config, teacher, f"{self.key}.intermediate_matches")
@@ -242,8 +253,13 @@ class Distill(FineTune):
             self.model = load_student(student.path, model, f"{self.key}.student.path", self.tokenizer)
         elif student != Student():
             self.model = build_student(model, student, f"{self.key}.student")
-        check_same_labels(cast(PretrainedConfig, self._teacher[0].config), model.config, f"{self.key}.teacher")
-        # 3) Prepare the matching of inner features
+        theirs = cast(PretrainedConfig, self._teacher[0].config)
+        if self.kind.num_labels != 0:
+            check_same_labels(theirs, model.config, f"{self.key}.teacher")
+        # 3) Prepare the matching of vectors and of inner features
+        widths = cast(PreTrainedModel, self.model).config.hidden_size, theirs.hidden_size
+        if self.loss == "vectors" and widths[0] != widths[1]:
+            self.widen = nn.Linear(*widths, bias=False)
         self.projections = nn.ModuleList(
             build_projection(match.proj) if match.proj else nn.Identity() for match in self.matches
         )
@@ -368,6 +384,8 @@ class Distill(FineTune):
 
         Two models of one tokenizer may have padded their vocabularies to other sizes; no token is in the padding.
         """
+        if self.loss in VECTORS:
+            return VECTORS[self.loss](self.widen(student.float()), teacher)
         tokens = mask if teacher.ndim == 3 else None
         if tokens is not None:
             common = min(student.shape[-1], teacher.shape[-1])

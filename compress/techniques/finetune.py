@@ -46,7 +46,8 @@ class FineTune(Technique, pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         output = self.model(**batch)
-        self.log("validation/loss", output.loss, batch_size=len(batch["input_ids"]))
+        if output.loss is not None:  # a batch may hold nothing that a loss compares
+            self.log("validation/loss", output.loss, batch_size=len(batch["input_ids"]))
         if self.metrics is not None:
             self.metrics.update(output.logits, batch["labels"])
 

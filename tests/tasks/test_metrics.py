@@ -135,7 +135,7 @@ def expected_by_torchmetrics(kind, logits, labels):
     }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression", "lm"])
 def test_every_metric_is_torchmetrics(kind):
     torch.manual_seed(0)
     shape = {"regression": (200, 1), "lm": (20, 7, 5)}.get(kind, (200, 5))

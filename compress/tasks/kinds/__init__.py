@@ -6,14 +6,21 @@ cheap, so only the methods that need torch import it.
 
 from compress.tasks.kinds.base import Answers, Kind, Metric, Probabilities
 from compress.tasks.kinds.classes import Multiclass, Multilabel, Regression
+from compress.tasks.kinds.embedding import EmbeddingPairs
 from compress.tasks.kinds.harness import Harness
 from compress.tasks.kinds.language import LanguageModel
 
 __all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Multiclass(), Multilabel(), Regression(), LanguageModel(), Harness())
-}
+EVERY: tuple[Kind, ...] = (
+    Multiclass(),
+    Multilabel(),
+    Regression(),
+    LanguageModel(),
+    Harness(),
+    EmbeddingPairs(),
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in EVERY}
 
 
 def higher_is_better(metric: str) -> bool:

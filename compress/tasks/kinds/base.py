@@ -19,9 +19,13 @@ from compress.tasks.labels import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from compress.tasks.task import Task
 
 
 Probabilities = Literal["softmax", "sigmoid"] | None
@@ -48,8 +52,8 @@ class Metric:
 
 
 class Answers(NamedTuple):
-    """A model's answers to the examples of a split, and the row of the split that each example is of; None if an
-    example is a row of tokens."""
+    """A model's answers to the examples of a split, and the row or rows of tokens that each example is of,
+    ``[examples]`` or ``[examples, rows]``; None if an example is a row of tokens."""
 
     outputs: np.ndarray
     labels: np.ndarray
@@ -82,9 +86,18 @@ class Kind(ABC):
     """Whether EleutherAI's harness asks the questions and judges the answers: see :mod:`compress.tasks.harness`."""
 
     @property
+    def distillation_losses(self) -> tuple[str, ...]:
+        """Return the losses between a student's answers and its teacher's that fit, the default first."""
+        return ("ce", "kl", "mse", "reverse_kl", "js") if self.probabilities else ("mse",)
+
+    @property
     def unit(self) -> str:
         """Return the plural name of a model's input."""
         return "blocks" if self.in_blocks else "texts"
+
+    def check(self, task: Task) -> None:
+        """Raise UserError if settings of a ``task`` of this kind contradict each other."""
+        return None
 
     # From a data set to labels
 
@@ -118,6 +131,19 @@ class Kind(ABC):
         """
 
     # From texts to batches
+
+    def expand_rows(self, rows: Dataset) -> Dataset:
+        """Return a row for each row of tokens, if a row of the split is several texts."""
+        return rows
+
+    def find_groups(self, rows: Dataset) -> list[list[int]] | None:
+        """Return the :meth:`expand_rows` that a training batch keeps together, because the loss compares them; None if
+        each row has a loss of its own. Groups may share rows."""
+        return None
+
+    def keep_together(self, lengths: list[int]) -> list[int]:
+        """Return the ``lengths`` by which the rows of tokens are sorted: equal for neighbours that stay together."""
+        return lengths
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Return the model's input columns, and ``labels`` if the rows have labels; the ``input_ids`` of whole
@@ -157,6 +183,33 @@ class Kind(ABC):
         return logits.argmax(-1)
 
     # From batches to a model's answers
+
+    def configure(self, config: PretrainedConfig, task: Task) -> None:
+        """Write settings of the ``task`` that decide the model's answers into its config, before the model is built.
+
+        Raises:
+            UserError: the architecture does not fit this kind.
+        """
+        return None
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+        """Give a loaded tokenizer the settings of the model's ``config`` that decide a text's tokens."""
+        return None
+
+    def write_files(self, folder: Path, config: PretrainedConfig) -> None:
+        """Write files that other libraries need beside a model of transformers in an artifact's ``folder``."""
+        return None
+
+    loading_code: str | None = None
+    """Lines that load a model of transformers by another library; None if transformers is enough."""
+
+    def describe_outputs(self, config: dict[str, Any]) -> tuple[str, ...]:
+        """Return sentences for the model card on the logits of this kind; ``config`` is the artifact's config.json."""
+        return ()
+
+    def make_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return labels of a batch of random tokens, for :mod:`compress.testing`: they depend on the first token."""
+        return inputs["input_ids"][:, 0] % 3
 
     def adapt_class(self, base: Any) -> Any:
         """Return the class of a model whose output has ``.logits``, and ``.loss`` if the batch has labels.

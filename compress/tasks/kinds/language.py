@@ -40,6 +40,9 @@ class LanguageModel(Kind):
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
+    def make_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.collate_labels(None, inputs)
+
     def count_examples(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != -100).sum()
 
