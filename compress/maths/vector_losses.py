@@ -28,10 +28,8 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
         real = mask.unsqueeze(-1).to(states.dtype)
         return (states * real).sum(1) / real.sum(1).clamp(min=1)
     places = torch.arange(states.shape[1], device=states.device)
-    if pooling == "last":
-        chosen = (places * mask.long()).argmax(1)
-    else:
-        chosen = mask.long().argmax(1)  # the first token is not at 0 where texts are padded on the left
+    # The first token is not at 0 where texts are padded on the left.
+    chosen = (places * mask.long() if pooling == "last" else mask.long()).argmax(1)
     return states.gather(1, chosen[:, None, None].expand(-1, 1, states.shape[-1])).squeeze(1)
 
 

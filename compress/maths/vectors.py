@@ -22,9 +22,9 @@ DEPTH = 10
 def store_vectors(vectors: np.ndarray, form: str) -> np.ndarray:
     """Return the ``vectors`` ``[texts, width]`` as an index in this form holds them, as floats.
 
-    ``dim64`` keeps the first 64 numbers (Kusupati et al., "Matryoshka Representation Learning", 2022, arXiv:2205.13147);
-    a narrower vector is kept whole. ``int8`` rounds to integers from -127 to 127 on a grid for every vector, whose scale
-    its cosine does not need. ``binary`` keeps the signs.
+    ``dim64`` keeps the first 64 numbers (Kusupati et al., "Matryoshka Representation Learning", 2022,
+    arXiv:2205.13147); a narrower vector is kept whole. ``int8`` rounds to integers from -127 to 127 on a grid for every
+    vector, whose scale its cosine does not need. ``binary`` keeps the signs.
 
     >>> store_vectors(np.array([[0.3, -0.6]]), "int8").tolist()
     [[64.0, -127.0]]

@@ -357,6 +357,11 @@ def check_dtype(planned: Plan) -> None:
 
 def check_data(planned: Plan, splits: Splits) -> None:
     """Raise UserError if a stage needs more texts than there are."""
+    trained = {"baseline": planned.training, **{f"technique.{s.key}.train": s.training for s in planned.steps}}
+    for key, training in trained.items():
+        if training.epochs:
+            check = KINDS[planned.task.kind].check_training
+            check(planned.task.name, splits.train, splits.validation, key, training.epochs)
     for step in () if KINDS[planned.task.kind].in_blocks else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
             rows = step.calibration.rows if step.calibration and split == "train" else None

@@ -1,4 +1,4 @@
-"""How a model turns a text into a vector: pooling, length and prompts, as a folder of sentence-transformers stores it."""
+"""Read and write how a model turns a text into a vector: pooling, length and prompts, as sentence-transformers does."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def write_sentence_transformers(folder: Path, config: PretrainedConfig) -> None:
     ]
     pooling = {f"pooling_mode_{name}": ours == settings["pooling"] for name, ours in OLD_POOLING.items()}
     unused = dict.fromkeys(("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens"), False)
-    prompts = {name: text for name, text in settings["prompts"].items()}
+    prompts = settings["prompts"]
     about = {
         "prompts": prompts,
         "default_prompt_name": "text" if "text" in prompts else None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.cache.files import expand_path
 from compress.errors import UserError
+from compress.tasks.collections import read_collection
 from compress.tasks.formats import Table, read_file
 from compress.tasks.kinds import KINDS
 from compress.tasks.labels import is_blank, parse_flag, replace_surrogates
@@ -55,6 +56,9 @@ def read_tables(task: Task) -> dict[str, Examples]:
             split: _select_columns(task, name_rows({name: table[name] for name in texts}, split), split)
             for split, table in generate_splits().items()
         }
+    if KINDS[task.kind].in_collections:
+        tables, notes = read_collection(task)
+        return {split: Examples(table, name_rows(table, split), notes=notes) for split, table in tables.items()}
     if task.path is not None:
         return _read_folder(task)
     if task.hub is not None:
@@ -91,7 +95,7 @@ def _read_folder(task: Task) -> dict[str, Examples]:
     folder, layout = choose_layout(task.files, expand_path(task.path))
     files = layout.files()
     missing = set(layout.find_missing(folder))
-    if "train" in missing:
+    if "train" in missing or "train" not in files:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         raise UserError(
             f"Task `{task.name}` needs {_describe_expected_files(task)} and {folder} has {names}. Set task.path, "

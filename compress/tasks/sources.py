@@ -71,9 +71,10 @@ class File:
 
 @dataclass(frozen=True, config=STRICT)
 class Layout:
-    """The files of one published form of a data set; a split that is null is held out of train."""
+    """The files of one published form of a data set; a split that is null is held out of train. Only a retrieval has
+    no train, because documents alone can calibrate."""
 
-    train: str | File
+    train: str | File | None = None
     validation: str | File | None = None
     test: str | File | None = None
 

@@ -90,14 +90,15 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     for split, draw in (("test", 0), ("validation", seed)):
         if split not in tables:
             tables["train"], tables[split] = _hold_out(task, tables["train"], split, draw)
-            size = len(tables[split]["text"])
+            size = len(list_shared(tables[split])[1])
             notes.append(f"{split}: {size:,} rows held out of train (task.holdout.{split})")
 
     # 3) Limit the rows
     for split, draw in (("train", seed), ("validation", 0), ("test", 0)):
-        limit, size = getattr(task.limit, split), len(tables[split]["text"])
+        shared, own = list_shared(tables[split])
+        limit, size = getattr(task.limit, split), len(own)
         if limit and limit < size:
-            tables[split] = take_rows(tables[split], sorted(random.Random(draw).sample(range(size), limit)))
+            tables[split] = take_rows(tables[split], [*shared, *sorted(random.Random(draw).sample(own, limit))])
             notes.append(f"{split}: {limit:,} of {size:,} rows (task.limit.{split})")
 
     # 4) Report what bounds the figures, and make the splits
@@ -162,19 +163,21 @@ def describe_texts(tables: dict[str, Table]) -> list[str]:
     notes = []
     pairs = {split: list(zip(*(table[name] for name in ("text", "text_pair") if name in table)))
              for split, table in tables.items()}  # fmt: skip
+    shared = {split: list_shared(table)[0] for split, table in tables.items()}
     trained = set(pairs["train"])
     for split in SPLITS:
         size = len(pairs[split])
         if empty := sum(not any(text.strip() for text in texts) for texts in pairs[split]):
             notes.append(f"{split}: {empty:,} of {size:,} texts are empty")
-        if split != "train" and (copies := sum(texts in trained for texts in pairs[split])):
+        if split != "train" and (copies := sum(texts in trained for texts in pairs[split]) - len(shared[split])):
             notes.append(f"{split}: {copies:,} of {size:,} texts are in train as well")
     return notes
 
 
 def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, Table]:
     share = getattr(task.holdout, split)
-    total = len(table["text"])
+    shared, own = list_shared(table)
+    total = len(own)
     size = share if isinstance(share, int) else max(1, round(share * total))
     if size >= total:
         raise UserError(
@@ -185,15 +188,22 @@ def _hold_out(task: Task, table: Table, split: str, seed: int) -> tuple[Table, T
         # Neighbouring documents may belong to one story. Only the end of train is sure to be unseen in training.
         held: Sequence[int] = range(total - size, total)
     else:
-        held = draw_held_out_rows(table.get("group", table["text"]), size, seed)
-    kept = sorted(set(range(total)) - set(held))
+        groups = table.get("group", table["text"])
+        held = [own[i] for i in draw_held_out_rows([groups[row] for row in own], size, seed)]
+    kept = sorted(set(own) - set(held))
     if not kept:
         raise UserError(
             f"Task `{task.name}` has {total:,} rows of one {'group' if 'group' in table else 'text'} in train, and "
             f"rows that belong together stay in one split, so none can be held out for {split}. Set task.columns to "
             "other columns, or task.path to other data."
         )
-    return take_rows(table, kept), take_rows(table, held)
+    return take_rows(table, [*shared, *kept]), take_rows(table, [*shared, *held])
+
+
+def list_shared(table: Table) -> tuple[list[int], list[int]]:
+    """Return the rows that every split has, such as the documents of a collection, and the others."""
+    flags = table.get("shared", [False] * len(table["text"]))
+    return [row for row, flag in enumerate(flags) if flag], [row for row, flag in enumerate(flags) if not flag]
 
 
 def hash_rows(dataset: Dataset) -> str:

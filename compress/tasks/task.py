@@ -79,7 +79,7 @@ class Task:
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()
-    rows: Literal["table", "dialogues", "articles"] = "table"
+    rows: Literal["table", "dialogues", "articles", "collection", "questions"] = "table"
     columns: Columns = Columns()
     embedding: Embedding = Embedding()
     holdout: Holdout = Holdout()

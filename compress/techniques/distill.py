@@ -36,7 +36,6 @@ from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
 
-
 VECTORS = {"vectors": vector_distance, "similarities": similarity_distance}
 """Losses between vectors."""
 

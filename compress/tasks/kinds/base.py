@@ -80,6 +80,8 @@ class Kind(ABC):
     """Whether 0/1 columns, one for each label, may replace a column of labels."""
     in_blocks = False
     """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
+    in_collections = False
+    """Whether the rows are documents, which every split has, and queries."""
     generates = False
     """Whether the model writes text, token by token from left to right."""
     in_harness = False
@@ -97,7 +99,11 @@ class Kind(ABC):
 
     def check(self, task: Task) -> None:
         """Raise UserError if settings of a ``task`` of this kind contradict each other."""
-        return None
+        return
+
+    def check_training(self, task: str, train: Dataset, validation: Dataset, key: str, epochs: int) -> None:
+        """Raise UserError if the rows of the ``task`` do not allow the ``epochs`` of training that ``key`` sets."""
+        return
 
     # From a data set to labels
 
@@ -190,15 +196,15 @@ class Kind(ABC):
         Raises:
             UserError: the architecture does not fit this kind.
         """
-        return None
+        return
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
         """Give a loaded tokenizer the settings of the model's ``config`` that decide a text's tokens."""
-        return None
+        return
 
     def write_files(self, folder: Path, config: PretrainedConfig) -> None:
         """Write files that other libraries need beside a model of transformers in an artifact's ``folder``."""
-        return None
+        return
 
     loading_code: str | None = None
     """Lines that load a model of transformers by another library; None if transformers is enough."""
