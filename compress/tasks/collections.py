@@ -2,7 +2,9 @@
 
 They come in BEIR's layout (Thakur et al., 2021, arXiv:2104.08663), or are made of questions and the passages that
 answer them. Every split has all documents and its own queries. A split's ``label`` lists the documents of a query as
-``[number, grade]``: grade 0 is a hard negative. A document has an empty list, and is ``shared``.
+``[number, grade]``: grade 0 is a hard negative. A document has an empty list, and is ``shared``. For a reranker the
+list is that of a first stage, each with 1 as a third number if it is trained on, and ``relevant`` has the grades of all
+relevant documents.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.maths.bm25 import rank_by_words
+from compress.maths.vectors import JUDGEMENTS, judge_ranking
 from compress.tasks.formats import Table, read_file
 from compress.tasks.sources import choose_layout, read_files
 
@@ -51,6 +54,9 @@ def read_collection(task: Task) -> tuple[dict[str, Table], tuple[str, ...]]:
         raise UserError(f"Task `{task.name}` has no query with a relevant document. Set task.path to other data.")
     if not collection.queries.get("test") and not collection.queries.get("train"):
         raise UserError(f"Task `{task.name}` has no queries to test on. Add {QRELS}/test.tsv.")
+    if task.candidates:
+        tables = {split: _build_candidates(collection, split, task) for split in collection.queries}
+        return tables, tuple(collection.notes)
     if train := collection.queries.get("train", []):
         collection.queries["train"] = _choose_negatives(train, collection.documents, task.embedding.negatives)
     else:
@@ -70,6 +76,29 @@ def _build_table(collection: Collection, split: str) -> Table:
         "number": [*range(len(documents)), *range(len(queries))],
         "shared": [*([True] * len(documents)), *([False] * len(queries))],
     }
+
+
+def _build_candidates(collection: Collection, split: str, task: Task) -> Table:
+    """Return the table of a split for a reranker: the queries with the documents that BM25 finds, and in train also
+    those that are relevant."""
+    queries, documents, count = collection.queries[split], collection.documents, task.candidates or 0
+    found = rank_by_words([text for text, _ in queries], documents, count)
+    lists, judgements = [], []
+    for (_, judged), ranked in zip(queries, found.tolist()):
+        grades = {number: grade for number, grade in judged if grade > 0}
+        judgements.append(judge_ranking([grades.get(number, 0.0) for number in ranked], grades.values()))
+        missing = [number for number in grades if number not in ranked] if split == "train" else []
+        negatives = [number for number in ranked if number not in grades][: task.embedding.negatives]
+        used = {*grades, *negatives}
+        lists.append([[number, grades.get(number, 0.0), float(number in used)] for number in [*ranked, *missing]])
+    means = dict(zip(JUDGEMENTS, [sum(column) / len(queries) for column in zip(*judgements)]))
+    collection.notes.append(
+        f"{split}: BM25's first {count} documents hold {means['recall_100']:.1%} of the relevant ones, and their "
+        f"nDCG@10 is {means['ndcg_10']:.4f}"
+    )
+    table = _build_table(collection, split)
+    relevant = [[grade for _, grade in judged if grade > 0] for _, judged in queries]
+    return {**table, "label": [*([] for _ in documents), *lists], "relevant": [*([] for _ in documents), *relevant]}
 
 
 def _choose_negatives(

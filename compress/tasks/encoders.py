@@ -1,4 +1,4 @@
-"""Make a class of transformers answer a text with a vector."""
+"""Make a class of transformers answer a text with a vector, or judge a document by a query."""
 
 from __future__ import annotations
 
@@ -65,4 +65,23 @@ def build_encoder_class(base: Any, kind: str, loss: Callable[[Tensor, Tensor], T
     contents = {"__init__": build, "forward": forward, "task_kind": kind, "__module__": base.__module__}
     subclass: Any = type(base.__name__, (base,), contents)
     subclass.from_config = subclass._from_config  # the name in the Auto classes
+    return subclass
+
+
+@cache
+def build_judge_class(base: Any, kind: str) -> Any:
+    """Return a subclass of transformers' class ``base``, a classifier with one output, whose loss is the cross-entropy
+    of a document's relevance; ``labels`` are ``[pairs, 2]``: the grade and the number of the query."""
+
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = base.forward(self, *args, **kwargs)
+        if labels is not None:
+            relevant = (labels[:, 0] > 0).float()
+            output.loss = F.binary_cross_entropy_with_logits(output.logits[:, 0].float(), relevant)
+        return output
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    contents = {"forward": forward, "task_kind": kind, "__module__": base.__module__}
+    subclass: Any = type(base.__name__, (base,), contents)
+    subclass.from_config = subclass._from_config
     return subclass

@@ -58,7 +58,10 @@ def read_tables(task: Task) -> dict[str, Examples]:
         }
     if KINDS[task.kind].in_collections:
         tables, notes = read_collection(task)
-        return {split: Examples(table, name_rows(table, split), notes=notes) for split, table in tables.items()}
+        return {
+            split: Examples(table, name_rows(table, split), notes=notes if split == next(iter(tables)) else ())
+            for split, table in tables.items()
+        }
     if task.path is not None:
         return _read_folder(task)
     if task.hub is not None:

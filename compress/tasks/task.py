@@ -82,6 +82,8 @@ class Task:
     rows: Literal["table", "dialogues", "articles", "collection", "questions"] = "table"
     columns: Columns = Columns()
     embedding: Embedding = Embedding()
+    candidates: Annotated[int, Field(ge=2)] | None = None
+    """For a reranker, the number of documents that a first stage, BM25, finds for each query."""
     holdout: Holdout = Holdout()
     limit: Limit = Limit()
     max_length: Annotated[int, Field(ge=2)] = 128

@@ -9,6 +9,7 @@ from compress.tasks.kinds.classes import Multiclass, Multilabel, Regression
 from compress.tasks.kinds.embedding import EmbeddingPairs
 from compress.tasks.kinds.harness import Harness
 from compress.tasks.kinds.language import LanguageModel
+from compress.tasks.kinds.rerank import Rerank
 from compress.tasks.kinds.retrieval import Retrieval
 
 __all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
@@ -21,6 +22,7 @@ EVERY: tuple[Kind, ...] = (
     Harness(),
     EmbeddingPairs(),
     Retrieval(),
+    Rerank(),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in EVERY}
 
