@@ -214,8 +214,10 @@ def predict_split(
         outputs.append(part.cpu())
         labels.append(wanted.cpu())
     order = torch.tensor(bench.data.in_order(bench.split)).argsort()
-    found, truth = (torch.cat(parts)[order].numpy() for parts in (outputs, labels))
-    answers = kind.collect_answers(found, truth, getattr(bench.data.splits, bench.split))
+    found, truth = map(torch.cat, (outputs, labels))
+    if not kind.numbers_rows:
+        found, truth = found[order], truth[order]
+    answers = kind.collect_answers(found.numpy(), truth.numpy(), getattr(bench.data.splits, bench.split))
     return keep_predictions(bench, task, answers, torch.cat(lengths)[order].numpy())
 
 

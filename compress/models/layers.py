@@ -54,9 +54,13 @@ def detect_task_kind(model: nn.Module) -> str:
     nothing."""
     if named := getattr(model, "task_kind", None):
         return str(named)
+    heads = {kind.auto_class.removeprefix("AutoModel"): kind.name for kind in KINDS.values() if kind.has_own_head}
+    if own := next((name for head, name in heads.items() if type(model).__name__.endswith(head)), None):
+        return own
     generates = getattr(model, "get_output_embeddings", lambda: None)() is not None
     problem = None if generates else getattr(model.config, "problem_type", None)
-    fitting = (kind.name for kind in KINDS.values() if (kind.generates, kind.problem_type) == (generates, problem))
+    others = (kind for kind in KINDS.values() if not kind.has_own_head)
+    fitting = (kind.name for kind in others if (kind.generates, kind.problem_type) == (generates, problem))
     return next(fitting, "multiclass")
 
 

@@ -1,4 +1,4 @@
-"""Read the rows of one file, in csv, tsv, JSON, JSON lines, parquet or text.
+"""Read the rows of one file, in csv, tsv, JSON, JSON lines, parquet, CoNLL's columns of words, or text.
 
 The files are those that pandas, datasets and spreadsheets write. Every reader returns a table, a dict of columns, and
 notes on what it decided or left out.
@@ -29,13 +29,16 @@ def read_file(path: Path, names: tuple[str, ...] | None, txt: str) -> tuple[Tabl
     Args:
         path: the file; its suffix says its format.
         names: the columns of a file without a header.
-        txt: format of ``.txt`` files: tsv, jsonl or text.
+        txt: format of ``.txt`` files: tsv, jsonl, text or conll. CoNLL's files end in many ways, so that with conll
+            an unknown ending is read as such.
 
     Raises:
         UserError: the file has an unknown or a broken format.
     """
     suffix = path.suffix.lower().lstrip(".")
     kind = txt if suffix in ("txt", "raw", "tokens") else suffix
+    if txt == "conll" and kind not in READERS:
+        kind = txt
     if kind not in READERS:
         raise UserError(f"{path.name} ends in .{suffix}; expected csv, tsv, jsonl, json, parquet or txt.")
     return _read_as(kind, path, names)
@@ -289,6 +292,48 @@ def _parse_records(records: Any) -> Table:
     return {name: [record.get(name) for record in records] for name in names}
 
 
+# CoNLL's columns
+
+CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+"""Columns of Universal Dependencies' files."""
+DOCUMENT = "-DOCSTART-"
+"""The only word of a line that begins a document."""
+
+
+def _read_conll(path: Path, names: tuple[str, ...] | None) -> Read:
+    """Return the sentences of a file with a word a line and empty lines between sentences: every column of the file is
+    a list for each sentence. Without ``names`` the first column is ``words`` and the last one ``tags``."""
+    # 1) Split the lines
+    universal = path.suffix.lower() == ".conllu"
+    lines = [line.removesuffix("\r") for line in decode_file(path).split("\n")]
+    separator = "\t" if any("\t" in line.strip() for line in lines) else None
+    columns = 0
+    sentences: list[list[list[str]]] = [[]]
+    documents = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            sentences.append([])
+            continue
+        cells = [cell.strip() for cell in line.split(separator)]
+        if universal and (line.startswith("#") or not cells[0].isdecimal()):  # comments, and words of several tokens
+            continue
+        if cells[0] == DOCUMENT:
+            documents += 1
+            continue
+        columns = columns or len(cells)
+        if len(cells) != columns or columns < 2:
+            expected = f"{columns} columns, as in the lines before," if columns > 1 else "a word and its tag"
+            raise ValueError(f"line {number}, `{line.strip()[:60]}`, has {len(cells)}; {expected} are expected")
+        sentences[-1].append(cells)
+    # 2) Name the columns
+    names = names or (CONLLU if universal else ("words", *(f"column_{i}" for i in range(2, columns)), "tags"))
+    if columns and len(names) != columns:
+        raise ValueError(f"it has {columns} columns and {len(names)} are named ({', '.join(names)}); set task.files")
+    filled = [sentence for sentence in sentences if sentence]
+    notes = [f"{documents:,} lines {DOCUMENT} left out"] if documents else []
+    return {name: [[cells[i] for cells in sentence] for sentence in filled] for i, name in enumerate(names)}, notes
+
+
 # Parquet and text
 
 
@@ -310,4 +355,9 @@ READERS: dict[str, Callable[[Path, tuple[str, ...] | None], Read]] = {
     "json": _read_json,
     "parquet": _read_parquet,
     "text": _read_text,
+    "conll": _read_conll,
+    "conllu": _read_conll,
+    "bio": _read_conll,
+    "iob": _read_conll,
+    "iob2": _read_conll,
 }

@@ -229,6 +229,14 @@ def parse_list(text: str) -> list[Any] | None:
     return items
 
 
+def read_words(cell: Any) -> list[str]:
+    """Return the words of a text: a list of them, a list that was written as text, or a text with spaces."""
+    if isinstance(cell, str):
+        listed = parse_list(cell) if cell.lstrip().startswith("[") else None
+        return cell.split() if listed is None else [str(word) for word in listed]
+    return [str(word) for word in ([] if cell is None else cell)]
+
+
 def read_name_lists(columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
     """Return the labels of texts with any number of labels as lists of names; None where they are missing.
 

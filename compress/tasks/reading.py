@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from compress.errors import UserError
 from compress.tasks.collections import read_collection
 from compress.tasks.formats import Table, read_file
 from compress.tasks.kinds import KINDS
-from compress.tasks.labels import is_blank, parse_flag, replace_surrogates
+from compress.tasks.labels import is_blank, parse_flag, read_words, replace_surrogates
 from compress.tasks.sources import (
+    Columns,
     File,
     Rows,
     choose_layout,
@@ -47,15 +49,12 @@ class Examples:
 def read_tables(task: Task) -> dict[str, Examples]:
     """Return the examples of the data set's splits."""
     if task.generate:
-        from compress.tasks.toy import generate_pairs, generate_splits
+        from compress.tasks.toy import generate_pairs
 
         if task.generate == "toy_embedding":
             return {split: Examples(table, name_rows(table, split)) for split, table in generate_pairs().items()}
-        texts = ("text",) if KINDS[task.kind].in_blocks else ("text", "label")
-        return {
-            split: _select_columns(task, name_rows({name: table[name] for name in texts}, split), split)
-            for split, table in generate_splits().items()
-        }
+        tables = importlib.import_module(f"compress.tasks.{task.generate}").generate_splits()
+        return {split: _select_columns(task, name_rows(table, split), split) for split, table in tables.items()}
     if KINDS[task.kind].in_collections:
         tables, notes = read_collection(task)
         return {
@@ -106,7 +105,8 @@ def _read_folder(task: Task) -> dict[str, Examples]:
         )
     present = {split: file for split, file in files.items() if split not in missing}
     _check_holdout(task, present, str(folder), files)
-    txt = {"dialogues": "jsonl"}.get(task.rows, "text" if KINDS[task.kind].in_blocks else "tsv")
+    kind = KINDS[task.kind]
+    txt = {"dialogues": "jsonl"}.get(task.rows, "text" if kind.in_blocks else "conll" if kind.reads_words else "tsv")
     examples = {}
     for split, file in present.items():
         rows = read_files(folder, file, txt)
@@ -172,6 +172,9 @@ def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None
         pairs = _find_column(task, rows, columns.text_pair, "task.columns.text_pair")
         table["text_pair"], more = _read_texts([pairs], columns.text_pair, rows)
         notes += more
+    if kind.reads_words:
+        table["words"] = _read_word_lists(task, texts, columns)
+        table["text"] = [" ".join(words) for words in table["words"]]
     notes = (*rows.notes, *notes)
     if kind.in_blocks:
         return Examples(
@@ -248,6 +251,16 @@ def _read_text(cell: Any) -> str | None:
     if isinstance(cell, (list, tuple, dict, bytes)):
         raise ValueError(f"`{str(cell)[:60]}` is not text but {type(cell).__name__}")
     return str(cell)
+
+
+def _read_word_lists(task: Task, texts: list[list[Any]], columns: Columns) -> list[list[str]]:
+    """Return the words of every row, from a column of lists or of text with spaces."""
+    if len(texts) > 1 or columns.text_pair:
+        raise UserError(
+            f"Task `{task.name}` is {task.kind}, which labels the words of one column, and task.columns names several. "
+            "Set task.columns.text to one column, and task.columns.text_pair=null."
+        )
+    return [[replace_surrogates(word) for word in read_words(cell)] for cell in texts[0]]
 
 
 def _read_flags(task: Task, rows: Rows) -> list[list[str]]:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
-    """A task's rows: columns ``text``, ``text_pair`` (of pairs) and ``label`` (except for ``lm``).
+    """A task's rows: columns ``text``, ``text_pair`` (of pairs), ``words`` (of lists of words) and ``label`` (except for
+    ``lm``).
 
-    ``label`` is an index, a float for regression, or a vector of 0.0 and 1.0 for multi-label. ``task`` is the loaded
-    task with its labels; ``notes`` report the rows that were held out, limited and left out. ``harness`` are the
+    ``label`` is an index, a float for regression, a vector of 0.0 and 1.0 for multi-label, or an index for each word.
+    ``task`` is the loaded task with its labels; ``notes`` report the rows that were held out, limited and left out. ``harness`` are the
     questions that artifacts are measured on in place of ``test``.
     """
 
@@ -68,7 +69,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     Raises:
         UserError: the data is not available, or does not match the task.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
     if KINDS[task.kind].in_harness:
         task, table, found = load_prompts(task)
@@ -103,10 +104,13 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
 
     # 4) Report what bounds the figures, and make the splits
     notes += describe_texts(tables)
-    rows = {
-        split: Dataset.from_dict({name: column for name, column in tables[split].items() if name != "group"})
-        for split in SPLITS
-    }
+    feature = KINDS[task.kind].describe_labels(task.labels or ())
+    rows = {}
+    for split in SPLITS:
+        columns = {name: column for name, column in tables[split].items() if name != "group"}
+        rows[split] = Dataset.from_dict(columns)
+        if feature is not None:
+            rows[split] = Dataset.from_dict(columns, Features({**rows[split].features, "label": feature}))
     return Splits(**rows, task=task, notes=tuple(notes))
 
 
@@ -127,12 +131,13 @@ def _encode_labels(task: Task, examples: dict[str, Examples]) -> tuple[Task, dic
     kept: dict[str, Sequence[int]] = {split: range(len(part.table["text"])) for split, part in examples.items()}
     try:
         # 1) Bring the labels into one form
+        checked = [note for split, part in examples.items() for note in kind.check_rows(part.table, split)]
         columns = {split: part.table["label"] for split, part in examples.items()}
         labels = Labels(columns, task.labels)
         if any(part.label_column for part in examples.values()):
             bases = {split: part.label_base for split, part in examples.items()}
             labels = kind.read_labels(columns, task.labels, bases)
-        notes = list(labels.notes)
+        notes = [*checked, *labels.notes]
         # 2) Leave out the rows without a label
         for split, column in labels.columns.items():
             kept[split] = [row for row, label in enumerate(column) if not kind.is_missing(label)]

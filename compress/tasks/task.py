@@ -75,7 +75,7 @@ class Task:
     metrics: tuple[str, ...]
     primary: str
     labels: tuple[LabelName, ...] | None = None
-    generate: Literal["toy", "toy_embedding"] | None = None
+    generate: Literal["toy", "toy_embedding", "toy_tokens"] | None = None
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()

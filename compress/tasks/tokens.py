@@ -23,7 +23,7 @@ from compress.cache.digests import compute_digest, digest_environment
 from compress.cache.sources import digest_source
 from compress.cache.store import make_once
 from compress.errors import UserError
-from compress.tasks.kinds import KINDS
+from compress.tasks.kinds import KINDS, Kind
 from compress.tasks.splits import Splits, hash_rows
 from compress.tasks.tokenizers import describe_rules, describe_unknown_token
 
@@ -202,7 +202,8 @@ class TaskData(pl.LightningDataModule):
             whole = self.tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]
             cut += sum(len(ids) > self.max_length for ids in whole)
         share = f"{cut:,} of {len(rows):,} texts ({cut / len(rows):.1%}) are cut to {self.max_length} tokens"
-        return f"{split}: {share} (task.max_length)" if cut else ""
+        effect = f"; {self.kind.cut_effect}" if self.kind.cut_effect else ""
+        return f"{split}: {share} (task.max_length){effect}" if cut else ""
 
     def in_order(self, split: str) -> list[int]:
         """Return the indices of a split's rows in the order of its batches: from long to short."""
@@ -283,9 +284,17 @@ class TaskData(pl.LightningDataModule):
 
     def _tokenise(self, rows: Dataset) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
-        encode = partial(self.kind.tokenise, tokenizer=self.tokenizer, max_length=self.max_length)
-        tokenised = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenising")
+        encode = partial(tokenise_batch, kind=self.kind, tokenizer=self.tokenizer, max_length=self.max_length)
+        names = rows.column_names
+        tokenised = rows.map(encode, with_indices=True, batched=True, remove_columns=names, desc="tokenising")
         return cut_blocks(tokenised, self.max_length) if self.kind.in_blocks else tokenised
+
+
+def tokenise_batch(
+    rows: dict[str, list], numbers: list[int], kind: Kind, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list]:
+    """Return the tokens of rows as their kind of task makes them; ``numbers`` are the rows' own in the split."""
+    return kind.tokenise({**rows, "row": numbers}, tokenizer, max_length)
 
 
 def cut_blocks(documents: Dataset, max_length: int) -> Dataset:

@@ -68,6 +68,8 @@ class Kind(ABC):
     """Metrics that may judge a model, by their names in ``task.metrics``."""
     auto_class = "AutoModelForSequenceClassification"
     """Class of transformers that puts the head on any architecture."""
+    has_own_head = False
+    """Whether no other kind has this head, so that the name of a model's class says its kind."""
     pipeline = "text-classification"
     """Pipeline of transformers, and the tag on the hub."""
     problem_type: str | None = None
@@ -91,6 +93,12 @@ class Kind(ABC):
     def distillation_losses(self) -> tuple[str, ...]:
         """Return the losses between a student's answers and its teacher's that fit, the default first."""
         return ("ce", "kl", "mse", "reverse_kl", "js") if self.probabilities else ("mse",)
+    reads_words = False
+    """Whether a text is a list of words, which the column ``words`` keeps."""
+    numbers_rows = False
+    """Whether labels carry the row of the split that they are of, so that answers may come in any order."""
+    cut_effect = ""
+    """What follows for the metrics if a text is cut to the largest number of tokens."""
 
     @property
     def unit(self) -> str:
@@ -106,6 +114,14 @@ class Kind(ABC):
         return
 
     # From a data set to labels
+
+    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> list[str]:
+        """Return notes on the rows as they were read: their texts, their labels and, of lists of words, ``words``.
+
+        Raises:
+            LabelError: a row contradicts itself.
+        """
+        return []
 
     def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
         """Return the labels of every split in one form; the defaults below expect names.
@@ -136,6 +152,10 @@ class Kind(ABC):
             LabelError: the task lacks a label.
         """
 
+    def describe_labels(self, names: tuple[str, ...]) -> Any:
+        """Return the feature of ``datasets`` that keeps the names beside the labels; None if nothing needs them."""
+        return None
+
     # From texts to batches
 
     def expand_rows(self, rows: Dataset) -> Dataset:
@@ -155,7 +175,8 @@ class Kind(ABC):
         """Return the model's input columns, and ``labels`` if the rows have labels; the ``input_ids`` of whole
         documents, if the kind cuts them into blocks.
 
-        A text without tokens, such as an empty one where the tokenizer adds none, gets one special token.
+        ``rows["row"]`` has the number of each row in its split. A text without tokens, such as an empty one where the
+        tokenizer adds none, gets one special token.
         """
         encoded = dict(tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length))
         for i, ids in enumerate(encoded["input_ids"]):
@@ -187,6 +208,10 @@ class Kind(ABC):
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """Return a model's predictions on a batch as labels for a loss."""
         return logits.argmax(-1)
+
+    def mask_answers(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        """Return ``[batch, tokens]``, nonzero where the logits of a token are an answer. A batch may have no labels."""
+        return inputs["attention_mask"]
 
     # From batches to a model's answers
 
