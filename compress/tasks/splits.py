@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
-    """A task's rows: columns ``text``, ``text_pair`` (of pairs), ``words`` (of lists of words) and ``label`` (except for
-    ``lm``).
+    """A task's rows: columns ``text``, ``text_pair`` (of pairs), ``words`` (of lists of words) and ``label`` (except
+    for ``lm``).
 
     ``label`` is an index, a float for regression, a vector of 0.0 and 1.0 for multi-label, or an index for each word.
-    ``task`` is the loaded task with its labels; ``notes`` report the rows that were held out, limited and left out. ``harness`` are the
-    questions that artifacts are measured on in place of ``test``.
+    ``task`` is the loaded task with its labels; ``notes`` report the rows that were held out, limited and left out.
+    ``harness`` are the questions that artifacts are measured on in place of ``test``.
     """
 
     train: Dataset

@@ -337,17 +337,27 @@ class Distill(FineTune):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         progress = self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
         hard_weight = self.hard_weight * schedule_weight(self.hard_schedule, progress)
-        total = self._imitation_loss(inputs, progress, labels if hard_weight else None, hard_weight)
+        answers = self.kind.mask_answers(inputs, labels)
+        total = self._imitation_loss(inputs, answers, progress, labels if hard_weight else None, hard_weight)
         if self._extra is not None:
-            total = total + self._imitation_loss(dict(next(self._extra)), progress, prefix="extra_")
+            extra = dict(next(self._extra))
+            answers = self.kind.mask_answers(extra, None)
+            total = total + self._imitation_loss(extra, answers, progress, prefix="extra_")
         self.log("train/loss", total, prog_bar=True)
         self.log("train/epoch_loss", total, on_step=False, on_epoch=True, sync_dist=True)
         return total
 
     def _imitation_loss(
-        self, inputs: Batch, progress: float, labels: Tensor | None = None, hard_weight: float = 0.0, prefix: str = ""
+        self,
+        inputs: Batch,
+        answers: Tensor,
+        progress: float,
+        labels: Tensor | None = None,
+        hard_weight: float = 0.0,
+        prefix: str = "",
     ) -> Tensor:
-        """Return the weighted sum of all losses on a batch, and log each of them."""
+        """Return the weighted sum of all losses on a batch, and log each of them. ``answers`` marks the tokens whose
+        logits are compared."""
         # 1) Run student and teacher
         if self.masking:
             inputs = self._mask_tokens(inputs)
@@ -365,7 +375,7 @@ class Distill(FineTune):
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.soft_weight:
             weight = self.soft_weight * schedule_weight(self.soft_schedule, progress)
-            terms["soft"] = weight, self._soft_loss(student.logits, logits, mask)
+            terms["soft"] = weight, self._soft_loss(student.logits, logits, answers)
         if labels is not None:
             terms["hard"] = hard_weight, student.loss
         for i, match in enumerate(self.matches):

@@ -85,9 +85,7 @@ class Tokens(Kind):
             if marks_entities(tuple(set(chain.from_iterable(tags or () for tags in read[split])))):
                 orphans = sum(count_orphans(tags) for tags in read[split] if tags)
                 if orphans:
-                    notes.append(
-                        f"{split}: {orphans:,} entities begin with I- and no B- before it, and are read as such"
-                    )
+                    notes.append(f"{split}: {orphans:,} entities begin with I- without a B-, and are read as entities")
         return Labels(read, names, tuple(notes))
 
     def is_missing(self, label: Any) -> bool:
@@ -101,9 +99,9 @@ class Tokens(Kind):
         names, metrics = task.labels or (), getattr(task, "metrics", ())
         if any(metric.startswith("entity") for metric in metrics) and not marks_entities(names):
             raise UserError(
-                f"Task `{task.name}` has the tags {', '.join(names)[:200]}, which mark no entities; O, B- and I- with a "
-                "type are expected. Set task.metrics=[accuracy] task.primary=accuracy, or task.labels to the names of "
-                "the tags in the order of their numbers."
+                f"Task `{task.name}` has the tags {', '.join(names)[:200]}, which mark no entities; O, B- and I- with "
+                "a type are expected. Set task.metrics=[accuracy] task.primary=accuracy, or task.labels to the names "
+                "of the tags in the order of their numbers."
             )
         return encoded
 
@@ -289,8 +287,8 @@ def place_by_words(
             )
             return [-1 if mark else next(firsts) for mark in special]
     raise UserError(
-        f"`{type(tokenizer).__name__}` is a tokenizer in Python, and splits `{' '.join(words)[:60]}` otherwise than its "
-        "words, so that tags have no tokens. Set model.path to a folder with a tokenizer.json."
+        f"`{type(tokenizer).__name__}` is a tokenizer in Python, and splits `{' '.join(words)[:60]}` otherwise than "
+        "its words, so that tags have no tokens. Set model.path to a folder with a tokenizer.json."
     )
 
 
