@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.errors import PostconditionError
 from compress.exporting.qdq import suspend_quantization
 from compress.exporting.tracing import select_inputs
+from compress.maths.losses import gather_positions
 from compress.models.batches import Batch, read_validation_batches, spread_evenly
 from compress.models.layers import detect_task_kind
 from compress.tasks.kinds import KINDS
@@ -32,7 +33,8 @@ NEGLIGIBLE = 0.02
 @dataclass(frozen=True)
 class Agreement:
     """The largest difference of the logits over ``examples`` without padding, the largest logit of the model, and the
-    share of labels (tokens, for a language model) on which both agree; None for answers that are no labels."""
+    share of labels (tokens, for a language model and for words; beginnings and ends, for answers in a text) on which
+    both agree; None for answers that are no labels."""
 
     examples: int
     max_logit_difference: float
@@ -64,6 +66,7 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
     """
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
+    positions = KINDS[detect_task_kind(model)].probabilities == "positions"
     for batch in batches:
         batch = select_inputs(batch, model)
         ours, theirs = compute_logits(exported, batch), compute_logits(model, batch)
@@ -77,6 +80,11 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
         largest = max(largest, theirs.abs().max().item())
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             same.append(((ours > 0) == (theirs > 0)).flatten())
+        elif positions:
+            # The logits are of tokens: of a text's beginnings and ends, the likeliest tokens are compared.
+            places = (gather_positions(each(**batch).logits, batch.get("attention_mask")) for each in (exported, model))
+            chosen = [place.argmax(-1) for place in places]
+            same.append((chosen[0] == chosen[1]).flatten())
         elif KINDS[detect_task_kind(model)].probabilities and theirs.shape[-1] > 1:
             same.append(ours.argmax(-1) == theirs.argmax(-1))
     return Agreement(examples, difference, largest, torch.cat(same).float().mean().item() if same else None)

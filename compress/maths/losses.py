@@ -39,7 +39,7 @@ def soft_loss(
     teacher: Tensor,
     temperature: float | Tensor,
     mask: Tensor | None = None,
-    probabilities: Literal["softmax", "sigmoid"] | None = "softmax",
+    probabilities: Literal["softmax", "sigmoid", "positions"] | None = "softmax",
     beta: float = 0.5,
 ) -> Tensor:
     """Return the loss of the student's logits against the teacher's, both divided by the temperature T.
@@ -58,7 +58,8 @@ def soft_loss(
         temperature: a number, or one per example ``[batch]`` or per token ``[batch, tokens]``.
         mask: ``[batch, tokens]``, nonzero where a token counts; the loss is the mean over these tokens, 0 for none.
         probabilities: the function from logits to probabilities: ``softmax``; ``sigmoid`` for every label, with the
-            mean over labels and examples; None for a regression, which only ``mse`` supports.
+            mean over labels and examples; ``positions`` for the softmax over the tokens of every text, with a
+            temperature for each text or for all; None for a regression, which only ``mse`` supports.
         beta: weight of ``js``, between 0 (js / beta becomes ``kl``) and 1 (js / (1 - beta) becomes ``reverse_kl``).
 
     Raises:
@@ -77,6 +78,8 @@ def soft_loss(
         )
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.detach().to(wide)
+    if probabilities == "positions" and name != "mse":
+        student, teacher, mask = gather_positions(student, mask), gather_positions(teacher, mask), None
     if probabilities == "sigmoid" and name != "mse":
         # The softmax of a logit and a zero is the logit's sigmoid: every label is a choice between two classes.
         student, teacher = (torch.stack((x, torch.zeros_like(x)), dim=-1) for x in (student, teacher))
@@ -98,6 +101,19 @@ def soft_loss(
     else:
         losses = divergence(name, (student / t[:, None]).log_softmax(-1), (teacher / t[:, None]).log_softmax(-1), beta)
     return (losses if name == "mse" else losses * t.square()).mean()
+
+
+IMPOSSIBLE = -1e30
+"""A logit without probability, whatever the temperature, that leaves sums finite."""
+
+
+def gather_positions(logits: Tensor, mask: Tensor | None, padding: float = IMPOSSIBLE) -> Tensor:
+    """Return logits ``[batch, tokens, choices]`` in float32 or more as ``[batch, choices, tokens]``, so that every
+    choice is one of the tokens, with ``padding`` where ``mask`` is zero."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is not None:
+        logits = logits.masked_fill(~mask.bool()[..., None], padding)
+    return logits.transpose(1, 2)
 
 
 def divergence(name: str, student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -235,6 +235,8 @@ def keep_predictions(
         raise PostconditionError(
             f"The outputs for {broken} of the {examples} examples of the {bench.split} split are not finite."
         )
+    if kind.reads_windows:
+        tokens = np.bincount(bench.data.tokenised(bench.split)["row"], weights=tokens).astype(int)
     texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
     if answers.rows is not None:
         owners = answers.rows.reshape(examples, -1)

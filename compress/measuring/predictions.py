@@ -34,8 +34,12 @@ class Predictions:
 
     Attributes:
         outputs: logits. For a language model an example is a block: the sum of its tokens' losses in nats, and the
-            number of tokens predicted correctly. For a task of the harness, see :class:`compress.tasks.kinds.harness`.
-        labels: true labels. For a language model, the number of tokens to predict.
+            number of tokens predicted correctly. For ``tokens``, the found tags and entities of a text
+            (:func:`compress.maths.entities.mark_entities`). For ``span``, where an answer begins and ends in its
+            context, -1 for none, its exact match and its F1. For a task of the harness, see
+            :class:`compress.tasks.kinds.harness`.
+        labels: true labels. For a language model, the number of tokens to predict. For ``tokens``, the true tags and
+            entities. For ``span``, where the true answer begins and ends, and the kind of question.
         tokens: length of the example in the model's tokens.
         characters: length of the text (0 for a block).
         negated: whether the text has an English word of negation.
@@ -147,10 +151,12 @@ def select_examples(predictions: Predictions, mask: np.ndarray) -> Predictions:
 def slice_examples(predictions: Predictions) -> dict[str, np.ndarray]:
     """Return the slices of the split as masks by name.
 
-    The slices are each label, the thirds of the texts by length, and texts with and without a word of negation.
+    The slices are each label (type of entity, or kind of question), the thirds of the texts by length, and texts with
+    and without a word of negation.
     """
-    by_label = KINDS[predictions.kind].slice_labels(predictions.labels, predictions.names)
-    slices = {f"label {name}": mask for name, mask in by_label.items()}
+    kind = KINDS[predictions.kind]
+    by_label = kind.slice_labels(predictions.labels, predictions.names)
+    slices = {f"{kind.slice_prefix} {name}": mask for name, mask in by_label.items()}
     if predictions.characters.any():
         third = assign_terciles(predictions.characters)
         slices |= {name: third == i for i, name in enumerate(("short texts", "middling texts", "long texts"))}

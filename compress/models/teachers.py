@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from compress.cache.store import make_once
-from compress.maths.losses import expand_topk, top_k
+from compress.maths.losses import expand_topk, gather_positions, top_k
 from compress.models.layers import keep_unstored_buffers
 from compress.tasks.kinds import Probabilities
 
@@ -30,7 +30,9 @@ def round_teacher(teacher: nn.Module, batch: Batch, probabilities: Probabilities
     """
     copied = cast_teacher(teacher)
     exact, rounded = teacher(**batch).logits.float(), copied(**batch).logits.float()
-    if exact.ndim == 3 and "attention_mask" in batch:
+    if probabilities == "positions":
+        exact, rounded = (gather_positions(x, batch.get("attention_mask")) for x in (exact, rounded))
+    elif exact.ndim == 3 and "attention_mask" in batch:
         exact, rounded = exact[batch["attention_mask"].bool()], rounded[batch["attention_mask"].bool()]
     if probabilities is None:
         close = (exact - rounded).abs().max() < 0.01 * exact.std(correction=0)

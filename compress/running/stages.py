@@ -48,7 +48,8 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     """Write the baseline: the model with the task's head, fine-tuned. A follower only trains it."""
     announce_training(planned, planned.training, stage="baseline")
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
-    model, tokenizer, trained = planned.backbone.build(planned.task, splits.train["text"])
+    texts = [text for name in ("text", "text_pair") if name in splits.train.column_names for text in splits.train[name]]
+    model, tokenizer, trained = planned.backbone.build(planned.task, texts)
     training = planned.training
     data = make_task_data(splits, model, tokenizer, training.batch_size, planned.settings)
     if data.max_length < planned.task.max_length:

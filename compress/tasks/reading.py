@@ -20,6 +20,7 @@ from compress.tasks.sources import (
     Rows,
     choose_layout,
     parse_dialogues,
+    parse_squad,
     read_files,
     read_hub,
     split_articles,
@@ -145,12 +146,16 @@ def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: di
             )
 
 
+ROWS = {"dialogues": parse_dialogues, "articles": split_articles, "squad": parse_squad}
+"""What makes a plain table of the other forms of rows."""
+
+
 def _parse_rows(task: Task, rows: Rows, where: str) -> Rows:
-    """Return the rows that dialogues or articles hold; return those of a table as they are."""
+    """Return the rows that dialogues, articles or SQuAD's hold; return those of a table as they are."""
     if task.rows == "table":
         return rows
     try:
-        table = {"dialogues": parse_dialogues, "articles": split_articles}[task.rows](rows.table)
+        table = ROWS[task.rows](rows.table)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"Task `{task.name}` expects {task.rows}, which the columns {list_names(rows.table)} do not hold. Set "
@@ -197,6 +202,8 @@ def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None
     if columns.group:
         groups = _find_column(task, rows, columns.group, "task.columns.group")
         table["group"] = [row if is_blank(group) else str(group) for row, group in enumerate(groups)]
+    elif kind.reads_windows:
+        table["group"] = table["text_pair"]
     return Examples(table, rows, label, file.label_base if file else 0, notes)
 
 

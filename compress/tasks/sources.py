@@ -163,6 +163,24 @@ def parse_dialogues(table: Table) -> Table:
     return {"text": text, "strategy": strategy, "dialogue": dialogue}
 
 
+def parse_squad(table: Table) -> Table:
+    """Return the questions of SQuAD's articles with their contexts, answers and titles.
+
+    Records are ``{title, paragraphs: [{context, qas: [{id, question, answers}]}]}``; ``is_impossible`` marks a question
+    without an answer. The hub's questions are a plain table already.
+    """
+    if "paragraphs" not in table:
+        return table
+    rows = [
+        (qa["question"], paragraph["context"], [] if qa.get("is_impossible") else qa["answers"], title, qa.get("id"))
+        for title, paragraphs in zip(table.get("title", table["paragraphs"]), table["paragraphs"])
+        for paragraph in paragraphs
+        for qa in paragraph["qas"]
+    ]
+    names = ("question", "context", "answers", "title", "id")
+    return {name: list(column) for name, column in zip(names, zip(*rows) if rows else ([] for _ in names))}
+
+
 def split_articles(table: Table) -> Table:
     """Return WikiText's articles: from one line `` = Title = `` to the next."""
     text = "\n".join(line.rstrip("\n") for line in table["text"])

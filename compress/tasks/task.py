@@ -64,8 +64,9 @@ class Task:
     """A task with the values of its YAML: ``Task(**yaml)``.
 
     Its rows are generated (``generate``), read from a local folder (``path``, in one of the layouts of ``files``) or
-    from the Hugging Face ``hub``. ``rows`` is the form of the data: a plain table, dialogues of utterances, or
-    WikiText's articles. ``labels`` are the names of the labels in the order of their indices; null finds them in train.
+    from the Hugging Face ``hub``. ``rows`` is the form of the data: a plain table, dialogues of utterances,
+    WikiText's articles, or SQuAD's. ``labels`` are the names of the labels in the order of their indices; null finds
+    them in train.
 
         load_splits(Task(**read_choice("task", "toy")), seed=0).test[0]
     """
@@ -75,11 +76,11 @@ class Task:
     metrics: tuple[str, ...]
     primary: str
     labels: tuple[LabelName, ...] | None = None
-    generate: Literal["toy", "toy_embedding", "toy_tokens"] | None = None
+    generate: Literal["toy", "toy_embedding", "toy_tokens", "toy_span"] | None = None
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()
-    rows: Literal["table", "dialogues", "articles", "collection", "questions"] = "table"
+    rows: Literal["table", "dialogues", "articles", "collection", "questions", "squad"] = "table"
     columns: Columns = Columns()
     embedding: Embedding = Embedding()
     candidates: Annotated[int, Field(ge=2)] | None = None

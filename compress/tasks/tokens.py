@@ -174,8 +174,10 @@ class TaskData(pl.LightningDataModule):
 
     def texts(self, count: int, split: str, batch_size: int = 1) -> list[Batch]:
         """Return ``count`` batches of texts of a split without labels, spread evenly from short to long. Every
-        tokenizer gets the same texts, except for a language model, whose blocks depend on its tokenizer."""
-        rows, picked = self.tokenised(split), self._spread_rows(count * batch_size, split)
+        tokenizer gets the same texts, except for a language model, whose blocks depend on its tokenizer. Of a text that
+        is read in windows, the first is returned."""
+        rows, first = self.tokenised(split), self._first_windows(split)
+        picked = [first[text] for text in self._spread_rows(count * batch_size, split)]
         cuts = (picked[at : at + batch_size] for at in range(0, len(picked), batch_size))
         batches = (self.collate([rows[i] for i in cut]) for cut in cuts)
         return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
@@ -184,7 +186,7 @@ class TaskData(pl.LightningDataModule):
         """Return the untokenised form of the same ``count`` texts and their pairs; without ``count``, of all texts in
         their own order."""
         rows, texts = self.tokenised(split), self.expanded(split)
-        picked = self._spread_rows(count, split) if count else list(range(len(rows)))
+        picked = self._spread_rows(count, split) if count else self._number_texts(split)
         if self.kind.in_blocks:
             return [(str(self.tokenizer.decode(rows[i]["input_ids"])),) for i in picked]
         chosen: Any = texts.select(picked)
@@ -194,7 +196,7 @@ class TaskData(pl.LightningDataModule):
     def describe_cut(self, split: str) -> str:
         """Return a note on the texts that are longer than ``max_length`` tokens; empty if there are none."""
         rows, texts = self.tokenised(split), self.expanded(split)
-        if self.kind.in_blocks:
+        if self.kind.in_blocks or self.kind.reads_windows:
             return ""
         full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
         cut = 0
@@ -242,13 +244,24 @@ class TaskData(pl.LightningDataModule):
         return DataLoader(rows, self.batch_size, collate_fn=self.collate)
 
     def _spread_rows(self, count: int, split: str) -> list[int]:
-        """Return the indices of ``count`` rows, spread evenly from the split's shortest texts to its longest; some
+        """Return the indices of ``count`` texts, spread evenly from the split's shortest texts to its longest; some
         repeat if the split has fewer."""
-        order = list(range(len(self.tokenised(split))))
+        order = self._number_texts(split)
         if not self.kind.in_blocks:
             lengths = [sum(map(len, texts)) for texts in self.words(split)]
             order.sort(key=lengths.__getitem__)
         return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+
+    def _number_texts(self, split: str) -> list[int]:
+        """Return the indices of a split's texts, or of a language model's blocks."""
+        return list(range(len(self.tokenised(split) if self.kind.in_blocks else getattr(self.splits, split))))
+
+    def _first_windows(self, split: str) -> list[int]:
+        """Return for every text the index of the row of tokens that it, or its first window, is in."""
+        rows = self.tokenised(split)
+        if not self.kind.reads_windows:
+            return list(range(len(rows)))
+        return [int(first) for first in np.unique(rows["row"], return_index=True)[1]]
 
     def _known(self, texts: Dataset, where: str) -> Dataset:
         """Return the tokens of texts.

@@ -16,7 +16,14 @@ from compress.cache.digests import compute_digest, digest_environment, fingerpri
 from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.maths import losses
-from compress.maths.losses import build_projection, logit_temperature, loss_weight, match_loss, soft_loss
+from compress.maths.losses import (
+    build_projection,
+    gather_positions,
+    logit_temperature,
+    loss_weight,
+    match_loss,
+    soft_loss,
+)
 from compress.maths.vector_losses import similarity_distance, vector_distance
 from compress.models.backbone import limit_length
 from compress.models.batches import draw_calibration_batches
@@ -67,8 +74,8 @@ class Distill(FineTune):
         hard_weight: weight of the loss on the task's labels.
         hard_schedule: schedule of ``hard_weight``.
         intermediate_matches: inner features of the models to match as well, each a :class:`Match`.
-        kept_logits: ``all``, or the number of logits of a vocabulary to keep: the teacher runs once and its logits are
-            stored on disk for later epochs, seeds and students; null to run it at every step.
+        kept_logits: ``all``, or the number of logits of a vocabulary, or of tags, to keep: the teacher runs once and
+            its logits are stored on disk for later epochs, seeds and students; null to run it at every step.
         teacher_dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 if the answers to a training batch stay the
             same.
         masking: probability of each token to be replaced by the mask token, for student and teacher.
@@ -170,6 +177,11 @@ class Distill(FineTune):
             raise UserError(
                 f"{self.key}.soft_weight is 0 and no features are matched, so the teacher teaches nothing. Set "
                 f"{self.key}.soft_weight=1, or {self.key}.intermediate_matches."
+            )
+        if isinstance(self.kept_logits, int) and self.kind.probabilities == "positions":
+            raise UserError(
+                f"{self.key}.kept_logits is {self.kept_logits}, the number of logits of a vocabulary, and a task of "
+                f"kind {self.kind.name} chooses among tokens. Set {self.key}.kept_logits=all."
             )
         if self.kept_logits and (self.matches or self.masking):
             other = "intermediate_matches" if self.matches else "masking"
@@ -400,7 +412,11 @@ class Distill(FineTune):
             common = min(student.shape[-1], teacher.shape[-1])
             student, teacher = student[..., :common], teacher[..., :common]
         schedule, *arguments = self.temperature_schedule or ("constant",)
-        tau = logit_temperature(schedule, self.temperature, arguments, student, teacher, tokens)
+        mine, theirs, counted = student, teacher, tokens
+        if self.kind.probabilities == "positions" and self.loss != "mse":
+            mine, theirs = (gather_positions(x, tokens, padding=0.0) for x in (student, teacher))
+            counted = None
+        tau = logit_temperature(schedule, self.temperature, arguments, mine, theirs, counted)
         return soft_loss(self.loss, student, teacher, tau, tokens, self.kind.probabilities, self.beta)
 
     def _mask_tokens(self, inputs: Batch) -> Batch:

@@ -203,8 +203,8 @@ def logit_distance(after: Tensor, before: Tensor, mask: Tensor | None, probabili
     error."""
     if probabilities is None:
         return F.mse_loss(after.double(), before.double())  # a small layer may move them by less than float32 resolves
-    if before.ndim == 2:
-        return soft_loss("kl", after.double(), before.double(), 1.0, None, probabilities)
+    if before.ndim == 2 or probabilities == "positions":
+        return soft_loss("kl", after.double(), before.double(), 1.0, mask if before.ndim > 2 else None, probabilities)
     total, count = torch.zeros((), dtype=torch.float64, device=before.device), 0
     for row in range(len(before)):  # in 64 bits the logits of a vocabulary take several times the memory of the model
         one = slice(row, row + 1)

@@ -11,6 +11,7 @@ from compress.tasks.kinds.harness import Harness
 from compress.tasks.kinds.language import LanguageModel
 from compress.tasks.kinds.rerank import Rerank
 from compress.tasks.kinds.retrieval import Retrieval
+from compress.tasks.kinds.span import Span
 from compress.tasks.kinds.tokens import Tokens
 
 __all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
@@ -25,6 +26,7 @@ EVERY: tuple[Kind, ...] = (
     Retrieval(),
     Rerank(),
     Tokens(),
+    Span(),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in EVERY}
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from compress.tasks.task import Task
 
 
-Probabilities = Literal["softmax", "sigmoid"] | None
-"""The function from logits to probabilities; None for a regression."""
+Probabilities = Literal["softmax", "sigmoid", "positions"] | None
+"""The function from logits to probabilities; ``positions`` is a softmax over the tokens of a text, and None is for a
+regression."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Kind(ABC):
     """Whether a text is a list of words, which the column ``words`` keeps."""
     numbers_rows = False
     """Whether labels carry the row of the split that they are of, so that answers may come in any order."""
+    reads_windows = False
+    """Whether long texts are read in overlapping windows, so that nothing is cut off, and texts of one pair stay in one
+    split."""
+    slice_prefix = "label"
+    """Noun before the names of :meth:`slice_labels`."""
     cut_effect = ""
     """What follows for the metrics if a text is cut to the largest number of tokens."""
 

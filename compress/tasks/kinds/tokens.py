@@ -60,6 +60,7 @@ class Tokens(Kind):
     probabilities = "softmax"
     reads_words = True
     numbers_rows = True
+    slice_prefix = "entity"
     cut_effect = "what is cut off counts as missed"
 
     # From a data set to labels
