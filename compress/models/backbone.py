@@ -168,6 +168,7 @@ class Backbone:
             trained = same_labels and not missing
         else:
             tokenizer = train_tokenizer(texts, config)
+            KINDS[task.kind].set_template(tokenizer, task.template, new=True)
             for key in SPECIAL:
                 if hasattr(config, key) or getattr(tokenizer, key) is not None:
                     setattr(config, key, getattr(tokenizer, key))

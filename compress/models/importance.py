@@ -81,4 +81,4 @@ def label_with_predictions(model: Any, batch: Batch) -> Batch:
     gradient as long as the model is unchanged.)"""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     kind = KINDS[detect_task_kind(model)]
-    return {**inputs, "labels": kind.choose_labels(model(**inputs).logits, inputs)}
+    return {**inputs, "labels": kind.choose_labels(model(**inputs).logits, batch)}

@@ -23,11 +23,11 @@ from compress.models.backbone import Backbone, check_added_tokens
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, parse_values, read_settings, to_plain
 from compress.tasks.harness import check_tasks
-from compress.tasks.kinds import KINDS
+from compress.tasks.kinds import KINDS, Kind
 from compress.tasks.reading import read_documents
 from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
-from compress.tasks.task import Task
+from compress.tasks.task import SPLITS, Task
 from compress.tasks.tokens import TaskData
 from compress.technique import Technique, Training
 
@@ -46,7 +46,9 @@ class Calibration:
     def read(self, seed: int) -> Calibration:
         """Return this calibration with its rows."""
         if isinstance(self.source, Task):
-            return replace(self, rows=load_splits(self.source, seed).train.select_columns("text"))
+            rows = load_splits(self.source, seed).train
+            kept = [name for name in ("text", "messages", "origin") if name in rows.column_names]
+            return replace(self, rows=rows.select_columns(kept))
         return replace(self, rows=Dataset.from_dict({"text": read_documents(self.source)}))
 
 
@@ -201,6 +203,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     skeleton = backbone.skeleton(task)
     tokenizer = backbone.tokenizer() if backbone.path else None
     if tokenizer:
+        KINDS[task.kind].set_template(tokenizer, task.template)
         check_added_tokens(tokenizer, skeleton, backbone.path)
     offered = {
         "task": task,
@@ -356,12 +359,17 @@ def check_dtype(planned: Plan) -> None:
 
 
 def check_data(planned: Plan, splits: Splits) -> None:
-    """Raise UserError if a stage needs more texts than there are."""
+    """Raise UserError if a model's own tokenizer cannot encode the data, or a stage needs more texts than there are."""
+    kind = KINDS[planned.task.kind]
     trained = {"baseline": planned.training, **{f"technique.{s.key}.train": s.training for s in planned.steps}}
     for key, training in trained.items():
         if training.epochs:
-            check = KINDS[planned.task.kind].check_training
-            check(planned.task.name, splits.train, splits.validation, key, training.epochs)
+            kind.check_training(planned.task.name, splits.train, splits.validation, key, training.epochs)
+    if planned.backbone.path and type(kind).check_encoding is not Kind.check_encoding:
+        tokenizer = planned.backbone.tokenizer()
+        kind.set_template(tokenizer, planned.task.template)
+        for split in SPLITS:
+            kind.check_encoding(getattr(splits, split), tokenizer)
     for step in () if KINDS[planned.task.kind].in_blocks else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
             rows = step.calibration.rows if step.calibration and split == "train" else None

@@ -174,7 +174,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
     for path, each in zip(folders, loaded):
         check_labels(path, each, splits.task)
     vocabularies = {json.dumps(each.tokenizer.get_vocab(), sort_keys=True) for each in loaded}
-    if KINDS[task.kind].in_blocks and len(vocabularies) > 1:
+    if KINDS[task.kind].generates and len(vocabularies) > 1:
         raise UserError(
             "baseline and artifact have different vocabularies, so their perplexities cannot be compared. "
             "Set baseline=null."

@@ -24,11 +24,12 @@ from compress.errors import UserError
 from compress.models.backbone import count_tokens, limit_length
 from compress.models.layers import unwrap_model
 from compress.models.matrices import Matrix, apply_masks, find_all_matrices, find_zeros, measure_share
+from compress.models.packing import keeps_boundaries
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
 from compress.running.batch_size import fit_batch_size
 from compress.running.resume import Checkpoints, make_trainer_options
-from compress.tasks.kinds import higher_is_better
+from compress.tasks.kinds import KINDS, higher_is_better
 from compress.tasks.splits import Splits
 from compress.tasks.tokens import TaskData
 from compress.technique import Technique, Training
@@ -183,8 +184,12 @@ def make_task_data(
 ) -> TaskData:
     """Return the splits, and other ``text`` to calibrate on, tokenised for ``model``."""
     length = limit_length(model, tokenizer, splits.task.max_length)
-    tokens, known = Path(settings.cache.dir) / "tokens", count_tokens(model)
-    return TaskData(splits, tokenizer, length, batch_size, settings.seed, tokens, text, known)
+    tokens, known, task = Path(settings.cache.dir) / "tokens", count_tokens(model), splits.task
+    KINDS[task.kind].set_template(tokenizer, task.template)
+    packs = task.pack and isinstance(model, nn.Module) and keeps_boundaries(model)
+    if task.pack and not packs:
+        log.info(f"  `{type(model).__name__}` does not keep packed conversations apart, so they are padded")
+    return TaskData(splits, tokenizer, length, batch_size, settings.seed, tokens, text, known, packs)
 
 
 def fit_module(

@@ -106,8 +106,7 @@ def _read_folder(task: Task) -> dict[str, Examples]:
         )
     present = {split: file for split, file in files.items() if split not in missing}
     _check_holdout(task, present, str(folder), files)
-    kind = KINDS[task.kind]
-    txt = {"dialogues": "jsonl"}.get(task.rows, "text" if kind.in_blocks else "conll" if kind.reads_words else "tsv")
+    txt = {"dialogues": "jsonl"}.get(task.rows, KINDS[task.kind].txt)
     examples = {}
     for split, file in present.items():
         rows = read_files(folder, file, txt)
@@ -167,6 +166,9 @@ def _parse_rows(task: Task, rows: Rows, where: str) -> Rows:
 def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None) -> Examples:
     """Return the columns that the task uses, renamed to text, text_pair, label and group."""
     columns, kind = (file and file.columns) or task.columns, KINDS[task.kind]
+    if (own := kind.read_rows(rows, columns, task.messages)) is not None:
+        own |= _read_groups(task, rows, columns)
+        return Examples(own, rows, notes=rows.notes)
 
     # 1) Read the texts
     names = (columns.text,) if isinstance(columns.text, str) else columns.text
@@ -199,12 +201,18 @@ def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None
                 f"task.files and set task.holdout.{split}=0.1."
             )
         table["label"] = _find_column(task, rows, label, "task.columns.label")
-    if columns.group:
-        groups = _find_column(task, rows, columns.group, "task.columns.group")
-        table["group"] = [row if is_blank(group) else str(group) for row, group in enumerate(groups)]
-    elif kind.reads_windows:
+    table |= _read_groups(task, rows, columns)
+    if kind.reads_windows and "group" not in table:
         table["group"] = table["text_pair"]
     return Examples(table, rows, label, file.label_base if file else 0, notes)
+
+
+def _read_groups(task: Task, rows: Rows, columns: Columns) -> Table:
+    """Return the column of groups, if there is one."""
+    if not columns.group:
+        return {}
+    groups = _find_column(task, rows, columns.group, "task.columns.group")
+    return {"group": [row if is_blank(group) else str(group) for row, group in enumerate(groups)]}
 
 
 def _find_column(task: Task, rows: Rows, name: str, key: str) -> list[Any]:

@@ -20,6 +20,8 @@ from compress.hub import offline_if_unreachable
 from compress.tasks.formats import Table, read_file
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+ROLES = ("system", "user", "assistant")
+"""Roles that every chat template has, as far as it has any."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,6 +36,26 @@ class Columns:
     text_pair: str | None = None
     label: str | None = None
     group: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Messages:
+    """The form of the messages of a conversation, for tasks of kind ``chat``.
+
+    ``role`` and ``content`` are the keys of a message (of several keys of the content, the first that it has), and
+    ``roles`` the chat template's role for each role of the data. ``merge`` joins neighbouring turns of one role.
+    ``system`` begins every conversation that has no turn of the system.
+    """
+
+    role: str = "role"
+    content: str | tuple[str, ...] = "content"
+    roles: Mapping[str, str] = dataclasses.field(default_factory=lambda: {role: role for role in ROLES})
+    merge: bool = False
+    system: str | None = None
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        return (self.content,) if isinstance(self.content, str) else self.content
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Splits:
     """A task's rows: columns ``text``, ``text_pair`` (of pairs), ``words`` (of lists of words) and ``label`` (except
-    for ``lm``).
+    for ``lm`` and ``chat``, whose ``messages`` are a conversation and ``origin`` its file and row).
 
     ``label`` is an index, a float for regression, a vector of 0.0 and 1.0 for multi-label, or an index for each word.
     ``task`` is the loaded task with its labels; ``notes`` report the rows that were held out, limited and left out.
@@ -82,7 +82,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     tables = {split: part.table for split, part in examples.items()}
     if KINDS[task.kind].num_labels is not None:
         task = dataclasses.replace(task, labels=())
-    if not KINDS[task.kind].in_blocks:
+    if KINDS[task.kind].labelled:
         task, tables, more = _encode_labels(task, examples)
         notes += more
     _check_filled(task, {split: table["text"] for split, table in tables.items()}, notes)
@@ -212,7 +212,9 @@ def list_shared(table: Table) -> tuple[list[int], list[int]]:
 
 
 def hash_rows(dataset: Dataset) -> str:
-    """Return a digest of the rows that does not depend on the machine or on library versions."""
+    """Return a digest of the rows that does not depend on the machine, on library versions or on files' names."""
+    if "origin" in dataset.column_names:
+        dataset = dataset.remove_columns("origin")
     digest = hashlib.blake2b(digest_size=16)
     for batch in dataset.iter(batch_size=10_000):
         digest.update(json.dumps(batch, sort_keys=True).encode())

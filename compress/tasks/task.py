@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from compress.errors import UserError
 from compress.tasks.embedding import Embedding
-from compress.tasks.kinds import KINDS
-from compress.tasks.sources import STRICT, Columns, Hub, Layout
+from compress.tasks.kinds import KINDS, Kind
+from compress.tasks.sources import STRICT, Columns, Hub, Layout, Messages
 
 SPLITS = ("train", "validation", "test")
 
@@ -68,6 +68,10 @@ class Task:
     WikiText's articles, or SQuAD's. ``labels`` are the names of the labels in the order of their indices; null finds
     them in train.
 
+    For conversations, ``messages`` describes the data, ``template`` replaces the tokenizer's chat template (``simple``
+    or the text of a Jinja template), and ``pack`` trains on several conversations in a line of ``max_length`` tokens,
+    which do not see each other.
+
         load_splits(Task(**read_choice("task", "toy")), seed=0).test[0]
     """
 
@@ -76,7 +80,7 @@ class Task:
     metrics: tuple[str, ...]
     primary: str
     labels: tuple[LabelName, ...] | None = None
-    generate: Literal["toy", "toy_embedding", "toy_tokens", "toy_span"] | None = None
+    generate: Literal["toy", "toy_chat", "toy_embedding", "toy_span", "toy_tokens"] | None = None
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()
@@ -85,6 +89,9 @@ class Task:
     embedding: Embedding = Embedding()
     candidates: Annotated[int, Field(ge=2)] | None = None
     """For a reranker, the number of documents that a first stage, BM25, finds for each query."""
+    messages: Messages = Messages()
+    template: str | None = None
+    pack: bool = False
     holdout: Holdout = Holdout()
     limit: Limit = Limit()
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -117,6 +124,11 @@ class Task:
                 f"task.primary to one of {', '.join(self.metrics)}."
             )
         kind.check(self)
+        if self.pack and type(kind).pack is Kind.pack:
+            raise UserError(
+                f"task.pack is true and task `{self.name}` is {self.kind}, whose rows are not packed. Set "
+                "task.pack=false."
+            )
         fewest = 2 if kind.num_labels is None else 0
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), fewest):
             raise UserError(

@@ -94,7 +94,8 @@ class TaskData(pl.LightningDataModule):
     A language model's documents are joined and cut into blocks of ``max_length`` tokens; its labels are its inputs,
     -100 where padded. Tokens are stored in the folder ``tokens``, if it is set, by a digest of their text. Stages
     calibrate on the column ``text`` of ``calibration_text``, by default on the training split. Texts with a token that
-    is not among the first ``known_tokens``, those that the model has embeddings for, are refused.
+    is not among the first ``known_tokens``, those that the model has embeddings for, are refused. A data module that
+    ``packs`` trains on several conversations in a line.
 
         TaskData(load_splits(task), tokenizer, max_length=128, batch_size=32).train_dataloader()
     """
@@ -109,6 +110,7 @@ class TaskData(pl.LightningDataModule):
         tokens: Path | None = None,
         calibration_text: Dataset | None = None,
         known_tokens: int | None = None,
+        packs: bool = False,
     ) -> None:
         super().__init__()
         self.splits = splits
@@ -119,6 +121,7 @@ class TaskData(pl.LightningDataModule):
         self.tokens = tokens
         self.calibration_text = calibration_text
         self.known_tokens = known_tokens
+        self.packs = packs
         self.kind = KINDS[splits.task.kind]
         self.buckets: LengthBuckets
         self._tokenised: dict[str, Dataset] = {}
@@ -142,7 +145,7 @@ class TaskData(pl.LightningDataModule):
             lengths = [max(lengths[row] for row in group) for group in groups]
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         self.buckets = LengthBuckets(lengths, self.batch_size, self.seed, rank, processes, groups)
-        return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.collate)
+        return DataLoader(rows, batch_sampler=self.buckets, collate_fn=self.pack if self.packs else self.collate)
 
     def val_dataloader(self) -> DataLoader:
         return self.in_batches("validation")
@@ -198,14 +201,10 @@ class TaskData(pl.LightningDataModule):
         rows, texts = self.tokenised(split), self.expanded(split)
         if self.kind.in_blocks or self.kind.reads_windows:
             return ""
-        full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= self.max_length]
-        cut = 0
-        for batch in texts.select(full).iter(1000):
-            whole = self.tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]
-            cut += sum(len(ids) > self.max_length for ids in whole)
-        share = f"{cut:,} of {len(rows):,} texts ({cut / len(rows):.1%}) are cut to {self.max_length} tokens"
+        cut = self.kind.count_cut(texts, [len(ids) for ids in rows["input_ids"]], self.tokenizer, self.max_length)
+        share = f"{cut:,} of {len(rows):,} {self.kind.unit} ({cut / len(rows):.1%})"
         effect = f"; {self.kind.cut_effect}" if self.kind.cut_effect else ""
-        return f"{split}: {share} (task.max_length){effect}" if cut else ""
+        return f"{split}: {share} {self.kind.cuts} {self.max_length} tokens (task.max_length){effect}" if cut else ""
 
     def in_order(self, split: str) -> list[int]:
         """Return the indices of a split's rows in the order of its batches: from long to short."""
@@ -237,6 +236,10 @@ class TaskData(pl.LightningDataModule):
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Return the rows as one padded batch."""
         return self.kind.collate(rows, self.tokenizer)
+
+    def pack(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return the rows as one batch whose lines hold several rows."""
+        return self.kind.pack(rows, self.tokenizer, self.max_length)
 
     def in_batches(self, split: str) -> DataLoader:
         """Return a loader of the whole split, from long texts to short."""
@@ -283,7 +286,7 @@ class TaskData(pl.LightningDataModule):
         if self.tokens is None:
             return self._tokenise(rows)
         outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        outputs += [self.tokenizer.init_kwargs.get("prompts")]
+        outputs += [self.tokenizer.init_kwargs.get("prompts"), getattr(self.tokenizer, "chat_template", None)]
         key = [hash_rows(rows), describe_rules(self.tokenizer), outputs, self.kind.name, self.max_length]
         key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)

@@ -212,7 +212,8 @@ class Structured(Technique, pl.Callback):
         if self.masked:
             remove_units(model, **self.read_masks(read_blocks(model)))
         else:
-            batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, self.importance == "loss"))
+            labels = self.importance != "activation"
+            batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels))
             if self.importance == "loss" and "labels" not in batches[0]:
                 raise UserError(
                     f"{self.key}.importance is loss, which needs labels, and the training batches have none. Set "

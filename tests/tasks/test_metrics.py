@@ -96,7 +96,7 @@ def test_perplexity_of_an_impossible_token_is_finite_and_half_precision_is_as_go
 
 
 def test_only_perplexity_is_better_when_lower():
-    assert [name for kind in KINDS.values() for name in kind.metrics if not higher_is_better(name)] == ["perplexity"]
+    assert {name for kind in KINDS.values() for name in kind.metrics if not higher_is_better(name)} == {"perplexity"}
 
 
 def test_a_label_that_no_text_has_is_left_out_of_roc_auc():
@@ -138,6 +138,7 @@ def expected_by_torchmetrics(kind, logits, labels):
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression", "lm"])
 def test_every_metric_is_torchmetrics(kind):
     torch.manual_seed(0)
+    kind = {"chat": "lm"}.get(kind, kind)  # the same numbers of fewer tokens
     shape = {"regression": (200, 1), "lm": (20, 7, 5)}.get(kind, (200, 5))
     logits = torch.randn(shape)
     labels = {

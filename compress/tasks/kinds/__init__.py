@@ -5,6 +5,7 @@ cheap, so only the methods that need torch import it.
 """
 
 from compress.tasks.kinds.base import Answers, Kind, Metric, Probabilities
+from compress.tasks.kinds.chat import Chat
 from compress.tasks.kinds.classes import Multiclass, Multilabel, Regression
 from compress.tasks.kinds.embedding import EmbeddingPairs
 from compress.tasks.kinds.harness import Harness
@@ -27,6 +28,7 @@ EVERY: tuple[Kind, ...] = (
     Rerank(),
     Tokens(),
     Span(),
+    Chat(),
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in EVERY}
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from compress.tasks.formats import Table
+    from compress.tasks.sources import Columns as TextColumns
+    from compress.tasks.sources import Messages, Rows
     from compress.tasks.task import Task
 
 
@@ -85,15 +88,16 @@ class Kind(ABC):
     """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
     in_collections = False
     """Whether the rows are documents, which every split has, and queries."""
+    txt: Literal["tsv", "jsonl", "text", "conll"] = "tsv"
+    """Format of files that end in ``.txt``."""
+    labelled = True
+    """Whether a row has a label, beside its text."""
+    cuts = "are cut to"
+    """What happens to rows of more tokens than a model reads, for a note."""
     generates = False
     """Whether the model writes text, token by token from left to right."""
     in_harness = False
     """Whether EleutherAI's harness asks the questions and judges the answers: see :mod:`compress.tasks.harness`."""
-
-    @property
-    def distillation_losses(self) -> tuple[str, ...]:
-        """Return the losses between a student's answers and its teacher's that fit, the default first."""
-        return ("ce", "kl", "mse", "reverse_kl", "js") if self.probabilities else ("mse",)
     reads_words = False
     """Whether a text is a list of words, which the column ``words`` keeps."""
     numbers_rows = False
@@ -111,6 +115,11 @@ class Kind(ABC):
         """Return the plural name of a model's input."""
         return "blocks" if self.in_blocks else "texts"
 
+    @property
+    def distillation_losses(self) -> tuple[str, ...]:
+        """Return the losses between a student's answers and its teacher's that fit, the default first."""
+        return ("ce", "kl", "mse", "reverse_kl", "js") if self.probabilities else ("mse",)
+
     def check(self, task: Task) -> None:
         """Raise UserError if settings of a ``task`` of this kind contradict each other."""
         return
@@ -119,7 +128,19 @@ class Kind(ABC):
         """Raise UserError if the rows of the ``task`` do not allow the ``epochs`` of training that ``key`` sets."""
         return
 
-    # From a data set to labels
+    # From a data set to texts and labels
+
+    def read_rows(self, rows: Rows, columns: TextColumns, messages: Messages) -> Table | None:
+        """Return the columns of the examples, with at least ``text``; None if the rows are texts and labels.
+
+        Raises:
+            UserError: a row cannot be read; the message names its file and row.
+        """
+        return None
+
+    def check_encoding(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError, naming file and row, if a model's ``tokenizer`` cannot encode the rows of a split."""
+        return
 
     def check_rows(self, table: Mapping[str, list[Any]], split: str) -> list[str]:
         """Return notes on the rows as they were read: their texts, their labels and, of lists of words, ``words``.
@@ -177,6 +198,25 @@ class Kind(ABC):
         """Return the ``lengths`` by which the rows of tokens are sorted: equal for neighbours that stay together."""
         return lengths
 
+    def set_template(self, tokenizer: PreTrainedTokenizerBase, template: str | None, new: bool = False) -> None:
+        """Prepare the tokenizer of a model for the kind; ``template`` is the task's, and a ``new`` tokenizer was
+        trained on its text.
+
+        Raises:
+            UserError: the tokenizer lacks something that the kind needs.
+        """
+        return
+
+    def count_cut(self, texts: Dataset, lengths: list[int], tokenizer: Any, max_length: int) -> int:
+        """Return how many of the ``texts`` have more tokens than ``max_length``. Their ``lengths`` are those of
+        the cut rows."""
+        cut = 0
+        full = [i for i, length in enumerate(lengths) if length >= max_length]
+        for batch in texts.select(full).iter(1000):
+            whole = tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]  # type: ignore[call-overload]
+            cut += sum(len(ids) > max_length for ids in whole)
+        return cut
+
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         """Return the model's input columns, and ``labels`` if the rows have labels; the ``input_ids`` of whole
         documents, if the kind cuts them into blocks.
@@ -206,6 +246,16 @@ class Kind(ABC):
         import torch
 
         return None if labels is None else torch.tensor(labels)
+
+    def pack(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+        """Return the rows as one batch for training in which several rows may share a line of ``max_length`` tokens
+        without seeing each other."""
+        return self.collate(rows, tokenizer)
+
+    def find_places(self, batch: dict[str, Any]) -> Tensor:
+        """Return a mask ``[batch, tokens]`` of the places whose logits answer the task; for a text's head, of all of
+        its tokens."""
+        return batch["attention_mask"]
 
     def count_examples(self, batch: dict[str, Tensor]) -> int | Tensor:
         """Return how many labels the mean loss of a batch is of."""

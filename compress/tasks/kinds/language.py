@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.maths import scores
+from compress.tasks.chats import render
 from compress.tasks.kinds.base import Kind, Metric
 from compress.tasks.labels import LabelledTask
 
@@ -29,12 +30,17 @@ class LanguageModel(Kind):
     num_labels = 0
     probabilities = "softmax"
     in_blocks = True
+    txt = "text"
+    labelled = False
     generates = True
 
     def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[Any]:
         return labels  # none: a block of tokens is its own labels
 
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+        if "messages" in rows and tokenizer.chat_template:  # conversations to calibrate on
+            texts = [render(tokenizer, messages) for messages in rows["messages"]]
+            return {"input_ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
         return {"input_ids": tokenizer(rows["text"], verbose=False)["input_ids"]}
 
     def collate_labels(self, labels: list[Any] | None, batch: dict[str, Tensor]) -> Tensor:
@@ -49,6 +55,8 @@ class LanguageModel(Kind):
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         labels = inputs["input_ids"].clone()
         labels[:, 1:] = logits[:, :-1].argmax(-1)  # position t predicts token t + 1
+        if "labels" in inputs:
+            return labels.masked_fill(inputs["labels"] == -100, -100)
         return labels.masked_fill(inputs["attention_mask"] == 0, -100) if "attention_mask" in inputs else labels
 
     def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

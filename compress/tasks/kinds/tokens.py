@@ -45,6 +45,7 @@ class Tokens(Kind):
     """
 
     name = "tokens"
+    txt = "conll"
     metrics = MappingProxyType(
         {
             "entity_f1": Metric(entities.entity_f1),
