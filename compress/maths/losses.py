@@ -19,6 +19,8 @@ from compress.errors import UserError
 
 SOFT = ("ce", "kl", "mse", "reverse_kl", "js")
 """Losses of :func:`soft_loss`."""
+ACROSS = ("uld", "common")
+"""Losses between models with different vocabularies: :func:`universal_loss` and :func:`common_loss`."""
 PAIRS = ("fsp", "gram", "mmd", "nst")
 """Losses of :func:`match_loss` on two hidden states of each model."""
 MATCH = (
@@ -129,6 +131,47 @@ def divergence(name: str, student: Tensor, teacher: Tensor, beta: float) -> Tens
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Return KL(p || q) of log-probabilities, over the last dimension."""
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+def universal_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the Wasserstein distance of two sets of probabilities whose tokens are not the same: the sum of the
+    differences of the sorted probabilities, mean over places (Boizard et al., "Towards Cross-Tokenizer Distillation",
+    2024, arXiv:2402.12030). It knows how sure the teacher is, but not of which token.
+
+    Args:
+        student: logits ``[places, vocabulary]``.
+        teacher: logits ``[places, other vocabulary]`` at the same places of the text.
+        temperature: divisor of both.
+    """
+    ranked = [
+        (logits.float() / temperature).softmax(-1).sort(-1, descending=True).values
+        for logits in (student, teacher.detach())
+    ]
+    width = max(part.shape[-1] for part in ranked)
+    ours, theirs = (F.pad(part, (0, width - part.shape[-1])) for part in ranked)
+    return (ours - theirs).abs().sum(-1).sum() / max(1, len(student))
+
+
+def common_loss(student: Tensor, teacher: Tensor, temperature: float, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return KL(teacher || student) over events that both vocabularies describe, times the square of the temperature,
+    mean over places. An event's probability is the sum over its tokens.
+
+    Args:
+        student: logits ``[places, vocabulary]``.
+        teacher: logits ``[places, other vocabulary]`` at the same places of the text.
+        temperature: divisor of both.
+        ours: the event, counted from 0, of every token of the student, ``[vocabulary]``; tokens beyond it do not count.
+        theirs: the same of the teacher's.
+    """
+    events = int(max(ours.max(), theirs.max())) + 1
+
+    def join(logits: Tensor, event: Tensor) -> Tensor:
+        probabilities = (logits[..., : len(event)].float() / temperature).softmax(-1)
+        joined = probabilities.new_zeros(len(logits), events).index_add(-1, event, probabilities)
+        return joined.clamp(min=torch.finfo(joined.dtype).tiny).log()
+
+    p, q = join(teacher.detach(), theirs), join(student, ours)
+    return kl_divergence(p, q).sum() * temperature**2 / max(1, len(student))
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -190,12 +190,14 @@ def check_same_labels(teacher: PretrainedConfig, student: PretrainedConfig, key:
         )
 
 
-def check_same_vocabulary(ours: dict[str, int], theirs: dict[str, int], key: str) -> None:
-    """Raise UserError if the vocabulary ``theirs`` of the model at ``key`` differs from ``ours``, the chain's."""
+def check_same_vocabulary(ours: dict[str, int], theirs: dict[str, int], key: str, advice: str = "") -> None:
+    """Raise UserError, with ``advice`` at its end, if the vocabulary ``theirs`` of the model at ``key`` differs from
+    ``ours``, the chain's."""
     if ours != theirs:
         shared = len(set(theirs.items()) & set(ours.items()))
         raise UserError(
             f"{key} is a model with another vocabulary: of its {len(theirs)} tokens {shared} have the id that they "
             f"have in the chain's model, which has {len(ours)}. Teacher and student must read the same tokens. Choose "
             "a model with the same tokenizer (distilbert has bert's), and use `prune_vocab` after the distillation."
+            f"{advice}"
         )

@@ -304,17 +304,21 @@ def share_beginning(first: str, second: str) -> str:
 
 
 def cut_chat(encoded: Encoded, max_length: int) -> tuple[list[int], list[int], bool]:
-    """Return a conversation's tokens, at most ``max_length``, its labels, and whether an answer was cut off.
-
-    Labels are the tokens of the assistant's turns, and -100 elsewhere. A long conversation keeps its first whole turns.
-    If not even the first answer fits, the last tokens before its end are kept.
-    """
-    ids, answers = encoded
+    """Return a conversation's tokens, at most ``max_length`` as :func:`shorten_chat` cuts them, its labels, and whether
+    something before or in an answer was cut off. Labels are the tokens of the assistant's turns, and -100 elsewhere."""
+    ids, answers = shorten_chat(encoded, max_length)
     labels = [-100] * len(ids)
     for start, stop in answers:
         labels[start:stop] = ids[start:stop]
+    return ids, labels, len(answers) < len(encoded.answers) or answers[-1] != encoded.answers[-1]
+
+
+def shorten_chat(encoded: Encoded, max_length: int) -> Encoded:
+    """Return the first whole turns of a conversation, as many as have at most ``max_length`` tokens; if not even the
+    first answer fits, the last tokens before its end."""
+    ids, answers = encoded
     if len(ids) <= max_length:
-        return ids, labels, False
+        return encoded
     last = max((stop for _, stop in answers if stop <= max_length), default=answers[0][1])
     first = max(0, last - max_length)
-    return ids[first:last], labels[first:last], bool(first) or last < answers[-1][1]
+    return Encoded(ids[first:last], [(max(0, start - first), stop - first) for start, stop in answers if stop <= last])

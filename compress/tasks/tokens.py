@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sys
@@ -232,6 +233,11 @@ class TaskData(pl.LightningDataModule):
                 )
             self._tokenised[split] = rows
         return self._tokenised[split]
+
+    def replace_training(self, rows: Dataset) -> None:
+        """Train on other rows than the data's, with the columns of the splits."""
+        self.splits = dataclasses.replace(self.splits, train=rows)
+        self._tokenised.pop("train", None)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Return the rows as one padded batch."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifacts.artifact import load_artifact
 from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
@@ -25,14 +25,17 @@ from compress.maths.losses import (
     soft_loss,
 )
 from compress.maths.vector_losses import similarity_distance, vector_distance
+from compress.models.alignment import Aligner
 from compress.models.backbone import limit_length
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.loading import from_pretrained
 from compress.models.matches import Match, Relations, collect_features
+from compress.models.packing import keeps_boundaries
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
 from compress.models.teachers import Batch, KeptLogits, cast_teacher, round_teacher
+from compress.models.writing import Writer
 from compress.tasks.formats import read_lines
 from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
@@ -65,7 +68,8 @@ class Distill(FineTune):
             regression and ``ce`` for other tasks. Labels of a multi-label task are compared one by one. Vectors have
             losses of their own: ``vectors`` (null), one minus the cosine to the teacher's vector, by a learnt
             projection where the widths differ; and ``similarities``, the error of the cosines between the texts of a
-            batch.
+            batch. Decoders with different tokenizers are compared by ``common``, by the beginnings of words that both
+            vocabularies have, or ``uld``, by sorted probabilities, wherever both have read the same characters.
         temperature: divisor of both logits; null for 1 for a language model and 4 for other tasks.
         temperature_schedule: null, or TextBrewer's ``[flsw, beta, gamma]`` or ``[cwsm, beta]`` around the temperature.
         beta: mixing weight of ``js``: near 0 it is KL, near 1 reverse KL.
@@ -78,6 +82,8 @@ class Distill(FineTune):
             its logits are stored on disk for later epochs, seeds and students; null to run it at every step.
         teacher_dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 if the answers to a training batch stay the
             same.
+        written_tokens: the teacher first writes the answers of the training conversations, or continues documents, with
+            at most so many tokens, and the student is trained on these texts, which are stored; null for the data's.
         masking: probability of each token to be replaced by the mask token, for student and teacher.
         extra_text: a file of unlabelled text, one text a line; every step adds a batch of it.
 
@@ -99,7 +105,7 @@ class Distill(FineTune):
         training: Training | None = None,
         student: Student = Student(),  # noqa: B008  (frozen)
         teacher: str | nn.Module | None = None,
-        loss: Literal["ce", "kl", "mse", "reverse_kl", "js", "vectors", "similarities"] | None = None,
+        loss: Literal["ce", "kl", "mse", "reverse_kl", "js", "vectors", "similarities", "uld", "common"] | None = None,
         temperature: Annotated[float, Field(gt=0)] | None = None,
         temperature_schedule: tuple[Any, ...] | None = None,
         beta: Annotated[float, Field(gt=0, lt=1)] = 0.5,
@@ -110,6 +116,7 @@ class Distill(FineTune):
         intermediate_matches: tuple[Match, ...] = (),
         kept_logits: Literal["all"] | Annotated[int, Field(ge=1)] | None = None,
         teacher_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        written_tokens: Annotated[int, Field(ge=1)] | None = None,
         masking: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         extra_text: Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -133,12 +140,15 @@ class Distill(FineTune):
         self.matches = intermediate_matches
         self.kept_logits = kept_logits
         self.teacher_dtype = teacher_dtype
+        self.written_tokens = written_tokens
         self.masking = masking
+        self.packs, self.template = (task.pack, task.template) if task else (False, None)
         self.extra_text = extra_text
         self.tokenizer = tokenizer
         self.baseline = baseline
         self.keep_in = keep_in
-        self.resumes = self.together = extra_text is None  # the reader's position is neither saved nor shared
+        self.resumes = extra_text is None  # the reader's position is neither saved nor shared
+        self.together = extra_text is None and written_tokens is None
         self.baseline_config = baseline_config
         self.alone = source is not None and source == baseline and not teacher
         self.keeps_zeros = student == Student() and not self.alone
@@ -147,6 +157,9 @@ class Distill(FineTune):
         self._named: list[str | nn.Module] = [teacher] if teacher else []
         self._teacher: list[nn.Module] = []
         self._kept: list[KeptLogits] = []
+        self._their_tokenizer: PreTrainedTokenizerBase | None = None
+        self._aligner: Aligner | None = None
+        self._common: tuple[Tensor, Tensor] | None = None
         self._extra: Iterator[Batch] | None = None
         self.projections = nn.ModuleList()
         self.widen: nn.Module = nn.Identity()
@@ -173,7 +186,8 @@ class Distill(FineTune):
                 f"{self.key}.temperature_schedule is {list(self.temperature_schedule or ())}. Set it to null, "
                 "[flsw,1,2] (beta, gamma) or [cwsm,1] (beta)."
             )
-        if not (self.soft_weight or self.matches):
+        self._refuse_decoding_contradictions()
+        if not (self.soft_weight or self.matches or self.written_tokens):
             raise UserError(
                 f"{self.key}.soft_weight is 0 and no features are matched, so the teacher teaches nothing. Set "
                 f"{self.key}.soft_weight=1, or {self.key}.intermediate_matches."
@@ -189,6 +203,49 @@ class Distill(FineTune):
                 f"{self.key}.kept_logits stores the teacher's logits on the unchanged training text, and "
                 f"{self.key}.{other} needs the teacher at every step. Remove one of them."
             )
+
+    def _refuse_decoding_contradictions(self) -> None:
+        """Raise UserError if settings of decoders contradict each other."""
+        for name, value in (("loss", self.across and self.loss), ("written_tokens", self.written_tokens)):
+            if value and not self.kind.generates:
+                raise UserError(
+                    f"{self.key}.{name} is {value}, which needs a model that writes text, and the task is "
+                    f"{self.kind.name}. Set {self.key}.{name}=null."
+                )
+        if self.written_tokens and not self.hard_weight:
+            raise UserError(
+                f"{self.key}.written_tokens is {self.written_tokens} and {self.key}.hard_weight is 0, so the student "
+                f"would not learn the teacher's words. Set {self.key}.hard_weight=1 (and soft_weight=0 for the words "
+                "alone)."
+            )
+        if self.loss == "uld" and self.soft_weight and not self.hard_weight:
+            raise UserError(
+                f"{self.key}.loss is uld, which says how sure the teacher is and not of which token, and "
+                f"{self.key}.hard_weight is 0. Set {self.key}.hard_weight=1, or {self.key}.loss=common."
+            )
+        used = {
+            "kept_logits": self.kept_logits,
+            "intermediate_matches": list(self.matches),
+            "masking": self.masking,
+            "temperature_schedule": self.temperature_schedule,
+            "extra_text": self.extra_text,
+        }
+        if self.across and (other := next((name for name, value in used.items() if value), None)):
+            raise UserError(
+                f"{self.key}.loss is {self.loss}, for a teacher with other tokens, and {self.key}.{other} is "
+                f"{used[other]}, which needs the same tokens. Remove one of them."
+            )
+        if self.packs and (self.across or self.kept_logits):
+            name, value = ("loss", self.loss) if self.across else ("kept_logits", self.kept_logits)
+            raise UserError(
+                f"{self.key}.{name} is {value}, which looks up every conversation by itself, and task.pack is true. "
+                "Set task.pack=false."
+            )
+
+    @property
+    def across(self) -> bool:
+        """Whether teacher and student may have different tokenizers."""
+        return self.loss in losses.ACROSS
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         if not self.training_settings.epochs:
@@ -208,7 +265,10 @@ class Distill(FineTune):
                 f"{self.key}.teacher is {self.teacher}, which is no folder. Set it to the folder of an artifact or a "
                 "model."
             )
-        if any(isinstance(stage, PruneVocab) for stage in before) and not self.teacher:
+        if isinstance(self.teacher, str) and self.tokenizer is not None:
+            theirs = from_pretrained(AutoTokenizer, self.teacher, "Teacher", f"{self.key}.teacher")
+            self._check_tokenizers(theirs)
+        if any(isinstance(stage, PruneVocab) for stage in before) and not (self.teacher or self.across):
             raise UserError(
                 "`distill` follows `prune_vocab`, so the tokens of its teacher, the baseline, differ from the "
                 "student's. Set technique=distill+prune_vocab to distil first."
@@ -226,6 +286,15 @@ class Distill(FineTune):
             check_same_labels(teacher, skeleton.config, f"{self.key}.teacher")
         for match in self.matches:
             match.check(student.config, teacher, f"{self.key}.intermediate_matches")
+
+    def _check_tokenizers(self, theirs: PreTrainedTokenizerBase) -> None:
+        """Raise UserError if the teacher's tokenizer does not suit the comparison of the two models."""
+        if self.written_tokens or self.across:
+            self.kind.prepare_tokenizer(theirs, self.template)
+        words_alone = not (self.soft_weight or self.matches)
+        if not self.across and not words_alone and self.tokenizer is not None:
+            advice = f" Decoders: set {self.key}.loss=common." if self.kind.generates else ""
+            check_same_vocabulary(self.tokenizer.get_vocab(), theirs.get_vocab(), f"{self.key}.teacher", advice)
 
     def preview(self, skeleton: Any) -> Any:
         student = self._choose_student()
@@ -254,10 +323,13 @@ class Distill(FineTune):
         elif folder := self.teacher or self.baseline:
             loaded = load_artifact(folder, self.kind.name)
             self._teacher = [loaded.model]
+            self._their_tokenizer = loaded.tokenizer
             if self.tokenizer is not None:
-                check_same_vocabulary(self.tokenizer.get_vocab(), loaded.tokenizer.get_vocab(), f"{self.key}.teacher")
+                self._check_tokenizers(loaded.tokenizer)
         else:
             raise UserError(f"{self.key}.teacher is not set and there is no baseline. Set {self.key}.teacher.")
+        if self.written_tokens:
+            self._write_training_text()
         # 2) Build the student
         student, model = self._choose_student(), cast(PreTrainedModel, self.model)
         if student.path:
@@ -284,16 +356,54 @@ class Distill(FineTune):
                     if isinstance(module, nn.Dropout):
                         module.p = 0.0
 
+    def _write_training_text(self) -> None:
+        """Let the teacher write the texts that the student is trained on, or read those that it wrote before."""
+        data, folder = getattr(self.trainer, "datamodule", None), self.teacher or self.baseline
+        if data is None or self.keep_in is None or not isinstance(folder, str | Path):
+            raise UserError(
+                f"{self.key}.written_tokens needs a datamodule, keep_in and the folder of a teacher. Set "
+                f"{self.key}.written_tokens=null."
+            )
+        assert self._their_tokenizer is not None and self.written_tokens is not None
+        teacher = cast(PreTrainedModel, self._teacher[0].to(self.trainer.strategy.root_device).eval())
+        length = limit_length(teacher, self._their_tokenizer, data.max_length)
+        rows = data.splits.train
+        decides = fingerprint_files(Path(folder)), content(rows), self.written_tokens, length, data.seed, self.template
+        key = [*decides, digest_source(__name__), digest_environment()]
+        writer = Writer(teacher, self._their_tokenizer, self.written_tokens, length, data.seed)
+        file = self.keep_in / f"{compute_digest(key)}.jsonl"
+        data.replace_training(writer.write_rows(rows, file, data.batch_size))
+
+    def _make_aligner(self, data: Any) -> Aligner:
+        if data is None or self._their_tokenizer is None:
+            raise UserError(
+                f"{self.key}.loss is {self.loss}, which needs a datamodule and the folder of a teacher. Set "
+                f"{self.key}.loss=null."
+            )
+        length = limit_length(self._teacher[0], self._their_tokenizer, data.max_length)
+        rows = data.tokenised("train")
+        aligner = Aligner(data.tokenizer, self._their_tokenizer, rows, data.splits.train, length)
+        ours, theirs = aligner.map_vocabularies()
+        self._common = ours.to(self.device), theirs.to(self.device)
+        return aligner
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
         self._check_lengths(data)
         teacher = self._teacher[0].to(self.device).eval().requires_grad_(False)
         probe = next(draw_calibration_batches(self.trainer, samples=8, batch_size=8))
-        if self.teacher_dtype == "auto":
+        if self.teacher_dtype == "auto" and not self.across:  # the probe is in the student's tokens
             self._teacher = [round_teacher(teacher, probe, self.kind.probabilities)]
         elif self.teacher_dtype == "bfloat16":
             self._teacher = [cast_teacher(teacher)]
+        if getattr(data, "packs", False) and not keeps_boundaries(teacher):
+            raise UserError(
+                f"task.pack is true and the teacher, a `{type(teacher).__name__}`, does not keep packed conversations "
+                "apart. Set task.pack=false."
+            )
+        if self.across:
+            self._aligner = self._make_aligner(data)
         if self.kept_logits:
             self._kept = [self._keep(data)]
         if self.extra_text:
@@ -380,14 +490,18 @@ class Distill(FineTune):
         }
         with Relations(self.model, self.matches) as ours, Relations(self._teacher[0], self.matches) as theirs:
             student = self.model(**inputs, labels=labels, **wanted)
-            teacher = self._ask(inputs, **wanted) if kept is None else None
+            asked = kept is None and not self.across and (self.soft_weight or self.matches)
+            teacher = self._ask(inputs, **wanted) if asked else None
         # 2) Compute every loss with its weight
-        logits: Tensor = teacher.logits.float() if kept is None else kept
-        mask = inputs["attention_mask"]
+        mask = self.kind.find_tokens(inputs)
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.soft_weight:
             weight = self.soft_weight * schedule_weight(self.soft_schedule, progress)
-            terms["soft"] = weight, self._soft_loss(student.logits, logits, answers)
+            if self.across:
+                terms["soft"] = weight, self._aligned_loss(student.logits, inputs)
+            else:
+                logits: Tensor = teacher.logits.float() if kept is None else kept
+                terms["soft"] = weight, self._soft_loss(student.logits, logits, answers)
         if labels is not None:
             terms["hard"] = hard_weight, student.loss
         for i, match in enumerate(self.matches):
@@ -399,6 +513,16 @@ class Distill(FineTune):
         for name, (_, value) in terms.items():
             self.log(f"train/{prefix}{name}", value.detach())
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
+
+    def _aligned_loss(self, student: Tensor, inputs: Batch) -> Tensor:
+        """Return the loss between the logits of two vocabularies, where both models have read the same characters."""
+        assert self._aligner is not None and self._common is not None
+        aligned = self._aligner(inputs)
+        theirs = self._ask(send_batch(aligned.batch, self.device)).logits[aligned.rows, aligned.theirs]
+        ours = student[aligned.rows, aligned.ours]
+        if self.loss == "uld":
+            return losses.universal_loss(ours, theirs, self.temperature)
+        return losses.common_loss(ours, theirs, self.temperature, *self._common)
 
     def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the loss between the logits, of tokens or of texts.

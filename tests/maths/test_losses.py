@@ -12,6 +12,7 @@ from compress.errors import UserError
 from compress.maths import losses as maths
 from compress.maths.losses import (
     build_projection,
+    common_loss,
     expand_topk,
     logit_temperature,
     loss_weight,
@@ -19,6 +20,7 @@ from compress.maths.losses import (
     relation_loss,
     soft_loss,
     top_k,
+    universal_loss,
 )
 
 OURS = ("kl", "reverse_kl", "js")
@@ -476,3 +478,26 @@ def test_a_projection_goes_from_the_students_width_to_the_teachers(brewer, name,
     found = layer(torch.randn(2, 3, 384) * 100)
     assert found.shape == (2, 3, 768) and found.min() >= lowest
     assert sum(p.numel() for p in layer.parameters()) == 384 * 768 + 768
+
+
+def test_probabilities_of_other_vocabularies_are_compared_by_rank():
+    student = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    teacher = torch.tensor([[0.1, 0.6, 0.0001, 0.2999]]).log()
+    expected = abs(0.5 - 0.6) + abs(0.3 - 0.2999) + abs(0.2 - 0.1) + 0.0001
+    assert universal_loss(student, teacher, 1.0).item() == pytest.approx(expected, abs=1e-6)
+    assert universal_loss(student, student[:, [2, 0, 1]], 1.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_events_of_two_vocabularies_are_compared_by_the_sums_of_their_tokens():
+    student = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_()
+    teacher = torch.tensor([[0.1, 0.6, 0.05, 0.25]]).log()
+    ours, theirs = torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1, 2])
+    expected = sum(p * math.log(p / q) for p, q in zip((0.6, 0.15, 0.25), (0.5, 0.3, 0.2)))
+    loss = common_loss(student, teacher, 1.0, ours, theirs)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    loss.backward()
+    assert torch.isfinite(student.grad).all()
+    # Rows of padding that belong to no token do not count, and an event may have no token on one side.
+    padded = torch.nn.functional.pad(student.detach(), (0, 2), value=9.0)
+    assert common_loss(padded, teacher, 1.0, ours, theirs).item() == pytest.approx(expected, abs=1e-6)
+    assert torch.isfinite(common_loss(student, teacher, 1.0, ours, torch.tensor([1, 0, 1, 3])))

@@ -198,7 +198,7 @@ def test_a_batch_counts_the_assistants_tokens_only(data):
     batch = data.collate([data.tokenised("train")[i] for i in range(4)])
     kind = data.kind
     assert kind.count_examples(batch) == 4 + 6 + 2 + 6
-    places = kind.find_places(batch)
+    places = kind.mask_answers(batch, batch["labels"])
     assert torch.equal(places[:, :-1].bool(), batch["labels"][:, 1:] != -100)
     # A model that is sure of every token has a perplexity of 1, whatever it answers elsewhere.
     logits = torch.nn.functional.one_hot(batch["input_ids"].roll(-1, 1), len(VOCABULARY)) * 100.0

@@ -21,6 +21,7 @@ from compress.models.students import (
 )
 from compress.models.teachers import KeptLogits, round_teacher
 from compress.running.training import HoldZeros
+from compress.tasks.task import Task
 from compress.technique import Training
 from compress.techniques.distill import Distill
 from compress.techniques.prune import Prune
@@ -28,6 +29,7 @@ from compress.techniques.prune_vocab import PruneVocab
 
 pytest.importorskip("textbrewer", reason="pip install -e '.[distill]'")
 
+CHAT = Task(name="t", kind="chat", metrics=("perplexity",), primary="perplexity", pack=True)
 FAST = Training(epochs=1, learning_rate=1e-2)
 KEY = "technique.distill.student"
 HIDDEN = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse"}
@@ -163,6 +165,8 @@ def test_a_narrower_student_keeps_the_width_of_a_head():
         ({"kept_logits": "all", "masking": 0.1}, "needs the teacher at every step"),
         ({"soft_weight": 0}, "the teacher teaches nothing"),
         ({"temperature_schedule": ("flsw", 1)}, r"\[flsw,1,2\]"),
+        ({"loss": "common"}, "loss is common, which needs a model that writes text, and the task is multiclass"),
+        ({"written_tokens": 4}, "written_tokens is 4, which needs a model that writes text"),
         ({"intermediate_matches": [{**HIDDEN, "loss": "minilm"}]}, "`hidden` has no loss `minilm`"),
         ({"intermediate_matches": [{**HIDDEN, "proj": ["linear", 3]}]}, "the student's width and the teacher's"),
     ],
@@ -170,6 +174,36 @@ def test_a_narrower_student_keeps_the_width_of_a_head():
 def test_settings_that_contradict_are_reported(wrong, message):
     with pytest.raises(UserError, match=message):
         Distill(tiny.bert(), training=FAST, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"written_tokens": 4}, "hard_weight is 0, so the student would not learn the teacher's words. Set .*=1"),
+        ({"loss": "uld"}, "says how sure the teacher is and not of which token, .* Set .*hard_weight=1"),
+        ({"loss": "common", "kept_logits": "all"}, "kept_logits is all, which needs the same tokens"),
+        ({"loss": "common", "masking": 0.1}, "masking is 0.1, which needs the same tokens"),
+        ({"loss": "common", "intermediate_matches": [HIDDEN]}, "intermediate_matches is .*the same tokens"),
+        ({"loss": "common", "task": CHAT}, "loss is common, .*task.pack is true. Set task.pack=false"),
+        ({"kept_logits": "all", "task": CHAT}, "kept_logits is all, .*task.pack is true. Set task.pack=false"),
+    ],
+)
+def test_settings_of_decoders_that_contradict_are_reported(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Distill(tiny.llama_lm(), training=FAST, **wrong)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_it_is_loaded(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.llama_lm().config.save_pretrained(tmp_path)
+    ours = tiny.tokenizer()
+    ours.add_tokens(["longer"])
+    settings = {"training": FAST, "teacher": str(tmp_path), "tokenizer": ours}
+    with pytest.raises(UserError, match="another vocabulary: .* Decoders: set technique.distill.loss=common"):
+        Distill(tiny.llama_lm(), **settings).check(tiny.llama_lm(), [])
+    Distill(tiny.llama_lm(), **settings, loss="common").check(tiny.llama_lm(), [])
+    words = {"soft_weight": 0, "hard_weight": 1, "written_tokens": 4}
+    Distill(tiny.llama_lm(), **settings, **words).check(tiny.llama_lm(), [])
 
 
 @pytest.mark.parametrize(

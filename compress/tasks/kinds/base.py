@@ -252,9 +252,8 @@ class Kind(ABC):
         without seeing each other."""
         return self.collate(rows, tokenizer)
 
-    def find_places(self, batch: dict[str, Any]) -> Tensor:
-        """Return a mask ``[batch, tokens]`` of the places whose logits answer the task; for a text's head, of all of
-        its tokens."""
+    def find_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Return a mask ``[batch, tokens]`` of the tokens that are not padding."""
         return batch["attention_mask"]
 
     def count_examples(self, batch: dict[str, Tensor]) -> int | Tensor:
@@ -267,7 +266,7 @@ class Kind(ABC):
 
     def mask_answers(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         """Return ``[batch, tokens]``, nonzero where the logits of a token are an answer. A batch may have no labels."""
-        return inputs["attention_mask"]
+        return self.find_tokens(inputs)
 
     # From batches to a model's answers
 

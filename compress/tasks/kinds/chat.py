@@ -110,10 +110,16 @@ class Chat(LanguageModel):
                 at = stop
         return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
 
-    def find_places(self, batch: dict[str, Any]) -> Tensor:
-        if "labels" not in batch:
-            return super().find_places(batch)
-        places = (batch["labels"] != -100).roll(-1, 1).long()
+    def find_tokens(self, batch: dict[str, Any]) -> Tensor:
+        if "attention_mask" in batch:
+            return super().find_tokens(batch)
+        positions = batch["position_ids"]  # a conversation begins at 0 and goes on at 1
+        return ((positions > 0) | (positions.roll(-1, 1) == 1)).long()
+
+    def mask_answers(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return super().mask_answers(inputs, labels)
+        places = (labels != -100).roll(-1, 1).long()
         places[:, -1] = 0  # position t predicts token t + 1
         return places
 
