@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from compress import __version__
 from compress.errors import UserError
@@ -106,7 +106,7 @@ def write_artifact(
         (stage or Technique()).save(model, folder)
     save_tokenizer(tokenizer, folder)
     if description.runtime == "torch":
-        KINDS[description.kind].write_files(folder, model.config)
+        KINDS[description.kind].write_files(folder, cast(PretrainedConfig, model.config))
     (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2, default=str), encoding="utf-8")
 
 

@@ -245,12 +245,13 @@ def read_tags(tokenizer: Any, messages: list[Message]) -> list[tuple[int, int]]:
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _, (spans,) = render_jinja_template(
+    rendered: Any = render_jinja_template(
         [messages],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
+    (spans,) = rendered[1]
     if not (marked := [(start, stop) for start, stop in spans if 0 <= start < stop]):
         raise ChatError(
             "the chat template has the tag `generation` and marks nothing as the assistant's. Set task.template=simple."

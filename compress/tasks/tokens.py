@@ -291,9 +291,10 @@ class TaskData(pl.LightningDataModule):
     def _kept(self, rows: Dataset) -> Dataset:
         if self.tokens is None:
             return self._tokenise(rows)
-        outputs = [type(self.tokenizer).__name__, self.tokenizer.model_input_names, self.tokenizer.truncation_side]
-        outputs += [self.tokenizer.init_kwargs.get("prompts"), getattr(self.tokenizer, "chat_template", None)]
-        key = [hash_rows(rows), describe_rules(self.tokenizer), outputs, self.kind.name, self.max_length]
+        own = self.tokenizer
+        outputs = [type(own).__name__, own.model_input_names, own.truncation_side]
+        settings = [own.init_kwargs.get("prompts"), getattr(own, "chat_template", None)]
+        key = [hash_rows(rows), describe_rules(own), outputs, settings, self.kind.name, self.max_length]
         key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)
         self._uses.append(make_once(folder, lambda into: self._write_tokens(rows, into)))

@@ -290,7 +290,7 @@ class Distill(FineTune):
     def _check_tokenizers(self, theirs: PreTrainedTokenizerBase) -> None:
         """Raise UserError if the teacher's tokenizer does not suit the comparison of the two models."""
         if self.written_tokens or self.across:
-            self.kind.prepare_tokenizer(theirs, self.template)
+            self.kind.set_template(theirs, self.template)
         words_alone = not (self.soft_weight or self.matches)
         if not self.across and not words_alone and self.tokenizer is not None:
             advice = f" Decoders: set {self.key}.loss=common." if self.kind.generates else ""

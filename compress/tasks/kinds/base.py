@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from compress.tasks.formats import Table
     from compress.tasks.sources import Columns as TextColumns
     from compress.tasks.sources import Messages, Rows
-    from compress.tasks.task import Task
 
 
+Format = Literal["tsv", "jsonl", "text", "conll"]
 Probabilities = Literal["softmax", "sigmoid", "positions"] | None
 """The function from logits to probabilities; ``positions`` is a softmax over the tokens of a text, and None is for a
 regression."""
@@ -88,7 +88,7 @@ class Kind(ABC):
     """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
     in_collections = False
     """Whether the rows are documents, which every split has, and queries."""
-    txt: Literal["tsv", "jsonl", "text", "conll"] = "tsv"
+    txt: Format = "tsv"
     """Format of files that end in ``.txt``."""
     labelled = True
     """Whether a row has a label, beside its text."""
@@ -120,7 +120,7 @@ class Kind(ABC):
         """Return the losses between a student's answers and its teacher's that fit, the default first."""
         return ("ce", "kl", "mse", "reverse_kl", "js") if self.probabilities else ("mse",)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Any) -> None:
         """Raise UserError if settings of a ``task`` of this kind contradict each other."""
         return
 
@@ -270,7 +270,7 @@ class Kind(ABC):
 
     # From batches to a model's answers
 
-    def configure(self, config: PretrainedConfig, task: Task) -> None:
+    def configure(self, config: PretrainedConfig, task: Any) -> None:
         """Write settings of the ``task`` that decide the model's answers into its config, before the model is built.
 
         Raises:

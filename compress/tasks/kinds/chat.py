@@ -14,6 +14,7 @@ from compress.tasks.chats import (
     encode_chat,
     read_conversations,
 )
+from compress.tasks.kinds.base import Format
 from compress.tasks.kinds.language import LanguageModel
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Chat(LanguageModel):
 
     name = "chat"
     in_blocks = False
-    txt = "jsonl"
+    txt: Format = "jsonl"
     cuts = "lose their last turns, to have at most"
 
     @property

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from compress.tasks.task import Task
 
 CODE = """\
 from sentence_transformers import SentenceTransformer
@@ -64,7 +63,7 @@ class Vector(Kind):
         """Return the loss of a batch's vectors and labels."""
         raise NotImplementedError
 
-    def configure(self, config: PretrainedConfig, task: Task) -> None:
+    def configure(self, config: PretrainedConfig, task: Any) -> None:
         settle(config, task.embedding)
 
     def adapt_class(self, base: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.maths import scores
 from compress.tasks.chats import render
-from compress.tasks.kinds.base import Kind, Metric
+from compress.tasks.kinds.base import Format, Kind, Metric
 from compress.tasks.labels import LabelledTask
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LanguageModel(Kind):
     num_labels = 0
     probabilities = "softmax"
     in_blocks = True
-    txt = "text"
+    txt: Format = "text"
     labelled = False
     generates = True
 

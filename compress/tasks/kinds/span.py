@@ -366,9 +366,10 @@ def adapt_span_class(base: Any) -> Any:
         if labels is not None:
             inputs |= {"start_positions": labels[:, START], "end_positions": labels[:, STOP]}
         output = forward(self, *args, **inputs)
+        logits: Any = torch.stack([output.start_logits, output.end_logits], dim=-1)
         return TokenClassifierOutput(
             loss=output.loss,
-            logits=torch.stack([output.start_logits, output.end_logits], dim=-1),
+            logits=logits,
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
