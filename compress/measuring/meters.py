@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.artifacts.artifact import load_artifact, read_description
 from compress.formats.bnb import move_model
+from compress.models.products import separate_experts
 from compress.quiet import silence_libraries
 
 log = logging.getLogger(__name__)
@@ -116,8 +117,16 @@ def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
         return None
     if any(hasattr(weight, "quant_state") or hasattr(weight, "CB") for weight in model.parameters()):
         return None
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        model(**text)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:  # the counter looks for the gradient of a weight that a module gets as its input (DeBERTa)
+        weight.requires_grad_(False)
+    try:
+        # Neither fused attention nor products of several experts at once are counted.
+        with separate_experts(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**text)
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

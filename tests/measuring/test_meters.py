@@ -3,6 +3,7 @@ import sys
 from multiprocessing import spawn
 from types import ModuleType, SimpleNamespace
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compress.measuring import meters
 from compress.measuring.meters import count_macs, find_energy_meter, hide_main_module, measure_memory, measure_work
+from compress.models.matrices import matrices
 
 CPU = torch.device("cpu")
 
@@ -24,6 +26,16 @@ def test_the_multiplications_of_bert_by_hand():
     head = hidden * hidden + hidden * labels  # for a single token: the pooler and the classifier
     assert count_macs(model, text) == layers * (projections + attention + feed_forward) + head
     assert count_macs(lambda **batch: None, text) is None
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "bart", "gpt2", "mixtral"])
+def test_the_multiplications_of_other_architectures_include_those_of_all_matrices(name):
+    model = architectures.build(name)
+    # Two of four experts read a token.
+    read = sum(matrix.size / (1 if matrix.expert is None else 2) for matrix in matrices(model).values())
+    macs = count_macs(model, architectures.inputs(rows=1, length=8, padded=False))
+    assert 8 * read <= macs < 1.6 * 8 * read
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.fixture(scope="module")
