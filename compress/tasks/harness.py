@@ -120,9 +120,11 @@ def load_questions(task: Task) -> Questions:
     check_tasks(task)
     manager = find_manager(task)
     tasks, columns, notes = dict[str, Any](), dict[str, list[Column]](), list[str]()
-    for name in task.tasks:
-        # 1) Load the tasks of a name, which may be a group
-        loaded = load_name(manager, name)
+    # 1) Load all names
+    with offline_if_unreachable():
+        loaded_names = [(name, load_name(manager, name)) for name in task.tasks]
+    for name, loaded in loaded_names:
+        # 2) Prepare the tasks of a name, which may be a group
         parts = loaded["tasks"]
         grouped = name in loaded.get("groups", {}) and len(parts) > 1
         for part, each in parts.items():
@@ -131,7 +133,7 @@ def load_questions(task: Task) -> Questions:
             refuse_unfit(part, each)
             set_shots(each, task.fewshot)
             tasks[part] = each
-        # 2) Name their metrics: of a group, those that all of its tasks have
+        # 3) Name their metrics: of a group, those that all of its tasks have
         own = {part: name_columns(each, name if grouped else part) for part, each in parts.items()}
         shared = set.intersection(*(set(usable) for usable, _ in own.values())) if grouped else None
         for part, (usable, left_out) in own.items():
@@ -156,11 +158,13 @@ def load_name(manager: Any, name: str) -> Any:
         UserError: its data cannot be read.
     """
     try:
-        with silence_harness(), offline_if_unreachable():
+        with silence_harness():
             return manager.load([name])
     except Exception as error:  # a data set, a script of the task's own: anything may be raised
-        first = list(iterate_causes(error))[-1]
-        reason = " ".join(str(first).split())[:160] or type(first).__name__
+        causes = list(iterate_causes(error))
+        reason = " ".join(str(causes[-1]).split())[:160] or type(causes[-1]).__name__
+        if any(isinstance(cause, ConnectionError) for cause in causes):  # raised by datasets for a failed download
+            reason = "the hub could not be reached"
         raise UserError(
             f"task.tasks names {name}, whose data cannot be read ({reason}). Set task.path to a folder with a YAML "
             "that reads local files (dataset_path: json, dataset_kwargs: {data_files: {test: FILE}})."

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -56,10 +58,9 @@ def folder(tmp_path_factory):
     data.write_text("\n".join(map(json.dumps, rows)))
     for name, lines in TASKS.items():
         files = folder / "nowhere.jsonl" if name == "elsewhere" else data
-        source = (
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {files}}}}}\ntest_split: test\n"
-        )
-        (folder / f"{name}.yaml").write_text(source + lines)
+        source = f"{{data_files: {{test: {files}}}, cache_dir: {folder / 'cache'}}}"
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {source}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(head + lines)
     (folder / "group.yaml").write_text("group: both\ntask: [letters, last_word]\n")
     return folder
 
@@ -230,3 +231,25 @@ def test_the_config_as_shipped_asks_several_tasks():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         task = Task(**to_plain(compose("train", ["task=lm_eval"]).task))
     assert len(task.tasks) > 1 and task.primary == "average" and task.epochs == 0
+
+
+@pytest.mark.slow
+def test_lambada_has_the_figures_that_the_harness_prints(shared_models, shared_data, tmp_path):
+    model, data = shared_models("llama-7m"), shared_data("lambada") / "lambada_test.jsonl"
+    (tmp_path / "lambada.yaml").write_text(
+        f"task: lambada\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\"\n"
+        "doc_to_target: \"{{' '+text.split(' ')[-1]}}\"\n"
+    )
+    words = f"--tasks lambada --include_path {tmp_path} --limit 100 --device cpu --output_path {tmp_path / 'theirs'}"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", *words.split()]
+    subprocess.run(command, check=True, capture_output=True)
+    (theirs,) = (tmp_path / "theirs").rglob("results*.json")
+    figures = json.loads(theirs.read_text())["results"]["lambada"]
+    chosen = ["task=lm_eval", "task.tasks=lambada", f"task.path={tmp_path}", "task.limit.test=100", f"artifact={model}"]
+    quick = ["hardware=cpu", "hardware.latency.seconds=0.05", "hardware.latency.memory=false", f"cache.dir={tmp_path}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", [*chosen, *quick, "hardware.latency.batch_sizes=[1]"])
+    (row,) = evaluate_artifact(cfg, tmp_path / "ours")
+    assert row["lambada_acc"] == figures["acc,none"]
+    assert row["lambada_perplexity"] == pytest.approx(figures["perplexity,none"], rel=1e-4)
