@@ -256,7 +256,15 @@ def check_generates(folder: Path, task: Task) -> None:
 
 
 def check_labels(folder: Path, loaded: Artifact, task: Task) -> None:
-    """Raise UserError if the model's head does not fit the task."""
+    """Raise UserError if the model's head does not fit the task. Set what the task sets of the model's answers."""
+    kind, made_for = KINDS[task.kind], KINDS[loaded.description.kind]
+    if made_for.auto_class != kind.auto_class:
+        raise UserError(
+            f"The model in {folder} is of the kind {made_for.name}; task `{task.name}` is {kind.name}. Set task= to a "
+            "task that the model's answers are for."
+        )
+    kind.configure(loaded.model.config, task, exported=loaded.description.runtime != "torch")
+    kind.prepare_tokenizer(loaded.tokenizer, loaded.model.config)
     if task.num_labels == 0:
         return
     config = loaded.model.config

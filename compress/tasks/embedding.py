@@ -141,12 +141,13 @@ def is_decoder(config: PretrainedConfig) -> bool:
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def settle(config: PretrainedConfig, wanted: Embedding | None = None) -> dict[str, Any]:
+def settle(config: PretrainedConfig, wanted: Embedding | None = None, exported: bool = False) -> dict[str, Any]:
     """Return the settings of the model of ``config``, and store them there: those that it has, those of its folder, or
     the defaults, and above all what is ``wanted``.
 
     Raises:
-        UserError: the architecture has an encoder and a decoder, or its folder asks for what is not supported.
+        UserError: the architecture has an encoder and a decoder, its folder asks for what is not supported, or the
+            model is ``exported`` to a graph that pools otherwise.
     """
     if config.is_encoder_decoder:
         raise UserError(
@@ -158,6 +159,12 @@ def settle(config: PretrainedConfig, wanted: Embedding | None = None) -> dict[st
     settings = dict(stored) if stored else read_settings(path, config) if path else read_settings("/", config)
     if wanted:
         chosen = {"pooling": wanted.pooling, "normalise": wanted.normalise}
+        for name, value in chosen.items():
+            if exported and value not in (None, settings[name]):
+                raise UserError(
+                    f"task.embedding.{name} is {str(value).lower()}, and the exported graph was made with "
+                    f"{str(settings[name]).lower()}. Set task.embedding.{name}=null, or export the model again."
+                )
         settings |= {name: value for name, value in chosen.items() if value is not None}
         asked = {name: getattr(wanted.prompts, name) for name in ("text", "query", "document")}
         merged = {**settings["prompts"], **{name: text for name, text in asked.items() if text is not None}}

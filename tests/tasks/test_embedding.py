@@ -132,6 +132,14 @@ def test_an_encoder_decoder_is_refused():
         Backbone("t5", config={"model_type": "t5"}).configuration(make_task())
 
 
+def test_a_graph_pools_as_it_was_exported():
+    config = BertConfig()
+    settle(config)
+    settle(config, Embedding(pooling="mean", prompts=Prompts(query="q ")), exported=True)
+    with pytest.raises(UserError, match="task.embedding.pooling is cls, and the exported graph was made with mean"):
+        settle(config, Embedding(pooling="cls"), exported=True)
+
+
 def test_prompts_are_put_before_texts(tmp_path):
     tokenizer, model = make_tokenizer(), make_embedding()
     model.config.sentence_embedding["prompts"] = {"text": "x y "}

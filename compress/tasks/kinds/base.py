@@ -270,8 +270,9 @@ class Kind(ABC):
 
     # From batches to a model's answers
 
-    def configure(self, config: PretrainedConfig, task: Any) -> None:
-        """Write settings of the ``task`` that decide the model's answers into its config, before the model is built.
+    def configure(self, config: PretrainedConfig, task: Any, exported: bool = False) -> None:
+        """Write settings of the ``task`` that decide the model's answers into its config: before the model is built, or
+        before an artifact, maybe an ``exported`` graph, is measured on another task.
 
         Raises:
             UserError: the architecture does not fit this kind.

@@ -63,8 +63,8 @@ class Vector(Kind):
         """Return the loss of a batch's vectors and labels."""
         raise NotImplementedError
 
-    def configure(self, config: PretrainedConfig, task: Any) -> None:
-        settle(config, task.embedding)
+    def configure(self, config: PretrainedConfig, task: Any, exported: bool = False) -> None:
+        settle(config, task.embedding, exported)
 
     def adapt_class(self, base: Any) -> Any:
         from compress.tasks.encoders import build_encoder_class
