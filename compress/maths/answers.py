@@ -23,25 +23,26 @@ def normalise_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
-def match_exactly(found: str, true: Sequence[str]) -> float:
-    """Return 1 if the answer is one of the true ones, else 0; an empty text is the answer to a question without one."""
-    return float(any(normalise_answer(found) == normalise_answer(answer) for answer in true or ("",)))
-
-
-def overlap_words(found: str, true: Sequence[str], empty_matches: bool) -> float:
-    """Return the largest F1 of the answer's words against those of a true answer.
+def score_answer(found: str, true: Sequence[str], may_be_empty: bool) -> tuple[float, float]:
+    """Return whether an answer is exactly a true one, 1 or 0, and the largest F1 of its words against a true one's.
 
     Args:
         found: the answer; empty for none.
         true: the true answers; none if the question has no answer.
-        empty_matches: whether two answers without words are equal, as in SQuAD 2.0; in SQuAD 1.1 they share no word.
+        may_be_empty: whether questions may have no answer, as in SQuAD 2.0: true answers without words are left out,
+            and two answers without words are equal, while in SQuAD 1.1 they share no word.
     """
-    best = 0.0
-    for answer in true or ("",):
-        ours, theirs = normalise_answer(found).split(), normalise_answer(answer).split()
+    ours = normalise_answer(found).split()
+    wanted = [normalise_answer(answer).split() for answer in true]
+    if may_be_empty:
+        wanted = [words for words in wanted if words]
+    exact = best = 0.0
+    for theirs in wanted or [[]]:
         shared = sum((Counter(ours) & Counter(theirs)).values())
-        best = max(best, 2 * shared / (len(ours) + len(theirs)) if shared else float(empty_matches and ours == theirs))
-    return best
+        same = float(ours == theirs)
+        exact = max(exact, same)
+        best = max(best, 2 * shared / (len(ours) + len(theirs)) if ours and theirs else same * may_be_empty)
+    return exact, best
 
 
 def weigh_mean(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -94,9 +94,10 @@ class Backbone:
                 "decoder (model=tiny_llama) or a classification task (task=toy)."
             )
         if type(config) not in getattr(transformers, kind.auto_class)._model_mapping:
+            head = f"head for {kind.pipeline.replace('-', ' ')}" if kind.has_own_head else "classification head"
             raise UserError(
-                f"Task `{task.name}` needs a classification head and transformers has none for "
-                f"`{config.model_type}`. Choose another model."
+                f"Task `{task.name}` needs a {head} and transformers has none for `{config.model_type}`. Choose "
+                "another model."
             )
         kind.configure(config, task)
         if kind.num_labels == 0:

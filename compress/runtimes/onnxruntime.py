@@ -18,7 +18,7 @@ from compress.formats.onnx import Graph
 from compress.models.loading import from_pretrained
 from compress.runtimes.decoder import Decoder
 from compress.runtimes.runtime import Loading, explain_unreadable, require_packages
-from compress.tasks.kinds import KINDS
+from compress.tasks.kinds import KINDS, Kind
 
 GRAPH = "model.onnx"
 STAGE = "onnx"
@@ -132,4 +132,6 @@ def load(folder: Path, kind: str) -> Model:
 
 def describe_loading(folder: Path, kind: str) -> Loading:
     """Return how to load the graph by ONNX Runtime alone."""
-    return Loading(CODE_TO_GENERATE if KINDS[kind].generates else CODE)
+    task = KINDS[kind]
+    code = CODE_TO_GENERATE if task.generates else CODE
+    return Loading(code.replace(Kind.example, task.example) + task.reading)

@@ -20,6 +20,7 @@ from compress.models.loading import from_pretrained
 from compress.quiet import disable_telemetry
 from compress.runtimes.decoder import Decoder
 from compress.runtimes.runtime import Loading, explain_unreadable, require_packages
+from compress.tasks.kinds import KINDS, Kind
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
 STAGE = "openvino"
@@ -155,4 +156,5 @@ def load(folder: Path, kind: str) -> Model:
 
 def describe_loading(folder: Path, kind: str) -> Loading:
     """Return how to load the graph by OpenVINO alone."""
-    return Loading(CODE)
+    task = KINDS[kind]
+    return Loading(CODE.replace(Kind.example, task.example) + task.reading)

@@ -18,7 +18,7 @@ class Loading(NamedTuple):
     """Text of an artifact's card on how to load it."""
 
     code: str
-    """Lines of Python that run in the artifact's folder and end with ``logits``."""
+    """Lines of Python that run in the artifact's folder and compute ``logits``."""
     notes: tuple[str, ...] = ()
     """Sentences about the format."""
     needs_us: bool = False

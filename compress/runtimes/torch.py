@@ -37,14 +37,13 @@ from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("."{attention})
 tokenizer = AutoTokenizer.from_pretrained(".")
-logits = model(**tokenizer("A text.", return_tensors="pt")).logits
-"""
+{lines}{reading}"""
 CODE_OURS = """\
 import compress
 
 model, tokenizer, _ = compress.load(".")
-logits = model(**tokenizer("A text.", return_tensors="pt")).logits
-"""
+logits = model(**tokenizer({example}, return_tensors="pt")).logits
+{reading}"""
 UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
 REPLACED = (
     "transformers stores layers of this architecture transposed (Conv1D) or several experts in one parameter, and the "
@@ -106,15 +105,20 @@ def describe_loading(folder: Path, kind: str) -> Loading:
     notes: tuple[str, ...] = ()
     if packed in FORMATS:
         notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
-    if ours := config.get("compress"):
-        why = [UNEVEN] * bool(ours.keys() - {"linear"}) + [REPLACED] * ("linear" in ours)
-        return Loading(CODE_OURS, (*why, *notes), needs_us=True)
+    task = KINDS[kind]
+    ours = CODE_OURS.format(example=task.example, reading=task.reading)
+    if own := config.get("compress"):
+        why = [UNEVEN] * bool(own.keys() - {"linear"}) + [REPLACED] * ("linear" in own)
+        return Loading(ours, (*why, *notes), needs_us=True)
     if not initialises_packed(folder, kind):
-        return Loading(CODE_OURS, (UNREADABLE, *notes), needs_us=True)
+        return Loading(ours, (UNREADABLE, *notes), needs_us=True)
     capped = config.get("text_config", config).get(SCORE_CAP)
-    if own := KINDS[kind].loading_code:
-        return Loading(own, notes)
-    code = CODE.format(auto=KINDS[kind].auto_class, attention=', attn_implementation="eager"' if capped else "")
+    if task.loading_code:
+        return Loading(task.loading_code, notes)
+    attention = ', attn_implementation="eager"' if capped else ""
+    code = CODE.format(auto=task.auto_class, attention=attention, lines=task.lines, reading=task.reading)
+    if "torch." in task.lines:
+        code = f"import torch\n{code}"
     return Loading(code, (*notes, CAPPED) if capped else notes)
 
 

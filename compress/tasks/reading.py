@@ -202,7 +202,7 @@ def _select_columns(task: Task, rows: Rows, split: str, file: File | None = None
             )
         table["label"] = _find_column(task, rows, label, "task.columns.label")
     table |= _read_groups(task, rows, columns)
-    if kind.reads_windows and "group" not in table:
+    if kind.reads_windows and "group" not in table and "text_pair" in table:
         table["group"] = table["text_pair"]
     return Examples(table, rows, label, file.label_base if file else 0, notes)
 

@@ -76,6 +76,12 @@ class Kind(ABC):
     """Whether no other kind has this head, so that the name of a model's class says its kind."""
     pipeline = "text-classification"
     """Pipeline of transformers, and the tag on the hub."""
+    example = '"A text."'
+    """Arguments of the tokenizer in the lines of a model card."""
+    lines = f'logits = model(**tokenizer({example}, return_tensors="pt")).logits\n'
+    """Lines of a model card that run the ``model`` of plain transformers."""
+    reading = ""
+    """Lines of a model card after those, which read the ``logits`` of any runtime."""
     problem_type: str | None = None
     """Value in the model's config by which transformers chooses the loss."""
     num_labels: int | None = None

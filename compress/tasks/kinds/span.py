@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import UserError
-from compress.maths.answers import match_exactly, overlap_words, weigh_mean
+from compress.maths.answers import score_answer, weigh_mean
 from compress.tasks.kinds.base import Answers, Kind, Metric
 from compress.tasks.labels import Columns, LabelError, LabelledTask, Labels, is_blank
 
@@ -51,6 +51,15 @@ class Span(Kind):
     auto_class = "AutoModelForQuestionAnswering"
     has_own_head = True
     pipeline = "question-answering"
+    example = '"Who wrote it?", "Ada wrote it."'
+    lines = f"""\
+output = model(**tokenizer({example}, return_tensors="pt"))
+logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
+"""
+    reading = f"""\
+start, end = logits[0].argmax(0)  # with more care, from tokens of the text alone
+answer = tokenizer.decode(tokenizer({example})["input_ids"][start : end + 1])
+"""
     num_labels = 2
     probabilities = "positions"
     numbers_rows = True
@@ -211,7 +220,7 @@ class Span(Kind):
                 continue
             begin, end = choose_answer(parts, context, label["may_be_empty"])
             text = context[begin:end] if begin >= 0 else ""
-            found[i] = begin, end, match_exactly(text, true), overlap_words(text, true, label["may_be_empty"])
+            found[i] = begin, end, *score_answer(text, true, label["may_be_empty"])
         return Answers(found, truth, answered)
 
     def predict_labels(self, outputs: np.ndarray) -> np.ndarray:

@@ -58,6 +58,7 @@ class Tokens(Kind):
     auto_class = "AutoModelForTokenClassification"
     has_own_head = True
     pipeline = "token-classification"
+    reading = "tags = logits[0].argmax(-1)  # a word has the tag of its first token; id2label in config.json names it\n"
     probabilities = "softmax"
     reads_words = True
     numbers_rows = True
