@@ -301,10 +301,13 @@ def _fit(
 
 
 def _make_loader(model: nn.Module) -> DataLoader:
-    """Return a loader with the labels that the model's head takes."""
+    """Return a loader with the labels that the model's head takes; of a decoder, text and conversations in turn."""
     kind = KINDS[detect_task_kind(model)]
-    batches = [{**batch, "labels": kind.make_labels(batch)} for batch in make_loader()]
-    return DataLoader([_end_texts(model, batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
+    made = ({**batch, "labels": kind.make_labels(batch)} for batch in make_loader())
+    batches = [_end_texts(model, batch) for batch in made]
+    for batch in batches[1::2] if kind.generates else ():
+        batch["labels"][:, : batch["labels"].shape[1] // 2] = -100  # conversations, of which the answer is learnt
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def _end_texts(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

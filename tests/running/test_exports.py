@@ -45,9 +45,11 @@ def without_us(folder):
     [
         ("gptq+onnx", "tiny", "toy", "fp32"),
         ("onnx", "tiny_llama", "toy_lm", "int8_dynamic"),
+        ("onnx", "tiny_llama", "toy_chat", "int8_dynamic"),
         ("prune+openvino", "tiny", "toy", "fp32"),
         ("gptq+openvino", "tiny", "toy", "null"),
         ("openvino", "tiny_llama", "toy_lm", "int8_weights"),
+        ("openvino", "tiny_llama", "toy_chat", "fp32"),
     ],
 )
 def test_an_export_loads_without_us_and_without_a_model_in_pytorch(carry_out, tmp_path, chain, model, task, precision):

@@ -117,6 +117,12 @@ class Chat(LanguageModel):
         positions = batch["position_ids"]  # a conversation begins at 0 and goes on at 1
         return ((positions > 0) | (positions.roll(-1, 1) == 1)).long()
 
+    def describe_outputs(self, config: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            "Its texts are conversations in the chat template of its tokenizer: "
+            "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`.",
+        )
+
     def mask_answers(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         if labels is None:
             return super().mask_answers(inputs, labels)
