@@ -263,7 +263,7 @@ class TaskData(pl.LightningDataModule):
 
     def _number_texts(self, split: str) -> list[int]:
         """Return the indices of a split's texts, or of a language model's blocks."""
-        return list(range(len(self.tokenised(split) if self.kind.in_blocks else getattr(self.splits, split))))
+        return list(range(len(self.tokenised(split) if self.kind.in_blocks else self.expanded(split))))
 
     def _first_windows(self, split: str) -> list[int]:
         """Return for every text the index of the row of tokens that it, or its first window, is in."""

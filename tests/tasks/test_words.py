@@ -242,7 +242,7 @@ def test_stored_predictions_are_scored_as_seqeval_scores_them_and_cut_words_are_
     _, better = predict_split(bench(know, data), task, torch.device("cpu"))
     change = compare_predictions(answers, better, "entity_f1")
     assert change.change.low > 0.2 and change.p_value < 0.01 and change.churn > 0.9
-    assert {"label x", "label y"} <= {slice.name for slice in measure_regressions(answers, better, "entity_f1")}
+    assert {"entity x", "entity y"} <= {slice.name for slice in measure_regressions(answers, better, "entity_f1")}
 
 
 def test_an_infinite_logit_is_no_answer(data):
