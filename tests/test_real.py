@@ -134,3 +134,18 @@ def test_a_small_llama_learns_strategies_and_keeps_them(carry_out, shared_data, 
     none, both = (m.quality["accuracy"] for m in outcome.measurements.values())
     assert none > 0.28  # always answering the most common of the eight strategies: 0.205
     assert both > none - 0.02
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "primary", "figure"),
+    [("stsb_embedding", "glue-stsb", "spearman", 0.867), ("retrieval", "xquad", "ndcg_10", 0.944)],
+)
+def test_minilm_as_it_is_has_its_published_quality(carry_out, shared_models, shared_data, task, data, primary, figure):
+    words = [f"model.path={shared_models('minilm-l6')}", f"task.path={shared_data(data)}", "baseline.epochs=0"]
+    words += ["task.rows=questions"] if task == "retrieval" else []
+    outcome = carry_out("technique=none", *words, *FULL_TEST, "task.limit.train=null", model="minilm", task=task)
+    (measured,) = outcome.measurements.values()
+    assert measured.examples == (1190 if task == "retrieval" else 1500)
+    assert measured.quality[primary] == pytest.approx(figure, abs=0.001)
+    assert measured.quality[f"{primary}_int8"] == pytest.approx(figure, abs=0.002)
+    assert measured.quality[f"{primary}_dim64"] < measured.quality[f"{primary}_dim128"] < measured.quality[primary]

@@ -63,7 +63,7 @@ class Embedding:
 
 def read_settings(path: str, config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings of the model at ``path``, a folder or an id of the hub; the defaults of its architecture if
-    it is no folder of sentence-transformers.
+    that is no folder of sentence-transformers, or empty.
 
     Raises:
         UserError: the folder asks for what is not supported.
@@ -74,7 +74,7 @@ def read_settings(path: str, config: PretrainedConfig) -> dict[str, Any]:
         "prompts": {},
         "max_length": None,
     }
-    modules = _read_json(path, "modules.json")
+    modules = _read_json(path, "modules.json") if path else None
     if modules is None:
         return settings
     settings["normalise"] = False
@@ -154,9 +154,8 @@ def settle(config: PretrainedConfig, wanted: Embedding | None = None, exported: 
             f"`{config.model_type}` has an encoder and a decoder, and a vector is read from one stack of blocks. Set "
             "model.path to an encoder or a decoder."
         )
-    path = getattr(config, "_name_or_path", "")
     stored = getattr(config, KEY, None)
-    settings = dict(stored) if stored else read_settings(path, config) if path else read_settings("/", config)
+    settings = dict(stored) if stored else read_settings(getattr(config, "_name_or_path", ""), config)
     if wanted:
         chosen = {"pooling": wanted.pooling, "normalise": wanted.normalise}
         for name, value in chosen.items():

@@ -142,9 +142,10 @@ def test_a_graph_pools_as_it_was_exported():
 
 def test_prompts_are_put_before_texts(tmp_path):
     tokenizer, model = make_tokenizer(), make_embedding()
-    model.config.sentence_embedding["prompts"] = {"text": "x y "}
+    model.config.sentence_embedding |= {"prompts": {"text": "x y "}, "max_length": 20}
     write_artifact(tmp_path, model, tokenizer, Description("embedding", "m", "t"))
     loaded = load_artifact(tmp_path)
+    assert loaded.tokenizer.model_max_length == 20
     plain, prompted = (
         make_data(tokenizer=each).tokenised("test")["input_ids"] for each in (tokenizer, loaded.tokenizer)
     )

@@ -11,9 +11,9 @@ import numpy as np
 from compress.errors import UserError
 from compress.maths import scores
 from compress.maths.vectors import FORMS, compare_pairs, measure_bytes
-from compress.tasks.embedding import KEY, Embedding, read_prompts, settle, write_sentence_transformers
+from compress.tasks.embedding import KEY, read_prompts, settle, write_sentence_transformers
 from compress.tasks.kinds.base import Answers, Kind, Metric
-from compress.tasks.labels import LabelError, LabelledTask, parse_numbers
+from compress.tasks.labels import LabelError, parse_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,10 @@ class Vector(Kind):
         return build_encoder_class(base, self.name, self.loss)
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-        tokenizer.init_kwargs["prompts"] = settle(config)["prompts"]
+        settings = settle(config)
+        tokenizer.init_kwargs["prompts"] = settings["prompts"]
+        if settings["max_length"]:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, settings["max_length"])
 
     def choose_prompts(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the prompt of every row."""
@@ -146,10 +149,9 @@ class EmbeddingPairs(Vector):
                 "task.columns.text_pair to the column of the second text."
             )
 
-    def encode(self, task: LabelledTask, labels: list[Any], split: str) -> list[float]:
+    def encode(self, task: Any, labels: list[Any], split: str) -> list[float]:
         """Return the scores from 0 to 1."""
-        settings: Embedding = getattr(task, "embedding", Embedding())
-        low, high = settings.scores
+        low, high = task.embedding.scores
         numbers = parse_numbers(task, labels, split)
         for row, number in enumerate(numbers):
             if not low <= number <= high:
