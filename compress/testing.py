@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
 from compress.maths.sparsity import mask_tensor
+from compress.models.backbone import find_auto_class
 from compress.models.layers import detect_task_kind, unwrap_model
 from compress.models.matrices import matrices, measure_matrices
 from compress.planning.plan import Step
@@ -53,7 +55,25 @@ from compress.tiny_models import (
 OFFERED = set("model metrics tokenizer task training baseline source keep_in baseline_config".split())
 """Arguments that a constructor gets from the chain and not from its YAML."""
 Models = tuple[Callable[[], Any], ...]
+
+
+def make_tagger() -> Any:
+    """Return a Llama that tags words with one of three tags."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_key_value_heads=2, num_labels=3, pad_token_id=0)
+    return find_auto_class("tokens", config).from_config(config).eval()
+
+
+def make_reader() -> Any:
+    """Return a BERT that answers questions by a part of a text."""
+    torch.manual_seed(0)
+    config = BertConfig(**SHAPE, max_position_embeddings=40)
+    return find_auto_class("span", config).from_config(config).eval()
+
+
 MODELS: Models = (make_bert, make_llama_lm)
+HEADS: Models = (make_tagger, make_reader)
+"""Models whose heads answer at every token, for ``check_technique(..., models=HEADS)``."""
 
 
 def make_embedding() -> Any:
@@ -125,7 +145,8 @@ def check_technique(
         settings: arguments of its constructor.
         training: settings of its fit; without them the stage works in one shot.
         config: the content of its YAML, for a comparison with the constructor.
-        models: functions that create a model; the suite runs on the models that the stage accepts.
+        models: functions that create a model; the suite runs on the models that the stage accepts. ``HEADS`` are models
+            that tag words and that answer questions.
 
     Raises:
         AssertionError: the stage breaks its contract; the message says where.
@@ -301,12 +322,7 @@ def _fit(
 
 
 def _make_loader(model: nn.Module) -> DataLoader:
-    """Return a loader with the labels that the model's head takes; of a decoder, text and conversations in turn."""
-    kind = KINDS[detect_task_kind(model)]
-    made = ({**batch, "labels": kind.make_labels(batch)} for batch in make_loader())
-    batches = [_end_texts(model, batch) for batch in made]
-    for batch in batches[1::2] if kind.generates else ():
-        batch["labels"][:, : batch["labels"].shape[1] // 2] = -100  # conversations, of which the answer is learnt
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 

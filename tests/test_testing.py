@@ -14,7 +14,7 @@ from compress import testing
 from compress.models.layers import unwrap_model
 from compress.models.matrices import matrices
 from compress.technique import Technique, Training
-from compress.testing import CHECKS, MODELS, Case, check_technique
+from compress.testing import CHECKS, HEADS, MODELS, Case, check_promises, check_technique
 
 NAMES = sorted(path.stem for path in (CONF / "technique/stage").glob("[!_]*.yaml") if path.stem != "none")
 SETTINGS = {
@@ -42,6 +42,13 @@ def test_a_stage_keeps_its_contract(name, check):
     training = Training(epochs=1, learning_rate=1e-2) if name in TRAINED else Training()
     models = MODELS[:1] if name == "openvino" else MODELS  # each compilation takes seconds
     check(Case(get_class(config["_target_"]), SETTINGS.get(name, {}), training, config, models))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_keeps_its_promises_on_models_that_answer_at_every_token(name):
+    config = read_config(name)
+    training = Training(epochs=1, learning_rate=1e-2) if name in TRAINED else Training()
+    check_promises(Case(get_class(config["_target_"]), SETTINGS.get(name, {}), training, models=HEADS))
 
 
 class Halve(Technique, pl.Callback):

@@ -143,6 +143,11 @@ class Tokens(Kind):
     def count_examples(self, batch: dict[str, Tensor]) -> Tensor:
         return (read_token_labels(batch["labels"]) != UNLABELLED).sum()
 
+    def make_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        from torch.nn.functional import one_hot
+
+        return self.choose_labels(one_hot(inputs["input_ids"] % 3).float(), inputs)
+
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         labels = logits.argmax(-1)
         return labels.masked_fill(inputs["attention_mask"] == 0, UNLABELLED) if "attention_mask" in inputs else labels
