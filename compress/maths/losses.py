@@ -152,26 +152,24 @@ def universal_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tens
     return (ours - theirs).abs().sum(-1).sum() / max(1, len(student))
 
 
-def common_loss(student: Tensor, teacher: Tensor, temperature: float, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return KL(teacher || student) over events that both vocabularies describe, times the square of the temperature,
-    mean over places. An event's probability is the sum over its tokens.
+def common_loss(student: Tensor, target: Tensor, events: Tensor, temperature: float) -> Tensor:
+    """Return KL(target || student) over events, each the sum of some tokens, times the square of the temperature, mean
+    over places.
 
     Args:
         student: logits ``[places, vocabulary]``.
-        teacher: logits ``[places, other vocabulary]`` at the same places of the text.
-        temperature: divisor of both.
-        ours: the event, counted from 0, of every token of the student, ``[vocabulary]``; tokens beyond it do not count.
-        theirs: the same of the teacher's.
+        target: probabilities ``[places, events]`` at this temperature.
+        events: the event of every token of the student, ``[vocabulary]``; logits beyond it are of no token.
+        temperature: divisor of the logits.
     """
-    events = int(max(ours.max(), theirs.max())) + 1
-
-    def join(logits: Tensor, event: Tensor) -> Tensor:
-        probabilities = (logits[..., : len(event)].float() / temperature).softmax(-1)
-        joined = probabilities.new_zeros(len(logits), events).index_add(-1, event, probabilities)
-        return joined.clamp(min=torch.finfo(joined.dtype).tiny).log()
-
-    p, q = join(teacher.detach(), theirs), join(student, ours)
+    ours = sum_events((student[..., : len(events)].float() / temperature).softmax(-1), events, target.shape[-1])
+    p, q = (x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in (target.detach(), ours))
     return kl_divergence(p, q).sum() * temperature**2 / max(1, len(student))
+
+
+def sum_events(probabilities: Tensor, events: Tensor, count: int) -> Tensor:
+    """Return the probabilities ``[places, count]`` of events from those of tokens ``[places, tokens]``."""
+    return probabilities.new_zeros(len(probabilities), count).index_add(-1, events, probabilities)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,16 @@
 """Align a text's tokens of two tokenizers, so that two models can be compared where both have read the same characters.
 
-A place is where a model predicts its next token. Places of two models are aligned if the text before them is the same:
-in a conversation within one answer of the assistant, elsewhere within a block of text.
+A place is where a model predicts its next token. For each of the student's places, the teacher's is the last at which
+it has read no more of the text: in a conversation of one answer of the assistant, elsewhere of a block of text. If the
+student has read some characters more, it is inside a token of the teacher.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -16,19 +19,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from compress.maths.losses import sum_events
 from compress.tasks.chats import Encoded, encode_chat, shorten_chat
 from compress.tasks.tokens import Batch
 
-Places = list[tuple[int, int]]
+Places = list[tuple[int, int, bytes]]
 
 
 class Aligned(NamedTuple):
-    """A batch for the teacher, and the aligned places: the row, the student's and the teacher's token before each."""
+    """A batch for the teacher, and the aligned places: the row, the student's and the teacher's token before each, and
+    the bytes that the student has read more."""
 
     batch: Batch
     rows: Tensor
     ours: Tensor
     theirs: Tensor
+    ahead: list[bytes]
+
+    def select_same(self) -> Aligned:
+        """Return the places at which both have read the same."""
+        same = torch.tensor([not part for part in self.ahead], dtype=torch.bool)
+        kept = (places[same] for places in (self.rows, self.ours, self.theirs))
+        return Aligned(self.batch, *kept, [part for part in self.ahead if not part])
 
 
 class Aligner:
@@ -55,6 +67,18 @@ class Aligner:
         self.their_words = spell_tokens(teacher)
         self.messages = texts["messages"] if "messages" in texts.column_names else None
         self.numbers = {tuple(ids): row for row, ids in enumerate(rows["input_ids"])} if self.messages else {}
+        self.spelt = sorted((word, place) for place, word in enumerate(self.their_words) if word)
+        self.parts: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self.common = find_common_words(self.words, self.their_words)
+        ends = self._find_ends()
+        self.count = len(self.common) + len(ends) + 1
+        """Number of events; the last is of all tokens without a common beginning."""
+        self.events, self.their_events = (
+            torch.tensor([find_event(word, self.common, self.count - 1) for word in words])
+            for words in (self.words, self.their_words)
+        )
+        for number, (ours, theirs) in enumerate(ends, start=len(self.common)):
+            self.events[ours] = self.their_events[theirs] = number
 
     def __call__(self, batch: Batch) -> Aligned:
         """Return the batch for the teacher and the aligned places, on the CPU."""
@@ -65,18 +89,43 @@ class Aligner:
             ids.append({"input_ids": found, "attention_mask": [1] * len(found)})
             places += [(row, *pair) for pair in pairs]
         padded = self.teacher.pad(ids, padding_side="right", return_tensors="pt")
-        columns = torch.tensor(places, dtype=torch.long).reshape(-1, 3).unbind(1)
-        return Aligned({name: padded[name] for name in ("input_ids", "attention_mask")}, *columns)
+        columns = torch.tensor([place[:3] for place in places], dtype=torch.long).reshape(-1, 3).unbind(1)
+        ahead = [place[3] for place in places]
+        return Aligned({name: padded[name] for name in ("input_ids", "attention_mask")}, *columns, ahead)
 
-    def map_vocabularies(self) -> tuple[Tensor, Tensor]:
-        """Return the events of :func:`map_tokens` for the student's tokens and the teacher's."""
-        ends = [(self.tokenizer.eos_token_id, self.teacher.eos_token_id)]
-        if self.messages:
-            both = (encode_chat(each, self.messages[0]) for each in (self.tokenizer, self.teacher))
-            ours, theirs = (encoded.ids[encoded.answers[-1][1] - 1] for encoded in both)
-            special = not (self.words[ours] or self.their_words[theirs])
-            ends = [(ours, theirs)] if special else []
-        return map_tokens(self.words, self.their_words, [pair for pair in ends if None not in pair])
+    def _find_ends(self) -> list[tuple[int, int]]:
+        """Return the tokens of both vocabularies that end an answer or a text, if each has one."""
+        if not self.messages:
+            pair = (self.tokenizer.eos_token_id, self.teacher.eos_token_id)
+            return [] if None in pair else [pair]
+        both = (encode_chat(each, self.messages[0]) for each in (self.tokenizer, self.teacher))
+        ours, theirs = (encoded.ids[encoded.answers[-1][1] - 1] for encoded in both)
+        return [] if self.words[ours] or self.their_words[theirs] else [(ours, theirs)]
+
+    def expect_events(self, probabilities: Tensor, ahead: list[bytes]) -> Tensor:
+        """Return the probabilities ``[places, events]`` of events after the student's
+        places, from the teacher's ``[places, vocabulary]``: those of its tokens that begin with the bytes ``ahead``,
+        for what follows these bytes."""
+        expected = probabilities.new_zeros(len(probabilities), self.count)
+        for part in set(ahead):
+            rows = torch.tensor([i for i, other in enumerate(ahead) if other == part], device=probabilities.device)
+            ids, events = (each.to(probabilities.device) for each in self._continue_part(part))
+            expected[rows] = sum_events(probabilities[rows][:, ids], events, self.count)
+        return expected / expected.sum(-1, keepdim=True).clamp(min=torch.finfo(expected.dtype).tiny)
+
+    def _continue_part(self, part: bytes) -> tuple[Tensor, Tensor]:
+        """Return the teacher's tokens that begin with ``part``, and the event of what follows it in each."""
+        if part not in self.parts:
+            if not part:
+                self.parts[part] = torch.arange(len(self.their_events)), self.their_events
+            else:
+                first = bisect_left(self.spelt, (part, -1))
+                after = takewhile(lambda entry: entry[0].startswith(part), islice(self.spelt, first, None))
+                size, rest = len(part), self.count - 1
+                longer = [(i, find_event(word[size:], self.common, rest)) for word, i in after if len(word) > size]
+                ids, events = torch.tensor(longer, dtype=torch.long).reshape(-1, 2).unbind(1)
+                self.parts[part] = ids, events
+        return self.parts[part]
 
     def _align_row(self, ids: list[int]) -> tuple[list[int], Places]:
         if self.messages is None:
@@ -92,7 +141,7 @@ class Aligner:
         found = self.teacher(text, truncation=True, max_length=self.max_length)["input_ids"]
         # The last token predicts nothing here, and before the first there is no text.
         other = [self.their_words[i] for i in found]
-        pairs = [(i - 1, j - 1) for i, j in align_ends(own, other) if i and j]
+        pairs = [(i - 1, j - 1, ahead) for i, j, ahead in align_ends(own, other) if i and j]
         return found or [self.teacher.pad_token_id or 0], pairs
 
     @staticmethod
@@ -103,34 +152,49 @@ class Aligner:
 def align_answers(ours: list[tuple[int, list[bytes]]], theirs: list[tuple[int, list[bytes]]]) -> Places:
     """Return the aligned places of two models' answers, each its first token's place and its tokens as bytes."""
     return [
-        (start + i - 1, other + j - 1)
+        (start + i - 1, other + j - 1, ahead)
         for (start, own), (other, words) in zip(ours, theirs)
-        for i, j in align_ends(own, words)
+        for i, j, ahead in align_ends(own, words)
         if start + i and other + j
     ]
 
 
 def align_ends(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Places:
-    """Return the numbers of tokens after which both have spelt the same text, the last token left out; (0, 0) first.
+    """Return after how many tokens each has spelt the same text, or the student as little more as it must have, and the
+    bytes that it has spelt more. The last token, after which nothing is predicted, is left out.
 
-    A space at the beginning does not count: some tokenizers add one.
+    Some tokenizers add a space at the beginning. Where only one does, it does not count, and the first tokens are not
+    compared.
 
-        align_ends([b"ab", b"c", b""], [b" a", b"b", b"c", b""]) == [(0, 0), (1, 2), (2, 3)]
+        align_ends([b"ab", b"c", b""], [b" a", b"b", b"c", b""]) == [(1, 2, b""), (2, 3, b"")]
+        align_ends([b"a", b"bc", b""], [b"abc", b""]) == [(0, 0, b""), (1, 0, b"a"), (2, 1, b"")]
     """
-    texts = [b"".join(tokens).lstrip(b" ") for tokens in (ours, theirs)]
-    same = min(map(len, texts))
-    if texts[0][:same] != texts[1][:same]:
-        return [(0, 0)]  # a tokenizer changes the text, so that ends say nothing
-    mine, other = find_ends(ours), find_ends(theirs)
-    return [(mine[end], other[end]) for end in mine if end in other]
+    text, other = (b"".join(tokens) for tokens in (ours, theirs))
+    spaces, start = len(text) - len(text.lstrip(b" ")), len(other) - len(other.lstrip(b" "))
+    alike = spaces == start
+    if alike:
+        spaces = start = 0
+    same = min(len(text) - spaces, len(other) - start)
+    if text[spaces : spaces + same] != other[start : start + same]:
+        return []  # a tokenizer changes the text, so that ends say nothing
+    ends = find_ends(theirs, start)
+    read = sorted(ends)
+    places: Places = []
+    for end, count in find_ends(ours, spaces).items():
+        if end <= same and (end or alike):
+            last = read[bisect_right(read, end) - 1]
+            ahead = other[last + start if last else 0 : end + start] if last < end else b""
+            places.append((count, ends[last], ahead))
+    return places
 
 
-def find_ends(tokens: Sequence[bytes]) -> dict[int, int]:
-    """Return after how many tokens the text has each of its lengths in bytes, without a space at its beginning."""
-    ends, text = {0: 0}, b""
+def find_ends(tokens: Sequence[bytes], spaces: int) -> dict[int, int]:
+    """Return after how many tokens the text has each of its lengths in bytes, without so many spaces before it."""
+    ends, length = {0: 0}, -spaces
     for count, token in enumerate(tokens[:-1], start=1):
-        text += token
-        ends.setdefault(len(text.lstrip(b" ")), count)
+        length += len(token)
+        if length > 0:
+            ends.setdefault(length, count)
     return ends
 
 
@@ -155,30 +219,13 @@ def spell_token(token: str, letters: dict[str, int] | None) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-def map_tokens(
-    ours: Sequence[bytes], theirs: Sequence[bytes], ends: Sequence[tuple[int, int]] = ()
-) -> tuple[Tensor, Tensor]:
-    """Return the event that each token of two vocabularies is, counted from 0: its longest beginning that is a token of
-    both, or the last event if it has none.
+def find_common_words(ours: Sequence[bytes], theirs: Sequence[bytes]) -> dict[bytes, int]:
+    """Return the tokens of both vocabularies as bytes, with the number of each."""
+    return {word: number for number, word in enumerate(sorted({*ours} & {*theirs} - {b""}))}
 
-    A token of one vocabulary may be several of the other; what both say of the text is how it begins.
 
-    Args:
-        ours: bytes of one vocabulary's tokens, b"" for special ones.
-        theirs: of the other's.
-        ends: pairs of special tokens with one meaning, such as the end of a turn.
-    """
-    common = {word: event for event, word in enumerate(sorted({*ours} & {*theirs} - {b""}))}
-    rest = len(common) + len(ends)
-
-    def find_event(word: bytes) -> int:
-        beginnings = (word[:length] for length in range(len(word), 0, -1))
-        return next((common[part] for part in beginnings if part in common), rest)
-
-    sides = []
-    for side, words in enumerate((ours, theirs)):
-        events = torch.tensor([find_event(word) for word in words])
-        for number, pair in enumerate(ends):
-            events[pair[side]] = len(common) + number
-        sides.append(events)
-    return sides[0], sides[1]
+def find_event(word: bytes, common: Mapping[bytes, int], rest: int) -> int:
+    """Return the number of the longest beginning of a word that is in both vocabularies, or ``rest``. A token of one
+    vocabulary may be several of the other; what both say of the text is how it begins."""
+    beginnings = (word[:length] for length in range(len(word), 0, -1))
+    return next((common[part] for part in beginnings if part in common), rest)

@@ -159,7 +159,6 @@ class Distill(FineTune):
         self._kept: list[KeptLogits] = []
         self._their_tokenizer: PreTrainedTokenizerBase | None = None
         self._aligner: Aligner | None = None
-        self._common: tuple[Tensor, Tensor] | None = None
         self._extra: Iterator[Batch] | None = None
         self.projections = nn.ModuleList()
         self.widen: nn.Module = nn.Identity()
@@ -382,10 +381,7 @@ class Distill(FineTune):
             )
         length = limit_length(self._teacher[0], self._their_tokenizer, data.max_length)
         rows = data.tokenised("train")
-        aligner = Aligner(data.tokenizer, self._their_tokenizer, rows, data.splits.train, length)
-        ours, theirs = aligner.map_vocabularies()
-        self._common = ours.to(self.device), theirs.to(self.device)
-        return aligner
+        return Aligner(data.tokenizer, self._their_tokenizer, rows, data.splits.train, length)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -515,14 +511,19 @@ class Distill(FineTune):
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
 
     def _aligned_loss(self, student: Tensor, inputs: Batch) -> Tensor:
-        """Return the loss between the logits of two vocabularies, where both models have read the same characters."""
-        assert self._aligner is not None and self._common is not None
+        """Return the loss between the logits of two vocabularies: ``uld`` where both models have read the same."""
+        assert self._aligner is not None
         aligned = self._aligner(inputs)
+        if self.loss == "uld":
+            aligned = aligned.select_same()
         theirs = self._ask(send_batch(aligned.batch, self.device)).logits[aligned.rows, aligned.theirs]
         ours = student[aligned.rows, aligned.ours]
         if self.loss == "uld":
             return losses.universal_loss(ours, theirs, self.temperature)
-        return losses.common_loss(ours, theirs, self.temperature, *self._common)
+        their_events, events = self._aligner.their_events, self._aligner.events.to(self.device)
+        probabilities = (theirs[:, : len(their_events)].float() / self.temperature).softmax(-1)
+        target = self._aligner.expect_events(probabilities, aligned.ahead)
+        return losses.common_loss(ours, target, events, self.temperature)
 
     def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the loss between the logits, of tokens or of texts.

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.maths.losses import common_loss, universal_loss
-from compress.models.alignment import Aligner, align_ends, map_tokens, spell_token, spell_tokens
+from compress.models.alignment import Aligner, align_ends, find_common_words, find_event, spell_token, spell_tokens
 from compress.models.backbone import train_tokenizer
 from compress.tasks.chats import SIMPLE, cut_chat, encode_chat
 
@@ -18,6 +18,11 @@ def trained(size, text="is the soup good ? yes , the soup is good . user: assist
     tokenizer = train_tokenizer([text] * 3, LlamaConfig(vocab_size=size))
     tokenizer.chat_template = SIMPLE
     return tokenizer
+
+
+def align(ours, theirs):
+    """Return the aligner of two tokenizers for text."""
+    return Aligner(ours, theirs, Dataset.from_dict({"input_ids": [[1]]}), Dataset.from_dict({"text": [""]}), 100)
 
 
 def spaced():
@@ -31,15 +36,17 @@ def spaced():
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
     [
-        ([b"ab", b"c", b""], [b" a", b"b", b"c", b""], [(0, 0), (1, 2), (2, 3)]),
-        ([b"abc", b""], [b"a", b"bc", b""], [(0, 0), (1, 2)]),
-        ([b"a", b"b"], [b"a", b"b"], [(0, 0), (1, 1)]),  # after the last token nothing is predicted
-        ([b"a", b"b", b"c"], [b"a", b"b"], [(0, 0), (1, 1)]),  # one was cut
-        ([b"A", b"b", b""], [b"a", b"b", b""], [(0, 0)]),  # one writes in lower case
-        ([b"\xc3", b"\xa9", b""], [b"\xc3\xa9", b""], [(0, 0), (2, 1)]),
+        ([b"ab", b"c", b""], [b" a", b"b", b"c", b""], [(1, 2, b""), (2, 3, b"")]),
+        ([b"abc", b""], [b"a", b"bc", b""], [(0, 0, b""), (1, 2, b"")]),
+        ([b"a", b"b", b"cd", b""], [b"abc", b"d", b""], [(0, 0, b""), (1, 0, b"a"), (2, 0, b"ab"), (3, 2, b"")]),
+        ([b"a", b"b", b""], [b" ab", b""], [(1, 0, b" a"), (2, 1, b"")]),
+        ([b"a", b"b"], [b"a", b"b"], [(0, 0, b""), (1, 1, b"")]),  # after the last token nothing is predicted
+        ([b"a", b"b", b"c"], [b"a", b"b"], [(0, 0, b""), (1, 1, b""), (2, 1, b"b")]),  # one was cut
+        ([b"A", b"b", b""], [b"a", b"b", b""], []),  # one writes in lower case
+        ([b"\xc3", b"\xa9", b""], [b"\xc3\xa9", b""], [(0, 0, b""), (1, 0, b"\xc3"), (2, 1, b"")]),
     ],
 )
-def test_places_are_aligned_after_the_same_bytes(ours, theirs, expected):
+def test_places_are_aligned_by_the_bytes_before_them(ours, theirs, expected):
     assert align_ends(ours, theirs) == expected
 
 
@@ -54,9 +61,19 @@ def test_tokens_are_spelt_as_bytes():
 
 
 def test_a_token_is_its_longest_beginning_that_both_vocabularies_have():
-    one, other = [b"", b"a", b"b", b"ab", b"abc", b"q"], [b"ab", b"", b"z", b"a", b"abd"]
-    ours, theirs = map_tokens(one, other, [(0, 1)])  # events: a, ab, the end, the rest
-    assert ours.tolist() == [2, 0, 3, 1, 1, 3] and theirs.tolist() == [1, 2, 3, 0, 1]
+    common = find_common_words([b"", b"a", b"b", b"ab", b"abc", b"q"], [b"ab", b"", b"z", b"a", b"abd"])
+    assert common == {b"a": 0, b"ab": 1}
+    assert [find_event(word, common, 9) for word in (b"a", b"ab", b"abc", b"ac", b"q", b"")] == [0, 1, 1, 0, 9, 9]
+
+
+def test_inside_a_token_of_the_teacher_its_other_tokens_say_how_the_word_goes_on():
+    aligner = align(trained(263), trained(300))
+    probabilities = torch.full((2, len(aligner.their_events)), 1e-9)
+    for word, probability in ((b" soup", 0.3), (b" is", 0.1), (b" the", 0.6)):
+        probabilities[:, aligner.their_words.index(word)] = probability
+    inside, before = aligner.expect_events(probabilities, [b" s", b""])
+    assert inside[find_event(b"oup", aligner.common, -1)].item() == pytest.approx(1.0, abs=1e-4)
+    assert before[find_event(b" the", aligner.common, -1)].item() >= 0.6 and before.sum().item() == pytest.approx(1)
 
 
 def test_every_place_of_a_conversation_has_read_the_same_answer():
@@ -68,21 +85,22 @@ def test_every_place_of_a_conversation_has_read_the_same_answer():
     aligned = aligner(batch)
     assert aligned.batch["input_ids"].shape[1] < len(ids)  # a larger vocabulary has longer tokens
     assert len(aligned.rows) and set(aligned.rows.tolist()) == {0, 1}
-    for row, place, other in zip(aligned.rows, aligned.ours, aligned.theirs):
+    for row, place, other, ahead in zip(*aligned[1:]):
         read = ours.decode(ids[: place + 1]), theirs.decode(aligned.batch["input_ids"][row, : other + 1])
-        assert read[0] == read[1]
+        assert read[0] == read[1] + ahead.decode()
         assert labels[place + 1] != -100
-    events, their_events = aligner.map_vocabularies()
-    assert (events == events[ours.eos_token_id]).sum() == (their_events == events[ours.eos_token_id]).sum() == 1
-    assert events[ours.eos_token_id] == their_events[theirs.eos_token_id]
+    assert len(aligned.rows) == sum(label != -100 for label in labels) * 2  # every token of the answers
+    assert 0 < len(aligned.select_same().rows) < len(aligned.rows)
+    end = aligner.events[ours.eos_token_id]
+    assert end == aligner.their_events[theirs.eos_token_id] and (aligner.events == end).sum() == 1
 
 
 def test_blocks_of_text_are_aligned_too():
     ours, theirs = trained(263), trained(300)
     ids = ours("yes , the soup is good . is the soup good ?")["input_ids"]
-    aligner = Aligner(ours, theirs, Dataset.from_dict({"input_ids": [ids]}), Dataset.from_dict({"text": [""]}), 100)
+    aligner = align(ours, theirs)
     batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    aligned = aligner(batch)
+    aligned = aligner(batch).select_same()
     assert len(aligned.ours) > 5
     for place, other in zip(aligned.ours, aligned.theirs):
         assert ours.decode(ids[: place + 1]) == theirs.decode(aligned.batch["input_ids"][0, : other + 1])
@@ -96,11 +114,12 @@ def test_a_model_compared_with_itself_in_other_tokens_of_one_text_has_no_distanc
         LlamaConfig(vocab_size=263, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ).eval()
     ids = tokenizer("yes , the soup is good .")["input_ids"]
-    texts = Dataset.from_dict({"text": [""]})
-    aligner = Aligner(tokenizer, tokenizer, Dataset.from_dict({"input_ids": [ids]}), texts, 100)
+    aligner = align(tokenizer, tokenizer)
     batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     aligned = aligner(batch)
+    assert aligned.ahead == [b""] * len(aligned.ours)
     ours = model(**batch).logits[aligned.rows, aligned.ours]
     theirs = model(**aligned.batch).logits[aligned.rows, aligned.theirs]
-    assert common_loss(ours, theirs, 1.0, *aligner.map_vocabularies()).item() == pytest.approx(0, abs=1e-5)
+    target = aligner.expect_events(theirs.softmax(-1), aligned.ahead)
+    assert common_loss(ours, target, aligner.events, 1.0).item() == pytest.approx(0, abs=1e-5)
     assert universal_loss(ours, theirs, 1.0).item() == pytest.approx(0, abs=1e-5)
