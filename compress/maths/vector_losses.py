@@ -91,3 +91,7 @@ def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
     and Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv:1907.09682)."""
     ours, theirs = (F.normalize(vectors.float(), dim=-1) for vectors in (student, teacher.detach()))
     return F.mse_loss(ours @ ours.T, theirs @ theirs.T)
+
+
+VECTORS = {"vectors": vector_distance, "similarities": similarity_distance}
+"""Losses between a student's vectors and its teacher's, by the name of the setting."""

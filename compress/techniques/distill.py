@@ -24,13 +24,14 @@ from compress.maths.losses import (
     match_loss,
     soft_loss,
 )
-from compress.maths.vector_losses import similarity_distance, vector_distance
+from compress.maths.vector_losses import VECTORS
 from compress.models.alignment import Aligner
 from compress.models.backbone import limit_length
 from compress.models.batches import draw_calibration_batches
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.loading import from_pretrained
 from compress.models.matches import Match, Relations, collect_features
+from compress.models.objectives import check_objective
 from compress.models.packing import keeps_boundaries
 from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
@@ -46,7 +47,6 @@ from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
 
-VECTORS = {"vectors": vector_distance, "similarities": similarity_distance}
 """Losses between vectors."""
 
 
@@ -163,83 +163,11 @@ class Distill(FineTune):
         self.projections = nn.ModuleList()
         self.widen: nn.Module = nn.Identity()
         """The projection of the student's vectors to the teacher's width."""
-        self._refuse_contradictions()
+        check_objective(self)
 
     @property
     def teacher(self) -> str | nn.Module | None:
         return self._named[0] if self._named else None
-
-    def _refuse_contradictions(self) -> None:
-        self.student.check_settings(f"{self.key}.student")
-        for match in self.matches:
-            match.check_settings(f"{self.key}.intermediate_matches")
-        if self.loss not in (fitting := self.kind.distillation_losses):
-            why = "compares vectors, and the model answers with none"
-            if self.loss not in VECTORS:
-                what = "an embedding" if "vectors" in fitting else "a regression"
-                why = f"compares probabilities, and {what} has none"
-            raise UserError(f"{self.key}.loss is {self.loss}, which {why}. Set {self.key}.loss={fitting[0]}.")
-        schedule, *arguments = self.temperature_schedule or ("constant",)
-        if len(arguments) != len(losses.TEMPERATURES.get(schedule, ("",))):
-            raise UserError(
-                f"{self.key}.temperature_schedule is {list(self.temperature_schedule or ())}. Set it to null, "
-                "[flsw,1,2] (beta, gamma) or [cwsm,1] (beta)."
-            )
-        self._refuse_decoding_contradictions()
-        if not (self.soft_weight or self.matches or self.written_tokens):
-            raise UserError(
-                f"{self.key}.soft_weight is 0 and no features are matched, so the teacher teaches nothing. Set "
-                f"{self.key}.soft_weight=1, or {self.key}.intermediate_matches."
-            )
-        if isinstance(self.kept_logits, int) and self.kind.probabilities == "positions":
-            raise UserError(
-                f"{self.key}.kept_logits is {self.kept_logits}, the number of logits of a vocabulary, and a task of "
-                f"kind {self.kind.name} chooses among tokens. Set {self.key}.kept_logits=all."
-            )
-        if self.kept_logits and (self.matches or self.masking):
-            other = "intermediate_matches" if self.matches else "masking"
-            raise UserError(
-                f"{self.key}.kept_logits stores the teacher's logits on the unchanged training text, and "
-                f"{self.key}.{other} needs the teacher at every step. Remove one of them."
-            )
-
-    def _refuse_decoding_contradictions(self) -> None:
-        """Raise UserError if settings of decoders contradict each other."""
-        for name, value in (("loss", self.across and self.loss), ("written_tokens", self.written_tokens)):
-            if value and not self.kind.generates:
-                raise UserError(
-                    f"{self.key}.{name} is {value}, which needs a model that writes text, and the task is "
-                    f"{self.kind.name}. Set {self.key}.{name}=null."
-                )
-        if self.written_tokens and not self.hard_weight:
-            raise UserError(
-                f"{self.key}.written_tokens is {self.written_tokens} and {self.key}.hard_weight is 0, so the student "
-                f"would not learn the teacher's words. Set {self.key}.hard_weight=1 (and soft_weight=0 for the words "
-                "alone)."
-            )
-        if self.loss == "uld" and self.soft_weight and not self.hard_weight:
-            raise UserError(
-                f"{self.key}.loss is uld, which says how sure the teacher is and not of which token, and "
-                f"{self.key}.hard_weight is 0. Set {self.key}.hard_weight=1, or {self.key}.loss=common."
-            )
-        used = {
-            "kept_logits": self.kept_logits,
-            "intermediate_matches": list(self.matches),
-            "masking": self.masking,
-            "temperature_schedule": self.temperature_schedule,
-            "extra_text": self.extra_text,
-        }
-        if self.across and (other := next((name for name, value in used.items() if value), None)):
-            raise UserError(
-                f"{self.key}.loss is {self.loss}, for a teacher with other tokens, and {self.key}.{other} is "
-                f"{used[other]}, which needs the same tokens. Remove one of them."
-            )
-        if self.packs and (self.across or self.kept_logits):
-            name, value = ("loss", self.loss) if self.across else ("kept_logits", self.kept_logits)
-            raise UserError(
-                f"{self.key}.{name} is {value}, which looks up every conversation by itself, and task.pack is true. "
-                "Set task.pack=false."
-            )
 
     @property
     def across(self) -> bool:
