@@ -24,8 +24,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, BertConfig, BertModel
-from transformers import AutoTokenizer, BertConfig, LlamaConfig
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
@@ -322,7 +321,12 @@ def _fit(
 
 
 def _make_loader(model: nn.Module) -> DataLoader:
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig
+    """Return a loader with the labels that the model's head takes; of a decoder, text and conversations in turn."""
+    kind = KINDS[detect_task_kind(model)]
+    made = ({**batch, "labels": kind.make_labels(batch)} for batch in make_loader())
+    batches = [_end_texts(model, batch) for batch in made]
+    for batch in batches[1::2] if kind.generates else ():
+        batch["labels"][:, : batch["labels"].shape[1] // 2] = -100  # conversations, of which the answer is learnt
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
