@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,13 +90,14 @@ def apply_fusions(source: Path, config: Any, embeddings: bool, whole: bool, atte
     heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
     even = bool(heads) and width % heads == 0  # the optimizer's attention assumes so
     options.enable_attention = attention and even and not graph.large  # it joins weights, which needs them in memory
-    graph.proto = optimize_by_fusion(
-        graph.proto,
-        model_type=fusion,
-        num_heads=heads if even else 0,
-        hidden_size=width if even else 0,
-        optimization_options=options,
-    ).model
+    with keep_inferred_shapes():
+        graph.proto = optimize_by_fusion(
+            graph.proto,
+            model_type=fusion,
+            num_heads=heads if even else 0,
+            hidden_size=width if even else 0,
+            optimization_options=options,
+        ).model
     shapes = {name: tensor.dims for name, tensor in graph.tensors.items()}
     products = {name: node for node in graph.nodes for name in node.output}
     for node in graph.nodes:
@@ -107,6 +108,31 @@ def apply_fusions(source: Path, config: Any, embeddings: bool, whole: bool, atte
             set_heads(node, shapes[products[node.input[0]].input[1]][1] // (width // heads))
     graph.declare_domain(nbits.DOMAIN)
     return graph
+
+
+@contextlib.contextmanager
+def keep_inferred_shapes() -> Iterator[None]:
+    """Make ONNX Runtime's optimizer infer the shapes of a graph again only after a fusion has added a tensor.
+
+    It infers them before most patterns, which takes more time than all fusions. A fusion never gives the name of a
+    tensor to a tensor of another shape.
+    """
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    infer = OnnxModel.infer_runtime_shape
+
+    def infer_new(optimizer: Any, axes: Mapping[str, int] | None = None, update: bool = False) -> Any:
+        shapes = optimizer.shape_infer_helper
+        names = (name for node in optimizer.model.graph.node for name in node.output)
+        if shapes and shapes.all_shapes_inferred_ and all(name in shapes.known_vi_ for name in names):
+            return shapes
+        return infer(optimizer, update=update)  # without sizes for axes, whose names are not those of our graphs
+
+    OnnxModel.infer_runtime_shape = infer_new
+    try:
+        yield
+    finally:
+        OnnxModel.infer_runtime_shape = infer
 
 
 def set_heads(attention: Any, heads: int) -> None:

@@ -46,10 +46,16 @@ def export(model: Any, example: Batch, folder: Path) -> None:
 def convert_to_graph(model: Any, example: Batch) -> Any:
     """Return the graph of the model, traced on the ``example``, for batches of any shape."""
     import openvino
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     module, inputs, past = prepare_trace(model, example)
     with write_experts(model):
-        graph = openvino.convert_model(module.eval(), example_input=(*inputs.values(), *past))
+        # The graph is compared with the model later; PyTorch's own check would trace it a second time.
+        unchecked = {"check_trace": False}
+        traced = TorchScriptPythonDecoder(
+            module.eval(), example_input=(*inputs.values(), *past), trace_kwargs=unchecked
+        )
+        graph = openvino.convert_model(traced)
     before, after = ([f"{when}.{i}" for i in range(len(past))] for when in ("before", "after"))
     for name, port in zip((*inputs, *before, "logits", *after), (*graph.inputs, *graph.outputs)):
         port.get_tensor().set_names({name})
