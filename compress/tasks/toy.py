@@ -8,6 +8,7 @@ count. Words alone decide three verdicts in five; a small transformer learns the
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 LABELS = ("awful", "bad", "good", "great")
@@ -34,17 +35,24 @@ OPENINGS = ("", "", "", "honestly , ", "in the end ", "last week ", "to my mind 
 
 def generate_splits() -> dict[str, dict[str, list[Any]]]:
     """Return the columns ``text`` and ``label`` of every split: always the same, and no sentence in two splits."""
+    labels = generate_labels()
+    tables: dict[str, dict[str, list[Any]]] = {}
+    texts = list(labels)
+    for split, size in SIZES.items():
+        taken, texts = texts[:size], texts[size:]
+        tables[split] = {"text": taken, "label": [labels[text] for text in taken]}
+    return tables
+
+
+@cache  # the jobs of a sweep in one process read the same sentences
+def generate_labels() -> dict[str, int]:
+    """Return the labels of different sentences, in the order of the splits."""
     rng = random.Random(0)
     labels: dict[str, int] = {}
     while len(labels) < sum(SIZES.values()):
         text, score = generate_opinion(rng)
         labels[text] = classify_score(score)
-    texts = list(labels)
-    tables: dict[str, dict[str, list[Any]]] = {}
-    for split, size in SIZES.items():
-        taken, texts = texts[:size], texts[size:]
-        tables[split] = {"text": taken, "label": [labels[text] for text in taken]}
-    return tables
+    return labels
 
 
 def generate_pairs() -> dict[str, dict[str, list[Any]]]:
