@@ -131,7 +131,7 @@ def build(name: str, lm: bool = False, seed: int = 0, **changes: Any) -> PreTrai
     auto = AutoModelForCausalLM if lm else AutoModelForSequenceClassification
     model = auto.from_config(make_config(name, lm, **changes)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.parameters() if model.device.type != "meta" else ():
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:

@@ -1,10 +1,26 @@
 """What tests of several folders share: real data and weights, and whole runs on the built-in ones."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 from small import SMALL
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks select tests
+def pytest_collection_modifyitems(items):
+    """Mark the tests of real data and weights as slow."""
+    for item in items:
+        if {"shared_data", "shared_models"} & set(item.fixturenames):
+            item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """Leave the imported libraries out of garbage collections: a run collects after every stage, 0.3 s each."""
+    gc.collect()
+    gc.freeze()
+
 
 BESIDE = Path(__file__).parents[2] / "shared"
 
@@ -31,14 +47,14 @@ def shared_models():
     return folders("COMPRESS_MODELS", "models")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def carry_out(cache, tmp_path, monkeypatch):
-    """Run an experiment with its results in ``tmp_path``; the tests of a file share a cache."""
+    """Run an experiment with its results in ``tmp_path``; all tests of a process share a cache."""
     from hydra import compose, initialize_config_dir
 
     from compress.install import CONF
