@@ -12,25 +12,43 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.errors import UserError
 from compress.exporting.agreement import measure_agreement
-from compress.models.matrices import find_all_matrices
 from compress.techniques.finetune import FineTune
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO
-from compress.techniques.prune import Prune
-from compress.techniques.w8a8 import W8A8
 
 RUNTIMES = {Onnx: "onnxruntime", OpenVINO: "openvino"}
-EIGHT_BITS = ("bert", "albert", "gpt2", "phi3", "mixtral", "t5")  # which differ in kind
 CASES = [
-    *((name, False) for name in architectures.ENCODERS),
+    *((name, False) for name in architectures.ENCODERS if name != "t5-short"),  # which is T5 with two blocks
     *((name, True) for name in architectures.DECODERS),
-    *((name, False) for name in ("llama", "gpt2", "qwen3_moe")),
+    ("llama", False),
 ]
 """An architecture, and whether it is a language model."""
+KINDS = ("bert", "gpt2", "mixtral")
+"""Architectures that differ in kind: the quick tests export these by both stages, and every other by one of them."""
+BLOCKS = {
+    "bart": {"encoder_layers": 1, "decoder_layers": 2},
+    "distilbert": {"n_layers": 2},
+    "gpt2": {"n_layer": 2},
+    "gemma3_text": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gptj": {"n_layer": 2},
+    "bloom": {"n_layer": 2},
+    "xlnet": {"n_layer": 2},
+    "t5": {"num_layers": 2},
+}
+"""The settings of two blocks in a row, which is all that a graph repeats; ``num_hidden_layers`` of the others is 2."""
+
+
+def choose_stages(cases):
+    """Return every case with every stage. Those are slow that show an architecture by the second stage."""
+    return [
+        pytest.param(*case, stage, marks=pytest.mark.slow if case[0] not in KINDS and (place + turn) % 2 else ())
+        for place, case in enumerate(cases)
+        for turn, stage in enumerate(RUNTIMES)
+    ]
 
 
 def build(name, lm, **changes):
-    model = architectures.build(name, lm, **changes)
+    model = architectures.build(name, lm, **BLOCKS.get(name, {"num_hidden_layers": 2}), **changes)
     if name == "gemma2":  # other attention of transformers leaves out the bound of its scores
         model.set_attn_implementation("eager")
     if model.config.model_type == "t5":
@@ -63,8 +81,7 @@ def every_shape(lm=False):
     ]
 
 
-@pytest.mark.parametrize("stage", RUNTIMES)
-@pytest.mark.parametrize(("name", "lm"), CASES)
+@pytest.mark.parametrize(("name", "lm", "stage"), choose_stages(CASES))
 def test_the_graph_answers_as_the_model(name, lm, stage, tmp_path, capfd):
     model = build(name, lm)
     if name == "cohere" and stage is Onnx:  # its rotary positions, in PyTorch's exporter
@@ -95,59 +112,16 @@ def test_the_graph_answers_as_the_model(name, lm, stage, tmp_path, capfd):
     assert torch.equal(exported.generate(**texts, max_new_tokens=4), expected)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(Onnx, "int8_dynamic"), (OpenVINO, "int8_weights")])
-@pytest.mark.parametrize(
-    ("name", "lm"),
-    [pytest.param(*case, marks=() if case[0] in EIGHT_BITS else pytest.mark.slow) for case in CASES],
-)
-def test_every_matrix_of_the_blocks_becomes_integers(name, lm, stage, precision, tmp_path):
-    model = build(name, lm)
-    exported = export(stage(precision=precision, skip=("embeddings", "head")), model, lm, tmp_path)
-    agreement = measure_agreement(model, exported, every_shape(lm))
-    # A token whose scores are close changes its expert.
-    most = 0.4 if hasattr(model.config, "num_experts_per_tok") else 0.1
-    assert 0 < agreement.max_logit_difference < most * agreement.largest_logit
-    integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
-    assert integers == sum(matrix.size for matrix in find_all_matrices(model, False, False).values())
-
-
-@pytest.mark.parametrize(
-    ("name", "lm", "stage", "precision", "most"),
-    [
-        *((name, False, Onnx, "int8_static", 0.2) for name in ("albert", "deberta-v2", "bart")),
-        *((name, True, Onnx, "int8_static", 0.2) for name in ("gpt2", "qwen3_moe", "opt")),
-        *((name, True, Onnx, "int4", 0.4) for name in ("gpt2", "falcon", "mixtral")),
-        *((name, False, Onnx, "int4", 0.2) for name in ("albert", "deberta")),
-        *((name, False, OpenVINO, "int8", 0.2) for name in ("albert", "deberta-v2")),
-        *((name, True, OpenVINO, "int4_weights", 0.4) for name in ("gpt2", "phi3", "mixtral")),
-    ],
-)
-def test_zeros_stay_zeros_in_few_bits(name, lm, stage, precision, most, tmp_path):
-    model = build(name, lm)
-    settings = {"group_size": 16} if stage is OpenVINO else {}
-    exported = export(stage(precision=precision, samples=8, **settings), model, lm, tmp_path, Prune(sparsity=0.5))
-    agreement = measure_agreement(model, exported, every_shape(lm))
-    assert 0 < agreement.max_logit_difference < most * agreement.largest_logit
-    zeros = sum(int((p == 0).sum()) for p in exported.parameters())
-    assert zeros >= sum(int((m.weight == 0).sum()) for m in find_all_matrices(model, False, False).values()) > 0
-
-
 def test_attention_that_the_optimizer_takes_for_another_kind_stays_unfused(tmp_path):
     export(Onnx(), build("bart", False), False, tmp_path)
     kinds = {node.op_type for node in load_onnx(tmp_path / "model.onnx").graph.node}
     assert "Attention" not in kinds and "SkipLayerNormalization" in kinds  # which would look ahead in the decoder
 
 
-@pytest.mark.parametrize("precision", [None, "int8_dynamic", "int8_static"])
-def test_a_weight_that_several_blocks_use_is_stored_once(precision, tmp_path):
-    model = build("albert", False)
-    exported = export(Onnx(precision=precision, samples=4), model, False, tmp_path)
-    biases = 3 * model.config.hidden_size  # of query, key and value, joined
-    assert sum(p.numel() for p in exported.parameters()) <= sum(p.numel() for p in model.parameters()) + biases
-
-
-@pytest.mark.parametrize(("stage", "precision"), [(Onnx, None), (Onnx, "int8_static"), (OpenVINO, "int8")])
-@pytest.mark.parametrize("name", ["distilbert", "deberta-v2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "stage", "precision"),
+    [("distilbert", Onnx, None), ("distilbert", OpenVINO, "int8"), ("llama", Onnx, "int8_static")],
+)
 def test_inputs_that_a_tokenizer_gives_and_the_model_has_no_use_for_are_left_out(name, stage, precision, tmp_path):
     def add_types(batch):
         return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
@@ -173,18 +147,6 @@ def test_scores_of_attention_are_bounded_as_the_config_says(stage, tmp_path):
     assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit
     free = measure_agreement(build("gemma2", True, attn_logit_softcapping=None), exported, every_shape(True))
     assert free.max_logit_difference > 1e-3 * free.largest_logit
-
-
-@pytest.mark.parametrize("stage", RUNTIMES)
-@pytest.mark.parametrize("lm", [False, True])
-def test_products_of_two_axes_without_names_are_integers_that_answer_as_the_model(lm, stage, tmp_path):
-    model = build("opt", lm)
-    exported = export(stage(), model, lm, tmp_path, W8A8(samples=8, dynamic=False))
-    agreement = measure_agreement(model, exported, every_shape(lm))
-    # Sums in another order round an input to the next integer, rarely.
-    assert agreement.max_logit_difference < 0.03 * agreement.largest_logit
-    integers = sum(p.numel() for p in exported.parameters() if not p.is_floating_point())
-    assert integers == sum(matrix.size for matrix in find_all_matrices(model, False, False).values())
 
 
 class Looping(torch.nn.Module):
@@ -219,12 +181,3 @@ def test_what_no_graph_can_hold_is_refused_from_the_shapes_alone(make, reason, s
         skeleton = make()
     with pytest.raises(UserError, match=f"{reason}.* Remove `{stage.key[10:]}` from"):
         stage().check(skeleton, [])
-
-
-@pytest.mark.parametrize(("stage", "precision"), [(Onnx, "int8_dynamic"), (OpenVINO, "int8_weights")])
-def test_weights_that_are_no_matrices_are_exported_in_floats_only(stage, precision):
-    with torch.device("meta"):
-        skeleton = build("xlnet", False)
-    with pytest.raises(UserError, match=r"compresses matrices, .* onnx and openvino with precision=null"):
-        stage(precision=precision).check(skeleton, [])
-    stage().check(skeleton, [])

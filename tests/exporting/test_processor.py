@@ -93,8 +93,10 @@ print(torch.cat([model(**batch).logits.flatten() for batch in batches]).tolist()
 
 
 @pytest.mark.skipif("avx2" not in read_instructions(), reason="this processor is no x86 with AVX2")
-@pytest.mark.parametrize("integers", ["rounded", "rounded, tied", "kept"])
-@pytest.mark.parametrize("made_for", ["any", pytest.param("vnni", marks=needs_vnni)])
+@pytest.mark.parametrize(
+    ("made_for", "integers"),
+    [("any", "rounded"), ("any", "rounded, tied"), ("any", "kept"), pytest.param("vnni", "rounded", marks=needs_vnni)],
+)
 def test_openvino_answers_alike_without_vnni_unless_the_export_is_for_it(made_for, integers, tmp_path):
     before = [W8A8(samples=8, dynamic=False, symmetric=False)] if integers == "kept" else []
     stage = OpenVINO(precision=None if before else "int8", samples=8, processor=made_for)

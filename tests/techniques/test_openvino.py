@@ -1,11 +1,12 @@
 import json
-import subprocess
+import signal
 import sys
 
 import pytest
 import tiny
 import torch
 from pydantic import ValidationError
+from test_kills import FORK
 from test_onnx import every_shape, make_distinct, tied, uneven
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -39,12 +40,10 @@ def integers_of(exported):
     return [p for p in exported.parameters() if not p.is_floating_point()]
 
 
-@pytest.mark.parametrize(
-    "build", [tiny.bert, tiny.roberta, tiny.llama_lm, tied, lambda: uneven(tiny.bert()), lambda: uneven(tiny.llama())]
-)
+@pytest.mark.parametrize("build", [tiny.bert, tied, lambda: uneven(tiny.bert()), lambda: uneven(tiny.llama())])
 def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path):
     model = make_distinct(build())
-    stage, exported = export(model, tmp_path, lm=build in (tiny.llama_lm, tied))
+    stage, exported = export(model, tmp_path, lm=build is tied)
     agreement = measure_agreement(model.eval(), exported, every_shape())
     assert agreement.max_logit_difference < 1e-5 * agreement.largest_logit and agreement.label_agreement == 1
     assert exported.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
@@ -60,7 +59,6 @@ def test_the_graph_answers_as_the_model_for_batches_of_any_shape(build, tmp_path
         (tiny.bert, "bf16", 0.1),
         (tiny.bert, "int8", 0.1),
         (tiny.bert, "int8_weights", 0.1),
-        (tiny.llama_lm, "int8", 0.5),
         (tiny.llama_lm, "int4_weights", 0.5),
         (tied, "int8", 0.5),
     ],
@@ -171,12 +169,13 @@ def test_layers_stay_floats_until_no_more_is_lost_than_may_be(max_drop, tmp_path
     with torch.no_grad():  # the labels are its own answers, so any change is worse
         batches = [{**batch, "labels": model(**batch).logits[:, 0]} for batch in batches]
     task = Task(name="t", kind="regression", metrics=("pearson",), primary="pearson", labels=())
-    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, task=task, metrics=TaskMetrics(task))
+    skip = ("embeddings", "head", "*attention*")  # each layer that goes back to floats takes a quantization
+    stage = OpenVINO(precision="int8", samples=8, max_drop=max_drop, skip=skip, task=task, metrics=TaskMetrics(task))
     module = FineTune(model, TaskMetrics(task))
     tiny.trainer(stage).fit(module, tiny.loader(batches=2), DataLoader(batches, batch_size=None))
     stage.save(model, tmp_path)
     exported = load(tmp_path, "")
-    every = sum(layer.weight.numel() for layer in find_all_matrices(model, embeddings=True, head=False).values())
+    every = sum(layer.weight.numel() for name, layer in matrices(model).items() if "attention" not in name)
     rounded = sum(p.numel() for p in integers_of(exported))
     assert rounded < every if max_drop == 0 else rounded == every
     assert (
@@ -227,21 +226,27 @@ def test_what_does_not_fit_the_model_is_reported_from_the_shapes_alone():
     OpenVINO(precision="int8", group_size=48).check(skeleton, [])
 
 
+HEARD = 42
+
+
+def hear_a_signal(folder):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(HEARD))
+    first, second = (load(folder, "") for _ in range(2))
+    del first
+    del second
+    signal.raise_signal(signal.SIGTERM)
+
+
 def test_a_process_in_which_graphs_came_and_went_still_hears_signals(tmp_path):
-    export(tiny.bert(), tmp_path, precision="int8")
-    script = (
-        "import signal, sys; from compress.runtimes.openvino import load\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('heard'))\n"
-        "first, second = (load(Path(sys.argv[1]), '') for _ in range(2))\n"
-        "del first; del second\n"
-        "signal.raise_signal(signal.SIGTERM)"
-    )
-    command = [sys.executable, "-c", f"from pathlib import Path; {script}", str(tmp_path)]
-    assert subprocess.run(command, capture_output=True, text=True).stderr.endswith("heard\n")
+    export(tiny.bert(), tmp_path)
+    process = FORK.Process(target=hear_a_signal, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == HEARD
 
 
 def test_no_library_reports_a_conversion_to_its_makers(tmp_path):
-    export(tiny.bert(), tmp_path, precision="int8")
+    export(tiny.bert(), tmp_path, precision="int8_weights")
     import nncf
     from openvino.tools.ovc import telemetry_utils
 
