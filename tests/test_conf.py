@@ -42,7 +42,12 @@ def command(file):
 
 
 def jobs(program, overrides, every=True):
-    """Return the configs of a command: one, or those of its sweep, or only its last job of each technique."""
+    """Return the configs of a command: one, or those of its sweep. Without ``every`` only the last job of each
+    technique."""
+
+    def chosen(jobs):
+        by_technique = {next((word for word in job if word.startswith("technique=")), ""): job for job in jobs}
+        return jobs if every else list(by_technique.values())
 
     def split(words):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -56,14 +61,12 @@ def jobs(program, overrides, every=True):
                 pytest.skip(f"{error.missing_cfg_file} comes with a Hydra plugin that is not installed")
             raise
 
-    configs = [composed(words) for words in split(overrides)]
+    configs = [composed(words) for words in chosen(split(overrides))]
     sweeper = configs[0].hydra.sweeper
     params = sweeper.get("params") if sweeper._target_ == f"{PACKAGE}.ChainSweeper" else None
     if params:  # the sweep of an experiment
         words = split([f"{key}={value}" for key, value in params.items()] + overrides)
-        if not every:
-            words = {next((word for word in job if word.startswith("technique=")), ""): job for job in words}.values()
-        configs = [composed(job) for job in words]
+        configs = [composed(job) for job in chosen(words)]
     return configs
 
 

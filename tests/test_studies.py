@@ -21,9 +21,9 @@ STUDIES = [
 NARROW = ["model.path=null", "model.config.hidden_size=48", "model.config.vocab_size=500"]
 
 
-def rows(*words):
-    """Return the configs of a sweep as its jobs get them."""
-    configs = jobs("train", list(words))
+def rows(*words, every=True):
+    """Return the configs of a sweep as its jobs get them; without ``every`` only the last of each technique."""
+    configs = jobs("train", list(words), every)
     for config in configs:
         drop_unused_settings(config.technique, config.hydra.overrides.task)
         with open_dict(config):
@@ -33,8 +33,9 @@ def rows(*words):
 
 @functools.cache
 def study(experiment, scale="full"):
-    """Return all rows of a study, with models from their configs alone."""
-    return rows(f"experiment={experiment}", f"scale={scale}", "model.path=null")
+    """Return the rows of a study, with models from their configs alone. At the small scale a row of each technique is
+    enough: its others set the same values as at the full scale."""
+    return rows(f"experiment={experiment}", f"scale={scale}", "model.path=null", every=scale == "full")
 
 
 def shortened(config):
@@ -42,7 +43,7 @@ def shortened(config):
     texts = config.baseline.batch_size * config.baseline.accumulate
     config.task.limit = {"train": texts, "validation": 8, "test": 16}
     config.baseline.epochs = 1
-    config.hardware.latency.seconds, config.hardware.latency.block_s = 0.02, 0.01
+    config.hardware.latency.seconds, config.hardware.latency.block_s = 0.01, 0.002
     config.hardware.latency.batch_sizes, config.hardware.latency.memory = [1, 4], False
     for stage in read_stages(config.technique):
         if "samples" in stage.node:

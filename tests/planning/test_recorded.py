@@ -2,25 +2,15 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from small import SMALL
+from test_kills import FORK, run_script
 
 from compress.errors import UserError
 from compress.install import CONF, format_command
 from compress.planning.recorded import format_repeat_command, resume_words
-
-ROOT = Path(__file__).parents[2]
-
-
-def train(*words):
-    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def record(folder, file="multirun.yaml", conf=CONF, cwd=None, name="train"):
@@ -93,7 +83,15 @@ def test_a_run_of_another_checkout_or_folder_is_refused_unless_it_was_moved(tmp_
 
 @pytest.mark.slow
 def test_a_finished_run_and_the_finished_jobs_of_a_sweep_are_left_as_they_are(tmp_path):
-    words = [*SMALL, f"cache.dir={tmp_path / 'cache'}", "technique=prune"]
+    def train(*words):
+        (tmp_path / "log").unlink(missing_ok=True)
+        process = FORK.Process(target=run_script, args=("train.py", words, tmp_path / "log"))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+        return (tmp_path / "log").read_text()
+
+    words = [*SMALL, f"cache.dir={tmp_path / 'cache'}", "baseline.epochs=0", "technique=prune"]
     run, sweep = tmp_path / "run", tmp_path / "a sweep"
     train(*words, f"hydra.run.dir={run}")
     assert "finished before" in train(f"resume={run}")

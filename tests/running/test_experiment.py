@@ -25,7 +25,7 @@ from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
 
 
-@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy"), ("tiny_llama", "toy_lm")])
+@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
 def test_prune_then_gptq_on_every_kind_of_model_and_head(carry_out, tmp_path, model, task):
     outcome = carry_out("technique=prune+gptq", model=model, task=task)
     none, both = outcome.measurements.values()
@@ -66,7 +66,7 @@ def test_prune_then_weights_and_activations_of_eight_bits(carry_out, tmp_path, s
     assert loaded.description.weights == "integer"
 
 
-@pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy"), ("prune+nf4", "toy_lm"), ("int8", "toy")])
+@pytest.mark.parametrize(("technique", "task"), [("prune+nf4", "toy_lm"), ("int8", "toy")])
 def test_bitsandbytes_on_encoder_and_decoder(carry_out, tmp_path, technique, task):
     outcome = carry_out(f"technique={technique}", model="tiny_llama" if task == "toy_lm" else "tiny", task=task)
     none, packed = outcome.measurements.values()
@@ -123,7 +123,7 @@ def test_a_chain_starts_from_the_baseline_of_the_cache(carry_out, cache, monkeyp
 
 
 def test_without_a_cache_a_job_keeps_no_stages(carry_out, tmp_path):
-    carry_out("technique=prune", "cache.mode=off")
+    carry_out("technique=none", "baseline.epochs=0", "cache.mode=off")
     assert (tmp_path / "artifact" / "compress.json").is_file() and not (tmp_path / "cache").exists()
 
 
@@ -147,12 +147,12 @@ def test_of_several_epochs_the_best_on_validation_is_kept_with_its_zeros(carry_o
 
 def test_an_untrained_baseline_says_so(carry_out):
     outcome = carry_out("technique=none", "baseline.epochs=0")
+    assert list(outcome.measurements) == ["none"]
     assert "random and were not trained" in outcome.descriptions["none"].limits[0]
 
 
-@pytest.mark.parametrize("chain", ["prune+finetune", "finetune+prune+finetune+gptq"])
-def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
-    carry_out(f"technique={chain}", "technique.prune.sparsity=0.5")
+def test_zeros_survive_every_later_stage(carry_out, tmp_path):
+    carry_out("technique=finetune+prune+finetune+gptq", "technique.prune.sparsity=0.5")
     model = compress.load(tmp_path / "artifact").model
     assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
@@ -160,10 +160,8 @@ def test_zeros_survive_every_later_stage(carry_out, tmp_path, chain):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["criterion=wanda", "samples=16"],
         ["criterion=sparsegpt", "samples=16", "pattern=2:4"],
         ["criterion=movement", "schedule=gradual", "train.epochs=2"],
-        ["schedule=iterative", "train.epochs=1"],
     ],
 )
 def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, settings):
@@ -172,30 +170,27 @@ def test_prune_in_other_ways_keeps_its_zeros_through_gptq(carry_out, tmp_path, s
     assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
 
-@pytest.mark.parametrize(("chain", "task"), [("prune+gptq+distill", "toy"), ("gptq+finetune", "toy_lm")])
-def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path, chain, task):
+def test_beside_packed_weights_the_rest_is_trained(carry_out, tmp_path):
     def tensors(technique):
-        carry_out(f"technique={technique}", model="tiny_llama", task=task)
+        carry_out(f"technique={technique}", model="tiny_llama", task="toy_lm")
         return load_file(tmp_path / "artifact" / "model.safetensors")
 
-    before, after = tensors(chain.rpartition("+")[0]), tensors(chain)
+    before, after = tensors("prune+gptq"), tensors("prune+gptq+distill")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and any("norm" in name for name in changed)
     assert not any("proj" in name for name in changed)
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
 
 
-@pytest.mark.parametrize("by", ["influence", "last"])
-def test_a_shallower_model_is_a_smaller_one(carry_out, tmp_path, by):
-    outcome = carry_out("technique=drop_layers", "technique.drop_layers.drop=2", f"technique.drop_layers.by={by}")
+def test_a_shallower_model_is_a_smaller_one(carry_out, tmp_path):
+    outcome = carry_out("technique=drop_layers", "technique.drop_layers.drop=2")
     none, shallow = outcome.measurements.values()
     assert shallow.size_bytes < none.size_bytes and shallow.parameters < none.parameters
     assert compress.load(tmp_path / "artifact").model.config.num_hidden_layers == 1
 
 
-@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
-def test_a_smaller_vocabulary_then_gptq(carry_out, tmp_path, model, task):
-    outcome = carry_out("technique=prune_vocab+gptq", model=model, task=task)
+def test_a_smaller_vocabulary_then_gptq(carry_out, tmp_path):
+    outcome = carry_out("technique=prune_vocab+gptq", model="tiny_llama", task="toy_lm")
     none, both = outcome.measurements.values()
     assert both.size_bytes < 0.6 * none.size_bytes and both.parameters < none.parameters
     loaded = compress.load(tmp_path / "artifact")
@@ -230,10 +225,6 @@ def test_an_artifact_loads_without_us_and_says_what_it_is(carry_out, tmp_path):
     assert (folder / "config.yaml").is_file() and not (folder / "tensorboard").exists()
     assert measure_size_bytes(folder) == (folder / "model.safetensors").stat().st_size
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} >= {"0_baseline", "1_prune"}
-
-
-def test_without_a_stage_the_baseline_is_measured_alone(carry_out):
-    assert list(carry_out("technique=none").measurements) == ["none"]
 
 
 def test_labels_found_in_the_users_own_files(carry_out, tmp_path):
@@ -285,10 +276,6 @@ class FillsIn(Idle):
             linear.weight.data += 0.01
 
 
-class Boasts(Prune):
-    shrinks = True
-
-
 class Loses(Prune):
     def save(self, model, folder):
         next(iter(matrices(model).items()))[1].weight.data.neg_()
@@ -300,7 +287,6 @@ class Loses(Prune):
     [
         (Idle, UserError, "`prune_2` changed nothing"),
         (FillsIn, PostconditionError, "`prune_2` filled in .* pruned weights of"),
-        (Boasts, PostconditionError, "`prune_2` should make the model smaller"),
         (Loses, PostconditionError, "the artifact of `prune_2` reloads to other logits"),
     ],
 )

@@ -61,8 +61,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", [*CALLBACKS, "distill"])
-@pytest.mark.parametrize("minutes", [10, 0], ids=["at an epoch's end", "within an epoch"])
+@pytest.mark.parametrize(
+    ("kind", "minutes"),
+    [
+        *(pytest.param(kind, 0, id=f"{kind} within an epoch") for kind in (*CALLBACKS, "distill")),
+        *(pytest.param(kind, 10, id=f"{kind} at an epoch's end") for kind in ("nothing", "gradual")),
+    ],
+)
 def test_it_ends_bit_equal_to_an_uninterrupted_training(fit, monkeypatch, kind, minutes):
     whole = fit(kind, "whole")
     save = resume.Checkpoints.save

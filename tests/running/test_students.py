@@ -13,10 +13,9 @@ from compress.models.teachers import KeptLogits
 DISTIL = "technique.distill."
 
 
-@pytest.mark.parametrize(("model", "task"), [("tiny", "toy"), ("tiny_llama", "toy_lm")])
-def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard(carry_out, tmp_path, model, task):
+def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard(carry_out, tmp_path):
     outcome = carry_out(
-        "technique=distill", f"{DISTIL}hard_weight=0.5", f"{DISTIL}train.epochs=3", model=model, task=task
+        "technique=distill", f"{DISTIL}hard_weight=0.5", f"{DISTIL}train.epochs=2", model="tiny_llama", task="toy_lm"
     )
     none, student = outcome.measurements.values()
     assert student.parameters < none.parameters and student.size_bytes < none.size_bytes
@@ -29,7 +28,7 @@ def test_a_first_distill_leaves_half_of_the_layers_and_every_loss_in_tensorboard
     assert any(kept == pytest.approx({"train": a, "validation": b}) for a, b in zip(train, validation))
 
 
-@pytest.mark.parametrize("chain", ["prune+distill", "structured+distill+gptq", "drop_layers+distill", "distill+prune"])
+@pytest.mark.parametrize("chain", ["prune+distill", "structured+distill+gptq"])
 def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain):
     settings = {
         "prune": ["technique.prune.sparsity=0.5"],
@@ -41,7 +40,7 @@ def test_distill_recovers_what_the_stages_before_left(carry_out, tmp_path, chain
         assert measure_sparsity(linear.weight for linear in matrices(model).values()) >= 0.499
 
 
-@pytest.mark.parametrize("chain", ["distill+int8", "distill+nf4", "distill+prune+nf4", "distill+prune+int8"])
+@pytest.mark.parametrize("chain", ["distill+int8", "distill+prune+nf4"])
 def test_a_student_is_compressed_further(carry_out, tmp_path, chain):
     none, student = carry_out(f"technique={chain}").measurements.values()
     loaded = compress.load(tmp_path / "artifact")

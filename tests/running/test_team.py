@@ -18,6 +18,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from small import SMALL
 from test_command_line import ROOT
 from test_conf import CONF
+from test_kills import FORK  # noqa: F401  (the server of the processes, with the libraries)
 
 from compress.cache.digests import compute_checksum
 from compress.errors import UserError
@@ -105,7 +106,7 @@ def stopped_in_validation(rank, port, folder):
 
 def test_the_first_process_stops_in_validation_without_waiting_for_the_others(port, tmp_path):
     both = torch.multiprocessing.start_processes(
-        stopped_in_validation, (port, tmp_path), nprocs=2, join=False, start_method="spawn"
+        stopped_in_validation, (port, tmp_path), nprocs=2, join=False, start_method="forkserver"
     )
     both.processes[0].join(120)
     for process in both.processes:
