@@ -69,10 +69,11 @@ def check_integers(weight: Tensor, hessian: Tensor, found: Integers, act_order: 
             check_grid(members, found, range(column // size, column // size + 1), importance[column : column + size])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("group_size", [-1, 8, 24, 36])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "dtype"),
+    [(-1, True, torch.float32), (8, False, torch.bfloat16), (24, True, torch.bfloat16), (36, False, torch.float32)],
+)
 def test_gptq_rounds_what_minimises_the_error_given_the_columns_before(symmetric, group_size, act_order, dtype):
     weights, hessian = problem(dtype)
     schemes = [Scheme(bits, group_size, symmetric) for bits in (3, 8, 3)]
@@ -129,8 +130,9 @@ def plain_sparsegpt(
     return mask, result
 
 
-@pytest.mark.parametrize("goals", [(0.5, 0.3, 0.7), ((2, 4), (1, 4), (2, 4)), ((4, 8), (2, 3), 0.5)])
-@pytest.mark.parametrize("block", [24, 32, 128])
+@pytest.mark.parametrize(
+    ("goals", "block"), [((0.5, 0.3, 0.7), 24), (((2, 4), (1, 4), (2, 4)), 128), (((4, 8), (2, 3), 0.5), 24)]
+)
 def test_sparsegpt_prunes_and_updates_column_by_column(goals, block):
     weights, hessian = problem()
     for weight, goal, found in zip(weights, goals, sparsegpt(weights, hessian, goals, block=block)):

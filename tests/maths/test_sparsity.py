@@ -119,7 +119,7 @@ def lowest(row, count):
     return [i in chosen for i in range(len(row))]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(SCORES, st.floats(0, 1), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_lowest_of_every_row_are_those_of_a_sort(scores, fraction, dtype):
     score = torch.from_numpy(scores).to(dtype)
@@ -129,7 +129,7 @@ def test_the_lowest_of_every_row_are_those_of_a_sort(scores, fraction, dtype):
     assert mask.tolist() == [lowest(row, ends[i + 1] - ends[i]) for i, row in enumerate(score.tolist())]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(SCORES, st.integers(1, 40), st.integers(0, 40))
 def test_the_lowest_of_every_group_are_those_of_a_sort(scores, group, pruned):
     score = torch.from_numpy(scores).repeat(1, group)  # as many groups as inputs

@@ -265,18 +265,20 @@ def test_the_place_of_the_data_is_no_part_of_the_address():
     assert here == there != check("task=sst2", "task.path=here", "seed=1").address("same rows")
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        *("hardware.threads=2", "task.limit.test=10", "task.limit.train=10", "task.metrics=[accuracy,matthews]"),
-        *("model.learning_rate=1", "task.epochs=9", "split=validation", "hardware.latency.seconds=9"),
-    ],
-)
-def test_what_only_measuring_reads_trains_no_baseline(setting, monkeypatch):
+def test_what_only_measuring_reads_trains_no_baseline(monkeypatch):
     """Nor do limits, given the fingerprint of the rows, or defaults, given the settings that they became."""
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    settings = (
+        *("hardware.threads=2", "task.limit.test=10", "task.limit.train=10", "task.metrics=[accuracy,matthews]"),
+        *("model.learning_rate=1", "task.epochs=9", "split=validation", "hardware.latency.seconds=9"),
+    )
     fixed = ("technique=prune", "baseline.learning_rate=0.001", "baseline.epochs=1")
-    assert check(*fixed).compute_addresses("rows") == check(*fixed, setting).compute_addresses("rows")
+    assert check(*fixed).compute_addresses("rows") == check(*fixed, *settings).compute_addresses("rows")
+
+
+@pytest.fixture(scope="module")
+def plain_addresses():
+    return check("technique=prune").compute_addresses("rows")
 
 
 @pytest.mark.parametrize(
@@ -286,10 +288,8 @@ def test_what_only_measuring_reads_trains_no_baseline(setting, monkeypatch):
         *("hardware.precision=bf16-mixed", "hardware.batch_size=auto", "technique.prune.sparsity=0.3"),
     ],
 )
-def test_what_training_reads_is_part_of_the_addresses(setting):
-    assert check("technique=prune").compute_addresses("rows") != check("technique=prune", setting).compute_addresses(
-        "rows"
-    )
+def test_what_training_reads_is_part_of_the_addresses(plain_addresses, setting):
+    assert plain_addresses != check("technique=prune", setting).compute_addresses("rows")
 
 
 def test_a_word_that_is_no_file_reads_none(tmp_path, monkeypatch):

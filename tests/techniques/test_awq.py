@@ -6,10 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
-from hydra import compose, initialize_config_dir
 from pydantic import ValidationError
-from small import SMALL
-from test_conf import CONF
 from test_prune import fit
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +27,7 @@ from compress.models.folding import Fold, Norm, find_folds
 from compress.models.layers import find_blocks
 from compress.models.matrices import Matrix, find_zeros, matrices, measure_matrices
 from compress.running.experiment import run_experiment
+from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes.torch import load
 from compress.techniques.awq import (
@@ -165,8 +163,7 @@ def test_the_scales_that_are_found_change_nothing_before_weights_are_rounded(bui
 # The stage
 
 
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("bits", "clip"), [(3, True), (4, False)])
 def test_it_beats_rounding_to_nearest_where_a_few_channels_are_large(bits, clip):
     expected, stage = logits(salient()), awq(bits=bits, clip=clip)
 
@@ -201,9 +198,16 @@ def test_padding_counts_for_nothing():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("build", DECODERS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group_size", [-1, 16])
+@pytest.mark.parametrize(
+    ("build", "symmetric", "group_size"),
+    [
+        (tiny.llama, True, -1),
+        (tiny.llama_lm, False, -1),
+        (mistral, True, 16),
+        (qwen2_lm, False, 16),
+        (llama_with_biases, True, 16),
+    ],
+)
 def test_it_keeps_head_and_zeros_and_reloads_to_the_same_logits_without_us(build, symmetric, group_size, tmp_path):
     model = build()
     causal = hasattr(model, "lm_head")
@@ -298,11 +302,8 @@ def test_it_works_on_a_gpu():
     assert (logits(model) - logits(salient())).abs().max() < 0.1
 
 
-def test_a_run_prunes_quantizes_and_keeps_its_promises(tmp_path):
-    chosen = ["technique=prune+awq", "model=tiny_llama", f"cache.dir={tmp_path / 'cache'}", "technique.awq.samples=16"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*SMALL, *chosen])
-    none, both = run_experiment(cfg, tmp_path).measurements.values()
+def test_a_run_prunes_quantizes_and_keeps_its_promises(carry_out, tmp_path):
+    none, both = carry_out("technique=prune+awq", "technique.awq.samples=16", model="tiny_llama").measurements.values()
     assert both.size_bytes < 0.6 * none.size_bytes and both.nonzeros < none.nonzeros
     assert compress.load(tmp_path / "artifact").description.weights == "packed"
 

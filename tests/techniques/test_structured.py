@@ -154,8 +154,7 @@ def test_the_models_own_labels():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("importance", ["loss", "logits", "activation"])
-@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize(("importance", "even"), [("loss", False), ("logits", True), ("activation", False)])
 def test_units_that_do_nothing_are_the_ones_removed(textpruner, name, importance, even):
     model = family(name)
     group = read_blocks(model)[0].group_size
@@ -170,8 +169,7 @@ def test_units_that_do_nothing_are_the_ones_removed(textpruner, name, importance
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("order", [None, "head-first", "ffn-first"])
-@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize(("order", "even"), [(None, True), ("head-first", False), ("ffn-first", True)])
 def test_in_several_steps_the_targets_are_met(textpruner, name, order, even):
     model = family(name)
     fit(model, Structured(2, 24, iterations=3, order=order, even_heads=even, even_ffn=even, ffn_multiple_of=8))
@@ -180,9 +178,8 @@ def test_in_several_steps_the_targets_are_met(textpruner, name, order, even):
     assert logits(model).isfinite().all() and (not even or (heads, ffn) == ([2, 2], [24, 24]))
 
 
-@pytest.mark.parametrize("targets", [{"target_heads": 2}, {"target_ffn_size": 20}])
+@pytest.mark.parametrize(("targets", "order"), [({"target_heads": 2}, None), ({"target_ffn_size": 20}, "head-first")])
 @pytest.mark.parametrize("build", tiny.ALL)
-@pytest.mark.parametrize("order", [None, "head-first"])
 def test_heads_or_ffns_alone(textpruner, build, targets, order):
     model = fit(build(), Structured(**targets, order=order, iterations=2), lm=build is tiny.llama_lm)
     wanted = {"target_heads": 4, "target_ffn_size": 64, **targets}
