@@ -89,9 +89,9 @@ class Aligner:
             ids.append({"input_ids": found, "attention_mask": [1] * len(found)})
             places += [(row, *pair) for pair in pairs]
         padded = self.teacher.pad(ids, padding_side="right", return_tensors="pt")
-        columns = torch.tensor([place[:3] for place in places], dtype=torch.long).reshape(-1, 3).unbind(1)
+        rows, ours, theirs = torch.tensor([place[:3] for place in places], dtype=torch.long).reshape(-1, 3).unbind(1)
         ahead = [place[3] for place in places]
-        return Aligned({name: padded[name] for name in ("input_ids", "attention_mask")}, *columns, ahead)
+        return Aligned({name: padded[name] for name in ("input_ids", "attention_mask")}, rows, ours, theirs, ahead)
 
     def _find_ends(self) -> list[tuple[int, int]]:
         """Return the tokens of both vocabularies that end an answer or a text, if each has one."""

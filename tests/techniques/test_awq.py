@@ -26,8 +26,6 @@ from compress.models.calibration import split_sections
 from compress.models.folding import Fold, Norm, find_folds
 from compress.models.layers import find_blocks
 from compress.models.matrices import Matrix, find_zeros, matrices, measure_matrices
-from compress.running.experiment import run_experiment
-from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes.torch import load
 from compress.techniques.awq import (
