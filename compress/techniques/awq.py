@@ -25,7 +25,7 @@ from compress.models.matrices import count_inputs
 from compress.technique import Technique
 from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
 
-MOST_ROWS = 512
+MOST_ROWS = 128
 """Rows of the matrices that share an input, on which scales are compared: their errors rank the scales as all would."""
 
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import UserError
 from compress.maths.gptq import gptq
-from compress.maths.hessian import Sweep, factorize, second_moment
+from compress.maths.hessian import Sweep, factorize, output_error, second_moment
 from compress.maths.rounding import Scheme
 from compress.maths.sparsity import sparsegpt
 
@@ -93,3 +93,11 @@ def test_no_column_is_read_on_the_host(compress):
             compress(weight, x.T @ x)
         counts.append(reads.count)
     assert counts[0] == counts[1] <= 4
+
+
+@pytest.mark.parametrize("width", [3, 8, 512])
+def test_the_error_of_the_outputs_is_that_of_their_tokens(width):
+    torch.manual_seed(0)
+    inputs, error = torch.randn(40, 8), torch.randn(5, 8)
+    expected = (inputs @ error.T).square().sum().item()
+    assert output_error(error, second_moment(inputs), width) == pytest.approx(expected, rel=1e-5)
