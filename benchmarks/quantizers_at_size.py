@@ -87,7 +87,7 @@ def compared_methods(bits: int, group_size: int) -> dict[str, dict[str, Method]]
         return {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
 
     def sparse(structure: str) -> Callable:
-        return partial(SparseGPTModifier, sparsity=0.5, mask_structure=structure, ignore=["lm_head"])
+        return partial(SparseGPTModifier, sparsity=0.5, mask_structure=structure, ignore=["re:.*lm_head"])
 
     return {
         "gptq": {
