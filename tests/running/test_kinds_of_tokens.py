@@ -73,6 +73,21 @@ def test_questions_are_answered_by_a_graph_of_eight_bits(carry_out, tmp_path, mo
     assert isinstance(run_card(tmp_path / "artifact", monkeypatch)["answer"], str)
 
 
+@pytest.mark.parametrize("task", ["toy_tokens", "toy_span"])
+def test_layers_are_pruned_one_by_one_and_artifacts_measured_again(carry_out, tmp_path, task):
+    settings = ["technique.sensitivity.sparsities=[0.9]", "technique.sensitivity.samples=32"]
+    outcome = carry_out("technique=sensitivity", *settings, task=task)
+    (table,) = (tmp_path / "report").glob("*sensitivity/*.csv")
+    assert len(table.read_text().splitlines()) > 6
+    again = compress.measure(
+        tmp_path / "artifact",
+        output=tmp_path / "again",
+        hardware={"latency": {"seconds": 0.05, "block_s": 0.01, "memory": False}},
+    )
+    (quality,) = [measured.quality for name, measured in outcome.measurements.items() if name != "none"]
+    assert again.table[list(quality)].iloc[0].to_dict() == pytest.approx(quality)
+
+
 @pytest.mark.parametrize(("task", "variable"), [("toy_tokens", "tags"), ("toy_span", "answer")])
 def test_plain_transformers_runs_the_lines_of_a_card(carry_out, tmp_path, monkeypatch, task, variable):
     carry_out("technique=prune+gptq", task=task)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_tasks import files, shipped
 from tokenizers import pre_tokenizers, processors
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
@@ -27,7 +28,9 @@ from compress.tasks.kinds.tokens import align_words
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import load_splits
 from compress.tasks.tokens import TaskData
-from compress.tiny_models import SHAPE, make_tokenizer
+from compress.technique import Training
+from compress.techniques.distill import Distill
+from compress.tiny_models import SHAPE, make_tokenizer, make_trainer
 
 seqeval = pytest.importorskip("seqeval.metrics", reason="seqeval is not installed: pip install -e '.[dev]'")
 CONLL = "\n".join(
@@ -280,3 +283,31 @@ def test_a_skeleton_names_its_tags():
         shipped("wnut17")
     )
     assert type(model).__name__ == "DistilBertForTokenClassification" and model.config.id2label[1] == "B-corporation"
+
+
+class Shifted(torch.nn.Module):
+    """A teacher with other logits at every second token."""
+
+    def __init__(self, model, by):
+        super().__init__()
+        self.model, self.config, self.by = model, model.config, by
+
+    def forward(self, input_ids, **inputs):
+        logits = self.model(input_ids=input_ids, **inputs).logits.clone()
+        logits[:, 1::2] += self.by * torch.arange(5.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_student_imitates_the_tokens_that_are_labelled(data):
+    config = BertConfig(**SHAPE, max_position_embeddings=40, num_labels=5)
+    teacher = find_auto_class("tokens", config).from_config(config).eval()
+    batch = data.collate([data.tokenised("train")[i] for i in range(6)])
+    batch["labels"][:, 1::2, 0] = -100
+    weights = []
+    for by in (0.0, 9.0):
+        torch.manual_seed(1)
+        student = find_auto_class("tokens", config).from_config(config)
+        stage = Distill(student, teacher=Shifted(teacher, by), teacher_dtype="float32", training=Training(epochs=1))
+        make_trainer(epochs=1).fit(stage, DataLoader([batch], batch_size=None))
+        weights.append(stage.model.classifier.weight)
+    assert torch.equal(*weights)
