@@ -46,7 +46,8 @@ def build_encoder_class(base: Any, kind: str, loss: Callable[[Tensor, Tensor], T
         settings = getattr(self.config, KEY)
         output = base.forward(self, *args, **kwargs)
         states = output.last_hidden_state
-        mask = kwargs.get("attention_mask")
+        given = {**kwargs, **own.bind_partial(self, *args, **kwargs).arguments}  # by name, or by position
+        mask = given.get("attention_mask")
         mask = torch.ones_like(states[..., 0]) if mask is None else mask
         vectors = pool_tokens(states, mask, settings["pooling"])
         if settings["normalise"]:

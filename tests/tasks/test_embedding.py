@@ -78,6 +78,13 @@ def test_predictions_as_labels_have_a_gradient_that_keeps_texts_apart():
     assert model.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
 
 
+def test_a_mask_may_be_given_by_position():
+    model, batch = make_embedding(), make_batch()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert torch.equal(model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+    assert not torch.allclose(model(ids).logits, model(ids, mask).logits)
+
+
 # Settings
 
 
