@@ -59,8 +59,7 @@ Models = tuple[Callable[[], Any], ...]
 def make_tagger() -> Any:
     """Return a Llama that tags words with one of three tags."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, num_key_value_heads=2, pad_token_id=0)
-    config.num_labels = 3
+    config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0})
     return find_auto_class("tokens", config).from_config(config).eval()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.errors import UserError
 from compress.maths.answers import score_answer, weigh_mean
-from compress.tasks.kinds.base import Answers, Kind, Metric
+from compress.tasks.kinds.base import Answers, Kind, Metric, adapt_forward
 from compress.tasks.labels import Columns, LabelError, LabelledTask, Labels, is_blank
 
 if TYPE_CHECKING:
@@ -373,7 +373,6 @@ def adapt_span_class(base: Any) -> Any:
 
     forward = base.forward
 
-    @functools.wraps(forward)
     def join_logits(self: Any, *args: Any, labels: Tensor | None = None, **inputs: Any) -> Any:
         import torch
 
@@ -388,7 +387,4 @@ def adapt_span_class(base: Any) -> Any:
             attentions=getattr(output, "attentions", None),
         )
 
-    members = {"forward": join_logits, "task_kind": "span", "__module__": base.__module__}
-    adapted: Any = type(base.__name__, (base,), members)
-    adapted.from_config = adapted._from_config  # the name in the Auto classes
-    return adapted
+    return adapt_forward(base, join_logits, "span")

@@ -14,6 +14,7 @@ from compress.errors import UserError
 from compress.maths import entities
 from compress.maths.entities import TAGS, TYPES, count_orphans, mark_entities, marks_entities, name_types
 from compress.tasks.kinds.base import Answers, Format, Kind, Metric, choose_filler
+from compress.tasks.kinds.base import Answers, Kind, Metric, adapt_forward, choose_filler
 from compress.tasks.labels import (
     Columns,
     LabelError,
@@ -313,7 +314,6 @@ def adapt_token_class(base: Any) -> Any:
     """Return a subclass of a transformers class that takes a batch's labels with the places of their words."""
     forward = base.forward
 
-    @functools.wraps(forward)
     def read_tags_first(self: Any, *args: Any, labels: Tensor | None = None, **inputs: Any) -> Any:
         if labels is None:
             return forward(self, *args, **inputs)
@@ -323,7 +323,4 @@ def adapt_token_class(base: Any) -> Any:
             output["loss"] = output.logits.sum() * 0  # the mean over no tokens is not a number
         return output
 
-    members = {"forward": read_tags_first, "task_kind": "tokens", "__module__": base.__module__}
-    adapted: Any = type(base.__name__, (base,), members)
-    adapted.from_config = adapted._from_config  # the name in the Auto classes
-    return adapted
+    return adapt_forward(base, read_tags_first, "tokens")
