@@ -65,8 +65,10 @@ class LanguageModel(Kind):
         import torch
         from torch.nn.functional import cross_entropy
 
-        logits, labels = logits[:, :-1].float(), labels[:, 1:]
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-        predicted = labels != -100
-        right = ((logits.argmax(-1) == labels) & predicted).sum(1)
-        return torch.stack([losses.view_as(labels).sum(1), right.float()], dim=1), predicted.sum(1)
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        predicted = labels != -100  # in a conversation far fewer than all tokens, whose copies would take gigabytes
+        chosen, wanted = logits[predicted].float(), labels[predicted]
+        losses, right = torch.zeros(2, *labels.shape, device=logits.device)
+        losses[predicted] = cross_entropy(chosen, wanted, reduction="none")
+        right[predicted] = (chosen.argmax(-1) == wanted).float()
+        return torch.stack([losses.sum(1), right.sum(1)], dim=1), predicted.sum(1)
