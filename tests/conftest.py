@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave the imported libraries out of garbage collections: a run collects after every stage, 0.3 s each."""
+    """Start the server of forked commands if a test has one, and leave the imported libraries out of garbage
+    collections: a run collects after every stage, 0.3 s each."""
+    if "test_kills" in sys.modules:
+        sys.modules["test_kills"].start_server()
     gc.collect()
     gc.freeze()
 

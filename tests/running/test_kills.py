@@ -30,10 +30,12 @@ SWEEP = [
     "hardware.threads=1",
 ]
 FORK = multiprocessing.get_context("forkserver")  # imports the heavy libraries once, before any thread runs
-FORK.set_forkserver_preload(["warm"])
-if multiprocessing.parent_process() is None:  # a forked process imports this module too
-    # The server does not get our sys.path. It starts now, before a measurement of memory starts it without ``warm``.
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+
+
+def start_server():
+    """Start the server that processes are forked from, before a measurement of memory starts it without ``warm``."""
+    FORK.set_forkserver_preload(["warm"])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server does not get our sys.path
         forkserver.ensure_running()
 
 
