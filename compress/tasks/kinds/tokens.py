@@ -13,8 +13,7 @@ import numpy as np
 from compress.errors import UserError
 from compress.maths import entities
 from compress.maths.entities import TAGS, TYPES, count_orphans, mark_entities, marks_entities, name_types
-from compress.tasks.kinds.base import Answers, Format, Kind, Metric, choose_filler
-from compress.tasks.kinds.base import Answers, Kind, Metric, adapt_forward, choose_filler
+from compress.tasks.kinds.base import Answers, Format, Kind, Metric, adapt_forward, choose_filler
 from compress.tasks.labels import (
     Columns,
     LabelError,
