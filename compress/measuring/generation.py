@@ -38,20 +38,21 @@ def measure_generation(
 
     Return the times by name, and the share of the CPUs that others took meanwhile.
     """
-    calls, prompt, new = {}, 0, 0
-    for name, bench in benches.items():
-        text = move_batch(bench.texts[len(bench.texts) // 2], device)
-        new = min(latency.new_tokens, text["input_ids"].shape[1] // 2)
-        prompt = text["input_ids"].shape[1] - new
-        if new > 1 and (step := find_decoder(bench.artifact.model, text)):
-            calls[name] = build_decoding_call(step, text["input_ids"], text["attention_mask"], prompt, device)
+    calls, prompts = {}, {}
+    texts = {name: move_batch(bench.texts[len(bench.texts) // 2], device) for name, bench in benches.items()}
+    lengths = {name: text["input_ids"].shape[1] for name, text in texts.items()}  # tokenizers may differ
+    new = min(latency.new_tokens, *(length // 2 for length in lengths.values()))
+    for name, text in texts.items():
+        prompts[name] = lengths[name] - new
+        if new > 1 and (step := find_decoder(benches[name].artifact.model, text)):
+            calls[name] = build_decoding_call(step, text["input_ids"], text["attention_mask"], prompts[name], device)
     timed = time_in_turns(calls, latency, cycle=new, label="generation") if calls else Turns({}, 0.0)
     by_token = {name: [block.reshape(-1, new) for block in blocks] for name, blocks in timed.blocks.items()}
     return {
         name: Generation(
             summarise_times([block[:, 0] for block in blocks]),
             summarise_times([block[:, 1:].ravel() for block in blocks]),
-            prompt,
+            prompts[name],
             new,
         )
         for name, blocks in by_token.items()
