@@ -160,7 +160,7 @@ def test_answers_are_compared_question_by_question(folder):
     assert higher_is_better("average") and not higher_is_better("last_word_perplexity")
 
 
-def test_a_run_measures_its_baseline_and_its_variant_by_the_harness(carry_out, folder, tmp_path, cache):
+def test_a_run_measures_its_baseline_and_its_variant_by_the_harness(carry_out, folder, reader, tmp_path, cache):
     text = tmp_path / "text.txt"
     text.write_text(
         "\n".join(f"w{i % 29} follows w{(i - 1) % 29} and comes before w{(i + 1) % 29}" for i in range(400))
@@ -175,12 +175,17 @@ def test_a_run_measures_its_baseline_and_its_variant_by_the_harness(carry_out, f
     kept = Predictions.load(tmp_path / "artifact" / "predictions.npz")
     assert kept.score("average") == packed.quality["average"] and kept.characters.all()
 
-    # Beside another task, and again
-    small = ["hardware=cpu", "hardware.latency.seconds=0.05", "hardware.latency.memory=false", f"cache.dir={cache}"]
+    # Measured again, beside a model with another vocabulary
+    tiny.llama_lm().save_pretrained(tmp_path / "other")
+    reader.save_pretrained(tmp_path / "other")
+    words = [f"artifact={tmp_path / 'artifact'}", f"baseline={tmp_path / 'other'}", f"cache.dir={cache}"]
+    small = ["hardware=cpu", "hardware.latency.seconds=0.05", "hardware.latency.memory=false"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("evaluate", [f"artifact={tmp_path / 'artifact'}", *small, "hardware.latency.batch_sizes=[1]"])
-    (row,) = evaluate_artifact(cfg, tmp_path / "again")
-    assert row["average"] == packed.quality["average"] and row["metric"] == "average"
+        cfg = compose("evaluate", [*words, *small, "hardware.latency.batch_sizes=[1]"])
+    _, row = evaluate_artifact(cfg, tmp_path / "again")
+    assert row["average"] == packed.quality["average"] and row["metric"] == "average" and row["p_value"] <= 1
+    changes = [row["letters_acc_norm_change"], row["last_word_acc_change"]]
+    assert row["change"] == pytest.approx(np.mean(changes)) and row["last_word_acc_p_holm"] <= 1
 
 
 def test_an_encoder_is_not_asked(folder, tmp_path, monkeypatch):
