@@ -39,8 +39,8 @@ class Aligned(NamedTuple):
     def select_same(self) -> Aligned:
         """Return the places at which both have read the same."""
         same = torch.tensor([not part for part in self.ahead], dtype=torch.bool)
-        kept = (places[same] for places in (self.rows, self.ours, self.theirs))
-        return Aligned(self.batch, *kept, [part for part in self.ahead if not part])
+        rows, ours, theirs = (places[same] for places in (self.rows, self.ours, self.theirs))
+        return Aligned(self.batch, rows, ours, theirs, [part for part in self.ahead if not part])
 
 
 class Aligner:
