@@ -16,7 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from transformers import PretrainedConfig
 
 from compress.models.backbone import Backbone
-from compress.planning.chain import PACKAGE, drop_unused_settings, read_stages
+from compress.planning.chain import PACKAGE, drop_unused_settings, expand_jobs, read_stages
 from compress.planning.settings import to_plain
 from compress.tasks.task import Task
 
@@ -51,7 +51,10 @@ def jobs(program, overrides, every=True):
 
     def split(words):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
+        parsed = parser.parse_overrides(words)
+        if any(word.key_or_group == "technique" and word.is_sweep_override() for word in parsed):
+            return expand_jobs(parsed, "none")
+        return BasicSweeper.split_arguments(parsed, None)[0]
 
     def composed(words):
         try:
