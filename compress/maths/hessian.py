@@ -123,17 +123,22 @@ class Sweep:
             torch.sub(original, self.choose(start + j, column), out=column)
 
 
-def output_error(error: Tensor, moment: Tensor, width: int = 512) -> float:
+def output_error(error: Tensor, moment: Tensor) -> float:
     """Return ``tr(E M E^T)``, the squared error of a layer's outputs over all tokens: its weights are off by ``error``
-    ``[rows, inputs]``, and ``moment`` ``[inputs, inputs]`` is the second moment of its inputs.
+    ``[rows, inputs]``, and ``moment`` ``[inputs, inputs]`` is the second moment of its inputs."""
+    return row_errors(error, moment).sum().item()
+
+
+def row_errors(error: Tensor, moment: Tensor, width: int = 512) -> Tensor:
+    """Return the squared error of every output over all tokens, ``[rows]``, as :func:`output_error` sums it.
 
     The moment is symmetric: for ``width`` columns at a time, only its rows from the diagonal on are multiplied.
     """
     error = error.float()
-    total = error.new_zeros(())
+    total = error.new_zeros(len(error))
     for start in range(0, len(moment), width):
         stop = start + width
         own, later = error[:, start:stop], error[:, stop:]
         product = own @ moment[start:stop, start:stop] + 2 * (later @ moment[stop:, start:stop])
-        total += product.mul_(own).sum()
-    return total.item()
+        total += product.mul_(own).sum(1)
+    return total

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.formats.packed import Quantized, average_bits, save_model, select_storable
-from compress.maths.hessian import output_error, second_moment
+from compress.maths.hessian import row_errors, second_moment
 from compress.maths.rounding import Scheme, fit_grid, minmax_grid, round_to_grid, round_to_nearest
 from compress.maths.scales import mean_per_source, raise_smallest
 from compress.models.batches import draw_calibration_batches
@@ -186,14 +186,16 @@ def search_scales(fold: Fold, moments: dict[str, Tensor], scheme: Scheme, points
     share = MOST_ROWS / sum(map(len, matrices.values()))
     some = {name: take_rows(weight, share) for name, weight in matrices.items()}
 
-    def error(name: str, scale: Tensor) -> float:
-        weight = some[name].float()
-        scaled = weight * scale
-        grid = minmax_grid(scaled, scheme, some[name].dtype)
-        return output_error(round_to_grid(scaled, grid, scheme) / scale - weight, moments[name])
+    def lost(weight: Tensor, scale: Tensor) -> Tensor:
+        scaled = weight.float() * scale
+        return round_to_grid(scaled, minmax_grid(scaled, scheme, weight.dtype), scheme) / scale - weight.float()
 
-    errors = [sum(error(name, scale[fold.source]) for name in matrices) for scale in candidates]
-    return candidates[min(range(len(errors)), key=lambda i: errors[i] if isfinite(errors[i]) else inf)]
+    errors = torch.zeros(len(candidates))
+    for name, weight in some.items():
+        every = torch.cat([lost(weight, scale[fold.source]) for scale in candidates])  # one product for all
+        errors += row_errors(every, moments[name]).view(len(candidates), -1).sum(1).cpu()
+    losses = errors.tolist()
+    return candidates[min(range(len(losses)), key=lambda i: losses[i] if isfinite(losses[i]) else inf)]
 
 
 def take_rows(weight: Tensor, share: float) -> Tensor:

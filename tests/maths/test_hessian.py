@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import UserError
 from compress.maths.gptq import gptq
-from compress.maths.hessian import Sweep, factorize, output_error, second_moment
+from compress.maths.hessian import Sweep, factorize, output_error, row_errors, second_moment
 from compress.maths.rounding import Scheme
 from compress.maths.sparsity import sparsegpt
 
@@ -99,5 +99,6 @@ def test_no_column_is_read_on_the_host(compress):
 def test_the_error_of_the_outputs_is_that_of_their_tokens(width):
     torch.manual_seed(0)
     inputs, error = torch.randn(40, 8), torch.randn(5, 8)
-    expected = (inputs @ error.T).square().sum().item()
-    assert output_error(error, second_moment(inputs), width) == pytest.approx(expected, rel=1e-5)
+    expected = (inputs @ error.T).square().sum(0)
+    assert torch.allclose(row_errors(error, second_moment(inputs), width), expected, rtol=1e-5)
+    assert output_error(error, second_moment(inputs)) == pytest.approx(expected.sum().item(), rel=1e-5)
