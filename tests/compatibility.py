@@ -114,7 +114,7 @@ def format_page(cells: list[tuple[str, str, bool, str]]) -> str:
                 refusal = part[stage, family]
                 marks.append("✓" if not refusal else f"[{notes.setdefault(generalise(refusal), len(notes) + 1)}]")
             lines.append(f"| {family} | {' | '.join(marks)} |")
-    lines += ["", "## Why not", "", *(f"{number}. {sentence}" for sentence, number in notes.items()), ""]
+    lines += ["", "## Why not", "", *(f"{number}. {sentence}" for sentence, number in notes.items()), "", SWEEPS]
     return "\n".join(lines)
 
 
@@ -124,6 +124,32 @@ pruned model, its promises, saving, and an artifact that reloads to the same log
 below with which the check refuses the stage, before anything is loaded or trained. The table is written by
 `python tests/compatibility.py`, and a test runs cells of every row and column again. All of it ran on CPUs; on a CUDA
 GPU nothing has run yet, which `pytest -m gpu` does where there is one."""
+
+
+SWEEPS = """\
+## Ten techniques in one sweep
+
+The same by the command line, from training to the table: a ModernBERT and a DeBERTa-v3 as classifiers, a Qwen3 as a
+language model, at random weights and tiny sizes. A sweep takes under a minute of one core. Of the thirty rows one is
+refused, before anything of its chain runs: `nf4` of this ModernBERT, whose 96 channels are no multiple of the 64
+weights that share a scale (technique.nf4.blocksize=32).
+
+```bash
+stages=none,gptq,awq,w8a8,nf4,prune+gptq,structured+distill,drop_layers,onnx,openvino
+size="model.path=null model.config.vocab_size=600 model.config.hidden_size=64 model.config.num_hidden_layers=3
+    model.config.num_attention_heads=4 model.config.max_position_embeddings=128 model.learning_rate=1e-3"
+few="task.limit.train=256 task.limit.validation=64 task.limit.test=64 baseline.epochs=1 hardware.latency.seconds=0.1
+    technique.gptq.group_size=32 technique.gptq.samples=32 technique.awq.group_size=32 technique.awq.samples=32
+    technique.structured.target_heads=2 technique.structured.target_ffn_size=64 technique.structured.samples=32
+    technique.drop_layers.samples=32"
+python train.py -m technique=$stages $size $few task=toy model=modernbert model.config.intermediate_size=96 \\
+    model.config.local_attention=16
+python train.py -m technique=$stages $size $few task=toy model=deberta_v3 model.config.intermediate_size=128 \\
+    model.config.position_buckets=16
+python train.py -m technique=$stages $size $few task=toy_lm model=qwen3 model.config.intermediate_size=128 \\
+    model.config.num_key_value_heads=2 model.config.head_dim=32
+```
+"""
 
 
 def generalise(sentence: str) -> str:
