@@ -59,6 +59,8 @@ def detect_task_kind(model: nn.Module) -> str:
         return own
     generates = getattr(model, "get_output_embeddings", lambda: None)() is not None
     problem = None if generates else getattr(model.config, "problem_type", None)
+    if not generates and problem is None:
+        return "multiclass"  # the models of other kinds name theirs
     others = (kind for kind in KINDS.values() if not kind.has_own_head)
     fitting = (kind.name for kind in others if (kind.generates, kind.problem_type) == (generates, problem))
     return next(fitting, "multiclass")

@@ -183,6 +183,7 @@ def test_a_reranker_trains_on_relevance():
     expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits[:, 0], labels[:, 0])
     assert output.loss.item() == pytest.approx(expected.item())
     assert type(model).__name__ == "BertForSequenceClassification" and detect_task_kind(model) == "rerank"
+    assert detect_task_kind(BertForSequenceClassification(BertConfig(**SHAPE))) == "multiclass"
 
 
 def test_a_reranker_needs_candidates(tmp_path):
