@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from small import SMALL
 from test_command_line import python
-from test_kills import FORK, read_results, sweep
+from test_kills import FORK, read_results, run_script, sweep
 
 from compress.errors import explain_error
 from compress.reporting.jobs import gather_rows
@@ -75,10 +75,14 @@ def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_done(dis
 
 
 def test_a_job_that_another_process_runs_is_left_alone(tmp_path):
-    with FileLock(tmp_path / ".job.lock"):
-        done = python("train.py", f"hydra.run.dir={tmp_path}", check=False)
-    assert done.returncode == 1 and not (tmp_path / "result.json").exists()
-    assert f"Another process is running this job in {tmp_path}. Wait for its end." in done.stdout + done.stderr
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FileLock(folder / ".job.lock"):
+        process = FORK.Process(target=run_script, args=("train.py", [f"hydra.run.dir={folder}"], tmp_path / "log"))
+        process.start()
+        process.join()
+    assert process.exitcode == 1 and not (folder / "result.json").exists()
+    assert f"Another process is running this job in {folder}. Wait for its end." in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
