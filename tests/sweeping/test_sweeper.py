@@ -27,7 +27,8 @@ SPACE = [
     "search.slots=[[none,prune,gptq],[none,prune,gptq,awq],[none,onnx]]",
     "search.recovery=[]",
     "search.epochs=[0]",
-    "search.settings={awq:{group_size:[7]},onnx:{precision:[null]}}",
+    "search.settings={onnx:{precision:[null]}}",
+    "+search.settings.awq.group_size=[7]",
 ]
 SPEED = {"prune": 1.2, "gptq": 1.5, "onnx": 3.0}
 DROP = {"prune": 0.002, "gptq": 0.009, "onnx": 0.0}
