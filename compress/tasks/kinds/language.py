@@ -55,7 +55,7 @@ class LanguageModel(Kind):
     def choose_labels(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         labels = inputs["input_ids"].clone()
         labels[:, 1:] = logits[:, :-1].argmax(-1)  # position t predicts token t + 1
-        if "labels" in inputs:
+        if "labels" in inputs and inputs["labels"].shape == labels.shape:
             return labels.masked_fill(inputs["labels"] == -100, -100)
         return labels.masked_fill(inputs["attention_mask"] == 0, -100) if "attention_mask" in inputs else labels
 
