@@ -370,7 +370,7 @@ def check_data(planned: Plan, splits: Splits) -> None:
         kind.set_template(tokenizer, planned.task.template)
         for split in SPLITS:
             kind.check_encoding(getattr(splits, split), tokenizer)
-    for step in () if KINDS[planned.task.kind].in_blocks else planned.steps:
+    for step in () if kind.in_blocks else planned.steps:
         for split, adjective in (("train", "training"), ("validation", "validation")):
             rows = step.calibration.rows if step.calibration and split == "train" else None
             samples, texts = step.samples.get(split, 0), len(getattr(splits, split) if rows is None else rows)

@@ -213,7 +213,7 @@ def test_a_pretrained_model_is_named_after_its_folder(tmp_path):
 def test_too_little_calibration_text_is_reported_before_training():
     planned = check("technique=gptq", "technique.gptq.samples=1000")
     with pytest.raises(UserError, match=r"samples is 1000 and task `toy` has 3 training texts. .*samples=3"):
-        plan.check_data(planned, SimpleNamespace(train=range(3)))
+        plan.check_data(planned, SimpleNamespace(train=range(3), validation=range(3)))
 
 
 def test_calibration_text_is_a_file_or_a_task_and_part_of_the_address(tmp_path):
