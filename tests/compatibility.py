@@ -135,18 +135,11 @@ refused, before anything of its chain runs: `nf4` of this ModernBERT, whose 96 c
 weights that share a scale (technique.nf4.blocksize=32).
 
 ```bash
-stages=none,gptq,awq,w8a8,nf4,prune+gptq,structured+distill,drop_layers,onnx,openvino
-size="model.path=null model.config.vocab_size=600 model.config.hidden_size=64 model.config.num_hidden_layers=3
-    model.config.num_attention_heads=4 model.config.max_position_embeddings=128 model.learning_rate=1e-3"
-few="task.limit.train=256 task.limit.validation=64 task.limit.test=64 baseline.epochs=1 hardware.latency.seconds=0.1
-    technique.gptq.group_size=32 technique.gptq.samples=32 technique.awq.group_size=32 technique.awq.samples=32
-    technique.structured.target_heads=2 technique.structured.target_ffn_size=64 technique.structured.samples=32
-    technique.drop_layers.samples=32"
-python train.py -m technique=$stages $size $few task=toy model=modernbert model.config.intermediate_size=96 \\
+python train.py -m experiment=ten_techniques task=toy model=modernbert model.config.intermediate_size=96 \\
     model.config.local_attention=16
-python train.py -m technique=$stages $size $few task=toy model=deberta_v3 model.config.intermediate_size=128 \\
+python train.py -m experiment=ten_techniques task=toy model=deberta_v3 model.config.intermediate_size=128 \\
     model.config.position_buckets=16
-python train.py -m technique=$stages $size $few task=toy_lm model=qwen3 model.config.intermediate_size=128 \\
+python train.py -m experiment=ten_techniques task=toy_lm model=qwen3 model.config.intermediate_size=128 \\
     model.config.num_key_value_heads=2 model.config.head_dim=32
 ```
 """

@@ -18,7 +18,7 @@ from compress.planning.chain import drop_unused_settings, read_stages
 from compress.planning.settings import parse_values, to_plain
 from compress.runtimes import onnxruntime
 from compress.runtimes.runtime import Runtime
-from compress.tasks import kinds
+from compress.tasks.kinds import classes
 from compress.tasks.task import Task
 from compress.testing import check_technique
 
@@ -180,7 +180,7 @@ def test_the_task_of_contributing_is_valid(tmp_path):
 
 
 def test_the_kind_of_contributing_works():
-    names = {**vars(kinds), "Task": Task}
+    names = {**vars(classes), "np": np, "Task": Task}
     exec(block_with("python", "class Stars"), names)
     stars = names["Stars"]()
     assert stars.encode(None, ["**", "****"], "train") == [2.0, 4.0]

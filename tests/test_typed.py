@@ -48,7 +48,13 @@ def type_words(tmp_path, monkeypatch, capfd):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        job, "prepare_experiment", lambda cfg, team=None: (make_plan(cfg), SimpleNamespace(fingerprint=""), [])
+        job,
+        "prepare_experiment",
+        lambda cfg, team=None: (
+            make_plan(cfg),
+            SimpleNamespace(fingerprint="", measured=SimpleNamespace(fingerprint="")),
+            [],
+        ),
     )
     monkeypatch.setattr(job, "execute_plan", stop)
     monkeypatch.setattr(callbacks.atexit, "register", lambda *args: None)
