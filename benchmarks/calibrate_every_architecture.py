@@ -83,10 +83,10 @@ def make(model_type, auto):
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    todo = dict.fromkeys(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, AutoModelForSequenceClassification)
-    todo |= dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM)
+    todo = [(name, AutoModelForSequenceClassification) for name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
+    todo += [(name, AutoModelForCausalLM) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     counts: Counter[str] = Counter()
-    for name, auto in todo.items():
+    for name, auto in todo:
         outcome, reason = "left out", ""
         if (model := make(name, auto)) is not None:
             try:
@@ -98,7 +98,8 @@ def main() -> None:
             except AssertionError as error:
                 outcome, reason = "WRONG", str(error)
         counts[outcome] += 1
-        print(f"{name}: {outcome} {reason}", flush=True)
+        head = "classifier" if auto is AutoModelForSequenceClassification else "language model"
+        print(f"{name}, {head}: {outcome} {reason}", flush=True)
     print(dict(counts))
 
 

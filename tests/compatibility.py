@@ -142,6 +142,15 @@ python train.py -m experiment=ten_techniques task=toy model=deberta_v3 model.con
 python train.py -m experiment=ten_techniques task=toy_lm model=qwen3 model.config.intermediate_size=128 \\
     model.config.num_key_value_heads=2 model.config.head_dim=32
 ```
+
+## Other architectures
+
+`python benchmarks/calibrate_every_architecture.py` builds a tiny model of each of the 302 classes that transformers
+5.17 has for classification and for language modelling, and compares the calibration of its matrices with plain runs of
+every text alone. All matrices of 159 are calibrated once, on the right inputs; 21 are refused in a sentence: too few of
+their weights are matrices, or a text alone never multiplies by some (the decoders of BART and Pegasus without their
+encoders). None is wrong. The other 122 are not tried: they read more than text, answer otherwise where a text is
+padded, or name their sizes in a way that the script does not know.
 """
 
 
