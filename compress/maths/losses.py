@@ -313,9 +313,11 @@ def logit_temperature(
     return temperatures
 
 
-def loss_weight(name: str, progress: float) -> float:
+def loss_weight(name: str | None, progress: float) -> float:
     """Return the weight of a loss at ``progress`` (a fraction of training): TextBrewer's ``linear_decay`` from 1 to 0
-    or ``linear_growth`` from 0 to 1."""
+    or ``linear_growth`` from 0 to 1; 1 without a schedule."""
+    if name is None:
+        return 1.0
     from textbrewer.presets import WEIGHT_SCHEDULER
 
     return WEIGHT_SCHEDULER[name](progress)

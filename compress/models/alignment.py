@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from compress.maths.losses import sum_events
+from compress.maths.losses import common_loss, sum_events, universal_loss
 from compress.tasks.chats import Encoded, encode_chat, shorten_chat
 from compress.tasks.tokens import Batch
 
@@ -92,6 +92,19 @@ class Aligner:
         rows, ours, theirs = torch.tensor([place[:3] for place in places], dtype=torch.long).reshape(-1, 3).unbind(1)
         ahead = [place[3] for place in places]
         return Aligned({name: padded[name] for name in ("input_ids", "attention_mask")}, rows, ours, theirs, ahead)
+
+    def compare(self, student: Tensor, inputs: Batch, ask: Callable[[Batch], Any], loss: str, tau: float) -> Tensor:
+        """Return the loss between the ``student``'s logits on the ``inputs`` and those that the teacher is asked for,
+        at the temperature ``tau``: ``uld`` where both models have read the same, ``common`` everywhere."""
+        aligned = self(inputs)
+        if loss == "uld":
+            aligned = aligned.select_same()
+        theirs, ours = ask(aligned.batch).logits[aligned.rows, aligned.theirs], student[aligned.rows, aligned.ours]
+        if loss == "uld":
+            return universal_loss(ours, theirs, tau)
+        probabilities = (theirs[:, : len(self.their_events)].float() / tau).softmax(-1)
+        target = self.expect_events(probabilities, aligned.ahead)
+        return common_loss(ours, target, self.events.to(student.device), tau)
 
     def _find_ends(self) -> list[tuple[int, int]]:
         """Return the tokens of both vocabularies that end an answer or a text, if each has one."""

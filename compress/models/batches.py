@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.tasks.formats import read_lines
+from compress.tasks.tokens import LengthBuckets
 
 Batch = dict[str, Tensor]
 
@@ -66,3 +70,29 @@ def spread_evenly(batches: list[Batch], samples: int) -> list[Batch]:
 def middle_indices(count: int, parts: int) -> list[int]:
     """Return the middles of ``parts`` equal parts of ``range(count)``."""
     return [(2 * i + 1) * count // (2 * parts) for i in range(parts)]
+
+
+def iterate_texts(file: Path, data: Any, device: torch.device, key: str) -> Iterator[Batch]:
+    """Yield batches of the texts of a ``file``, one a line, without end and in a new order every time.
+
+    Raises:
+        UserError: the file, the setting ``key``, holds no text, or there is no datamodule ``data``.
+    """
+    texts = [line.strip() for line in read_lines(file)]
+    ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"] if data and texts else []
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids if row]
+    if not rows:
+        why = "holds no text, or the fit has no datamodule"
+        raise UserError(f"{key} is {file}, which {why}. Set another file, or null.")
+    buckets = LengthBuckets([len(row["input_ids"]) for row in rows], data.batch_size, data.seed)
+    while True:
+        for cut in buckets:
+            yield data.tokenizer.pad([rows[i] for i in cut], return_tensors="pt").to(device)
+
+
+def mask_tokens(inputs: Batch, tokenizer: Any, probability: float) -> Batch:
+    """Return the inputs with some tokens replaced by the mask token, but never special tokens."""
+    ids = inputs["input_ids"]
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    chosen = (torch.rand(ids.shape, device=ids.device) < probability) & ~special
+    return {**inputs, "input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id)}

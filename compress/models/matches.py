@@ -146,3 +146,15 @@ class Relations:
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         outputs = self.seen[layer]
         return outputs["query"], outputs["key"], outputs["value"]
+
+
+def expose_attention(student: Any, teacher: Any) -> None:
+    """Let both models return their attention matrices, the student's as they are before dropout."""
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")  # others return no matrix
+    for block in read_blocks(student):
+        if not isinstance(getattr(block.attention, "attention_dropout", None), nn.Module):
+            vars(block.attention)["attention_dropout"] = 0.0
+        for module in block.attention.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0

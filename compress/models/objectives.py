@@ -1,12 +1,15 @@
-"""Check that the settings of a distillation fit together."""
+"""What a distillation compares: whether its settings fit together, and the loss between logits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from compress.errors import UserError
 from compress.maths import losses
 from compress.maths.vector_losses import VECTORS
+from compress.models.backbone import limit_length
 
 
 def check_objective(stage: Any) -> None:
@@ -82,3 +85,32 @@ def check_decoders(stage: Any) -> None:
             f"{stage.key}.{name} is {value}, which looks up every conversation by itself, and task.pack is true. "
             "Set task.pack=false."
         )
+
+
+def check_lengths(models: dict[str, Any], data: Any) -> None:
+    """Raise UserError if the texts of a datamodule are longer than the inputs of one of the ``models``, by name."""
+    for name, model in models.items():
+        if (positions := limit_length(model, data.tokenizer, data.max_length)) < data.max_length:
+            raise UserError(
+                f"The {name} reads {positions} tokens and the task's texts have up to {data.max_length}. Set "
+                f"task.max_length={positions}."
+            )
+
+
+def compare_logits(stage: Any, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return the loss of a :class:`compress.techniques.distill.Distill` between the logits, of texts or of the tokens
+    that the ``mask`` marks.
+
+    Two models of one tokenizer may have padded their vocabularies to other sizes; no token is in the padding.
+    """
+    tokens = mask if teacher.ndim == 3 else None
+    if tokens is not None:
+        common = min(student.shape[-1], teacher.shape[-1])
+        student, teacher = student[..., :common], teacher[..., :common]
+    schedule, *arguments = stage.temperature_schedule or ("constant",)
+    mine, theirs, counted = student, teacher, tokens
+    if stage.kind.probabilities == "positions" and stage.loss != "mse":
+        mine, theirs = (losses.gather_positions(x, tokens, padding=0.0) for x in (student, teacher))
+        counted = None
+    tau = losses.logit_temperature(schedule, stage.temperature, arguments, mine, theirs, counted)
+    return losses.soft_loss(stage.loss, student, teacher, tau, tokens, stage.kind.probabilities, stage.beta)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,25 +16,16 @@ from compress.artifacts.artifact import load_artifact
 from compress.cache.digests import compute_digest, digest_environment, fingerprint_files
 from compress.cache.sources import digest_source
 from compress.errors import UserError
-from compress.maths import losses
-from compress.maths.losses import (
-    build_projection,
-    gather_positions,
-    logit_temperature,
-    loss_weight,
-    match_loss,
-    soft_loss,
-)
+from compress.maths.losses import ACROSS, build_projection, loss_weight, match_loss
 from compress.maths.vector_losses import VECTORS
 from compress.models.alignment import Aligner
 from compress.models.backbone import limit_length
-from compress.models.batches import draw_calibration_batches
+from compress.models.batches import draw_calibration_batches, iterate_texts, mask_tokens
 from compress.models.layers import detect_task_kind, find_blocks
 from compress.models.loading import from_pretrained
-from compress.models.matches import Match, Relations, collect_features
-from compress.models.objectives import check_objective
+from compress.models.matches import Match, Relations, collect_features, expose_attention
+from compress.models.objectives import check_lengths, check_objective, compare_logits
 from compress.models.packing import keeps_boundaries
-from compress.models.shapes import read_blocks
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
 from compress.models.teachers import Batch, KeptLogits, cast_teacher, round_teacher
 from compress.models.writing import Writer
@@ -42,7 +34,6 @@ from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
-from compress.tasks.tokens import LengthBuckets
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
@@ -172,20 +163,17 @@ class Distill(FineTune):
     @property
     def across(self) -> bool:
         """Whether teacher and student may have different tokenizers."""
-        return self.loss in losses.ACROSS
+        return self.loss in ACROSS
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         if not self.training_settings.epochs:
             raise UserError(
                 f"{self.key}.train.epochs is 0, so nothing is distilled. Set {self.key}.train.epochs=1 or more."
             )
-        if self.extra_text and not self.extra_text.is_file():
+        if self.extra_text and (not self.extra_text.is_file() or not read_lines(self.extra_text)):
+            wrong = "holds no text" if self.extra_text.is_file() else "is no file"
             raise UserError(
-                f"{self.key}.extra_text is {self.extra_text}, which is no file. Set it to a text file, one text a line."
-            )
-        if self.extra_text and not read_lines(self.extra_text):
-            raise UserError(
-                f"{self.key}.extra_text is {self.extra_text}, which holds no text. Set another file, or null."
+                f"{self.key}.extra_text is {self.extra_text}, which {wrong}. Set it to a text file, one text a line."
             )
         if isinstance(self.teacher, str) and not Path(self.teacher).is_dir():
             raise UserError(
@@ -274,31 +262,30 @@ class Distill(FineTune):
             build_projection(match.proj) if match.proj else nn.Identity() for match in self.matches
         )
         if any(match.feature == "attention" for match in self.matches):
-            for either in (self.model, *self._teacher):
-                cast(PreTrainedModel, either).set_attn_implementation("eager")  # others return no attention matrix
-            for block in read_blocks(self.model):  # the returned matrix is the one after dropout
-                if not isinstance(getattr(block.attention, "attention_dropout", None), nn.Module):
-                    vars(block.attention)["attention_dropout"] = 0.0
-                for module in block.attention.modules():
-                    if isinstance(module, nn.Dropout):
-                        module.p = 0.0
+            expose_attention(self.model, self._teacher[0])
+
+    def _locate(self, setting: str, data: Any) -> tuple[Path, Path]:
+        """Return the folders of the teacher and of what is kept of its answers."""
+        folder = self.teacher or self.baseline
+        if data is None or self.keep_in is None or not isinstance(folder, str | Path):
+            raise UserError(
+                f"{self.key}.{setting} needs a datamodule, keep_in and the folder of a teacher. Set "
+                f"{self.key}.{setting}=null."
+            )
+        return Path(folder), self.keep_in
 
     def _write_training_text(self) -> None:
         """Let the teacher write the texts that the student is trained on, or read those that it wrote before."""
-        data, folder = getattr(self.trainer, "datamodule", None), self.teacher or self.baseline
-        if data is None or self.keep_in is None or not isinstance(folder, str | Path):
-            raise UserError(
-                f"{self.key}.written_tokens needs a datamodule, keep_in and the folder of a teacher. Set "
-                f"{self.key}.written_tokens=null."
-            )
+        data = getattr(self.trainer, "datamodule", None)
+        folder, keep_in = self._locate("written_tokens", data)
         assert self._their_tokenizer is not None and self.written_tokens is not None
         teacher = cast(PreTrainedModel, self._teacher[0].to(self.trainer.strategy.root_device).eval())
         length = limit_length(teacher, self._their_tokenizer, data.max_length)
         rows = data.splits.train
-        decides = fingerprint_files(Path(folder)), content(rows), self.written_tokens, length, data.seed, self.template
+        decides = fingerprint_files(folder), content(rows), self.written_tokens, length, data.seed, self.template
         key = [*decides, digest_source(__name__), digest_environment()]
         writer = Writer(teacher, self._their_tokenizer, self.written_tokens, length, data.seed)
-        file = self.keep_in / f"{compute_digest(key)}.jsonl"
+        file = keep_in / f"{compute_digest(key)}.jsonl"
         data.replace_training(writer.write_rows(rows, file, data.batch_size))
 
     def _make_aligner(self, data: Any) -> Aligner:
@@ -314,7 +301,8 @@ class Distill(FineTune):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         data = getattr(self.trainer, "datamodule", None)
-        self._check_lengths(data)
+        if data is not None:
+            check_lengths({"student": self.model, "teacher": self._teacher[0]}, data)
         teacher = self._teacher[0].to(self.device).eval().requires_grad_(False)
         probe = next(draw_calibration_batches(self.trainer, samples=8, batch_size=8))
         if self.teacher_dtype == "auto" and not self.across:  # the probe is in the student's tokens
@@ -331,58 +319,28 @@ class Distill(FineTune):
         if self.kept_logits:
             self._kept = [self._keep(data)]
         if self.extra_text:
-            self._extra = self._extra_batches(data)
-
-    def _check_lengths(self, data: Any) -> None:
-        """Raise UserError if texts are longer than the inputs of student or teacher."""
-        for name, model in (("student", self.model), ("teacher", self._teacher[0])):
-            tokens = getattr(data, "max_length", 0)
-            if data is not None and (positions := limit_length(model, data.tokenizer, tokens)) < tokens:
-                raise UserError(
-                    f"The {name} reads {positions} tokens and the task's texts have up to {tokens}. Set "
-                    f"task.max_length={positions}."
-                )
+            self._extra = iterate_texts(self.extra_text, data, self.device, f"{self.key}.extra_text")
 
     def _keep(self, data: Any) -> KeptLogits:
-        folder = self.teacher or self.baseline
-        if data is None or self.keep_in is None or not isinstance(folder, str | Path):
-            raise UserError(
-                f"{self.key}.kept_logits needs a datamodule, keep_in and the folder of a teacher. Set "
-                f"{self.key}.kept_logits=null."
-            )
+        folder, keep_in = self._locate("kept_logits", data)
         rows = data.tokenised("train")
         k = None if self.kept_logits == "all" else self.kept_logits
         dtype = next(self._teacher[0].parameters()).dtype
-        decides = fingerprint_files(Path(folder)), content(rows), k, str(dtype), digest_source(__name__)
+        decides = fingerprint_files(folder), content(rows), k, str(dtype), digest_source(__name__)
         key = [*decides, digest_environment()]
-        kept = KeptLogits(self.keep_in / compute_digest(key), rows, k)
-        kept.fill(lambda batch: self._ask(send_batch(batch, self.device)).logits, data.collate, data.batch_size)
+        kept = KeptLogits(keep_in / compute_digest(key), rows, k)
+        kept.fill(lambda batch: self._ask(batch).logits, data.collate, data.batch_size)
         return kept
-
-    def _extra_batches(self, data: Any) -> Iterator[Batch]:
-        """Yield batches of the unlabelled text without end, in a new order every time."""
-        texts = [line.strip() for line in read_lines(self.extra_text)] if self.extra_text else []
-        ids = data.tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"] if data and texts else []
-        rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids if row]
-        if not rows:
-            raise UserError(
-                f"{self.key}.extra_text is {self.extra_text}, which holds no text, or the fit has no datamodule. Set "
-                "another file, or null."
-            )
-        buckets = LengthBuckets([len(row["input_ids"]) for row in rows], data.batch_size, data.seed)
-        while True:
-            for cut in buckets:
-                yield data.tokenizer.pad([rows[i] for i in cut], return_tensors="pt").to(self.device)
 
     @torch.no_grad()
     def _ask(self, batch: Batch, **wanted: bool) -> Any:
-        return self._teacher[0](**batch, **wanted)
+        return self._teacher[0](**move_data_to_device(batch, self.device), **wanted)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         progress = self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
-        hard_weight = self.hard_weight * schedule_weight(self.hard_schedule, progress)
+        hard_weight = self.hard_weight * loss_weight(self.hard_schedule, progress)
         answers = self.kind.mask_answers(inputs, labels)
         total = self._imitation_loss(inputs, answers, progress, labels if hard_weight else None, hard_weight)
         if self._extra is not None:
@@ -406,7 +364,7 @@ class Distill(FineTune):
         logits are compared."""
         # 1) Run student and teacher
         if self.masking:
-            inputs = self._mask_tokens(inputs)
+            inputs = mask_tokens(inputs, self.tokenizer, self.masking)
         kept = self._kept[0](inputs) if self._kept and not prefix else None
         wanted = {
             "output_hidden_states": any(match.feature == "hidden" for match in self.matches),
@@ -420,12 +378,15 @@ class Distill(FineTune):
         mask = self.kind.find_tokens(inputs)
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.soft_weight:
-            weight = self.soft_weight * schedule_weight(self.soft_schedule, progress)
-            if self.across:
-                terms["soft"] = weight, self._aligned_loss(student.logits, inputs)
+            weight = self.soft_weight * loss_weight(self.soft_schedule, progress)
+            if self._aligner is not None:
+                loss = self._aligner.compare(student.logits, inputs, self._ask, self.loss, self.temperature)
+            elif self.loss in VECTORS:
+                loss = VECTORS[self.loss](self.widen(student.logits.float()), teacher.logits if kept is None else kept)
             else:
                 logits: Tensor = teacher.logits.float() if kept is None else kept
-                terms["soft"] = weight, self._soft_loss(student.logits, logits, answers)
+                loss = compare_logits(self, student.logits, logits, answers)
+            terms["soft"] = weight, loss
         if labels is not None:
             terms["hard"] = hard_weight, student.loss
         for i, match in enumerate(self.matches):
@@ -437,52 +398,3 @@ class Distill(FineTune):
         for name, (_, value) in terms.items():
             self.log(f"train/{prefix}{name}", value.detach())
         return sum((weight * value for weight, value in terms.values()), start=torch.zeros((), device=self.device))
-
-    def _aligned_loss(self, student: Tensor, inputs: Batch) -> Tensor:
-        """Return the loss between the logits of two vocabularies: ``uld`` where both models have read the same."""
-        assert self._aligner is not None
-        aligned = self._aligner(inputs)
-        if self.loss == "uld":
-            aligned = aligned.select_same()
-        theirs = self._ask(send_batch(aligned.batch, self.device)).logits[aligned.rows, aligned.theirs]
-        ours = student[aligned.rows, aligned.ours]
-        if self.loss == "uld":
-            return losses.universal_loss(ours, theirs, self.temperature)
-        their_events, events = self._aligner.their_events, self._aligner.events.to(self.device)
-        probabilities = (theirs[:, : len(their_events)].float() / self.temperature).softmax(-1)
-        target = self._aligner.expect_events(probabilities, aligned.ahead)
-        return losses.common_loss(ours, target, events, self.temperature)
-
-    def _soft_loss(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss between the logits, of tokens or of texts.
-
-        Two models of one tokenizer may have padded their vocabularies to other sizes; no token is in the padding.
-        """
-        if self.loss in VECTORS:
-            return VECTORS[self.loss](self.widen(student.float()), teacher)
-        tokens = mask if teacher.ndim == 3 else None
-        if tokens is not None:
-            common = min(student.shape[-1], teacher.shape[-1])
-            student, teacher = student[..., :common], teacher[..., :common]
-        schedule, *arguments = self.temperature_schedule or ("constant",)
-        mine, theirs, counted = student, teacher, tokens
-        if self.kind.probabilities == "positions" and self.loss != "mse":
-            mine, theirs = (gather_positions(x, tokens, padding=0.0) for x in (student, teacher))
-            counted = None
-        tau = logit_temperature(schedule, self.temperature, arguments, mine, theirs, counted)
-        return soft_loss(self.loss, student, teacher, tau, tokens, self.kind.probabilities, self.beta)
-
-    def _mask_tokens(self, inputs: Batch) -> Batch:
-        """Return the inputs with some tokens replaced by the mask token, but never special tokens."""
-        ids = inputs["input_ids"]
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
-        chosen = (torch.rand(ids.shape, device=ids.device) < self.masking) & ~special
-        return {**inputs, "input_ids": ids.masked_fill(chosen, self.tokenizer.mask_token_id)}
-
-
-def schedule_weight(name: str | None, progress: float) -> float:
-    return loss_weight(name, progress) if name else 1.0
-
-
-def send_batch(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) for key, value in batch.items()}

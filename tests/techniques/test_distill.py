@@ -9,7 +9,9 @@ from test_prune import fit as one_shot
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 from compress.errors import UserError
+from compress.models.batches import iterate_texts
 from compress.models.matrices import find_zeros, matrices
+from compress.models.objectives import compare_logits
 from compress.models.students import (
     Student,
     build_student,
@@ -239,7 +241,7 @@ def test_extra_text_is_utf_8_with_a_text_a_line_and_checked_before_anything_is_l
 
     tokenizer.pad = lambda rows, **_: BatchEncoding({"input_ids": torch.tensor([row["input_ids"] for row in rows])})
     data = SimpleNamespace(tokenizer=tokenizer, max_length=8, batch_size=4, seed=0)
-    batch = next(stage._extra_batches(data))
+    batch = next(iterate_texts(stage.extra_text, data, stage.device, "extra_text"))
     assert sorted(batch["input_ids"].flatten().tolist()) == [len("three"), len("one\u2028two")]
 
 
@@ -317,7 +319,7 @@ def test_kept_logits_of_a_padded_vocabulary_are_compared_over_the_common_tokens(
     kept.fill(lambda batch: teacher(**batch).logits.detach(), collate, 2)
     batch = collate(list(rows))
     module = Distill(student, teacher=teacher, loss="kl", training=FAST)
-    loss = module._soft_loss(student(**batch).logits, kept(batch), batch["attention_mask"])
+    loss = compare_logits(module, student(**batch).logits, kept(batch), batch["attention_mask"])
     assert kept(batch).shape[-1] == 64 and torch.isfinite(loss)
     assert loss.item() == pytest.approx(0, abs=1e-3) if k is None else loss > 0
 
