@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from compress.cache.files import expand_path
 from compress.errors import UserError
+from compress.tasks import toy, toy_chat, toy_span, toy_tokens
 from compress.tasks.collections import read_collection
 from compress.tasks.formats import Table, read_file
 from compress.tasks.kinds import KINDS
@@ -27,6 +27,9 @@ from compress.tasks.sources import (
     split_documents,
 )
 from compress.tasks.task import SPLITS, Task
+
+GENERATED: dict[str, Any] = {"toy": toy, "toy_chat": toy_chat, "toy_span": toy_span, "toy_tokens": toy_tokens}
+"""Modules that generate the data of a toy task."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,10 @@ class Examples:
 
 def read_tables(task: Task) -> dict[str, Examples]:
     """Return the examples of the data set's splits."""
+    if task.generate == "toy_embedding":
+        return {split: Examples(table, name_rows(table, split)) for split, table in toy.generate_pairs().items()}
     if task.generate:
-        from compress.tasks.toy import generate_pairs
-
-        if task.generate == "toy_embedding":
-            return {split: Examples(table, name_rows(table, split)) for split, table in generate_pairs().items()}
-        tables = importlib.import_module(f"compress.tasks.{task.generate}").generate_splits()
+        tables = GENERATED[task.generate].generate_splits()
         return {split: _select_columns(task, name_rows(table, split), split) for split, table in tables.items()}
     if KINDS[task.kind].in_collections:
         tables, notes = read_collection(task)
