@@ -143,7 +143,7 @@ def test_minilm_as_it_is_has_its_published_quality(carry_out, shared_models, sha
     words += ["task.rows=questions"] if task == "retrieval" else []
     outcome = carry_out("technique=none", *words, *FULL_TEST, "task.limit.train=null", model="minilm", task=task)
     (measured,) = outcome.measurements.values()
-    assert measured.examples == (1190 if task == "retrieval" else 1500)
+    assert measured.examples == (1187 if task == "retrieval" else 1500)  # three are asked twice
     assert measured.quality[primary] == pytest.approx(figure, abs=0.001)
     assert measured.quality[f"{primary}_int8"] == pytest.approx(figure, abs=0.002)
     assert measured.quality[f"{primary}_dim64"] < measured.quality[f"{primary}_dim128"] < measured.quality[primary]
