@@ -71,10 +71,53 @@ class Kind(ABC):
     name: str
     metrics: Mapping[str, Metric]
     """Metrics that may judge a model, by their names in ``task.metrics``."""
+
+    # The data
+
+    txt: Format = "tsv"
+    """Format of files that end in ``.txt``."""
+    labelled = True
+    """Whether a row has a label, beside its text."""
+    flag_columns = False
+    """Whether 0/1 columns, one for each label, may replace a column of labels."""
+    reads_words = False
+    """Whether a text is a list of words, which the column ``words`` keeps."""
+    in_blocks = False
+    """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
+    in_collections = False
+    """Whether the rows are documents, which every split has, and queries."""
+    in_harness = False
+    """Whether EleutherAI's harness asks the questions and judges the answers: see :mod:`compress.tasks.harness`."""
+
+    # The tokens
+
+    reads_windows = False
+    """Whether long texts are read in overlapping windows, so that nothing is cut off, and texts of one pair stay in one
+    split."""
+    numbers_rows = False
+    """Whether labels carry the row of the split that they are of, so that answers may come in any order."""
+    cuts = "are cut to"
+    """What happens to rows of more tokens than a model reads, for a note."""
+    cut_effect = ""
+    """What follows for the metrics if a text is cut to the largest number of tokens."""
+
+    # The model and its head
+
     auto_class = "AutoModelForSequenceClassification"
     """Class of transformers that puts the head on any architecture."""
     has_own_head = False
     """Whether no other kind has this head, so that the name of a model's class says its kind."""
+    problem_type: str | None = None
+    """Value in the model's config by which transformers chooses the loss."""
+    num_labels: int | None = None
+    """Number of outputs for a text; None: one for each label, 0: a head without labels."""
+    probabilities: Probabilities = None
+    """Function that turns logits into probabilities; None if there are no probabilities."""
+    generates = False
+    """Whether the model writes text, token by token from left to right."""
+
+    # The model card and the report
+
     pipeline = "text-classification"
     """Pipeline of transformers, and the tag on the hub."""
     example = '"A text."'
@@ -83,39 +126,10 @@ class Kind(ABC):
     """Lines of a model card that run the ``model`` of plain transformers."""
     reading = ""
     """Lines of a model card after those, which read the ``logits`` of any runtime."""
-    problem_type: str | None = None
-    """Value in the model's config by which transformers chooses the loss."""
-    num_labels: int | None = None
-    """Number of outputs for a text; None: one for each label, 0: a head without labels."""
-    probabilities: Probabilities = None
-    """Function that turns logits into probabilities; None if there are no probabilities."""
-    flag_columns = False
-    """Whether 0/1 columns, one for each label, may replace a column of labels."""
-    in_blocks = False
-    """Whether documents are joined and cut into blocks of tokens, which are their own labels."""
-    in_collections = False
-    """Whether the rows are documents, which every split has, and queries."""
-    txt: Format = "tsv"
-    """Format of files that end in ``.txt``."""
-    labelled = True
-    """Whether a row has a label, beside its text."""
-    cuts = "are cut to"
-    """What happens to rows of more tokens than a model reads, for a note."""
-    generates = False
-    """Whether the model writes text, token by token from left to right."""
-    in_harness = False
-    """Whether EleutherAI's harness asks the questions and judges the answers: see :mod:`compress.tasks.harness`."""
-    reads_words = False
-    """Whether a text is a list of words, which the column ``words`` keeps."""
-    numbers_rows = False
-    """Whether labels carry the row of the split that they are of, so that answers may come in any order."""
-    reads_windows = False
-    """Whether long texts are read in overlapping windows, so that nothing is cut off, and texts of one pair stay in one
-    split."""
+    loading_code: str | None = None
+    """Lines that load a model of transformers by another library; None if transformers is enough."""
     slice_prefix = "label"
     """Noun before the names of :meth:`slice_labels`."""
-    cut_effect = ""
-    """What follows for the metrics if a text is cut to the largest number of tokens."""
 
     @property
     def unit(self) -> str:
@@ -293,9 +307,6 @@ class Kind(ABC):
     def write_files(self, folder: Path, config: PretrainedConfig) -> None:
         """Write files that other libraries need beside a model of transformers in an artifact's ``folder``."""
         return
-
-    loading_code: str | None = None
-    """Lines that load a model of transformers by another library; None if transformers is enough."""
 
     def describe_outputs(self, config: dict[str, Any]) -> tuple[str, ...]:
         """Return sentences for the model card on the logits of this kind; ``config`` is the artifact's config.json."""
