@@ -222,7 +222,7 @@ FLAGS = st.sampled_from("-m -m --multirun --run --cfg=job --cfg=x --resolve --no
 LINES = st.lists(st.one_of(OVERRIDES, OVERRIDES, TEXT, FLAGS), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(LINES)
 def test_the_words_of_any_command_line_are_read_or_refused_in_a_sentence(words):
     try:
@@ -251,7 +251,7 @@ def test_any_command_line_ends_in_a_result_or_a_sentence(type_words, words, run)
 
 
 @pytest.mark.slow
-@settings(WHOLE, max_examples=100)
+@settings(WHOLE, max_examples=300)
 @given(LINES, PROGRAMS)
-def test_any_of_100_command_lines_ends_in_a_result_or_a_sentence(type_words, words, run):
+def test_any_of_300_command_lines_ends_in_a_result_or_a_sentence(type_words, words, run):
     check_line(type_words, words, run)
