@@ -238,6 +238,7 @@ class TaskData(pl.LightningDataModule):
         """Train on other rows than the data's, with the columns of the splits."""
         self.splits = dataclasses.replace(self.splits, train=rows)
         self._tokenised.pop("train", None)
+        self._expanded.pop("train", None)
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Return the rows as one padded batch."""

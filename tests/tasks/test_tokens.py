@@ -102,6 +102,13 @@ def test_epochs_differ_and_runs_repeat(tokenizer):
     assert (words(second), words(second)) == epochs
 
 
+def test_a_training_on_other_rows_reads_only_these(tokenizer):
+    data = TaskData(splits(), tokenizer, 16, batch_size=8)
+    data.tokenised("train")
+    data.replace_training(Dataset.from_dict({"text": ["w19 w18", "w17"], "label": [0, 1]}))
+    assert sorted(words(data.train_dataloader())) == [["w17"], ["w19", "w18"]]
+
+
 def test_evaluation_sees_every_row_once_from_the_longest_on(tokenizer):
     data = splits()
     texts = words(TaskData(data, tokenizer, 16, batch_size=3).test_dataloader())
