@@ -24,7 +24,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig
+from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import PostconditionError, UserError
@@ -79,7 +79,7 @@ def make_embedding() -> Any:
     """Return a model that answers with vectors, for ``models`` of :func:`check_technique`."""
     torch.manual_seed(0)
     config = BertConfig(**{**SHAPE, "max_position_embeddings": 40})
-    return KINDS["embedding"].adapt_class(BertModel)(config).eval()
+    return find_auto_class("embedding", config).from_config(config).eval()
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,11 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
     """
     examples, difference, largest = 0, 0.0, 0.0
     same: list[Tensor] = []
-    positions = KINDS[detect_task_kind(model)].probabilities == "positions"
+    probabilities = KINDS[detect_task_kind(model)].probabilities
     for batch in batches:
         batch = select_inputs(batch, model)
-        ours, theirs = compute_logits(exported, batch), compute_logits(model, batch)
+        every = [each(**batch).logits.float() for each in (exported, model)]
+        ours, theirs = (drop_padding(logits, batch) for logits in every)
         if theirs.isfinite().all() and not ours.isfinite().all():
             raise PostconditionError(
                 "The exported graph answers nan or infinity where the model answers numbers. Use another export "
@@ -80,19 +81,22 @@ def measure_agreement(model: Any, exported: Any, batches: Iterable[Batch]) -> Ag
         largest = max(largest, theirs.abs().max().item())
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             same.append(((ours > 0) == (theirs > 0)).flatten())
-        elif positions:
+        elif probabilities == "positions":
             # The logits are of tokens: of a text's beginnings and ends, the likeliest tokens are compared.
-            places = (gather_positions(each(**batch).logits, batch.get("attention_mask")) for each in (exported, model))
-            chosen = [place.argmax(-1) for place in places]
+            chosen = [gather_positions(logits, batch.get("attention_mask")).argmax(-1) for logits in every]
             same.append((chosen[0] == chosen[1]).flatten())
-        elif KINDS[detect_task_kind(model)].probabilities and theirs.shape[-1] > 1:
+        elif probabilities and theirs.shape[-1] > 1:
             same.append(ours.argmax(-1) == theirs.argmax(-1))
     return Agreement(examples, difference, largest, torch.cat(same).float().mean().item() if same else None)
 
 
 def compute_logits(model: Any, batch: Batch) -> Tensor:
     """Return the logits of the batch without those of padding."""
-    logits: Tensor = model(**batch).logits.float()
+    return drop_padding(model(**batch).logits.float(), batch)
+
+
+def drop_padding(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the logits without those of padding tokens."""
     return logits[batch["attention_mask"].bool()] if logits.ndim == 3 and "attention_mask" in batch else logits
 
 

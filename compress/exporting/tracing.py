@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from compress.errors import UserError
 from compress.models.batches import Batch
 from compress.models.layers import detect_task_kind
-from compress.models.linears import compute_experts
+from compress.models.linears import build_linear, compute_experts
 from compress.models.matrices import is_expert_list
 from compress.tasks.kinds import KINDS
 
@@ -198,14 +198,12 @@ def write_experts(model: Any) -> Iterator[None]:
 
 def split_layers(experts: Any, name: str) -> nn.ModuleList:
     """Return a layer for every expert, with its part of the parameter ``name`` and of the biases."""
-    weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+    stacked, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
     layers = nn.ModuleList()
-    for expert, part in enumerate(weight.detach()):
-        layer = nn.Linear(1, 1, bias=False, device="meta")
-        layer.weight = nn.Parameter(part.T if experts.is_transposed else part, requires_grad=False)
+    for expert, part in enumerate(stacked.detach()):
+        weight = nn.Parameter(part.T if experts.is_transposed else part, requires_grad=False)
         added = None if bias is None else nn.Parameter(bias.detach()[expert], requires_grad=False)
-        layer.register_parameter("bias", added)
-        layers.append(layer)
+        layers.append(build_linear(weight, added))
     return layers
 
 

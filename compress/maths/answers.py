@@ -11,10 +11,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
-from compress.maths.scores import sum_weighted
-
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -43,8 +39,3 @@ def score_answer(found: str, true: Sequence[str], may_be_empty: bool) -> tuple[f
         exact = max(exact, same)
         best = max(best, 2 * shared / (len(ours) + len(theirs)) if ours and theirs else same * may_be_empty)
     return exact, best
-
-
-def weigh_mean(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the mean of the examples' own values in every resample."""
-    return sum_weighted(values, weights) / weights.sum(0)

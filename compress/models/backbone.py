@@ -22,10 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from compress.cache.digests import fingerprint_files
 from compress.cache.files import expand_path
@@ -39,6 +35,7 @@ from compress.models.loading import (
     refuse_quantized,
 )
 from compress.models.shapes import build_cut_class
+from compress.tasks.embedding import is_decoder
 from compress.tasks.kinds import KINDS
 from compress.tasks.tokenizers import describe_unknown_token
 
@@ -224,13 +221,6 @@ def find_auto_class(kind: str, config: PretrainedConfig) -> Any:
     if hasattr(config, "compress"):
         return build_cut_class(adapted)
     return auto if adapted is base else adapted
-
-
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether the architecture reads left to right. A causal head does not decide this, because BERT has one
-    too; a head for masked language modelling does."""
-    name = config.model_type
-    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -113,6 +113,7 @@ def write_page(folder: Path, rows: list[Row]) -> Path:
         tables=[format_table(rows, labels, QUALITY_AND_COST, value=True), format_table(rows, labels, DETAILS)],
         effects=[(number, label, row) for number, (label, row) in enumerate(zip(labels, rows), 1) if row.get("effect")],
         seeds=summarise_seeds(rows),
+        is_perplexity=is_perplexity,
         pictures=[
             Picture(title, encode_figure(figure))
             for title, figure in (

@@ -18,7 +18,7 @@ from compress.errors import UserError
 from compress.maths.bm25 import rank_by_words
 from compress.maths.vectors import JUDGEMENTS, judge_ranking
 from compress.tasks.formats import Table, read_file
-from compress.tasks.sources import choose_layout, read_files
+from compress.tasks.sources import choose_layout, iterate_questions, read_files
 
 if TYPE_CHECKING:
     from compress.tasks.task import Task
@@ -223,12 +223,7 @@ def parse_questions(table: Table, where: str) -> list[tuple[str, str]]:
         UserError: the records have another form.
     """
     try:
-        return [
-            (qa["question"], paragraph["context"])
-            for paragraphs in table["paragraphs"]
-            for paragraph in paragraphs
-            for qa in paragraph["qas"]
-        ]
+        return [(record["question"], context) for _, context, record in iterate_questions(table)]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{where} is not in SQuAD's form (data, paragraphs, context, qas, question). Set task.rows=table for a "

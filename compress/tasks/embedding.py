@@ -131,7 +131,8 @@ def _read_json(path: str, file: str) -> Any:
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether only the last token of a text has seen all of it."""
+    """Return whether the architecture reads left to right, so that only the last token has seen the whole text. A
+    causal head does not decide this, because BERT has one too; a head for masked language modelling does."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,

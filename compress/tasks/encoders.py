@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from compress.maths.vector_losses import pool_tokens
+from compress.tasks.adapting import adapt_forward
 from compress.tasks.embedding import KEY, settle
 
 
@@ -62,10 +63,9 @@ def build_encoder_class(base: Any, kind: str, loss: Callable[[Tensor, Tensor], T
     own = inspect.signature(base.forward)
     named = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
     before = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    forward.__signature__ = own.replace(parameters=[*before, named])  # type: ignore[attr-defined]
-    contents = {"__init__": build, "forward": forward, "task_kind": kind, "__module__": base.__module__}
-    subclass: Any = type(base.__name__, (base,), contents)
-    subclass.from_config = subclass._from_config  # the name in the Auto classes
+    subclass = adapt_forward(base, forward, kind)
+    subclass.__init__ = build
+    subclass.forward.__signature__ = own.replace(parameters=[*before, named])
     return subclass
 
 
@@ -81,8 +81,4 @@ def build_judge_class(base: Any, kind: str) -> Any:
             output.loss = F.binary_cross_entropy_with_logits(output.logits[:, 0].float(), relevant)
         return output
 
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    contents = {"forward": forward, "task_kind": kind, "__module__": base.__module__}
-    subclass: Any = type(base.__name__, (base,), contents)
-    subclass.from_config = subclass._from_config
-    return subclass
+    return adapt_forward(base, forward, kind)

@@ -188,7 +188,7 @@ def set_shots(each: Any, shots: int | None) -> None:
 
 
 def name_columns(each: Any, name: str) -> tuple[list[Column], list[str]]:
-    """Return the columns of a task, and the names of the metrics that cannot be told from single examples."""
+    """Return the columns of a task, and the names of the metrics that single examples do not give."""
     from lm_eval.api.registry import get_aggregation
 
     means = {key: [get_aggregation(key)] for key in ("bits_per_byte",)}

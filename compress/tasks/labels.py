@@ -231,10 +231,14 @@ def parse_list(text: str) -> list[Any] | None:
 
 def read_words(cell: Any) -> list[str]:
     """Return the words of a text: a list of them, a list that was written as text, or a text with spaces."""
-    if isinstance(cell, str):
-        listed = parse_list(cell) if cell.lstrip().startswith("[") else None
-        return cell.split() if listed is None else [str(word) for word in listed]
-    return [str(word) for word in ([] if cell is None else cell)]
+    words = split_cell(cell) if isinstance(cell, str) else [] if cell is None else cell
+    return [str(word) for word in words]
+
+
+def split_cell(text: str) -> list[Any]:
+    """Return the items of a list that was written as text, or the words of another text."""
+    listed = parse_list(text) if text.lstrip().startswith("[") else None
+    return text.split() if listed is None else listed
 
 
 def read_name_lists(columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,14 @@ from compress.tasks.sources import (
 )
 from compress.tasks.task import SPLITS, Task
 
-GENERATED: dict[str, Any] = {"toy": toy, "toy_chat": toy_chat, "toy_span": toy_span, "toy_tokens": toy_tokens}
-"""Modules that generate the data of a toy task."""
+GENERATED: dict[str, Callable[[], dict[str, Table]]] = {
+    "toy": toy.generate_splits,
+    "toy_chat": toy_chat.generate_splits,
+    "toy_embedding": toy.generate_pairs,
+    "toy_span": toy_span.generate_splits,
+    "toy_tokens": toy_tokens.generate_splits,
+}
+"""Functions that generate the splits of a toy task."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,8 @@ class Examples:
 
 def read_tables(task: Task) -> dict[str, Examples]:
     """Return the examples of the data set's splits."""
-    if task.generate == "toy_embedding":
-        return {split: Examples(table, name_rows(table, split)) for split, table in toy.generate_pairs().items()}
     if task.generate:
-        tables = GENERATED[task.generate].generate_splits()
+        tables = GENERATED[task.generate]()
         return {split: _select_columns(task, name_rows(table, split), split) for split, table in tables.items()}
     if KINDS[task.kind].in_collections:
         tables, notes = read_collection(task)

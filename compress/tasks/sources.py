@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -194,13 +195,19 @@ def parse_squad(table: Table) -> Table:
     if "paragraphs" not in table:
         return table
     rows = [
-        (qa["question"], paragraph["context"], [] if qa.get("is_impossible") else qa["answers"], title, qa.get("id"))
-        for title, paragraphs in zip(table.get("title", table["paragraphs"]), table["paragraphs"])
-        for paragraph in paragraphs
-        for qa in paragraph["qas"]
+        (qa["question"], context, [] if qa.get("is_impossible") else qa["answers"], title, qa.get("id"))
+        for title, context, qa in iterate_questions(table)
     ]
     names = ("question", "context", "answers", "title", "id")
     return {name: list(column) for name, column in zip(names, zip(*rows) if rows else ([] for _ in names))}
+
+
+def iterate_questions(table: Table) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Yield the title, the context and the record of every question of SQuAD's articles."""
+    for title, paragraphs in zip(table.get("title", table["paragraphs"]), table["paragraphs"]):
+        for paragraph in paragraphs:
+            for record in paragraph["qas"]:
+                yield title, paragraph["context"], record
 
 
 def split_articles(table: Table) -> Table:

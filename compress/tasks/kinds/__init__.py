@@ -17,20 +17,22 @@ from compress.tasks.kinds.tokens import Tokens
 
 __all__ = ["KINDS", "Answers", "Kind", "Metric", "Probabilities", "higher_is_better"]
 
-EVERY: tuple[Kind, ...] = (
-    Multiclass(),
-    Multilabel(),
-    Regression(),
-    LanguageModel(),
-    Harness(),
-    EmbeddingPairs(),
-    Retrieval(),
-    Rerank(),
-    Tokens(),
-    Span(),
-    Chat(),
-)
-KINDS: dict[str, Kind] = {kind.name: kind for kind in EVERY}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Multiclass(),
+        Multilabel(),
+        Regression(),
+        LanguageModel(),
+        Harness(),
+        EmbeddingPairs(),
+        Retrieval(),
+        Rerank(),
+        Tokens(),
+        Span(),
+        Chat(),
+    )
+}
 
 
 def higher_is_better(metric: str) -> bool:

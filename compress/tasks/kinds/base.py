@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -360,19 +359,6 @@ class Kind(ABC):
     def slice_labels(self, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return a mask of the examples of each label, by the label's name."""
         return {}
-
-
-def adapt_forward(base: Any, forward: Callable[..., Any], kind: str) -> Any:
-    """Return a subclass of a class of transformers for :meth:`Kind.adapt_class`, with another ``forward``."""
-    members = {
-        "forward": functools.wraps(base.forward)(forward),
-        "task_kind": kind,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-    }
-    adapted: Any = type(base.__name__, (base,), members)
-    adapted.from_config = adapted._from_config  # the name in the Auto classes
-    return adapted
 
 
 def choose_filler(tokenizer: PreTrainedTokenizerBase) -> int:

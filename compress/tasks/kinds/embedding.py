@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -57,11 +58,12 @@ class Vector(Kind):
     pipeline = "sentence-similarity"
     num_labels = 0
     distillation_losses = ("vectors", "similarities")
+    loading_code = CODE
 
     @property
+    @abstractmethod
     def loss(self) -> Callable[[Tensor, Tensor], Tensor | None]:
         """Return the loss of a batch's vectors and labels."""
-        raise NotImplementedError
 
     def configure(self, config: PretrainedConfig, task: Any, exported: bool = False) -> None:
         settle(config, task.embedding, exported)
@@ -101,10 +103,12 @@ class Vector(Kind):
         numbers = torch.arange(len(inputs["input_ids"]))
         return torch.stack([numbers // 2, numbers % 2, (numbers // 2) % 2], dim=1).float()
 
+    def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors and the labels of the texts."""
+        return logits.float(), labels.float()
+
     def write_files(self, folder: Path, config: PretrainedConfig) -> None:
         write_sentence_transformers(folder, config)
-
-    loading_code = CODE
 
     def describe_outputs(self, config: dict[str, Any]) -> tuple[str, ...]:
         settings, width = config[KEY], config["hidden_size"]
@@ -182,10 +186,6 @@ class EmbeddingPairs(Vector):
 
     def keep_together(self, lengths: list[int]) -> list[int]:
         return [max(lengths[i - i % 2 : i - i % 2 + 2]) for i in range(len(lengths))]
-
-    def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors and the labels of the texts."""
-        return logits.float(), labels.float()
 
     def collect_answers(self, outputs: np.ndarray, labels: np.ndarray, rows: Dataset | None) -> Answers:
         """Return the cosines of the pairs, a column for each form of vectors, and their scores."""

@@ -13,6 +13,7 @@ from compress.maths import scores
 from compress.maths.vectors import JUDGEMENTS, judge_ranking
 from compress.tasks.kinds.base import Answers, Kind, Metric
 from compress.tasks.kinds.embedding import read_column
+from compress.tasks.kinds.retrieval import require_queries
 from compress.tasks.labels import LabelledTask
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ class Rerank(Kind):
             )
 
     def check_training(self, task: str, train: Dataset, validation: Dataset, key: str, epochs: int) -> None:
-        if all(train["shared"]):
-            raise UserError(
-                f"{key}.epochs is {epochs} and task `{task}` has no queries to train on. Set {key}.epochs=0, or add "
-                "qrels/train.tsv."
-            )
+        require_queries(task, train, key, epochs)
 
     def is_missing(self, label: Any) -> bool:
         return False

@@ -55,12 +55,8 @@ class Retrieval(Vector):
         return labels
 
     def check_training(self, task: str, train: Dataset, validation: Dataset, key: str, epochs: int) -> None:
-        learns = key == "baseline" or ".finetune" in key
-        if learns and all(train["shared"]):
-            raise UserError(
-                f"{key}.epochs is {epochs} and task `{task}` has no queries to train on. Set {key}.epochs=0, or add "
-                "qrels/train.tsv."
-            )
+        if key == "baseline" or ".finetune" in key:
+            require_queries(task, train, key, epochs)
         if epochs > 1 and all(validation["shared"]):
             raise UserError(
                 f"{key}.epochs is {epochs}, and task `{task}` has no validation queries to choose the best epoch by. "
@@ -97,10 +93,6 @@ class Retrieval(Vector):
         labels[:, 2] = labels[:, 0]
         return labels
 
-    def keep_answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors and the labels of the texts."""
-        return logits.float(), labels.float()
-
     def collect_answers(self, outputs: np.ndarray, labels: np.ndarray, rows: Dataset | None) -> Answers:
         """Return the judgements of every query's ranking, for each form of vectors, and the numbers of the queries."""
         assert rows is not None  # who is relevant
@@ -126,6 +118,15 @@ class Retrieval(Vector):
             judgements.append(each)
         answers = np.concatenate(np.array(judgements, dtype=np.float32), axis=1)
         return Answers(answers, np.array([number for _, number in queries]), np.array([row for row, _ in queries]))
+
+
+def require_queries(task: str, train: Dataset, key: str, epochs: int) -> None:
+    """Raise UserError if a collection has no queries for the ``epochs`` of training that ``key`` sets."""
+    if all(train["shared"]):
+        raise UserError(
+            f"{key}.epochs is {epochs} and task `{task}` has no queries to train on. Set {key}.epochs=0, or add "
+            "qrels/train.tsv."
+        )
 
 
 def find_first_relevant(judged: list[list[float]]) -> float:

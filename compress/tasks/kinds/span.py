@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import UserError
-from compress.maths.answers import score_answer, weigh_mean
-from compress.tasks.kinds.base import Answers, Kind, Metric, adapt_forward
+from compress.maths import scores
+from compress.maths.answers import score_answer
+from compress.tasks.adapting import adapt_forward
+from compress.tasks.kinds.base import Answers, Kind, Metric
 from compress.tasks.labels import Columns, LabelError, LabelledTask, Labels, is_blank
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ class Span(Kind):
     name = "span"
     metrics = MappingProxyType(
         {
-            "f1": Metric(weigh_mean, lambda outputs: outputs[:, OVERLAP]),
-            "exact_match": Metric(weigh_mean, lambda outputs: outputs[:, EXACT], counts_examples=True),
+            "f1": Metric(scores.mean_value, lambda outputs: outputs[:, OVERLAP]),
+            "exact_match": Metric(scores.mean_value, lambda outputs: outputs[:, EXACT], counts_examples=True),
         }
     )
     auto_class = "AutoModelForQuestionAnswering"

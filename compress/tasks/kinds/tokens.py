@@ -13,7 +13,8 @@ import numpy as np
 from compress.errors import UserError
 from compress.maths import entities
 from compress.maths.entities import TAGS, TYPES, count_orphans, mark_entities, marks_entities, name_types
-from compress.tasks.kinds.base import Answers, Format, Kind, Metric, adapt_forward, choose_filler
+from compress.tasks.adapting import adapt_forward
+from compress.tasks.kinds.base import Answers, Format, Kind, Metric, choose_filler
 from compress.tasks.labels import (
     Columns,
     LabelError,
@@ -22,8 +23,8 @@ from compress.tasks.labels import (
     build_name_reader,
     encode_names,
     is_blank,
-    parse_list,
     sort_label_names,
+    split_cell,
 )
 
 if TYPE_CHECKING:
@@ -207,8 +208,7 @@ class Tokens(Kind):
 def read_tags(label: Any) -> list[Any]:
     """Return the tags of a text: a list of them, a list that was written as text, or a text with spaces."""
     if isinstance(label, str):
-        listed = parse_list(label) if label.lstrip().startswith("[") else None
-        return label.split() if listed is None else listed
+        return split_cell(label)
     return list(label) if hasattr(label, "__iter__") else [label]
 
 
