@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from compress.tasks.chats import ASSISTANT, Message, encode_chat, render, transcribe
+from compress.tasks.tokenizers import pad_left
 
 Row = dict[str, Any]
 
@@ -116,9 +117,7 @@ class Writer:
     def _generate(self, prompts: list[list[int]], ends: list[int], draws: bool) -> Iterator[list[int]]:
         """Return the new tokens after each prompt, up to the first token of ``ends``."""
         device, filler = next(self.model.parameters()).device, self.tokenizer.pad_token_id or 0
-        width = max(map(len, prompts))
-        ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        ids, mask = pad_left(prompts, filler, device)
         answer: Tensor = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -127,7 +126,7 @@ class Writer:
             eos_token_id=ends or None,
             pad_token_id=filler,
         )
-        for new in answer[:, width:].tolist():
+        for new in answer[:, ids.shape[1] :].tolist():
             stop = next((i for i, token in enumerate(new) if token in ends), len(new))
             yield new[:stop]
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.tasks.kinds.base import choose_filler
+from compress.tasks.tokenizers import pad_left
 
 Pair = tuple[Any, list[int], list[int]]
 """A request's text, the tokens of its context, and those of its continuation."""
@@ -145,9 +146,9 @@ class HarnessModel(TemplateLM):
         if options.get("temperature") == 0.0 or not options["do_sample"]:
             options.pop("temperature", None)
         rows = [self.tok_encode(text)[-(self.max_length - new) :] for text in texts]
-        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        pad = self.tokenizer.pad_token_id or 0
+        ids, mask = pad_left(rows, pad, self.device)
+        width = ids.shape[1]
         if isinstance(self.model, nn.Module):
             options |= {"pad_token_id": pad, "use_cache": True}
         elif options.pop("do_sample") or options:

@@ -76,15 +76,8 @@ def _find_cells(rows: Rows, columns: Columns) -> tuple[Sequence[Any], Sequence[A
 
 
 def _read_cell(cell: Any, answer: Any, columns: Columns, names: Messages) -> list[Message]:
-    if isinstance(cell, str):
-        cell = _parse_text(cell, answer, columns)
-    if isinstance(cell, dict):
-        cell = cell.get(str(columns.text), cell)
-    if not isinstance(cell, list) or not all(isinstance(message, dict) for message in cell):
-        raise ChatError(
-            f"`{str(cell)[:60]}` is no list of messages. Set task.columns.text to the column of the conversations."
-        )
-    messages = [_read_message(message, number, names) for number, message in enumerate(cell, start=1)]
+    found = _parse_json(cell, answer) if isinstance(cell, str) else cell
+    messages = _pair_texts(cell, answer) if found is None else _read_messages(found, columns, names)
     if names.merge:
         messages = merge_neighbours(messages)
     if names.system and (not messages or messages[0]["role"] != "system"):
@@ -99,26 +92,41 @@ def _read_cell(cell: Any, answer: Any, columns: Columns, names: Messages) -> lis
     return messages[: last + 1]
 
 
-def _parse_text(cell: str, answer: Any, columns: Columns) -> Any:
-    """Return the JSON in a text, or the turns of a question and its answer."""
+def _parse_json(cell: str, answer: Any) -> Any:
+    """Return the JSON in a text; None if it is none, but a question with an ``answer``."""
     if cell.lstrip().startswith(("[", "{")):
         try:
             return json.loads(cell)
         except ValueError as error:
             if is_blank(answer):
                 raise ChatError(f"`{cell[:60]}` is no JSON ({error}). Correct the row.") from error
+    return None
+
+
+def _pair_texts(question: str, answer: Any) -> list[Message]:
+    """Return the turns of a question and its answer."""
     if is_blank(answer):
         raise ChatError(
-            f"`{cell[:60]}` is a text without an answer; messages are expected. Set task.columns.label to the column "
-            "of the answers, or task.columns.text to the column of the conversations."
+            f"`{question[:60]}` is a text without an answer; messages are expected. Set task.columns.label to the "
+            "column of the answers, or task.columns.text to the column of the conversations."
         )
-    return [{"": "user", "text": cell}, {"": ASSISTANT, "text": answer}]
+    turns = (("user", question), (ASSISTANT, str(answer)))
+    return [{"role": role, "content": replace_surrogates(words)} for role, words in turns]
+
+
+def _read_messages(cell: Any, columns: Columns, names: Messages) -> list[Message]:
+    """Return the messages of a list, or of an object that has the list under the column's name."""
+    if isinstance(cell, dict):
+        cell = cell.get(str(columns.text), cell)
+    if not isinstance(cell, list) or not all(isinstance(message, dict) for message in cell):
+        raise ChatError(
+            f"`{str(cell)[:60]}` is no list of messages. Set task.columns.text to the column of the conversations."
+        )
+    return [_read_message(message, number, names) for number, message in enumerate(cell, start=1)]
 
 
 def _read_message(message: dict[str, Any], number: int, names: Messages) -> Message:
     """Return a message as its role and its words."""
-    if set(message) == {"", "text"}:  # from two columns of text
-        return {"role": message[""], "content": replace_surrogates(str(message["text"]))}
     role, words = message.get(names.role), next((message[key] for key in names.contents if key in message), None)
     if role is None or words is None:
         raise ChatError(

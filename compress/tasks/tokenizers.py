@@ -1,16 +1,26 @@
-"""Describe tokenizers: what decides their tokens, and which of their tokens a model does not know."""
+"""Describe tokenizers: what decides their tokens, and which of their tokens a model does not know. Pad prompts."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from compress.cache.digests import fingerprint_files
+
+
+def pad_left(rows: Sequence[list[int]], filler: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of tokens as one tensor, padded on the left for a model that continues them, and its mask."""
+    width = max(map(len, rows))
+    ids = [[filler] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def describe_rules(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -202,7 +202,7 @@ class TaskData(pl.LightningDataModule):
         rows, texts = self.tokenised(split), self.expanded(split)
         if self.kind.in_blocks or self.kind.reads_windows:
             return ""
-        cut = self.kind.count_cut(texts, [len(ids) for ids in rows["input_ids"]], self.tokenizer, self.max_length)
+        cut = self.kind.count_cut(rows, texts, self.tokenizer, self.max_length)
         share = f"{cut:,} of {len(rows):,} {self.kind.unit} ({cut / len(rows):.1%})"
         effect = f"; {self.kind.cut_effect}" if self.kind.cut_effect else ""
         return f"{split}: {share} {self.kind.cuts} {self.max_length} tokens (task.max_length){effect}" if cut else ""

@@ -227,11 +227,10 @@ class Kind(ABC):
         """
         return
 
-    def count_cut(self, texts: Dataset, lengths: list[int], tokenizer: Any, max_length: int) -> int:
-        """Return how many of the ``texts`` have more tokens than ``max_length``. Their ``lengths`` are those of
-        the cut rows."""
+    def count_cut(self, rows: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+        """Return how many of the ``texts`` have more tokens than ``max_length``; ``rows`` are their tokens, cut."""
         cut = 0
-        full = [i for i, length in enumerate(lengths) if length >= max_length]
+        full = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) >= max_length]
         for batch in texts.select(full).iter(1000):
             whole = tokenizer(batch["text"], batch.get("text_pair"), verbose=False)["input_ids"]  # type: ignore[call-overload]
             cut += sum(len(ids) > max_length for ids in whole)

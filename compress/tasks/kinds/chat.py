@@ -55,18 +55,18 @@ class Chat(LanguageModel):
     def tokenise(self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
         if "messages" not in rows:  # text to calibrate on
             ids = tokenizer(rows["text"], truncation=True, max_length=max_length)["input_ids"]
-            cut = [(row, row) for row in ids if row]
+            cut = [(row, row, False) for row in ids if row]
         else:
-            cut = [cut_chat(encoded, max_length)[:2] for encoded in encode_rows(rows, tokenizer)]
+            cut = [cut_chat(encoded, max_length) for encoded in encode_rows(rows, tokenizer)]
         return {
-            "input_ids": [ids for ids, _ in cut],
-            "attention_mask": [[1] * len(ids) for ids, _ in cut],
-            "labels": [labels for _, labels in cut],
+            "input_ids": [ids for ids, *_ in cut],
+            "attention_mask": [[1] * len(ids) for ids, *_ in cut],
+            "labels": [labels for _, labels, _ in cut],
+            "cut": [lost for *_, lost in cut],
         }
 
-    def count_cut(self, texts: Dataset, lengths: list[int], tokenizer: Any, max_length: int) -> int:
-        batches = (encode_rows(batch, tokenizer) for batch in texts.iter(1000))  # type: ignore[arg-type]
-        return sum(cut_chat(encoded, max_length)[2] for batch in batches for encoded in batch)
+    def count_cut(self, rows: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+        return sum(rows["cut"])
 
     def collate(self, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         import torch
