@@ -69,7 +69,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
     Raises:
         UserError: the data is not available, or does not match the task.
     """
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
     if KINDS[task.kind].in_harness:
         task, table, found = load_prompts(task)
@@ -110,7 +110,7 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
         columns = {name: column for name, column in tables[split].items() if name != "group"}
         rows[split] = Dataset.from_dict(columns)
         if feature is not None:
-            rows[split] = Dataset.from_dict(columns, Features({**rows[split].features, "label": feature}))
+            rows[split] = rows[split].cast_column("label", feature)
     return Splits(**rows, task=task, notes=tuple(notes))
 
 
@@ -131,13 +131,14 @@ def _encode_labels(task: Task, examples: dict[str, Examples]) -> tuple[Task, dic
     kept: dict[str, Sequence[int]] = {split: range(len(part.table["text"])) for split, part in examples.items()}
     try:
         # 1) Bring the labels into one form
-        checked = [note for split, part in examples.items() for note in kind.check_rows(part.table, split)]
+        for split, part in examples.items():
+            kind.check_rows(part.table, split)
         columns = {split: part.table["label"] for split, part in examples.items()}
         labels = Labels(columns, task.labels)
         if any(part.label_column for part in examples.values()):
             bases = {split: part.label_base for split, part in examples.items()}
             labels = kind.read_labels(columns, task.labels, bases)
-        notes = [*checked, *labels.notes]
+        notes = list(labels.notes)
         # 2) Leave out the rows without a label
         for split, column in labels.columns.items():
             kept[split] = [row for row, label in enumerate(column) if not kind.is_missing(label)]

@@ -162,13 +162,10 @@ class Kind(ABC):
         """Raise UserError, naming file and row, if a model's ``tokenizer`` cannot encode the rows of a split."""
         return
 
-    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> list[str]:
-        """Return notes on the rows as they were read: their texts, their labels and, of lists of words, ``words``.
-
-        Raises:
-            LabelError: a row contradicts itself.
-        """
-        return []
+    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> None:
+        """Raise LabelError if a row contradicts itself: the ``table`` has the texts and the labels as they were read
+        and, of lists of words, ``words``."""
+        return
 
     def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
         """Return the labels of every split in one form; the defaults below expect names.

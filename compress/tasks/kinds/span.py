@@ -70,7 +70,7 @@ answer = tokenizer.decode(tokenizer({example})["input_ids"][start : end + 1])
 
     # From a data set to labels
 
-    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> list[str]:
+    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> None:
         """Raise LabelError unless every answer is where its row says in its context."""
         if "text_pair" not in table:
             raise UserError("task.columns.text_pair is null; a question's context is expected. Set it to a column.")
@@ -78,7 +78,6 @@ answer = tokenizer.decode(tokenizer({example})["input_ids"][start : end + 1])
             for text, start in () if label is None else read_answers(label, split, row):
                 if reason := explain_misplaced(text, start, context):
                     raise LabelError(f"the question `{question[:60]}` {reason}", split, row)
-        return []
 
     def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
         answers = {

@@ -68,7 +68,7 @@ class Tokens(Kind):
 
     # From a data set to labels
 
-    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> list[str]:
+    def check_rows(self, table: Mapping[str, list[Any]], split: str) -> None:
         """Raise LabelError unless every text has a tag for each of its words."""
         for row, (words, label) in enumerate(zip(table["words"], table["label"])):
             tags = None if is_blank(label) else read_tags(label)
@@ -79,7 +79,6 @@ class Tokens(Kind):
                     split,
                     row,
                 )
-        return []
 
     def read_labels(self, columns: Columns, names: tuple[str, ...] | None, bases: dict[str, int]) -> Labels:
         read, notes = {}, []
