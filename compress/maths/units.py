@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Scores = list[Tensor]  # a tensor a block: a number for every head group or FFN channel
+Scores = list[Tensor]  # a tensor a block: a number for every unit; for channels of experts, [experts, channels]
 Masks = list[Tensor]  # the same shapes; True is kept
 
 
@@ -18,10 +18,11 @@ def units_left(step: int, steps: int, now: int, goal: int) -> int:
 def mask_important(scores: Scores, total: int, even: bool, multiple_of: int = 1) -> Masks:
     """Return masks of the ``total`` units with the highest scores: the same number in every block where ``even``, else
     any number in multiples of ``multiple_of``, at least one multiple a block. The units of a block are ranked, then
-    bundled, as TextPruner does."""
+    bundled, as TextPruner does. Every expert of a block keeps the same number of channels, and these count once."""
     if even:
-        return [mask_top(score, total // len(scores)) for score in scores]
-    bundles = [score.float().sort(descending=True).values.view(-1, multiple_of).sum(1) for score in scores]
+        return [mask_top(score, min(total // len(scores), score.shape[-1])) for score in scores]
+    ranked = [score.float().sort(descending=True).values for score in scores]
+    bundles = [score.view(-1, score.shape[-1]).sum(0).view(-1, multiple_of).sum(1) for score in ranked]
     for sums in bundles:
         sums[0] = torch.inf
     owner = torch.cat([torch.full(sums.shape, i) for i, sums in enumerate(bundles)])
@@ -30,8 +31,8 @@ def mask_important(scores: Scores, total: int, even: bool, multiple_of: int = 1)
 
 
 def mask_top(score: Tensor, count: int) -> Tensor:
-    """Return the mask of the ``count`` highest scores."""
-    return torch.zeros_like(score, dtype=torch.bool).index_fill(0, score.topk(count).indices, True)
+    """Return the mask of the ``count`` highest scores, in every row if there are rows."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(count).indices, True)
 
 
 def taylor_score(weight: Tensor, gradient: Tensor, units: int) -> Tensor:

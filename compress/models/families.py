@@ -43,11 +43,13 @@ class Family(Conventions):
     attention_out: str
     """Layer that reads the outputs of all heads."""
     ffn_in: tuple[str, ...] = ()
-    """Layers whose outputs are the FFN's channels; a gated FFN has two, or one of twice the rows."""
+    """Patterns of the names of layers whose outputs are the FFN's channels; a gated FFN has two, or one of twice the
+    rows."""
     ffn_out: str | None = None
-    """Layer that reads the FFN's channels; None where every block has experts."""
+    """Layer that reads the FFN's channels; None where every block has experts, or where the FFN is in another record
+    of the block."""
     experts: str | None = None
-    """List of experts."""
+    """List of experts, each with FFN channels of its own."""
     router: str | None = None
     """Layer with a row for every expert, which chooses among them."""
     experts_count: str | None = None
@@ -56,8 +58,19 @@ class Family(Conventions):
     """Attribute of the attention module that holds a head's dimensions."""
     head_size_in_config: bool = False
     """Whether the config has ``head_dim`` and can therefore describe fewer heads of the same size."""
+    heads_count: str = "num_attention_heads"
+    """Key of the number of heads in the config."""
     cuts_heads: bool = True
-    """Whether heads can be removed: not where a norm spans all heads, or all blocks share biases for every head."""
+    """Whether heads can be removed: not where a norm spans all heads."""
+    equal_heads: bool = False
+    """Whether all blocks of a stack must have the same number of heads, because they share a bias with a place for
+    each."""
+    head_biases: str | None = None
+    """Embedding with a column for every head, which all blocks of a stack read, so that they must keep the same heads;
+    its name in the module that holds the stack."""
+    decoder: tuple[Family, ...] = ()
+    """Records of a decoder's block, beside that of the encoder's: one for self attention and FFN, one for the attention
+    to the encoder."""
     shares_blocks: bool = False
     """Whether several passes use the same block."""
     reads_config: bool = False
@@ -110,7 +123,8 @@ MPNET = Family(
     ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
     head_size="attention_head_size",
-    cuts_heads=False,  # biases of relative positions
+    equal_heads=True,
+    head_biases="relative_attention_bias",
 )
 MODERNBERT = Family(
     **fuse("attn.Wqkv", "stacked"),
@@ -146,6 +160,7 @@ STARCODER2 = replace(LLAMA, ffn_in=("mlp.c_fc",), ffn_out="mlp.c_proj")
 MIXTRAL = replace(
     LLAMA, ffn_in=(), ffn_out=None, experts="mlp.experts", router="mlp.gate", experts_count="num_local_experts"
 )
+QWEN3_MOE = replace(MIXTRAL, experts_count="num_experts", ffn_size="moe_intermediate_size")
 GPT2 = Family(
     **fuse("attn.c_attn", "stacked"),
     attention_out="attn.c_proj",
@@ -186,6 +201,44 @@ FALCON = replace(
     ffn_size="ffn_hidden_size",
     head_size="head_dim",
 )
+BART_CROSS = Family(
+    query="encoder_attn.q_proj",
+    key="encoder_attn.k_proj",
+    value="encoder_attn.v_proj",
+    attention_out="encoder_attn.out_proj",
+    head_size="head_dim",
+    heads_count="decoder_attention_heads",
+)
+BART_DECODER = replace(OPT, ffn_size="decoder_ffn_dim", heads_count="decoder_attention_heads")
+BART = replace(
+    OPT, ffn_size="encoder_ffn_dim", heads_count="encoder_attention_heads", decoder=(BART_DECODER, BART_CROSS)
+)
+T5_CROSS = Family(
+    query="layer.1.EncDecAttention.q",
+    key="layer.1.EncDecAttention.k",
+    value="layer.1.EncDecAttention.v",
+    attention_out="layer.1.EncDecAttention.o",
+    head_size="key_value_proj_dim",
+    head_size_in_config=True,
+    equal_heads=True,
+)
+T5_DECODER = replace(
+    T5_CROSS,
+    query="layer.0.SelfAttention.q",
+    key="layer.0.SelfAttention.k",
+    value="layer.0.SelfAttention.v",
+    attention_out="layer.0.SelfAttention.o",
+    ffn_in=("layer.2.DenseReluDense.wi*",),
+    ffn_out="layer.2.DenseReluDense.wo",
+    ffn_size="d_ff",
+    head_biases="block.0.layer.0.SelfAttention.relative_attention_bias",
+)
+T5 = replace(
+    T5_DECODER,
+    ffn_in=("layer.1.DenseReluDense.wi*",),
+    ffn_out="layer.1.DenseReluDense.wo",
+    decoder=(T5_DECODER, T5_CROSS),
+)
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": BERT,
@@ -209,12 +262,14 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": STARCODER2,
     "cohere": LLAMA,
     "mixtral": MIXTRAL,
-    "qwen3_moe": replace(MIXTRAL, experts_count="num_experts"),
+    "qwen3_moe": QWEN3_MOE,
     "gpt2": GPT2,
     "gptj": GPTJ,
     "opt": OPT,
     "gpt_neox": NEOX,
     "falcon": FALCON,
+    "bart": BART,
+    "t5": T5,
 }
 """Records by ``model_type``, the name of an architecture in transformers' configs."""
 CONVENTIONS: dict[str, Conventions] = {

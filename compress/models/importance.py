@@ -10,36 +10,42 @@ from torch import Tensor, nn
 from compress.maths.sparsity import squared_norms
 from compress.maths.units import Scores, activation_score, standardise_score, taylor_score
 from compress.models.batches import Batch
+from compress.models.blocks import Block, read_blocks, select_blocks
 from compress.models.calibration import observe
 from compress.models.layers import detect_task_kind
 from compress.models.matrices import Matrix
-from compress.models.shapes import read_blocks, see_matrix
 from compress.tasks.kinds import KINDS
 
+Reader = tuple[Matrix, int]
+"""A matrix that reads units, and their number."""
 
-def find_unit_readers(model: nn.Module) -> dict[str, list[list[tuple[Matrix, int]]]]:
-    """Return the matrices that read the units of every block, each with its number of units: one for the heads or the
-    FFN, and one for every expert."""
-    readers: dict[str, list[list[tuple[Matrix, int]]]] = {"groups": [], "ffn": [], "experts": []}
-    for block in read_blocks(model):
-        readers["groups"].append([(see_matrix(block.attention_out), block.groups)])
-        readers["ffn"].append([(see_matrix(block.ffn_out), block.ffn)] if block.ffn else [])
-        readers["experts"].append([(matrix, 1) for matrix in block.expert_outs])
-    return readers
+
+def find_unit_readers(blocks: list[Block]) -> dict[str, list[list[Reader]]]:
+    """Return the matrices that read the units of every block that has some: one for the heads or the FFN, and one for
+    every expert."""
+    return {
+        part: [
+            [(matrix, len(index)) for matrix, index in block.find_readers(part)]
+            for block in select_blocks(blocks, part)
+        ]
+        for part in ("groups", "ffn", "experts")
+    }
 
 
 def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Return the scores of all units from the gradients of the loss on ``batches``. Only one weight's gradient is in
     memory at a time."""
-    readers = find_unit_readers(model)
+    blocks = read_blocks(model)
     of_weight: dict[nn.Parameter, list[tuple[Matrix, int, Tensor]]] = {}
-    scores: dict[str, list[list[Tensor]]] = {part: [[] for _ in each] for part, each in readers.items()}
-    for part, each in readers.items():
-        for index, row in enumerate(each):
-            for matrix, units in row:
-                score = torch.zeros(units, device=matrix.stored.device)
-                of_weight.setdefault(matrix.stored, []).append((matrix, units, score))  # type: ignore[arg-type]
-                scores[part][index].append(score)
+
+    def start(reader: Reader) -> Tensor:
+        matrix, units = reader
+        score = torch.zeros(units, device=matrix.stored.device)
+        of_weight.setdefault(matrix.stored, []).append((matrix, units, score))  # type: ignore[arg-type]
+        return score
+
+    readers = find_unit_readers(blocks)
+    scores = {part: [[start(reader) for reader in row] for row in each] for part, each in readers.items()}
 
     def add(weight: nn.Parameter) -> None:
         for matrix, units, score in of_weight[weight]:
@@ -56,7 +62,7 @@ def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
         hook.remove()
     for parameter, required in learned.items():
         parameter.requires_grad_(required)
-    return {part: [torch.cat(row) for row in each if row] for part, each in scores.items()}
+    return share_scores(blocks, join_scores(blocks, scores))
 
 
 def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
@@ -66,13 +72,37 @@ def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
         for matrix in shared.matrices.values():
             inputs[matrix.stored, matrix.expert] = shared.statistic.sqrt()
 
-    def score(matrix: Matrix, units: int) -> Tensor:
+    def score(reader: Reader) -> Tensor:
+        matrix, units = reader
         return activation_score(matrix.weight, inputs[matrix.stored, matrix.expert], units)
 
+    blocks = read_blocks(model)
+    readers = find_unit_readers(blocks)
+    scores = {part: [[score(reader) for reader in row] for row in each] for part, each in readers.items()}
+    joined = join_scores(blocks, scores)
+    return share_scores(blocks, {part: [standardise_score(row) for row in each] for part, each in joined.items()})
+
+
+def join_scores(blocks: list[Block], scores: dict[str, list[list[Tensor]]]) -> dict[str, Scores]:
+    """Return the scores of every block as one tensor: ``[units]``, or ``[experts, channels]`` for the channels of
+    experts."""
     return {
-        part: [standardise_score(torch.cat([score(*reader) for reader in row])) for row in each if row]
-        for part, each in find_unit_readers(model).items()
+        part: [
+            torch.stack(row) if part == "ffn" and block.experts else torch.cat(row)
+            for row, block in zip(each, select_blocks(blocks, part), strict=True)
+        ]
+        for part, each in scores.items()
     }
+
+
+def share_scores(blocks: list[Block], scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Return the scores, with those of heads summed over the blocks that share the biases of their heads: these lose
+    the same heads."""
+    shared: dict[int, Tensor] = {}
+    for block, score in zip(blocks, scores["groups"], strict=True):
+        if block.biases is not None:
+            shared[id(block.biases)] = shared.get(id(block.biases), torch.zeros_like(score)) + score
+    return scores | {"groups": [shared.get(id(b.biases), score) for b, score in zip(blocks, scores["groups"])]}
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from compress.errors import UserError
 from compress.maths import losses
+from compress.models.blocks import read_blocks
 from compress.models.families import FAMILIES, name_family
-from compress.models.shapes import read_blocks
 
 LOSSES = {
     "hidden": ("hidden_mse", "cos", "pkd", *losses.PAIRS),

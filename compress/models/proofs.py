@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import UserError
+from compress.models.blocks import Block, read_blocks, select_blocks
 from compress.models.calibration import Seen, run_model
-from compress.models.families import name_family
-from compress.models.layers import evaluation_mode, find_blocks
+from compress.models.families import Family, name_family
+from compress.models.layers import evaluation_mode
 from compress.models.products import flatten_tensors, locate, separate_experts
-from compress.models.shapes import Block, Part, cut_experts, cut_heads, cut_part, read_blocks, see_matrix
+from compress.models.shapes import CUTS, cut_head_biases
 
 TOLERANCE = 1e-5
 """Largest relative change of an output that counts as none."""
@@ -45,31 +44,51 @@ def collect_outputs(run: Callable[[], Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def prove_units(model: nn.Module, parts: Sequence[str]) -> None:
-    """Prove that the record of the model's family names everything that belongs to a unit of ``parts`` (``groups``,
-    ``ffn``, ``experts``): the first block without some units computes what it computes while nothing reads them. The
-    model is not changed.
+    """Prove that the records of the model's family name everything that belongs to a unit of ``parts`` (``groups``,
+    ``ffn``, ``experts``): the first block of every record without some units computes what it computes while nothing
+    reads them. Where blocks share the biases of heads, all of them lose some together. The model is not changed.
 
     Raises:
         UserError: it computes something else.
     """
-    block = read_blocks(model)[0]
     for part in parts:
-        with evaluation_mode(model), separate_experts(model):
-            whole = run_first_block(model)
-            with unread_units(block, part):
-                expected = run_first_block(model)
-            try:
-                with removed_units(model, block, part):
-                    outputs = run_first_block(model)
-                same = is_close(whole, expected, outputs)
-            except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):  # shapes that do not fit
-                same = False
-        if not same:
-            what = {"groups": "heads", "ffn": "FFN channels", "experts": "experts"}[part]
-            raise UserError(
-                f"The {what} of this `{name_family(model)}` cannot be removed: without some, its first block computes "
-                "something else than the block in which nothing reads them. Choose another model, or technique=prune."
-            )
+        for blocks in find_samples(read_blocks(model), part):
+            with evaluation_mode(model), separate_experts(model):
+                if not can_remove(model, blocks, part):
+                    what = {"groups": "heads", "ffn": "FFN channels", "experts": "experts"}[part]
+                    raise UserError(
+                        f"The {what} of this `{name_family(model)}` cannot be removed: without some, its first block "
+                        "computes something else than the block in which nothing reads them. Choose another model, or "
+                        "technique=prune."
+                    )
+
+
+def find_samples(blocks: list[Block], part: str) -> list[list[Block]]:
+    """Return for every record the blocks to try: the first, or all that share the biases of its heads."""
+    first: dict[Family, Block] = {}
+    for block in select_blocks(blocks, part):
+        first.setdefault(block.family, block)
+    return [
+        [other for other in blocks if other.biases is block.biases]
+        if part == "groups" and block.biases is not None
+        else [block]
+        for block in first.values()
+    ]
+
+
+def can_remove(model: nn.Module, blocks: list[Block], part: str) -> bool:
+    """Return whether the last of ``blocks`` computes without the first units of all of them what it computes while
+    nothing reads these."""
+    last = blocks[-1].module
+    whole = run_until(model, last)
+    with unread_units(blocks, part):
+        expected = run_until(model, last)
+    try:
+        with removed_units(blocks, part):
+            outputs = run_until(model, last)
+    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):  # shapes that do not fit
+        return False
+    return is_close(whole, expected, outputs)
 
 
 def is_close(whole: Tensor, unread: Tensor, removed: Tensor) -> bool:
@@ -79,14 +98,13 @@ def is_close(whole: Tensor, unread: Tensor, removed: Tensor) -> bool:
     return bool(change <= 0.02 * effect + 4 * torch.finfo(unread.dtype).eps * unread.float().norm())
 
 
-def count_removed(block: Block, part: str) -> tuple[int, int]:
-    """Return how many of how many units the proof removes: one expert, as a text needs several, or half of the rest."""
-    total = {"groups": block.groups, "ffn": block.ffn, "experts": block.experts}[part]
-    return 1 if part == "experts" else total // 2, total
+def count_removed(block: Block, part: str) -> int:
+    """Return how many units the proof removes: one expert, as a text needs several, or half of the others."""
+    return 1 if part == "experts" else block.count(part) // 2
 
 
-def run_first_block(model: nn.Module) -> Tensor:
-    """Return the hidden states that the first block computes for a few tokens."""
+def run_until(model: nn.Module, block: nn.Module) -> Tensor:
+    """Return the hidden states that a block computes for a few tokens."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple, output: Any) -> None:
@@ -95,7 +113,7 @@ def run_first_block(model: nn.Module) -> Tensor:
 
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.arange(16, device=embeddings.weight.device).view(2, 8) % len(embeddings.weight)
-    hook = find_blocks(model)[1][0].register_forward_hook(keep)
+    hook = block.register_forward_hook(keep)
     try:
         with suppress(Seen):
             run_model(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -105,49 +123,46 @@ def run_first_block(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def unread_units(block: Block, part: str) -> Iterator[None]:
-    """Let nothing read the first units of a block: the columns of the layer after them are zero, or the router never
-    chooses the expert."""
+def unread_units(blocks: list[Block], part: str) -> Iterator[None]:
+    """Let nothing read the first units of ``blocks``: the columns of the matrices after them are zero, or the router
+    never chooses the expert."""
     if part == "experts":
-        with Unchosen(block.get(block.family.router or "").weight):
+        with Unchosen(blocks[0].get(blocks[0].family.router or "").weight):
             yield
         return
-    layer, _, index = find_reader(block, part)
-    count, _ = count_removed(block, part)
-    weight = see_matrix(layer).weight
-    columns = index[:count].flatten().to(weight.device)
-    before = weight[:, columns].clone()
-    weight[:, columns] = 0
+    before = []
+    for block in blocks:
+        for matrix, index in block.find_readers(part):
+            weight = matrix.weight
+            columns = index[: count_removed(block, part)].flatten().to(weight.device)
+            before.append((weight, columns, weight[:, columns].clone()))
+            weight[:, columns] = 0
     try:
         yield
     finally:
-        weight[:, columns] = before
-
-
-def find_reader(block: Block, part: str) -> Part:
-    """Return the layer whose inputs are the units of ``part``."""
-    return next(p for p in (block.head_parts if part == "groups" else block.ffn_parts) if p[1] == 1)
+        for weight, columns, values in before:
+            weight[:, columns] = values
 
 
 @contextmanager
-def removed_units(model: nn.Module, block: Block, part: str) -> Iterator[None]:
-    """Put a copy without its first units in the place of the model's first block."""
-    _, stack = find_blocks(model)
-    shorter = replace(block, module=copy.deepcopy(block.module))
-    count, total = count_removed(block, part)
-    kept = torch.arange(total, device="cpu") >= count
-    if part == "groups":
-        cut_heads(shorter, kept)
-    elif part == "experts":
-        cut_experts(shorter, kept)
-    else:
-        for each in shorter.ffn_parts:
-            cut_part(each, kept)
-    stack[0] = shorter.module
+def removed_units(blocks: list[Block], part: str) -> Iterator[None]:
+    """Remove the first units of ``blocks``, and put them back."""
+    masks = [torch.arange(block.count(part), device="cpu") >= count_removed(block, part) for block in blocks]
+    modules = [module for block in blocks for module in [*block.module.modules(), block.biases] if module is not None]
+    settings = [(module, dict(vars(module))) for module in modules]
+    tensors = [(tensor, tensor.data, tensor.grad) for module in modules for tensor in module.parameters(recurse=False)]
     try:
+        if part == "groups":
+            cut_head_biases(blocks, masks)
+        for block, kept in zip(blocks, masks):
+            CUTS[part](block, kept)
         yield
     finally:
-        stack[0] = block.module
+        for module, values in settings:
+            vars(module).clear()
+            vars(module).update(values)
+        for tensor, data, gradient in tensors:
+            tensor.data, tensor.grad = data, gradient
 
 
 class Unchosen(TorchFunctionMode):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pydantic import Field, validate_call
 
-from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.maths.units import (
     Masks,
@@ -17,17 +15,20 @@ from compress.maths.units import (
     units_left,
 )
 from compress.models.batches import Batch, draw_calibration_batches
+from compress.models.blocks import Block, read_blocks, select_blocks
 from compress.models.families import find_family, name_family
 from compress.models.importance import label_with_predictions, score_by_activation, score_by_gradient
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.loading import join_lines
 from compress.models.proofs import prove_units
-from compress.models.shapes import Block, read_blocks, record_shapes, remove_units, shape_blocks
+from compress.models.shapes import record_shapes, remove_units, shape_blocks
+from compress.models.targets import Rows, check_shared_heads, check_target, format_mean, parse_masks, preview_sizes
 from compress.models.textpruner import find_masks, require_textpruner
 from compress.technique import Technique
 from compress.techniques.prune import Prune
 
-Rows = list[list[Literal[0, 1]]]
+EXPERT_MULTIPLE = 8
+"""Number that the channels of experts must be a multiple of: transformers multiplies by all experts at once, for which
+PyTorch needs rows of whole 16 bytes."""
 
 
 class Structured(Technique, pl.Callback):
@@ -47,14 +48,20 @@ class Structured(Technique, pl.Callback):
 
     TextPruner (Yang, Cui and Chen, 2022, arXiv:2203.15996) scores encoders by ``loss`` and ``logits`` if all their
     blocks have the number of heads in the config. Query heads of a decoder that share a key and value head (Ainslie et
-    al., "GQA", 2023, arXiv:2305.13245) are removed together. An expert scores like one large unit.
+    al., "GQA", 2023, arXiv:2305.13245) are removed together. An expert scores like one large unit. The experts of a
+    block keep the same number of channels, each its own most important ones, and the router stays as it is.
+
+    Of an encoder-decoder, the attention to the encoder counts as a block of its own, without an FFN. The blocks of a
+    stack of T5 share the biases of their heads, and those of MPNet too: they lose the same heads, those with the lowest
+    scores over all blocks.
 
     Which layers belong to a unit is written down for every family, and proven before anything is removed: the first
     block without a unit must compute what it computes while nothing reads this unit.
 
     Args:
         target_heads: query heads of a block afterwards, on average; null keeps them all.
-        target_ffn_size: FFN channels of a block afterwards, on average; null keeps them all.
+        target_ffn_size: channels of the FFN of a block, or of each of its experts, afterwards, on average; null keeps
+            them all.
         target_experts: experts of every block afterwards; null keeps them all.
         iterations: number of cuts, each with new scores.
         importance: the score of a unit.
@@ -64,7 +71,8 @@ class Structured(Technique, pl.Callback):
         ffn_multiple_of: a number that FFN sizes must be a multiple of.
         order: ``head-first`` or ``ffn-first`` to split every cut in two, each with new scores; null: both at once.
         head_mask: ``[blocks, heads]`` of 1 (keep) and 0 (remove), or a json or pt file of them; it replaces a target.
-        ffn_mask: ``[blocks, channels]``, likewise.
+            An encoder's rows come first; a decoder's block then has two, the second for the attention to the encoder.
+        ffn_mask: ``[blocks, channels]``, likewise, with a row for every FFN. A row holds for all experts of a block.
         samples: training examples (for a language model, blocks of tokens) to score on.
         batch_size: examples in a batch.
 
@@ -123,18 +131,17 @@ class Structured(Technique, pl.Callback):
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
-        self.check_parts(each[0], name_family(skeleton))
+        self.check_parts(each, name_family(skeleton))
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
                 raise UserError(f"The masks of {self.key} keep everything. Set 0 for the units to remove.")
             return
-        heads, ffn, experts = ([getattr(block, part) for block in each] for part in ("heads", "ffn", "experts"))
-        group, multiple = each[0].group_size, f"{self.key}.ffn_multiple_of"
+        heads, ffn, experts = (count_sizes(each, part) for part in ("heads", "ffn", "experts"))
+        group, multiple = each[0].group_size, self.find_multiple(each)
+        of = "what products of experts need" if experts else f"{self.key}.ffn_multiple_of"
         shared = "a group of heads that share a key and value head"
         check_target(f"{self.key}.target_heads", self.target_heads, heads, self.even_heads, group, shared)
-        check_target(
-            f"{self.key}.target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, self.ffn_multiple_of, multiple
-        )
+        check_target(f"{self.key}.target_ffn_size", self.target_ffn_size, ffn, self.even_ffn, multiple, of)
         check_target(f"{self.key}.target_experts", self.target_experts, experts, True, 1, "an expert")
         chosen = getattr(skeleton.config, "num_experts_per_tok", 0)
         if self.target_experts is not None and self.target_experts < chosen:
@@ -145,7 +152,7 @@ class Structured(Technique, pl.Callback):
         if self.count_goals(each) == count_units(each):
             raise UserError(
                 f"{self.key} keeps the {format_mean(heads)} heads and {format_mean(ffn)} FFN channels that a block has "
-                f"already{f', and its {experts[0]} experts' if experts[0] else ''}. Set lower targets, or remove the "
+                f"already{f', and its {experts[0]} experts' if experts else ''}. Set lower targets, or remove the "
                 "stage."
             )
         if self.importance == "logits" and getattr(skeleton.config, "num_labels", 0) == 1:
@@ -171,19 +178,19 @@ class Structured(Technique, pl.Callback):
         }
         return [part for part, settings in given.items() if any(setting is not None for setting in settings)]
 
-    def check_parts(self, block: Block, family: str) -> None:
+    def check_parts(self, each: list[Block], family: str) -> None:
         """Raise UserError if the blocks of a ``family`` do not have what should be removed."""
-        if "groups" in self.parts and not block.family.cuts_heads:
+        if "groups" in self.parts and not all(block.family.cuts_heads for block in each):
             raise UserError(
-                f"{self.key} cannot remove heads of `{family}`: a norm spans the heads of a block, or all blocks share "
-                "numbers for every head. Set only target_ffn_size or ffn_mask."
+                f"{self.key} cannot remove heads of `{family}`: a norm spans the heads of a block. Set only "
+                "target_ffn_size or ffn_mask."
             )
-        if "ffn" in self.parts and not block.ffn:
+        if "groups" in self.parts and not self.even_heads and any(block.family.equal_heads for block in each):
             raise UserError(
-                f"{self.key} removes channels of FFNs, and the blocks of `{family}` have {block.experts} experts in "
-                f"place of one FFN. Set {self.key}.target_experts."
+                f"{self.key}.even_heads is false, and the blocks of `{family}` share biases with a place for every "
+                f"head, so that all have the same number of heads. Set {self.key}.even_heads=true."
             )
-        if "experts" in self.parts and not block.experts:
+        if "experts" in self.parts and not each[0].experts:
             raise UserError(
                 f"{self.key}.target_experts is {self.target_experts}, and the blocks of `{family}` have no experts. "
                 f"Set {self.key}.target_ffn_size."
@@ -194,12 +201,12 @@ class Structured(Technique, pl.Callback):
         if self.masked:
             remove_units(skeleton, **self.read_masks(each))
         else:
-            heads, ffn = [block.heads for block in each], [block.ffn for block in each]
+            heads, ffn, experts = (count_sizes(each, part) for part in ("heads", "ffn", "experts"))
             shape_blocks(
                 skeleton,
                 preview_sizes(heads, self.target_heads, self.even_heads, each[0].group_size),
-                preview_sizes(ffn, self.target_ffn_size, self.even_ffn, self.ffn_multiple_of),
-                preview_sizes([block.experts for block in each], self.target_experts, True, 1),
+                preview_sizes(ffn, self.target_ffn_size, self.even_ffn, self.find_multiple(each)),
+                preview_sizes(experts, self.target_experts, True, 1),
             )
         record_shapes(skeleton)
         return skeleton
@@ -230,6 +237,10 @@ class Structured(Technique, pl.Callback):
             raise RuntimeError(f"{left} head groups, FFN channels and experts are left; {goals} are expected")
         record_shapes(model)
 
+    def find_multiple(self, each: list[Block]) -> int:
+        """Return the number that FFN sizes must be a multiple of."""
+        return math.lcm(self.ffn_multiple_of, EXPERT_MULTIPLE if each[0].experts else 1)
+
     def count_goals(self, each: list[Block]) -> dict[str, int]:
         """Return the numbers of head groups, FFN channels and experts that all blocks together should keep."""
         goals = count_units(each)
@@ -238,7 +249,9 @@ class Structured(Technique, pl.Callback):
         targets = {"groups": self.target_heads, "ffn": self.target_ffn_size, "experts": self.target_experts}
         size = {"groups": each[0].group_size}
         return goals | {
-            part: len(each) * target // size.get(part, 1) for part, target in targets.items() if target is not None
+            part: len(select_blocks(each, part)) * target // size.get(part, 1)
+            for part, target in targets.items()
+            if target is not None
         }
 
     def read_masks(self, each: list[Block]) -> dict[str, Masks]:
@@ -253,8 +266,14 @@ class Structured(Technique, pl.Callback):
                     "value head. Set the same value for all heads of a group."
                 )
             masks["groups"] = [group[:, 0] for group in grouped]
+            check_shared_heads(f"{self.key}.head_mask", each, masks["groups"])
         if self.ffn_mask is not None:
-            masks["ffn"] = parse_masks(self.ffn_mask, f"{self.key}.ffn_mask", [block.ffn for block in each])
+            masks["ffn"] = parse_masks(self.ffn_mask, f"{self.key}.ffn_mask", count_sizes(each, "ffn"))
+            if each[0].experts and (odd := [n for n in map(int, map(sum, masks["ffn"])) if n % EXPERT_MULTIPLE]):
+                raise UserError(
+                    f"{self.key}.ffn_mask keeps {odd[0]} channels of an expert; products of experts need a multiple "
+                    f"of {EXPERT_MULTIPLE}. Keep a multiple of {EXPERT_MULTIPLE} in every row."
+                )
         return masks
 
     def by_textpruner(self, model: Any) -> bool:
@@ -281,8 +300,10 @@ class Structured(Technique, pl.Callback):
 
     def cut_in_turns(self, model: Any, batches: list[Batch]) -> None:
         """Score the units and remove the least important ones, turn by turn."""
-        rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, self.ffn_multiple_of), "experts": (True, 1)}
-        for turn in self.plan_turns(read_blocks(model)):
+        blocks = read_blocks(model)
+        multiple = self.find_multiple(blocks)
+        rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, multiple), "experts": (True, 1)}
+        for turn in self.plan_turns(blocks):
             scores = (
                 score_by_activation(model, batches)
                 if self.importance == "activation"
@@ -295,9 +316,12 @@ class Structured(Technique, pl.Callback):
     def plan_turns(self, each: list[Block]) -> list[dict[str, int]]:
         """Return the numbers of units after every cut, the removal spread evenly over the steps."""
         now, goals = count_units(each), self.count_goals(each)
+        unit = self.find_multiple(each) * (len(select_blocks(each, "ffn")) if self.even_ffn else 1)
         turns: list[dict[str, int]] = []
         for step in range(1, self.iterations + 1):
             left = {part: units_left(step, self.iterations, now[part], goals[part]) for part in self.parts}
+            if "ffn" in left:
+                left["ffn"] -= left["ffn"] % unit
             heads, rest = ({part: n for part, n in left.items() if (part == "groups") is own} for own in (True, False))
             halves = {"head-first": [heads, rest], "ffn-first": [rest, heads]}
             turns += filter(None, halves.get(self.order or "", [left]))
@@ -306,74 +330,9 @@ class Structured(Technique, pl.Callback):
 
 def count_units(each: list[Block]) -> dict[str, int]:
     """Return the numbers of head groups, FFN channels and experts of all blocks together."""
-    return {part: sum(getattr(block, part) for block in each) for part in ("groups", "ffn", "experts")}
+    return {part: sum(count_sizes(each, part)) for part in ("groups", "ffn", "experts")}
 
 
-def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int, multiple: str) -> None:
-    """Raise UserError if blocks of ``now`` heads or channels cannot be reduced to the ``target`` in multiples of
-    ``unit``. ``key`` is the setting of the target, ``multiple`` describes the unit."""
-    if target is None:
-        return
-    total = target * len(now)
-    if total > sum(now) or (even and target > min(now)):
-        raise UserError(
-            f"{key}={target} is more than the {min(now) if even else format_mean(now)} that a block has. Set a lower "
-            "target."
-        )
-    if any(number % unit for number in ([target] if even else [total, *now])) or total < unit * len(now):
-        raise UserError(
-            f"{key}={target} cannot be reached from {format_mean(now)} a block in multiples of {unit}, the size of "
-            f"{multiple}. Set {key} to a multiple of {unit}."
-        )
-
-
-def preview_sizes(now: list[int], target: int | None, even: bool, unit: int) -> list[int] | None:
-    """Return possible sizes of the blocks afterwards. If the sizes may differ, two blocks get a ``unit`` more and less
-    than the others, so that later stages cannot rely on equal sizes."""
-    if target is None:
-        return None
-    if even:
-        return [target] * len(now)
-    each, more = divmod(target * len(now) // unit, len(now))
-    sizes = [unit * (each + (i < more)) for i in range(len(now))]
-    if sizes[0] < now[0] and sizes[-1] > unit:
-        sizes[0], sizes[-1] = sizes[0] + unit, sizes[-1] - unit
-    return sizes
-
-
-def format_sizes(sizes: list[int]) -> str:
-    """Return ``12, 12, 10``, or ``3 times 12`` for equal sizes."""
-    return f"{len(sizes)} times {sizes[0]}" if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) or "no"
-
-
-def format_mean(sizes: list[int]) -> str:
-    return f"{sum(sizes) / len(sizes):g}"
-
-
-def parse_masks(given: Rows | str, key: str, sizes: list[int]) -> Masks:
-    """Return the rows of a user's mask, or of the json or pt file that it names, one row for each of ``sizes``."""
-    if isinstance(given, str):
-        path = expand_path(given)
-        if not path.is_file() or path.suffix not in (".json", ".pt"):
-            raise UserError(f"{key}={given} is no json or pt file. Set {key} to a file with rows of 0 and 1.")
-        try:
-            given = (
-                json.loads(path.read_text(encoding="utf-8"))
-                if path.suffix == ".json"
-                else torch.load(path, weights_only=True)
-            )
-        except Exception as error:  # a damaged file can raise anything
-            raise UserError(f"{key}: {path} cannot be read ({join_lines(error)[:120]}).") from error
-    try:
-        rows = [torch.as_tensor(row, device="cpu") for row in given]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key} is no list of rows. Set a row of 0 and 1 for every block.") from error
-    lengths = [row.numel() for row in rows]
-    if lengths != sizes:
-        raise UserError(
-            f"{key} has rows of {format_sizes(lengths)} values and the model blocks of {format_sizes(sizes)}. Set a "
-            "row for every block, with a 1 or 0 for each of its heads or channels."
-        )
-    if any(((row != 0) & (row != 1)).any() or not row.any() for row in rows):
-        raise UserError(f"{key} has a row of zeros, or values that are not 0 or 1. Keep at least one unit of a block.")
-    return [row.bool() for row in rows]
+def count_sizes(each: list[Block], part: str) -> list[int]:
+    """Return the numbers of units of the blocks that have such units."""
+    return [block.count(part) for block in select_blocks(each, part)]

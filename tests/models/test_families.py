@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import compress
 from compress.errors import UserError
+from compress.models.blocks import read_blocks
 from compress.models.families import FAMILIES, LLAMA, find_family
-from compress.models.shapes import read_blocks
 from compress.models.students import narrow_config
 from compress.runtimes import torch as runtime
 from compress.sweeping.sweeper import read_sizes

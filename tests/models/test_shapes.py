@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Roberta
 
 from compress.errors import UserError
 from compress.models.backbone import Backbone, find_auto_class
+from compress.models.blocks import read_blocks, select_blocks
+from compress.models.families import BART
 from compress.models.families import FAMILIES as RECORDS
-from compress.models.proofs import find_reader, prove_units
-from compress.models.shapes import read_blocks, record_shapes, remove_units, see_matrix, shape_blocks
+from compress.models.proofs import prove_units
+from compress.models.shapes import record_shapes, remove_units, shape_blocks
 from compress.runtimes import torch as runtime
 from compress.tasks.task import Task
 from compress.techniques.gptq import GPTQ
@@ -170,13 +172,17 @@ def cut_some(name, even):
     cut, unread, whole = (architectures.build(name, lm=name in LMS) for _ in range(3))
     parts = {}
     for part in ("groups", "ffn"):
-        totals = [getattr(block, part) for block in read_blocks(cut)]
-        if totals[0] and (part == "ffn" or read_blocks(cut)[0].family.cuts_heads):
-            masks = [torch.arange(total) % 3 != (1 if even or index == 0 else -1) for index, total in enumerate(totals)]
+        totals = [block.count(part) for block in select_blocks(read_blocks(cut), part)]
+        if part == "ffn" or read_blocks(cut)[0].family.cuts_heads:
+            some = even or (part == "groups" and read_blocks(cut)[0].family.equal_heads)
+            period = 4 if read_blocks(cut)[0].experts else 3  # experts keep a multiple of 8
+            masks = [
+                torch.arange(total) % period != (1 if some or index == 0 else -1) for index, total in enumerate(totals)
+            ]
             parts[part] = masks
-            for block, kept in zip(read_blocks(unread), masks):
-                layer, _, index = find_reader(block, part)
-                see_matrix(layer).weight[:, index[~kept].flatten()] = 0
+            for block, kept in zip(select_blocks(read_blocks(unread), part), masks):
+                for matrix, index in block.find_readers(part):
+                    matrix.weight[:, index[~kept].flatten()] = 0
     remove_units(cut, **parts)
     record_shapes(cut)
     return cut, unread, whole
@@ -224,6 +230,9 @@ def test_the_record_of_every_known_architecture_is_proven_and_the_model_stays_as
         ("llama", {"ffn_in": ("mlp.gate_proj", "mlp.gate_proj")}, "ffn"),
         ("gpt2", {"ffn_in": ()}, "ffn"),
         ("mixtral", {"router": "self_attn.q_proj"}, "experts"),
+        ("bart", {"decoder": (BART.decoder[0], replace(BART.decoder[1], key="self_attn.k_proj"))}, "groups"),
+        ("t5", {"head_biases": None}, "groups"),
+        ("mpnet", {"head_biases": None}, "groups"),
     ],
 )
 def test_a_wrong_record_is_refused(name, wrong, part, monkeypatch):
@@ -262,6 +271,16 @@ def test_every_layout_of_falcon_is_proven_and_cut(grouped, tmp_path):
     assert torch.equal(answer(runtime.load(tmp_path, "multiclass")), answer(model))
 
 
+def test_a_gated_t5_is_proven_and_cut_in_both_stacks(tmp_path):
+    model = architectures.build("t5", feed_forward_proj="gated-gelu")
+    prove_units(model, ["groups", "ffn"])
+    shape_blocks(model, heads=[3] * 9, ffn=[40] * 6)
+    record_shapes(model)
+    assert not hasattr(model.config, "compress") and (model.config.num_heads, model.config.d_ff) == (3, 40)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(AutoModelForSequenceClassification.from_pretrained(tmp_path)), answer(model))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_are_removed_with_their_rows_of_the_router(name, tmp_path):
     model = architectures.build(name)
@@ -284,8 +303,8 @@ def test_what_is_one_layer_has_no_layer_of_queries(name):
 
 
 def test_other_families_are_refused():
-    with pytest.raises(UserError, match=r"is a `t5`; the layers of bert, .* falcon are known"):
-        read_blocks(architectures.build("t5"))
+    with pytest.raises(UserError, match=r"is a `bloom`; the layers of bert, .* falcon, bart, t5 are known"):
+        read_blocks(architectures.build("bloom"))
     with pytest.raises(UserError, match="is a `Linear`"):
         read_blocks(torch.nn.Linear(2, 2))
 

@@ -14,9 +14,10 @@ import compress
 from compress.errors import UserError
 from compress.maths.units import activation_score, mask_important, standardise_score, taylor_score, units_left
 from compress.models import textpruner as textpruning
+from compress.models.blocks import read_blocks, select_blocks
 from compress.models.importance import label_with_predictions, score_by_gradient
 from compress.models.matrices import find_zeros, matrices
-from compress.models.shapes import read_blocks, remove_units
+from compress.models.shapes import record_shapes, remove_units, shape_blocks
 from compress.running.training import HoldZeros
 from compress.runtimes.torch import load
 from compress.technique import Training
@@ -91,6 +92,13 @@ def test_a_block_keeps_one_of_its_own():
 
 def test_blocks_keep_multiples():
     assert kept(mask_important(SCORES, 6, even=False, multiple_of=2)) == [[0, 1, 2, 3], [1, 2]]
+
+
+def test_every_expert_keeps_as_many_channels_worked_by_hand():
+    experts = [torch.tensor([[5.0, 1.0, 2.0, 4.0], [0.1, 0.4, 0.3, 0.2]]), torch.tensor([[1.0, 0.9, 0.8, 3.0]] * 2)]
+    two, one = mask_important(experts, 4, even=True), mask_important(experts, 3, even=False)
+    assert two[0].tolist() == [[True, False, False, True], [False, True, True, False]]
+    assert one[0].sum(1).tolist() == [2, 2] and one[1].tolist() == [[False, False, False, True]] * 2
 
 
 @pytest.mark.parametrize(("even", "total", "multiple_of"), [(True, 36, 1), (False, 37, 1), (False, 40, 8)])
@@ -228,13 +236,13 @@ def test_every_known_architecture_is_scored_and_cut_and_reloads(name, tmp_path):
     model = architectures.build(name)
     first = read_blocks(model)[0]
     heads = first.heads - first.group_size if first.family.cuts_heads else None
-    wanted = {"target_heads": heads, "target_ffn_size": first.ffn // 2 or None, "target_experts": first.experts and 3}
+    wanted = {"target_heads": heads, "target_ffn_size": first.ffn // 2, "target_experts": first.experts and 3}
     wanted = {key: value for key, value in wanted.items() if value}
     importance = "activation" if first.family.textpruner else "loss"
     train(model, Structured(**wanted, importance=importance, iterations=2, samples=8))
-    for block in read_blocks(model):
-        found = {"target_heads": block.heads, "target_ffn_size": block.ffn, "target_experts": block.experts}
-        assert wanted.items() <= found.items()
+    for key, part in (("target_heads", "heads"), ("target_ffn_size", "ffn"), ("target_experts", "experts")):
+        for block in select_blocks(read_blocks(model), part) if key in wanted else ():
+            assert block.count(part) == wanted[key]
     model.save_pretrained(tmp_path)
     again = load(tmp_path, "multiclass")
     model.set_attn_implementation(again.config._attn_implementation)  # the loaded Gemma 2 caps its attention scores
@@ -252,6 +260,62 @@ def test_experts_that_do_nothing_are_the_ones_removed(importance):
     train(model, Structured(target_experts=3, importance=importance, samples=8))
     for block, expected in zip(read_blocks(model), kept):
         assert all(torch.equal(expert.weight, weight) for expert, weight in zip(block.expert_outs, expected))
+
+
+@pytest.mark.parametrize("importance", ["loss", "activation"])
+def test_every_expert_keeps_its_own_channels_and_the_router_stays(importance):
+    model = architectures.build("mixtral")
+    blocks = read_blocks(model)
+    routers = [block.get("mlp.gate").weight.clone() for block in blocks]
+    for block in blocks:
+        for number, expert in enumerate(block.expert_outs):
+            expert.weight[:, 32 * number : 32 * number + 32] = 0
+    answers = architectures.inputs()
+    before = model(**answers).logits.detach()
+    train(model, Structured(target_ffn_size=96, importance=importance, iterations=3, samples=8))
+    assert [block.ffn for block in blocks] == [96] * 3
+    assert torch.allclose(model(**answers).logits, before, atol=1e-5)
+    assert all(torch.equal(block.get("mlp.gate").weight, router) for block, router in zip(blocks, routers))
+
+
+@pytest.mark.parametrize("name", ["t5", "mpnet"])
+def test_heads_with_shared_biases_are_removed_together(name):
+    model = architectures.build(name)
+    shared = [block for block in read_blocks(model) if block.biases is not None]
+    outs = [block.attention_out.weight.clone() for block in shared]
+    columns = [block.biases.weight.clone() for block in shared]
+    train(model, Structured(target_heads=2, importance="activation", samples=8))
+    for block, out, column in zip(shared, outs, columns):
+        heads = [h for h in range(4) if any((column[:, h] == kept).all() for kept in block.biases.weight.T)]
+        assert len(heads) == 2 and block.biases.weight.shape[1] == 2
+        assert torch.equal(block.attention_out.weight, out.view(64, 4, 16)[:, heads].flatten(1))
+
+
+def test_masks_for_experts_and_for_shared_biases():
+    mixtral, t5 = architectures.build("mixtral"), architectures.build("t5")
+    Structured(ffn_mask=[[1, 0] * 64] * 3).check(mixtral, [])
+    with pytest.raises(UserError, match="ffn_mask keeps 127 channels of an expert; .* Keep a multiple of 8"):
+        Structured(ffn_mask=[[1] * 127 + [0]] * 3).check(mixtral, [])
+    rows = [[1, 1, 0, 0]] * 3 + [[0, 1, 1, 1], [1, 1, 0, 0]] + [[0, 1, 1, 1], [0, 0, 1, 1]] * 2
+    Structured(head_mask=rows).check(t5, [])  # those of the attention to the encoder differ
+    with pytest.raises(UserError, match="head_mask has different rows .* Keep the same heads in each"):
+        Structured(head_mask=[[0, 0, 1, 1], *rows[1:]]).check(t5, [])
+    with pytest.raises(UserError, match="Keep the same number of heads in each"):
+        Structured(head_mask=[*rows[:-1], [1, 1, 1, 0]]).check(t5, [])
+    train(t5, Structured(head_mask=rows))
+    assert [block.heads for block in read_blocks(t5)] == [2, 2, 2, 3, 2, 3, 2, 3, 2]
+
+
+def test_cut_experts_are_quantized_and_reload(tmp_path):
+    model = architectures.build("mixtral")
+    shape_blocks(model, ffn=[96, 64, 128])
+    record_shapes(model)
+    stage = GPTQ(group_size=8, samples=8)
+    train(model, stage)
+    with torch.no_grad():
+        expected = model(**architectures.inputs()).logits
+        stage.save(model, tmp_path)
+        assert torch.allclose(load(tmp_path, "multiclass")(**architectures.inputs()).logits, expected, atol=1e-5)
 
 
 def test_a_wrong_record_is_refused_before_anything_is_removed(monkeypatch):
@@ -356,15 +420,19 @@ def test_a_mask_leaves_groups_whole():
         (tiny.bert, {"target_ffn_size": 8, "ffn_multiple_of": 16, "even_ffn": False}, "cannot be reached from 64"),
         (lambda: tiny.bert(num_labels=1), {"target_heads": 2, "importance": "logits"}, "predicts one number"),
         (lambda: torch.nn.Linear(2, 2), {"target_heads": 2}, "The model is a `Linear`"),
-        (lambda: architectures.build("t5"), {"target_heads": 2}, "The model is a `t5`; .* are known"),
-        (lambda: architectures.build("bart"), {"target_heads": 2}, "The model is a `bart`; .* are known"),
-        (lambda: architectures.build("mpnet"), {"target_heads": 2}, "cannot remove heads of `mpnet`: .* Set only"),
+        (lambda: architectures.build("bloom"), {"target_heads": 2}, "The model is a `bloom`; .* are known"),
+        (
+            lambda: architectures.build("t5"),
+            {"target_heads": 2, "even_heads": False},
+            "even_heads is false, and the blocks of `t5` share biases .* Set technique.structured.even_heads=true",
+        ),
+        (lambda: architectures.build("mpnet"), {"target_heads": 2, "even_heads": False}, "the blocks of `mpnet` share"),
         (lambda: architectures.build("olmo2"), {"target_heads": 2}, "cannot remove heads of `olmo2`: a norm spans"),
         (tiny.bert, {"target_experts": 2}, "the blocks of `bert` have no experts"),
         (
             lambda: architectures.build("mixtral"),
-            {"target_ffn_size": 64},
-            "`mixtral` have 4 experts in place of one FFN. Set technique.structured.target_experts",
+            {"target_ffn_size": 60},
+            "target_ffn_size=60 cannot be reached from 128 .* multiples of 8, the size of what products of experts",
         ),
         (
             lambda: architectures.build("mixtral"),
