@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress.errors import UserError
 from compress.maths.rounding import Grid, Inputs, Integers, Scheme, round_to_nearest
 from compress.models.linears import use_linear_layers
 from compress.models.matrices import Matrix, select_quantizable
@@ -55,21 +54,14 @@ class Quantized(NamedTuple):
         layer.quantized = self
 
 
-def select_storable(model: nn.Module, skip: Sequence[str], key: str, experts: bool = True) -> dict[str, Matrix]:
+def select_storable(model: nn.Module, skip: Sequence[str], key: str) -> dict[str, Matrix]:
     """Return the matrices that the stage ``key`` quantizes, by name: those that the setting ``key.skip`` does not
-    exclude. Without ``experts``, theirs are refused: a stage that also rounds inputs would need ranges of experts that
-    no text was routed to.
+    exclude.
 
     Raises:
         UserError: ``skip`` does not fit the model, or the format cannot store a matrix.
     """
-    found = select_quantizable(model, skip, key, (nn.Linear, Conv1D), "the compressed-tensors format", experts=True)
-    if not experts and (one := next((name for name, matrix in found.items() if matrix.expert is not None), None)):
-        raise UserError(
-            f"`{key.rpartition('.')[2]}` rounds the inputs of layers, and `{one}` is one of several experts, whose "
-            f"inputs depend on the text. Set technique=gptq, awq or mixed, or {key}.skip to leave the experts out."
-        )
-    return found
+    return select_quantizable(model, skip, key, (nn.Linear, Conv1D), "the compressed-tensors format", experts=True)
 
 
 def save_model(model: nn.Module, layers: dict[str, Quantized], folder: Path) -> None:

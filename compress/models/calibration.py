@@ -183,6 +183,18 @@ class Seen(Exception):
     """Raised after the last wanted product, to skip the rest of a forward pass."""
 
 
+def join_experts(found: list[Shared]) -> list[Shared]:
+    """Return the statistics, with those of the experts of one parameter summed: an expert that no text was routed to
+    then has that of the others."""
+    joined: dict[int, Shared] = {}
+    for shared in found:
+        first = next(iter(shared.matrices.values()))
+        key = id(shared.statistic) if first.expert is None else id(first.stored)
+        members, statistic = joined.get(key, ({}, 0))
+        joined[key] = Shared(members | shared.matrices, statistic + shared.statistic)
+    return list(joined.values())
+
+
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Return the model's output without a cache of keys and values."""
     return model(**batch, **({"use_cache": False} if getattr(model.config, "use_cache", False) else {}))

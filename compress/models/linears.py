@@ -25,7 +25,8 @@ REPLACED = ("Conv1D", "experts")
 def use_linear_layers(model: nn.Module, replaced: Iterable[str] = REPLACED) -> None:
     """Replace the layers of the kinds ``replaced``, on any device, by Linear layers that compute the same.
 
-    The Parameters of a ``Conv1D`` stay the same objects, so an existing optimizer can continue to train them.
+    The Parameters of a ``Conv1D`` stay the same objects, so an existing optimizer can continue to train them. Experts
+    get new ones.
     """
     found = set()
     for name, module in list(model.named_modules()):
@@ -45,11 +46,11 @@ def use_linear_layers(model: nn.Module, replaced: Iterable[str] = REPLACED) -> N
 
 
 def copy_with_linear_layers(skeleton: nn.Module) -> nn.Module:
-    """Return a skeleton with Linear layers in place of ``Conv1D``: itself if it has none."""
-    if not any(isinstance(module, Conv1D) for module in skeleton.modules()):
+    """Return a skeleton with a Linear layer for every matrix: itself if it has no others."""
+    if not any(isinstance(module, Conv1D) or is_expert_list(module) for module in skeleton.modules()):
         return skeleton
     copied = copy.deepcopy(skeleton)
-    use_linear_layers(copied, ["Conv1D"])
+    use_linear_layers(copied)
     return copied
 
 
@@ -93,9 +94,10 @@ def compute_experts(
         tokens, place = torch.where(top_k_index == expert)
         if not (torch.jit.is_tracing() or torch.compiler.is_compiling() or len(tokens)):
             continue  # a graph has every expert; layers of bitsandbytes end the process where they get no token
-        channels = enter(hidden_states[tokens])
+        channels = enter(hidden_states[tokens].unsqueeze(0))  # loaders find tokens in the second of three dimensions
         channels = experts._apply_gate(channels) if experts.has_gate else experts.act_fn(channels)
-        output = output.index_add(0, tokens, leave(channels) * top_k_weights[tokens, place].unsqueeze(-1))
+        result = leave(channels).squeeze(0)
+        output = output.index_add(0, tokens, result * top_k_weights[tokens, place].unsqueeze(-1))
     return output
 
 
@@ -104,8 +106,9 @@ def split_expert_list(experts: Any) -> None:
     found = read_matrices("", experts)
     stacked = [name for name, _ in experts.named_parameters(recurse=False)]
     for matrix in found:
-        bias = None if matrix.bias is None else nn.Parameter(matrix.bias.detach().clone(), requires_grad=False)
-        linear = build_linear(nn.Parameter(matrix.weight.clone().contiguous(), requires_grad=False), bias)
+        trained = matrix.stored.requires_grad
+        bias = None if matrix.bias is None else nn.Parameter(matrix.bias.detach().clone(), trained)
+        linear = build_linear(nn.Parameter(matrix.weight.clone().contiguous(), trained), bias)
         if not hasattr(experts, str(matrix.expert)):
             experts.add_module(str(matrix.expert), nn.Module())
         getattr(experts, str(matrix.expert)).add_module(matrix.parameter, linear)

@@ -27,7 +27,7 @@ from compress.maths.rounding import (
     straight_through_round,
 )
 from compress.models.batches import draw_calibration_batches, read_validation_batches
-from compress.models.calibration import observe
+from compress.models.calibration import join_experts, observe
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.linears import use_linear_layers
 from compress.models.matrices import count_inputs
@@ -113,31 +113,34 @@ class QAT(Technique, pl.Callback):
             )
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        self.scheme.check(self.key, count_inputs(select_storable(skeleton, self.skip, self.key, experts=False)))
+        self.scheme.check(self.key, count_inputs(select_storable(skeleton, self.skip, self.key)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self._check_training(trainer.max_epochs)
         self.check(model, [])
-        use_linear_layers(model, ["Conv1D"])
-        layers = select_storable(model, self.skip, self.key, experts=False)
+        layers = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels=True))
         between: dict[str, nn.Parameter] = {}
         with evaluation_mode(model):
-            for shared in observe(model, batches, count_values, layers) if self.activations else ():
+            found = observe(model, batches, count_values, layers) if self.activations else []
+            for shared in join_experts(found):
                 # Layers with the same input share its range, as exports and vLLM's fused layers require.
                 ends = percentile_range(shared.statistic, 100)
                 between |= dict.fromkeys(shared.matrices, nn.Parameter(ends, requires_grad=self.learnt))
+        parameters = set(model.parameters())
+        use_linear_layers(model)
+        layers = select_storable(model, self.skip, self.key)
         for name, matrix in layers.items():
             fake = FakeQuantization(matrix.weight, self.scheme, between.get(name), self.learnt)
             fake.insert(matrix.module)
-        if self.learnt:
-            trainer.strategy.setup_optimizers(trainer)  # the old ones do not train the ranges
+        if not parameters.issuperset(model.parameters()):
+            trainer.strategy.setup_optimizers(trainer)  # the old ones train neither ranges nor the layers of experts
         self._log_losses(trainer, model)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        for name, matrix in select_storable(model, self.skip, self.key, experts=False).items():
+        for name, matrix in select_storable(model, self.skip, self.key).items():
             self.quantized[name] = freeze_rounding(matrix.module)
         self.average_bits = average_bits(self.quantized)
         self._log_losses(trainer, model)

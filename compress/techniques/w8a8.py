@@ -22,7 +22,7 @@ from compress.maths.rounding import (
 )
 from compress.models.backbone import is_decoder
 from compress.models.batches import draw_calibration_batches
-from compress.models.calibration import sequential
+from compress.models.calibration import Shared, join_experts, sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import smooth_model
 from compress.models.layers import evaluation_mode, unwrap_model
@@ -41,7 +41,8 @@ class W8A8(Technique, pl.Callback):
     Ranges are those of Wu et al., "Integer Quantization for Deep Learning Inference", 2020, arXiv:2004.09602.
     ``smoothing`` scales large activations down and the weights that multiply them up, so that both are easy to round.
     The scales are folded into the norm or layer before: Xiao et al., "SmoothQuant", 2022, arXiv:2211.10438. A weight
-    that is exactly zero stays exactly zero.
+    that is exactly zero stays exactly zero. The experts of a block share a range, which also suits an expert that no
+    text of the calibration was routed to.
 
     Runs when the fit ends, on the first ``samples`` examples of the datamodule's ``calibration``, or of the training
     loader if there is none; scales for every token without smoothing need no examples. Afterwards the model computes
@@ -119,7 +120,7 @@ class W8A8(Technique, pl.Callback):
                 f"{self.key}.dynamic=false."
             )
         skeleton = copy_with_linear_layers(skeleton)
-        wanted = select_storable(skeleton, self.skip, self.key, experts=False)
+        wanted = select_storable(skeleton, self.skip, self.key)
         if self.dynamic and (flat := find_flat_inputs(skeleton, wanted)):
             raise UserError(
                 f"{self.key}.dynamic=true needs a scale for every token, and `{flat[0]}` of `{family}` reads texts and "
@@ -140,7 +141,7 @@ class W8A8(Technique, pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = select_storable(model, self.skip, self.key, experts=False)
+        wanted = select_storable(model, self.skip, self.key)
         batches = list(draw_calibration_batches(trainer, self.train_samples, self.batch_size))
         with evaluation_mode(model):
             if self.smoothing is not None and not smooth_model(model, batches, wanted, self.smoothing):
@@ -148,19 +149,31 @@ class W8A8(Technique, pl.Callback):
             if self.dynamic:
                 self._round_layers(wanted, Inputs(self.inputs))
             else:
+                experts = []  # of which each is rounded at once, and all inputs when every range is known
                 for shared in sequential(model, batches, count_values, wanted):
-                    dtype = next(iter(shared.matrices.values())).dtype
-                    grid = grid_between(percentile_range(shared.statistic, self.percentile), self.inputs, dtype)
-                    self._round_layers(shared.matrices, Inputs(self.inputs, grid))
+                    self._round_layers(shared.matrices, self._find_range(shared))
+                    experts += [shared] if any(m.expert is not None for m in shared.matrices.values()) else []
+                for shared in join_experts(experts):
+                    inputs = self._find_range(shared)
+                    self.quantized |= {name: self.quantized[name]._replace(inputs=inputs) for name in shared.matrices}
+        use_linear_layers(model)
+        for name in (name for name, matrix in wanted.items() if matrix.expert is not None):
+            self.quantized[name].attach(model.get_submodule(name))
         self.average_bits = average_bits(self.quantized)
         model.cpu()
+
+    def _find_range(self, shared: Shared) -> Inputs:
+        dtype = next(iter(shared.matrices.values())).dtype
+        ends = percentile_range(shared.statistic, self.percentile)
+        return Inputs(self.inputs, grid_between(ends, self.inputs, dtype))
 
     def _round_layers(self, layers: dict[str, Matrix], inputs: Inputs) -> None:
         for name, matrix in layers.items():
             weight = round_to_nearest(matrix.weight, minmax_grid(matrix.weight, WEIGHTS, matrix.dtype), WEIGHTS)
             matrix.weight.copy_(weight.dequantize(matrix.dtype))
             self.quantized[name] = Quantized(weight, inputs)
-            self.quantized[name].attach(matrix.module)
+            if matrix.expert is None:
+                self.quantized[name].attach(matrix.module)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_model(model, self.quantized, folder)

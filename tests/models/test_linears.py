@@ -48,6 +48,14 @@ def test_transposed_layers_keep_their_parameters():
     assert {id(parameter) for parameter in model.parameters()} == parameters
 
 
+def test_split_experts_train_as_they_did():
+    model = architectures.build("mixtral")
+    model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
+    use_linear_layers(model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(4)]
+
+
 def test_a_model_of_linear_layers_stays_as_it_is():
     model = architectures.build("llama")
     use_linear_layers(model)

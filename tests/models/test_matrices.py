@@ -9,7 +9,7 @@ from architectures import build, inputs
 from torch import nn
 
 from compress.errors import UserError
-from compress.formats import gptq, packed
+from compress.formats import gptq
 from compress.models.layers import find_stacks
 from compress.models.matrices import (
     apply_masks,
@@ -107,8 +107,6 @@ def test_a_model_whose_attention_multiplies_plain_parameters_is_refused():
 def test_a_format_refuses_what_it_cannot_store():
     with pytest.raises(UserError, match=r"knows those of Linear.* layers, and `.*experts.*` is in a MixtralExperts"):
         gptq.select_storable(build("mixtral"), ("embeddings", "head"), "technique.gptq")
-    with pytest.raises(UserError, match=r"`w8a8` rounds the inputs of layers, and `.*experts.*` is one of several"):
-        packed.select_storable(build("mixtral"), ("embeddings", "head"), "technique.w8a8", experts=False)
     attention = gptq.select_storable(build("mixtral"), ("embeddings", "head", "*experts*"), "technique.gptq")
     assert len(attention) == 4 * 3  # query, key, value and output of three blocks: what the user asked for
 

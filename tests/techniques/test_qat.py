@@ -1,6 +1,7 @@
 import copy
 import json
 
+import architectures
 import pytest
 import pytorch_lightning as pl
 import tiny
@@ -17,6 +18,7 @@ from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
 from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.running.training import HoldZeros, KeepBest
+from compress.runtimes.torch import load
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune import Prune
@@ -172,6 +174,26 @@ class SpoilTheSecondEpoch(pl.Callback):
         if trainer.current_epoch == 1:
             for parameter in pl_module.parameters():
                 parameter.data *= 3
+
+
+@pytest.mark.parametrize("ranges", ["learnt", "moving_average"])
+def test_experts_train_and_reload(ranges, tmp_path):
+    model = architectures.build("mixtral")
+    before = {name: matrix.weight.clone() for name, matrix in matrices(model).items() if matrix.expert is not None}
+    plain = copy.deepcopy(model)
+    stage = QAT(samples=8, ranges=ranges)
+    fit(model, stage, HoldZeros(), batches=[architectures.loader(2)])
+    fit(plain, batches=[architectures.loader(2)])
+    for name, weight in before.items():
+        moved = (matrices(plain)[name].weight - weight).abs().max()
+        assert moved > 0 and (matrices(model)[name].weight - weight).abs().max() > moved / 2
+    ranges = {layer.inputs.grid.scale.item() for name, layer in stage.quantized.items() if ".experts." in name}
+    assert len(ranges) == 2 * architectures.BLOCKS  # one for all experts
+    batch = architectures.inputs()
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        stage.save(model, tmp_path)
+        assert torch.equal(load(tmp_path, "multiclass")(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("ranges", ["learnt", "moving_average"])

@@ -75,6 +75,27 @@ def test_activations_are_quantized_in_memory_as_when_loaded_and_zeros_and_head_a
     )
 
 
+@pytest.mark.parametrize("how", [DYNAMIC, {**STATIC, "smoothing": 0.5}])
+def test_experts_share_a_range_even_one_that_no_text_is_routed_to(how, tmp_path):
+    model = architectures.build("mixtral")
+    router = model.model.layers[0].mlp.gate
+    router.register_forward_pre_hook(lambda layer, args: (args[0].abs(),))
+    router.weight.data[2] = -10
+    stage = W8A8(samples=8, **how)
+    tiny.trainer(stage).fit(tiny.Theirs(model), architectures.loader(2))
+    router._forward_pre_hooks.clear()
+    experts = {name: layer for name, layer in stage.quantized.items() if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3
+    if not stage.dynamic:
+        scales = {name: layer.inputs.grid.scale.item() for name, layer in experts.items()}
+        assert len(set(scales.values())) == 2 * 3 and min(scales.values()) > 1e-3
+    batch = architectures.inputs()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        stage.save(model, tmp_path)
+        assert torch.equal(load(tmp_path, "multiclass")(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("how", [DYNAMIC, STATIC, ASYMMETRIC])
 @pytest.mark.parametrize("build", tiny.ALL)
 def test_eight_bits_change_the_answers_little(build, how):
