@@ -49,21 +49,43 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
         UserError: no damping makes the Hessian positive definite.
     """
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    reverse = hessian.flip(0, 1)  # a lower triangle in reverse order is an upper one
-    diagonal = reverse.diagonal().clone()
     while damping <= 100:
-        reverse.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reverse)
+        upper = hessian.clone()
+        upper.diagonal().add_(damping * mean)
+        failed = decompose(upper)
+        pivots = upper.diagonal().clone()
         # Exactly computed, no pivot is smaller than what was added to the diagonal.
-        if not failed and lower.diagonal().square().min() > 0.5 * damping * mean:
-            upper = lower.flip(0, 1)
-            pivots = upper.diagonal().clone()
-            return Factor(upper.div_(pivots), pivots.square_())
+        if not failed and pivots.square().min() > 0.5 * damping * mean:
+            return Factor(upper.triu_().div_(pivots), pivots.square_())
         damping *= 10
     raise UserError(
         "The Hessian of the calibration inputs is not invertible at any damping; the inputs hold NaN or infinity, so "
         "the model was already broken before this stage. Check the stages before it."
     )
+
+
+def decompose(matrix: Tensor, width: int = 512) -> Tensor:
+    """Replace the upper triangle of a symmetric ``matrix`` ``[n, n]`` in place by that of ``U`` with ``U @ U.T`` equal
+    to it, and return how often that failed.
+
+    LAPACK factors ``width`` columns at a time, from the last to the first, and matrix products do the rest: PyTorch
+    spends as long on clearing the other triangle of one large factor as on computing it.
+    """
+    failures = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    for stop in range(len(matrix), 0, -width):
+        start = max(stop - width, 0)
+        own = matrix[start:stop, start:stop]
+        lower, failed = torch.linalg.cholesky_ex(own.flip(0, 1))  # in reverse order, it is an upper triangle
+        own.copy_(lower.flip(0, 1))
+        failures += failed != 0
+        if start == 0:
+            break
+        above = torch.linalg.solve_triangular(own, matrix[:start, start:stop].T, upper=True).T  # contiguous, so fast
+        matrix[:start, start:stop] = above
+        for end in range(start, 0, -width):
+            begin = max(end - width, 0)
+            matrix[:end, begin:end].addmm_(above[:end], above[begin:end].T, alpha=-1)
+    return failures
 
 
 class Sweep:
@@ -88,6 +110,12 @@ class Sweep:
         self.weight, self.upper, self.segment = weight, factor.upper, segment
         self.prepare, self.choose = prepare, choose
         self.current = weight.clone()  # columns after compensation; once visited, the error of the column
+        self.inverses: Tensor | None = None
+        if segment <= LEAF and len(weight) % segment == 0:
+            own = self.upper.unflatten(0, (-1, segment)).unflatten(2, (-1, segment)).diagonal(dim1=0, dim2=2)
+            unit = torch.eye(segment, device=own.device).expand(own.shape[2], -1, -1)
+            inside = own.permute(2, 1, 0)  # lower triangles [segments, segment, segment]
+            self.inverses = torch.linalg.solve_triangular(inside, unit, upper=False, unitriangular=True)
 
     def run(self) -> None:
         """Visit all columns."""
@@ -112,7 +140,10 @@ class Sweep:
         before = self.weight[start:stop]
         if start == 0:
             return before
-        inside, received = self.upper[start:stop, start:stop].T, self.current[start:stop] - before
+        received = self.current[start:stop] - before
+        if self.inverses is not None:
+            return torch.addmm(before, self.inverses[start // self.segment], received)
+        inside = self.upper[start:stop, start:stop].T
         return before + torch.linalg.solve_triangular(inside, received, upper=False, unitriangular=True)
 
     def _visit_columns(self, start: int, stop: int) -> None:
