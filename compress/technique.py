@@ -56,6 +56,9 @@ class Technique:
     files: tuple[str, ...] = ()
     """Settings that name a file or a folder that the stage reads, such as ``teacher`` or ``student.path``; its result
     depends on what is in them. Another value of such a setting, such as ``uniform``, is no file and just a value."""
+    timed: tuple[str, ...] = ()
+    """Settings that make the result depend on the speed of this machine if they are set; its address then names the
+    processor and its threads."""
     instead: Mapping[str, str] = MappingProxyType({})
     """Settings of this stage that replace an earlier stage whose weights it does not accept, by that stage's name."""
     changes: bool = True

@@ -16,7 +16,7 @@ from compress.formats.bnb import move_model
 from compress.maths.statistics import Interval
 from compress.measuring.bench import Bench
 from compress.measuring.generation import Generation, build_tokenising_call, measure_generation
-from compress.measuring.meters import Memory, Work, count_macs, find_energy_meter, measure_memory, measure_work
+from compress.measuring.meters import Memory, Work, find_energy_meter, measure_memory, measure_work
 from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare_predictions
 from compress.measuring.timing import (
     BUSY,
@@ -28,6 +28,7 @@ from compress.measuring.timing import (
     summarise_times,
     time_in_turns,
 )
+from compress.models.costs import count_macs
 from compress.models.matrices import dequantize_weight
 from compress.planning.settings import Latency
 from compress.runtimes.runtime import import_runtime

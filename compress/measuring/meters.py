@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from compress.artifacts.artifact import load_artifact, read_description
 from compress.formats.bnb import move_model
-from compress.models.products import separate_experts
 from compress.quiet import silence_libraries
 
 log = logging.getLogger(__name__)
@@ -108,26 +104,6 @@ def report_memory(
 def read_peak_bytes() -> int:
     """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@torch.inference_mode()
-def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
-    """Return the multiply-accumulates of matrices for one text; None if a runtime or packed layers hide them."""
-    if not isinstance(model, nn.Module):
-        return None
-    if any(hasattr(weight, "quant_state") or hasattr(weight, "CB") for weight in model.parameters()):
-        return None
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:  # the counter looks for the gradient of a weight that a module gets as its input (DeBERTa)
-        weight.requires_grad_(False)
-    try:
-        # Neither fused attention nor products of several experts at once are counted.
-        with separate_experts(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**text)
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)
-    return counter.get_total_flops() // 2
 
 
 def find_energy_meter(device: torch.device, rapl: Path = RAPL) -> Callable[[], float] | None:

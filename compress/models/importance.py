@@ -65,6 +65,50 @@ def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     return share_scores(blocks, join_scores(blocks, scores))
 
 
+def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
+    """Return the scores of head groups and FFN channels: half the mean, over texts, of the squared gradient of a text's
+    loss with respect to a factor on the unit. This is the second-order change of the loss without the unit, in the same
+    unit for heads and channels of all blocks (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
+    2022, arXiv:2204.09656)."""
+    readers = find_unit_readers(read_blocks(model))
+    readers = {part: readers[part] for part in ("groups", "ffn")}
+    counts = {matrix.module: units for each in readers.values() for ((matrix, units),) in each}
+    device = next(model.parameters()).device
+    scores = {module: torch.zeros(units, device=device) for module, units in counts.items()}
+    factors: list[tuple[nn.Module, Tensor]] = []
+
+    def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (x,) = args
+        rows = len(x) if x.ndim > 2 else 1  # the tokens of all texts in one dimension
+        factor = x.new_ones(rows, *[1] * (x.ndim - 2), counts[module], 1, requires_grad=True)
+        factors.append((module, factor))
+        return ((x.unflatten(-1, (counts[module], -1)) * factor).flatten(-2),)
+
+    learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    hooks = [module.register_forward_pre_hook(multiply) for module in counts]
+    texts = 0
+    try:
+        for batch in batches:
+            factors.clear()
+            rows = len(batch["input_ids"])
+            loss = model(**batch).loss * rows  # the mean over texts, so each text's gradient is its own
+            gradients = torch.autograd.grad(loss, [factor for _, factor in factors])
+            of_module: dict[nn.Module, Tensor] = {}
+            for (module, _), gradient in zip(factors, gradients):  # a module that is called twice has two factors
+                of_module[module] = of_module.get(module, 0) + gradient.flatten(1).float()
+            for module, gradient in of_module.items():
+                scores[module] += gradient.square().sum(0) / 2
+            texts += rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, required in learned.items():
+            parameter.requires_grad_(required)
+    return {part: [scores[matrix.module] / texts for ((matrix, _),) in each] for part, each in readers.items()}
+
+
 def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     """Return the scores of all units from their activations on ``batches``."""
     inputs: dict[Any, Tensor] = {}

@@ -16,6 +16,24 @@ from compress.models.loading import join_lines
 Rows = list[list[Literal[0, 1]]]
 
 
+def check_parts(key: str, parts: list[str], each: list[Block], family: str, even_heads: bool) -> None:
+    """Raise UserError if the blocks of a ``family`` lack one of the ``parts`` that the stage ``key`` should remove."""
+    if "groups" in parts and not all(block.family.cuts_heads for block in each):
+        raise UserError(
+            f"{key} cannot remove heads of `{family}`: a norm spans the heads of a block. Set only "
+            "target_ffn_size or ffn_mask."
+        )
+    if "groups" in parts and not even_heads and any(block.family.equal_heads for block in each):
+        raise UserError(
+            f"{key}.even_heads is false, and the blocks of `{family}` share biases with a place for every "
+            f"head, so that all have the same number of heads. Set {key}.even_heads=true."
+        )
+    if "experts" in parts and not each[0].experts:
+        raise UserError(
+            f"{key}.target_experts is set, and the blocks of `{family}` have no experts. Set {key}.target_ffn_size."
+        )
+
+
 def check_target(key: str, target: int | None, now: list[int], even: bool, unit: int, multiple: str) -> None:
     """Raise UserError if blocks of ``now`` heads or channels cannot be reduced to the ``target`` in multiples of
     ``unit``. ``key`` is the setting of the target, ``multiple`` describes the unit."""

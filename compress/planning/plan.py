@@ -22,6 +22,7 @@ from compress.install import format_command, format_install
 from compress.models.backbone import Backbone, check_added_tokens
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, parse_values, read_settings, to_plain
+from compress.runtimes.processor import describe_machine
 from compress.tasks.harness import check_tasks
 from compress.tasks.kinds import KINDS, Kind
 from compress.tasks.reading import read_documents
@@ -90,7 +91,12 @@ class Step:
             "files": [fingerprint_files(path, known) for path in paths if path.exists()],
             "calibration": self.calibration and content(self.calibration.rows),
             "libraries": libraries,
+            **(describe_machine() if any(map(self.is_set, self.technique.timed)) else {}),
         }
+
+    def is_set(self, setting: str) -> bool:
+        """Return whether a setting of the stage, such as ``target.latency``, is not null."""
+        return OmegaConf.select(OmegaConf.create(self.arguments), setting) is not None
 
     def read(self, seed: int) -> Step:
         """Return this step with the rows of its calibration text."""

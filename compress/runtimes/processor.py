@@ -39,6 +39,14 @@ def read_instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     return frozenset((fields.get("flags") or fields.get("Features") or "").split())
 
 
+def describe_machine() -> dict[str, str]:
+    """Return what the times of a model on this machine depend on: its processor and PyTorch's threads."""
+    import torch
+
+    name = read_processor().get("model name") or platform.processor() or platform.machine()
+    return {"processor": name, "threads": str(torch.get_num_threads())}
+
+
 def adds_exactly() -> bool:
     """Return whether sums of 8-bit products are exact here. Unnamed instructions count as missing, except on Apple's
     processors, which all have dot products."""

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 from pydantic import Field, validate_call
 
 from compress.errors import UserError
-from compress.maths.units import (
-    Masks,
-    mask_important,
-    units_left,
-)
+from compress.exporting.budget import Budget, BudgetSearch
+from compress.exporting.latency import LatencyTable
+from compress.maths.units import Masks, Scores, mask_important, units_left
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.blocks import Block, read_blocks, select_blocks
+from compress.models.compensation import compensate_removal
 from compress.models.families import find_family, name_family
-from compress.models.importance import label_with_predictions, score_by_activation, score_by_gradient
+from compress.models.importance import label_with_predictions, score_by_activation, score_by_fisher, score_by_gradient
 from compress.models.layers import evaluation_mode, unwrap_model
 from compress.models.proofs import prove_units
 from compress.models.shapes import record_shapes, remove_units, shape_blocks
-from compress.models.targets import Rows, check_shared_heads, check_target, format_mean, parse_masks, preview_sizes
+from compress.models.targets import (
+    Rows,
+    check_parts,
+    check_shared_heads,
+    check_target,
+    format_mean,
+    parse_masks,
+    preview_sizes,
+)
 from compress.models.textpruner import find_masks, require_textpruner
 from compress.technique import Technique
 from compress.techniques.prune import Prune
 
+log = logging.getLogger(__name__)
 EXPERT_MULTIPLE = 8
 """Number that the channels of experts must be a multiple of: transformers multiplies by all experts at once, for which
 PyTorch needs rows of whole 16 bytes."""
@@ -42,6 +52,8 @@ class Structured(Technique, pl.Callback):
       it (Michel et al., "Are Sixteen Heads Really Better than One?", 2019, arXiv:1905.10650).
     - ``logits``: the same without labels, for the cross-entropy to the model's own predictions. (TextPruner compares
       with a copy of the model in half precision. Before the first cut, rounding alone would give a gradient.)
+    - ``fisher``: the second-order change, half the mean over texts of the squared change to first order (Kwon et al.,
+      2022, arXiv:2204.09656).
     - ``activation``: the norm of the unit's activations times the absolute weights that read them, without a gradient.
       This is Wanda-sp, standardised within a layer so that layers compare; both are from An et al., "Fluctuation-based
       Adaptive Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
@@ -58,11 +70,18 @@ class Structured(Technique, pl.Callback):
     Which layers belong to a unit is written down for every family, and proven before anything is removed: the first
     block without a unit must compute what it computes while nothing reads this unit.
 
+    With ``target`` the model is cut to a budget, and every block keeps what costs the least loss: an integer program
+    weighs the scores of all heads and channels against what each costs. For a latency, the model is timed with
+    different numbers of heads and channels on the runtime that will serve it, in floats, and what was chosen is
+    measured again until it fits. The table of times is kept for other budgets, and written beside the weights.
+
     Args:
         target_heads: query heads of a block afterwards, on average; null keeps them all.
         target_ffn_size: channels of the FFN of a block, or of each of its experts, afterwards, on average; null keeps
             them all.
         target_experts: experts of every block afterwards; null keeps them all.
+        target: a budget in place of the numbers above, see :class:`compress.exporting.budget.Budget`:
+            ``{latency: 0.5, for: onnxruntime}``, ``{size_mb: 8}``, ``{parameters: 0.4}`` or ``{macs: 0.25}``.
         iterations: number of cuts, each with new scores.
         importance: the score of a unit.
         even_heads: the same number of heads in every block; false: the least important heads of all blocks are
@@ -73,8 +92,10 @@ class Structured(Technique, pl.Callback):
         head_mask: ``[blocks, heads]`` of 1 (keep) and 0 (remove), or a json or pt file of them; it replaces a target.
             An encoder's rows come first; a decoder's block then has two, the second for the attention to the encoder.
         ffn_mask: ``[blocks, channels]``, likewise, with a row for every FFN. A row holds for all experts of a block.
+        compensate: fit the weights that read the units which stay, and their bias, to what the block computed before.
         samples: training examples (for a language model, blocks of tokens) to score on.
         batch_size: examples in a batch.
+        keep_in: folder for the tables of times; None: each is measured again.
 
     Raises:
         UserError: the targets or masks do not fit the model, or would remove nothing.
@@ -86,6 +107,7 @@ class Structured(Technique, pl.Callback):
     resumes = True
     files = ("head_mask", "ffn_mask")
     versions = ("textpruner",)
+    timed = ("target.latency", "target.latency_ms")
     keeps_zeros = False  # layers get another shape
     shrinks = True
 
@@ -95,20 +117,24 @@ class Structured(Technique, pl.Callback):
         target_heads: Annotated[int, Field(ge=1)] | None = None,
         target_ffn_size: Annotated[int, Field(ge=1)] | None = None,
         target_experts: Annotated[int, Field(ge=1)] | None = None,
+        target: Budget | None = None,
         iterations: Annotated[int, Field(ge=1)] = 1,
-        importance: Literal["loss", "logits", "activation"] = "loss",
+        importance: Literal["loss", "logits", "fisher", "activation"] = "loss",
         even_heads: bool = True,
         even_ffn: bool = True,
         ffn_multiple_of: Annotated[int, Field(ge=1)] = 1,
         order: Literal["head-first", "ffn-first"] | None = None,
         head_mask: Rows | str | None = None,
         ffn_mask: Rows | str | None = None,
+        compensate: bool = False,
         samples: Annotated[int, Field(ge=1)] = 256,
         batch_size: Annotated[int, Field(ge=1)] = 16,
+        keep_in: Path | None = None,
     ) -> None:
         self.target_heads = target_heads
         self.target_ffn_size = target_ffn_size
         self.target_experts = target_experts
+        self.target = target
         self.iterations = iterations
         self.importance = importance
         self.even_heads = even_heads
@@ -117,24 +143,38 @@ class Structured(Technique, pl.Callback):
         self.order = order
         self.head_mask = head_mask
         self.ffn_mask = ffn_mask
+        self.compensate = compensate
         self.samples = samples
         self.batch_size = batch_size
+        self.keep_in = keep_in
+        self.table: LatencyTable | None = None
         self.masked = head_mask is not None or ffn_mask is not None
-        self.train_samples = 0 if self.masked else samples
-        targets = any(target is not None for target in (target_heads, target_ffn_size, target_experts))
-        if self.masked == targets:
+        self.train_samples = samples if compensate or not self.masked else 0
+        sizes = any(size is not None for size in (target_heads, target_ffn_size, target_experts))
+        ways = {"sizes": sizes, "masks": self.masked, "a budget": target is not None}
+        if sum(ways.values()) != 1:
+            found = " and ".join(way for way, used in ways.items() if used) or "nothing to remove"
             raise UserError(
-                f"{self.key} has {'both targets and masks' if targets else 'nothing to remove'}. Set either "
-                f"{self.key}.target_heads, target_ffn_size, target_experts or several of them, or head_mask, ffn_mask "
-                "or both."
+                f"{self.key} has {found}. Set one of them: sizes by {self.key}.target_heads, target_ffn_size and "
+                "target_experts, masks by head_mask and ffn_mask, or a budget by target."
             )
 
     def check(self, skeleton: Any, before: list[Any]) -> None:
         each = read_blocks(skeleton)
-        self.check_parts(each, name_family(skeleton))
+        check_parts(self.key, self.parts, each, name_family(skeleton), self.even_heads)
+        for setting, used in (("compensate", self.compensate), ("importance", self.importance == "fisher")):
+            if used and each[0].experts:
+                raise UserError(
+                    f"{self.key}.{setting} is {getattr(self, setting)}, which is for blocks with one FFN, and those of "
+                    f"`{name_family(skeleton)}` have experts. Remove {self.key}.{setting}."
+                )
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
                 raise UserError(f"The masks of {self.key} keep everything. Set 0 for the units to remove.")
+            return
+        self.check_scores(skeleton, before)
+        if self.target:
+            self.target.check(f"{self.key}.target", skeleton)
             return
         heads, ffn, experts = (count_sizes(each, part) for part in ("heads", "ffn", "experts"))
         group, multiple = each[0].group_size, self.find_multiple(each)
@@ -155,10 +195,18 @@ class Structured(Technique, pl.Callback):
                 f"already{f', and its {experts[0]} experts' if experts else ''}. Set lower targets, or remove the "
                 "stage."
             )
+
+    def check_scores(self, skeleton: Any, before: list[Any]) -> None:
+        """Raise UserError if units of such a model cannot be scored, or not removed after the stages ``before``."""
         if self.importance == "logits" and getattr(skeleton.config, "num_labels", 0) == 1:
             raise UserError(
                 f"{self.key}.importance is logits, which compares the probabilities of labels, and this model predicts "
                 f"one number. Set {self.key}.importance=loss or activation."
+            )
+        if self.target and self.importance == "activation":
+            raise UserError(
+                f"{self.key}.importance is activation, which ranks units of a block and does not compare heads with "
+                f"channels, as {self.key}.target does. Set {self.key}.importance=fisher."
             )
         if self.by_textpruner(skeleton):
             require_textpruner()
@@ -172,34 +220,18 @@ class Structured(Technique, pl.Callback):
     def parts(self) -> list[str]:
         """What is removed: ``groups`` of heads, ``ffn`` channels, ``experts``."""
         given = {
-            "groups": (self.target_heads, self.head_mask),
-            "ffn": (self.target_ffn_size, self.ffn_mask),
+            "groups": (self.target_heads, self.head_mask, self.target),
+            "ffn": (self.target_ffn_size, self.ffn_mask, self.target),
             "experts": (self.target_experts,),
         }
         return [part for part, settings in given.items() if any(setting is not None for setting in settings)]
-
-    def check_parts(self, each: list[Block], family: str) -> None:
-        """Raise UserError if the blocks of a ``family`` do not have what should be removed."""
-        if "groups" in self.parts and not all(block.family.cuts_heads for block in each):
-            raise UserError(
-                f"{self.key} cannot remove heads of `{family}`: a norm spans the heads of a block. Set only "
-                "target_ffn_size or ffn_mask."
-            )
-        if "groups" in self.parts and not self.even_heads and any(block.family.equal_heads for block in each):
-            raise UserError(
-                f"{self.key}.even_heads is false, and the blocks of `{family}` share biases with a place for every "
-                f"head, so that all have the same number of heads. Set {self.key}.even_heads=true."
-            )
-        if "experts" in self.parts and not each[0].experts:
-            raise UserError(
-                f"{self.key}.target_experts is {self.target_experts}, and the blocks of `{family}` have no experts. "
-                f"Set {self.key}.target_ffn_size."
-            )
 
     def preview(self, skeleton: Any) -> Any:
         each = read_blocks(skeleton)
         if self.masked:
             remove_units(skeleton, **self.read_masks(each))
+        elif self.target:
+            shape_blocks(skeleton, *self.target.preview_sizes(each, self.ffn_multiple_of))
         else:
             heads, ffn, experts = (count_sizes(each, part) for part in ("heads", "ffn", "experts"))
             shape_blocks(
@@ -215,27 +247,59 @@ class Structured(Technique, pl.Callback):
         model: Any = unwrap_model(pl_module)
         self.check(model, [])
         prove_units(model, self.parts)
-        goals = self.count_goals(read_blocks(model))
-        if self.masked:
-            remove_units(model, **self.read_masks(read_blocks(model)))
-        else:
+        goals = None if self.target else self.count_goals(read_blocks(model))
+        # 1) Draw the texts to score on
+        batches: list[Batch] = []
+        if self.train_samples:
             labels = self.importance != "activation"
             batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size, labels))
-            if self.importance == "loss" and "labels" not in batches[0]:
-                raise UserError(
-                    f"{self.key}.importance is loss, which needs labels, and the training batches have none. Set "
-                    f"{self.key}.importance=logits or activation."
-                )
-            with evaluation_mode(model):
-                if self.importance == "logits":
-                    batches = [label_with_predictions(model, batch) for batch in batches]
-                if self.by_textpruner(model):
-                    remove_units(model, **self.textpruner_masks(model, batches))
-                else:
-                    self.cut_in_turns(model, batches)
-        if (left := count_units(read_blocks(model))) != goals:
+        if self.importance in ("loss", "fisher") and not self.masked and "labels" not in batches[0]:
+            raise UserError(
+                f"{self.key}.importance is {self.importance}, which needs labels, and the training batches have none. "
+                f"Set {self.key}.importance=logits or activation."
+            )
+        # 2) Score and remove
+        with evaluation_mode(model):
+            if self.importance == "logits":
+                batches = [label_with_predictions(model, batch) for batch in batches]
+            if self.masked:
+                self.remove(model, batches, self.read_masks(read_blocks(model)))
+            elif self.target:
+                self.fit_budget(self.target, model, batches)
+            elif self.by_textpruner(model):
+                self.remove(model, batches, self.textpruner_masks(model, batches))
+            else:
+                self.cut_in_turns(model, batches)
+        # 3) Check what is left
+        left = count_units(read_blocks(model))
+        if goals and left != goals:
             raise RuntimeError(f"{left} head groups, FFN channels and experts are left; {goals} are expected")
         record_shapes(model)
+
+    def remove(self, model: Any, batches: list[Batch], masks: dict[str, Masks]) -> None:
+        """Remove the units that the masks leave out, and let the others take over for them."""
+        if self.compensate:
+            compensate_removal(model, batches, masks)
+        remove_units(model, **masks)
+
+    def fit_budget(self, target: Budget, model: Any, batches: list[Batch]) -> None:
+        """Remove the units that cost the least loss until the model is within the budget, turn by turn."""
+        search = BudgetSearch(target, f"{self.key}.target", model, batches, self.ffn_multiple_of)
+        search.measure(model, self.keep_in)
+        for turn in range(1, self.iterations + 1):
+            self.remove(model, batches, search.choose(model, self.score(model, batches), turn / self.iterations))
+        log.info(f"  {self.key.rpartition('.')[2]}: {search.check_result(model)}")
+        self.table = search.table
+
+    def score(self, model: Any, batches: list[Batch]) -> dict[str, Scores]:
+        """Return the scores of all units."""
+        if self.importance == "activation":
+            return score_by_activation(model, batches)
+        return (score_by_fisher if self.importance == "fisher" else score_by_gradient)(model, batches)
+
+    def report(self, folder: Path) -> None:
+        if self.table:
+            self.table.write(folder / "latency_table.csv")
 
     def find_multiple(self, each: list[Block]) -> int:
         """Return the number that FFN sizes must be a multiple of."""
@@ -280,7 +344,8 @@ class Structured(Technique, pl.Callback):
         """Return whether TextPruner scores the model. It reads the number of heads of every block from the config,
         which is wrong after an earlier cut."""
         known = find_family(model).textpruner
-        return known and self.importance != "activation" and not hasattr(model.config, "compress")
+        scored = self.importance in ("loss", "logits") and not self.target
+        return known and scored and not hasattr(model.config, "compress")
 
     def textpruner_masks(self, model: Any, batches: list[Batch]) -> dict[str, Masks]:
         first = read_blocks(model)[0]
@@ -304,14 +369,9 @@ class Structured(Technique, pl.Callback):
         multiple = self.find_multiple(blocks)
         rules = {"groups": (self.even_heads, 1), "ffn": (self.even_ffn, multiple), "experts": (True, 1)}
         for turn in self.plan_turns(blocks):
-            scores = (
-                score_by_activation(model, batches)
-                if self.importance == "activation"
-                else score_by_gradient(model, batches)
-            )
-            remove_units(
-                model, **{part: mask_important(scores[part], left, *rules[part]) for part, left in turn.items()}
-            )
+            scores = self.score(model, batches)
+            masks = {part: mask_important(scores[part], left, *rules[part]) for part, left in turn.items()}
+            self.remove(model, batches, masks)
 
     def plan_turns(self, each: list[Block]) -> list[dict[str, int]]:
         """Return the numbers of units after every cut, the removal spread evenly over the steps."""

@@ -39,8 +39,8 @@ def describe_stage(name: str) -> Any:
     hints = get_type_hints(make_step(stage).technique.__init__, include_extras=True)
     types = {**hints, "train": Training, "calibration": Any}
     fields = {key: (types[key], None) for key in map(str, stage.node) if key != "_target_"}
-    target = (Literal[stage.node._target_], Field(None, alias="_target_"))  # type: ignore[name-defined]
-    return create_model(name, __config__=STRICT, target=target, **fields)
+    fields["class_"] = (Literal[stage.node._target_], Field(None, alias="_target_"))  # type: ignore[name-defined]
+    return create_model(name, __config__=STRICT, **fields)
 
 
 def loosen(schema: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers import BertConfig
 import compress
 from compress.errors import UserError
 from compress.planning import plan
+from compress.runtimes import processor
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,16 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
     first = address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
     assert first == address("[[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]")
     assert first != address("[[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]")
+
+
+def test_only_a_latency_makes_a_result_depend_on_the_machine(monkeypatch):
+    def address(target):
+        return check("technique=structured", f"technique.structured.target={target}").steps[0].address
+
+    before = {target: address(target) for target in ("{latency: 0.5}", "{latency_ms: 1.5}", "{macs: 0.5}")}
+    monkeypatch.setattr(processor, "read_processor", lambda: {"model name": "another"})
+    changed = {target: address(target) != known for target, known in before.items()}
+    assert changed == {"{latency: 0.5}": True, "{latency_ms: 1.5}": True, "{macs: 0.5}": False}
 
 
 @pytest.mark.parametrize(

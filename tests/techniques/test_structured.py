@@ -391,7 +391,7 @@ def test_given_masks_are_what_is_kept(form, tmp_path):
         ({"head_mask": [[1, 1, 1, 0], [0, 0, 0, 0]]}, "head_mask has a row of zeros"),
         ({"ffn_mask": [[1] * 64] * 2}, "keep everything"),
         ({"ffn_mask": "nowhere.pt"}, "ffn_mask=nowhere.pt is no json or pt file"),
-        ({"head_mask": [[1, 1, 1, 0]] * 2, "target_heads": 2}, "both targets and masks"),
+        ({"head_mask": [[1, 1, 1, 0]] * 2, "target_heads": 2}, "has sizes and masks"),
     ],
 )
 def test_masks_that_do_not_fit_are_reported(masks, sentence):
@@ -459,7 +459,7 @@ def test_an_even_target_must_suit_the_narrowest_block(textpruner):
 
 
 def test_nothing_asked_and_values_out_of_range_are_refused():
-    with pytest.raises(UserError, match=r"nothing to remove\. Set either technique.structured.target_heads"):
+    with pytest.raises(UserError, match=r"nothing to remove\. Set one of them: sizes by technique.structured.target_heads"):
         Structured()
     for wrong in ({"target_heads": 0}, {"iterations": 0}, {"importance": "luck"}, {"head_mask": [[2]]}):
         with pytest.raises(ValidationError):

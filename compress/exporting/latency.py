@@ -1,0 +1,142 @@
+"""Measure how the time of a model on this machine depends on its heads and FFN channels."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from compress.exporting.tracing import select_inputs
+from compress.maths.budgets import interpolate
+from compress.models.batches import Batch
+from compress.models.blocks import read_blocks
+from compress.models.layers import detect_task_kind
+from compress.models.shapes import record_shapes, shape_blocks
+from compress.quiet import hide_progress_bars
+from compress.runtimes.runtime import import_runtime
+
+COLUMNS = ("part", "size", "share", "ms")
+Call = Callable[[int], Any]
+ROUNDS = 9
+"""Number of turns of two models; the median of their ratios counts."""
+BLOCK_S = 0.05
+"""The least seconds of a turn."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """The time of a model with so many ``heads`` or ``ffn`` channels in each of its ``blocks``, as a share of its time
+    before. ``whole_ms`` is that time: the mean of a text alone, in milliseconds."""
+
+    blocks: int
+    whole_ms: float
+    heads: Mapping[int, float]
+    ffn: Mapping[int, float]
+
+    def estimate_savings(self, part: str, levels: Sequence[int]) -> list[float]:
+        """Return the milliseconds that the model takes less if one block has each of the ``levels`` of a ``part``,
+        ``heads`` or ``ffn``, and not the last of them."""
+        table = getattr(self, part)
+        shares = [interpolate(table, level) for level in levels]
+        return [self.whole_ms * (shares[-1] - share) / self.blocks for share in shares]
+
+    def write(self, path: Path) -> None:
+        """Write the table as csv."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerow(("blocks", self.blocks, 1.0, self.whole_ms))
+            for part in ("heads", "ffn"):
+                rows = sorted(getattr(self, part).items())
+                writer.writerows((part, size, share, share * self.whole_ms) for size, share in rows)
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Return the table that :meth:`write` wrote."""
+        with path.open(newline="", encoding="utf-8") as file:
+            first, *rows = csv.DictReader(file)
+        heads, ffn = (
+            {int(row["size"]): float(row["share"]) for row in rows if row["part"] == part} for part in ("heads", "ffn")
+        )
+        return cls(int(first["size"]), float(first["ms"]), heads, ffn)
+
+
+class ShapeTimer:
+    """Times a model in other shapes, in turns with the model as it is, because the speed of a machine drifts.
+
+    Args:
+        model: the model; it is not changed.
+        texts: single texts, from short to long.
+        runtime: module of ``compress.runtimes`` that runs the models, in floats.
+    """
+
+    def __init__(self, model: Any, texts: list[Batch], runtime: str) -> None:
+        self.model, self.texts, self.runtime = model, texts, runtime
+        self.whole = serve_model(copy.deepcopy(model), texts, runtime)
+
+    def measure_table(self, heads: Sequence[int], ffn: Sequence[int]) -> LatencyTable:
+        """Measure the model with each number of query ``heads`` in every block and, with all heads, each number of
+        ``ffn`` channels; blocks with fewer keep theirs. Kurtic et al., "ZipLM", 2023, arXiv:2302.04089, choose
+        structures by such a table."""
+        blocks = read_blocks(self.model)
+        had = {"heads": [block.heads for block in blocks], "ffn": [block.ffn for block in blocks]}
+        shares: dict[str, dict[int, float]] = {"heads": {}, "ffn": {}}
+        levels = [("heads", level) for level in heads] + [("ffn", level) for level in ffn]
+        for part, level in tqdm(levels, desc=f"timing shapes in {self.runtime}", leave=False, disable=None):
+            sizes = [min(level, size) for size in had[part]]
+            shares[part][level] = 1.0 if sizes == had[part] else self.compare(**{part: sizes})
+        return LatencyTable(len(blocks), time_call(self.whole, len(self.texts)), **shares)
+
+    def compare(self, **sizes: list[int]) -> float:
+        """Return the time with ``heads`` and ``ffn`` of every block as a share of that of the model as it is."""
+        smaller = copy.deepcopy(self.model)
+        shape_blocks(smaller, **sizes)
+        record_shapes(smaller)
+        call = serve_model(smaller, self.texts, self.runtime)
+        ratios = []
+        for turn in range(ROUNDS):
+            order = (self.whole, call) if turn % 2 else (call, self.whole)
+            times = {each: time_call(each, len(self.texts)) for each in order}
+            ratios.append(times[call] / times[self.whole])
+        return statistics.median(ratios)
+
+
+def serve_model(model: Any, texts: list[Batch], runtime: str) -> Call:
+    """Return ``call(i)``, which runs text ``i`` in the runtime, after a first run of all texts. PyTorch runs the model
+    itself, which is put into eval mode."""
+    inputs = [select_inputs(text, model) for text in texts]
+    served = model.cpu().float().eval()
+    if runtime != "torch":
+        stage = importlib.import_module(f"compress.exporting.{import_runtime(runtime).STAGE}")
+        longest = max(inputs, key=lambda text: text["input_ids"].shape[1])
+        with TemporaryDirectory() as folder, hide_progress_bars():
+            stage.export(model, longest, Path(folder))
+            served = import_runtime(runtime).load(Path(folder), detect_task_kind(model))
+
+    @torch.inference_mode()
+    def call(i: int) -> None:
+        served(**inputs[i])
+
+    for i in range(len(inputs)):
+        call(i)
+    return call
+
+
+def time_call(call: Call, cycle: int) -> float:
+    """Return the mean milliseconds of a call in whole cycles, for :data:`BLOCK_S` or longer."""
+    begin, runs = time.perf_counter(), 0
+    while time.perf_counter() - begin < BLOCK_S:
+        for i in range(cycle):
+            call(i)
+        runs += cycle
+    return 1000 * (time.perf_counter() - begin) / runs

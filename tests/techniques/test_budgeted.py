@@ -1,0 +1,167 @@
+import csv
+
+import architectures
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+
+from compress.errors import UserError
+from compress.exporting import budget as budgets
+from compress.exporting import latency
+from compress.models.blocks import read_blocks
+from compress.models.costs import count_macs, count_parameters
+from compress.technique import Training
+from compress.techniques.finetune import FineTune
+from compress.techniques.structured import Structured
+
+
+def fit(model, stage):
+    tiny.trainer(stage, epochs=0).fit(FineTune(model, training=Training()), tiny.loader())
+    return model.eval()
+
+
+def sizes(model):
+    return [block.heads for block in read_blocks(model)], [block.ffn for block in read_blocks(model)]
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("importance", ["fisher", "loss"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_budget_of_parameters_is_met_and_used(name, importance):
+    model = tiny.bert() if name == "bert" else tiny.llama()
+    before, goal = count(model), 0.8
+    fit(model, Structured(target={"parameters": goal}, importance=importance, samples=16))
+    costs = count_parameters(model)
+    largest = max(*costs.groups, *costs.ffn)
+    assert goal * before - largest <= count(model) <= goal * before
+
+
+def test_megabytes_and_counts_are_the_same_budget():
+    models = [tiny.bert() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    goal = int(0.8 * count(models[0]))
+    for model, target in zip(
+        models, ({"parameters": goal}, {"size_mb": 4 * goal / 1e6}, {"parameters": goal / count(models[0])})
+    ):
+        fit(model, Structured(target=target, importance="fisher", samples=16))
+    assert sizes(models[0]) == sizes(models[1]) == sizes(models[2])
+
+
+def test_a_budget_of_multiplications_counts_those_of_attention_too():
+    model = tiny.bert()
+    text = {"input_ids": torch.arange(8)[None] + 5}
+    before = count_macs(model, text)
+    fit(model, Structured(target={"macs": 0.6}, importance="fisher", samples=16))
+    assert 0.5 * before < count_macs(model, text) < 0.65 * before
+
+
+def test_steps_with_new_scores_end_at_the_same_budget():
+    model = tiny.bert()
+    before = count(model)
+    fit(model, Structured(target={"parameters": 0.8}, importance="fisher", iterations=3, samples=16))
+    assert 0.78 * before < count(model) <= 0.8 * before
+
+
+class Machine:
+    """Stands in for the clock: a model's time from its shape, in which heads and channels do not simply add up."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        monkeypatch.setattr(budgets, "ShapeTimer", self.start)
+        monkeypatch.setattr(latency, "time_call", lambda call, cycle: 20.0)
+
+    def start(self, model, texts, runtime):
+        timer = object.__new__(latency.ShapeTimer)
+        timer.model, timer.texts, timer.runtime, timer.whole = model, texts, runtime, None
+        timer.compare = self.compare
+        blocks = read_blocks(model)
+        self.whole = {"heads": [block.heads for block in blocks], "ffn": [block.ffn for block in blocks]}
+        return timer
+
+    def compare(self, **changed):
+        self.asked.append(changed)
+        now = {**self.whole, **changed}
+        heads, ffn = (sum(now[part]) / sum(self.whole[part]) for part in ("heads", "ffn"))
+        return 0.1 + 0.4 * heads + 0.4 * ffn + 0.1 * (heads * ffn) ** 0.5
+
+
+def test_a_budget_of_latency_is_met_as_measured_and_its_table_kept(monkeypatch, tmp_path):
+    machine, model = Machine(monkeypatch), tiny.bert()
+    stage = Structured(target={"latency": 0.6}, importance="fisher", samples=16, keep_in=tmp_path / "kept")
+    fit(model, stage)
+    heads, ffn = sizes(model)
+    assert machine.compare(heads=heads, ffn=ffn) == pytest.approx(0.6, rel=0.05)
+    stage.report(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "latency_table.csv").open()))
+    assert rows[0]["part"] == "blocks" and float(rows[0]["ms"]) == 20.0
+    assert {row["part"] for row in rows[1:]} == {"heads", "ffn"}
+    assert float(rows[-1]["share"]) == 1.0
+    # The next budget finds the table.
+    asked, again = len(machine.asked), tiny.bert()
+    fit(again, Structured(target={"latency_ms": 16.0}, importance="fisher", samples=16, keep_in=tmp_path / "kept"))
+    assert len(machine.asked) - asked <= budgets.TURNS
+    heads, ffn = sizes(again)
+    assert machine.compare(heads=heads, ffn=ffn) == pytest.approx(0.8, rel=0.05)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_shapes_are_timed_on_the_runtime_that_is_named(runtime, monkeypatch):
+    monkeypatch.setattr(latency, "BLOCK_S", 0.001)
+    model = tiny.bert()
+    texts = [
+        {"input_ids": torch.arange(length)[None] + 5, "attention_mask": torch.ones(1, length).long()}
+        for length in (3, 9)
+    ]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    timer = latency.ShapeTimer(model, texts, runtime)
+    table = timer.measure_table([2, 4], [64])
+    assert table.heads[4] == table.ffn[64] == 1.0 and table.heads[2] > 0 and table.whole_ms > 0
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_what_stays_takes_over_for_what_goes():
+    """The logits of a compensated model are closer to those before."""
+    torch.manual_seed(0)
+    start = tiny.bert()
+    text = next(iter(tiny.loader()))
+    text.pop("labels")
+    whole, errors = start.eval()(**text).logits, {}
+    for compensate in (False, True):
+        model = tiny.bert()
+        model.load_state_dict(start.state_dict())
+        fit(model, Structured(target={"parameters": 0.7}, importance="fisher", samples=16, compensate=compensate))
+        errors[compensate] = (model(**text).logits - whole).square().sum().item()
+    assert errors[True] < 0.9 * errors[False]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target": {}}, "sets nothing; exactly one of latency"),
+        ({"target": {"macs": 0.5, "latency": 0.5}}, "sets latency, macs; exactly one"),
+        ({"target": {"parameters": 1e9}}, "is at .* already. Set a lower value"),
+        ({"target": {"size_mb": 0.01}}, "with the fewest heads and FFN channels the model is still at"),
+        ({"target": {"latency": 0.5, "for": "tensorrt"}}, "target.for is 'tensorrt'; input should be"),
+        ({"target": {"macs": 0.5}, "target_heads": 2}, "has sizes and a budget. Set one of them"),
+        ({"target": {"macs": 0.5}, "importance": "activation"}, "Set technique.structured.importance=fisher"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Structured(**settings).check(tiny.bert(), [])
+
+
+def test_a_misspelt_budget_is_refused():
+    with pytest.raises(ValidationError, match="Unexpected keyword argument"):
+        Structured(target={"latencies": 0.5})
+
+
+@pytest.mark.parametrize("name", ["mixtral", "t5"])
+def test_blocks_without_one_ffn_each_have_no_budget(name):
+    with pytest.raises(UserError, match="has experts, blocks without an FFN, or heads that all blocks share"):
+        Structured(target={"parameters": 0.8}).check(architectures.build(name), [])
