@@ -13,6 +13,7 @@ from pathlib import Path
 from compress.cache.digests import compute_digest
 
 OURS = __name__.partition(".")[0]
+FOR_TYPING = {ast.dump(ast.parse(test, mode="eval").body) for test in ("TYPE_CHECKING", "typing.TYPE_CHECKING")}
 
 
 def digest_source(*modules: str) -> str:
@@ -78,10 +79,21 @@ def parse_source(name: str, file: Path, changed: int) -> tuple[str, tuple[str, .
     tree = ast.parse(file.read_bytes())
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     imported = tuple(dict.fromkeys(find_imports(tree, package)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [line for line in node.body if not is_string(line)]
+    remove_docstrings(tree)
     return hashlib.blake2b(ast.dump(tree).encode(), digest_size=16).hexdigest(), imported
+
+
+def remove_docstrings(node: ast.AST) -> None:
+    for child in list_statements(node):
+        remove_docstrings(child)
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        node.body = [line for line in node.body if not is_string(line)]
+
+
+def list_statements(node: ast.AST) -> list[ast.AST]:
+    """Return the statements in the blocks of a statement. Its expressions, the most of a tree, hold none."""
+    blocks = (getattr(node, name, ()) for name in ("body", "handlers", "cases", "orelse", "finalbody"))
+    return [child for block in blocks for child in block]
 
 
 def is_string(node: ast.stmt) -> bool:
@@ -91,8 +103,8 @@ def is_string(node: ast.stmt) -> bool:
 
 def find_imports(node: ast.AST, package: str) -> Iterator[str]:
     """Yield the names that a module of ``package`` imports, except for type checking; some are of classes."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+    for child in list_statements(node):
+        if isinstance(child, ast.If) and ast.dump(child.test) in FOR_TYPING:
             continue
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
