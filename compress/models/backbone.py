@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ from compress.cache.files import expand_path
 from compress.errors import UserError
 from compress.models.layers import find_blocks
 from compress.models.loading import (
+    build_skeleton,
     choose_attention,
     from_pretrained,
     join_lines,
@@ -113,8 +115,8 @@ class Backbone:
             task = dataclasses.replace(task, labels=("0", "1"))
         config = self.configuration(task)
         try:
-            with torch.device("meta"):
-                return choose_attention(find_auto_class(task.kind, config).from_config(config))
+            auto = find_auto_class(task.kind, config)
+            return build_skeleton(lambda: choose_attention(auto.from_config(config)))  # type: ignore[no-any-return]
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(
                 f"model.config is not a valid architecture ({join_lines(error)[:200]}). Correct it, or set model.path."
@@ -245,8 +247,7 @@ def count_positions(model: Any) -> int | None:
     no limit. A table of positions with a padding index is read from the row after it on."""
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(model, nn.Module) and type(model.config) in AutoModel._model_mapping:
-        with torch.device("meta"):
-            model = AutoModel.from_config(model.config)
+        model = build_skeleton(partial(AutoModel.from_config, model.config))
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         table, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
         if "position" in name.rpartition(".")[2] and table is not None and padding is not None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compress.errors import UserError
 from compress.models.families import name_family
 from compress.models.layers import find_blocks
+from compress.models.loading import build_skeleton
 from compress.models.shapes import build_cut_class
 
 INDEX = ("layer_idx", "layer_id")
@@ -122,9 +122,7 @@ def is_removable(model: nn.Module, dropped: Iterable[int]) -> bool:
 def make_skeleton(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """Return a model of the class of ``model`` for ``config``, on the meta device."""
     base: Any = build_cut_class(type(model)) if hasattr(config, "compress") else type(model)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = base._from_config(copy.deepcopy(config))
-    return skeleton
+    return build_skeleton(lambda: base._from_config(copy.deepcopy(config)))  # type: ignore[no-any-return]
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

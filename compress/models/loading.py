@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from compress.cache.files import expand_path
 from compress.errors import UserError
@@ -129,6 +130,17 @@ def load_weights(auto: Any, path: str, what: str, key: str, **kwargs: Any) -> tu
         )
     mismatched = [name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]]
     return choose_attention(model), sorted({*info["missing_keys"], *mismatched})
+
+
+def build_skeleton(build: Callable[[], Any]) -> Any:
+    """Return the model that ``build`` returns, on the meta device, where it takes no memory.
+
+    PyTorch's layers initialise their weights there too, which is half of the time and of no use.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = build()
+    model.tie_weights()  # a part of transformers' initialisation
+    return model
 
 
 def choose_attention(model: Any) -> Any:

@@ -25,7 +25,7 @@ from compress.models.depth import (
 )
 from compress.models.families import find_conventions
 from compress.models.layers import detect_task_kind, find_blocks
-from compress.models.loading import choose_attention, from_pretrained, load_weights, refuse_quantized
+from compress.models.loading import build_skeleton, choose_attention, from_pretrained, load_weights, refuse_quantized
 from compress.models.skeletons import can_run
 
 
@@ -87,8 +87,14 @@ def build_student(model: PreTrainedModel, student: Student, key: str) -> PreTrai
             f"this width with the other settings of the chain's model. Set {key}.hidden_size=null and {key}.layers, or "
             f"{key}.path."
         )
-    with torch.device(model.device):
+
+    def create() -> PreTrainedModel:
         return choose_attention(type(model)._from_config(config, dtype=model.dtype))  # type: ignore[no-any-return]
+
+    if model.device.type == "meta":
+        return build_skeleton(create)  # type: ignore[no-any-return]
+    with torch.device(model.device):
+        return create()
 
 
 def choose_dropped(model: PreTrainedModel, layers: int | tuple[int, ...] | None, key: str) -> set[int]:
@@ -110,7 +116,10 @@ def choose_dropped(model: PreTrainedModel, layers: int | tuple[int, ...] | None,
     dropped = [i for i in range(count) if i not in keep]
     if isinstance(layers, int):
         dropped = select_removable(model, [*dropped, *reversed(keep)], count - layers)
-    if len(dropped) < count - len(set(keep)) or not is_removable(model, dropped):
+        possible = len(dropped) == count - layers
+    else:
+        possible = is_removable(model, dropped)
+    if not possible:
         raise UserError(f"{key}.layers is {layers}; {explain_fixed(model, range(count))}. Set other {key}.layers.")
     return set(dropped)
 
@@ -167,8 +176,7 @@ def load_student(
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
     auto = find_auto_class(detect_task_kind(model), config)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = choose_attention(auto.from_config(config))
+    skeleton: PreTrainedModel = build_skeleton(lambda: choose_attention(auto.from_config(config)))
     if not weights:
         return skeleton
     if tokenizer is not None:
