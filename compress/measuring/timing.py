@@ -184,10 +184,25 @@ def summarise_times(blocks: list[np.ndarray]) -> Spread:
     from scipy.stats import bootstrap
 
     times = np.concatenate(blocks)
+    order, numbers = times.argsort(), np.arange(len(blocks))
+    owners = np.repeat(numbers, [len(block) for block in blocks])[order]
+    earlier = (owners[:, None] == numbers).cumsum(0)  # times of each block up to each of the ordered times
 
-    def medians(drawn: np.ndarray, axis: int = -1) -> np.ndarray:  # scipy's own loop takes four times as long
+    def find_ranked(counts: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        """Return the time of a ``rank`` in each row of :func:`medians`, by bisection."""
+        low, high = np.zeros_like(rank), np.full_like(rank, len(times) - 1)
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = (counts * earlier[middle]).sum(1) > rank
+            low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        return times[order[low]]
+
+    def medians(drawn: np.ndarray, axis: int = -1) -> np.ndarray:  # scipy's own loop takes far longer
         rows = drawn.reshape(-1, len(blocks))
-        return np.array([np.median(np.concatenate([blocks[i] for i in row])) for row in rows]).reshape(drawn.shape[:-1])
+        counts = (rows[:, :, None] == numbers).sum(1)  # of each block in each row
+        total = counts @ earlier[-1]
+        middle = find_ranked(counts, (total - 1) // 2) + find_ranked(counts, total // 2)
+        return (middle / 2).reshape(drawn.shape[:-1])
 
     low = high = float(np.median(times))
     if len(blocks) > 1:
