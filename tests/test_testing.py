@@ -18,6 +18,7 @@ from compress.testing import CHECKS, HEADS, MODELS, Case, check_promises, check_
 
 NAMES = sorted(path.stem for path in (CONF / "technique/stage").glob("[!_]*.yaml") if path.stem != "none")
 SETTINGS = {
+    "autoround": {"group_size": 16, "iterations": 4},
     "awq": {"group_size": 16, "grid": 3},
     "gptq": {"group_size": 16},
     "mixed": {"group_size": 16, "measured": 4, "average_bits": 5},

@@ -87,8 +87,11 @@ def sequential(
 
 
 @torch.no_grad()
-def split_sections(model: nn.Module, batches: list[Batch], wanted: Mapping[str, Matrix]) -> Iterator[Section]:
+def split_sections(
+    model: nn.Module, batches: list[Batch], wanted: Mapping[str, Matrix], floats: bool = False
+) -> Iterator[Section]:
     """Yield the sections that :func:`sequential` calibrates; a block runs on what the blocks before it compute by then.
+    With ``floats`` a block also has its run in the unchanged model, which takes a second pass.
 
     Raises:
         UserError: the model never multiplies by a wanted matrix.
@@ -100,7 +103,7 @@ def split_sections(model: nn.Module, batches: list[Batch], wanted: Mapping[str, 
             inside = {name: matrix for name, matrix in left.items() if is_inside(name, [prefix])}
             if inside and not is_chain(model, stack, take_rows(batches[0]), inside):
                 break
-            yield from replay_blocks(model, prefix, stack, batches, inside) if inside else ()
+            yield from replay_blocks(model, prefix, stack, batches, inside, floats) if inside else ()
             left = {name: matrix for name, matrix in left.items() if name not in inside}
         if left:
             yield view_model(model, batches, left)
@@ -123,6 +126,8 @@ class Section:
     """Runs of the model from the section on, one for every calibration batch; each returns the model's output."""
     probe: Callable[[], Any] | None = None
     """A cheaper run that makes the same products."""
+    unchanged: Unchanged | None = None
+    """The section in the unchanged model, if it is a block and its caller needs this."""
     waves: list[list[dict[str, Matrix]]] = field(init=False)
     """The matrices in the order in which they run: groups that share inputs, in lists of independent groups."""
 
@@ -177,6 +182,13 @@ class Section:
             if place not in totals:  # an expert that no text was routed to: as if its inputs were zero
                 totals[place] = statistic(torch.zeros(1, watched[name].inputs, device=watched[name].stored.device))
         return [Shared(members, totals[place]) for place, members in enumerate(groups)]
+
+
+class Unchanged(NamedTuple):
+    """Runs of a block in the unchanged model and their outputs ``[batch, tokens, width]``, by calibration batch."""
+
+    forwards: Sequence[Callable[[], Tensor]]
+    outputs: list[Tensor]
 
 
 class Seen(Exception):
@@ -284,18 +296,28 @@ def is_chain(model: nn.Module, stack: nn.ModuleList, batch: Batch, watched: Mapp
 
 
 def replay_blocks(
-    model: nn.Module, prefix: str, stack: nn.ModuleList, batches: list[Batch], watched: dict[str, Matrix]
+    model: nn.Module,
+    prefix: str,
+    stack: nn.ModuleList,
+    batches: list[Batch],
+    watched: dict[str, Matrix],
+    floats: bool = False,
 ) -> Iterator[Section]:
-    """Yield the blocks in order as sections, each on the outputs of the block before it as the caller left it."""
+    """Yield the blocks in order as sections, each on the outputs of the block before it as the caller left it, and with
+    ``floats`` also on those of the unchanged block."""
     hidden, calls, in_tuples = capture_calls(model, stack, batches)
+    unchanged = Unchanged([], hidden) if floats else None
     masks = [batch.get("attention_mask") for batch in batches]
     for index, block in enumerate(tqdm(stack, desc="calibrating", unit="block", leave=False, disable=None)):
         name = f"{prefix}.{index}"
         forwards = [partial(call[index].replay, block, state) for call, state in zip(calls, hidden)]
+        if unchanged:
+            before = [partial(call[index].replay, block, state) for call, state in zip(calls, unchanged.outputs)]
+            unchanged = Unchanged(before, [forward() for forward in before])
         if inside := {key: matrix for key, matrix in watched.items() if is_inside(key, [name])}:
             starts = zip(batches, hidden)
             finishes = [partial(run_from, model, batch, block, state, in_tuples) for batch, state in starts]
-            yield Section(name, block, inside, forwards, masks, finishes)
+            yield Section(name, block, inside, forwards, masks, finishes, unchanged=unchanged)
         if index < len(stack) - 1:
             hidden = [forward() for forward in forwards]
 
