@@ -13,6 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from compress.models.matrices import Matrix, read_matrices
 from compress.models.products import flatten_tensors, locate, match_product
 
+FRESH = frozenset(
+    {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+    | {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
+)
+"""Functions that take no more than the shape of a tensor."""
+
 
 class Origins(TorchFunctionMode):
     """While the mode is entered, follow which norms and matrices feed the inputs of every matrix, without a norm or
@@ -30,9 +36,13 @@ class Origins(TorchFunctionMode):
             if tensor.is_floating_point():  # an index chooses values and is none of them
                 self._origins[tensor] = names
 
+    def find(self, tensors: Any) -> set[str]:
+        """Return the names of all that feeds the tensors."""
+        return set().union(*(self._origins.get(tensor, ()) for tensor in flatten_tensors(tensors)))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
-        names: set[str] = set().union(*(self._origins.get(x, ()) for x in flatten_tensors([args, kwargs or {}])))
+        names = set() if func in FRESH else self.find([args, kwargs or {}])
         if product := match_product(func, args, self._places):
             matrix, _ = product
             self.feeds.setdefault(matrix.name, set()).update(names)
