@@ -38,7 +38,7 @@ def move_artifact(loaded: Artifact, runtime: str, example: dict[str, Tensor], fo
             f"hardware.runtime is {runtime}, which needs float weights; the weights of `{method}` are {weights}. End "
             f"the chain on `{stage}` ({format_command('train')} technique=...+{stage}), or set hardware.runtime=torch."
         )
-    require_packages(stage, f"hardware.runtime={runtime}", target.PACKAGES)
+    require_packages(target.EXTRA or stage, f"hardware.runtime={runtime}", target.PACKAGES)
     export_artifact(loaded, runtime, example, folder)
     return load_exported_artifact(loaded, runtime, folder)
 

@@ -22,6 +22,7 @@ from compress.tasks.kinds import KINDS, Kind
 
 GRAPH = "model.onnx"
 STAGE = "onnx"
+EXTRA = "onnx"
 DEVICES = ("cpu",)
 PACKAGES = ("onnx", "onnxruntime")
 LIBRARY = "onnx"
@@ -124,7 +125,7 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: ONNX Runtime is not installed, or ``folder`` has no config or no graph that it can read.
     """
-    require_packages(STAGE, folder, PACKAGES)
+    require_packages(EXTRA, folder, PACKAGES)
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     with explain_unreadable(folder, GRAPH):
         return Model(folder / GRAPH, config)

@@ -24,6 +24,7 @@ from compress.tasks.kinds import KINDS, Kind
 
 GRAPH, SETTINGS = "openvino_model.xml", "compile.json"
 STAGE = "openvino"
+EXTRA = "openvino"
 DEVICES = ("cpu",)
 PACKAGES = ("openvino",)
 LIBRARY = "openvino"
@@ -145,7 +146,7 @@ def load(folder: Path, kind: str) -> Model:
     Raises:
         UserError: OpenVINO is not installed, or ``folder`` has no config or no graph that it can read.
     """
-    require_packages(STAGE, folder, PACKAGES)
+    require_packages(EXTRA, folder, PACKAGES)
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
     with explain_unreadable(folder, GRAPH, SETTINGS):
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

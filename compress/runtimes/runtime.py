@@ -30,11 +30,13 @@ class Runtime(Protocol):
 
     The module has the name of the library that runs its artifacts. It imports the library only in functions, so that
     the constants can be read without the library. ``torch_compile`` has no stored artifacts and therefore only
-    ``STAGE``, ``DEVICES`` and ``adopt_model``.
+    ``STAGE``, ``EXTRA``, ``DEVICES`` and ``adopt_model``.
     """
 
     STAGE: str | None
-    """Stage that exports to the runtime, and extra that installs it; None if PyTorch runs the model."""
+    """Stage that exports to the runtime; None if PyTorch runs the model."""
+    EXTRA: str | None
+    """Extra that installs the runtime; None if the base install does."""
     DEVICES: tuple[str, ...]
     """Types of devices that the runtime supports."""
     PACKAGES: tuple[str, ...]
@@ -92,6 +94,10 @@ def explain_unreadable(folder: Path, *files: str) -> Iterator[None]:
 
 def require_packages(extra: str, what: Path | str, packages: tuple[str, ...]) -> None:
     """Raise UserError if a package that ``what`` needs is not installed."""
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
+    if missing := find_missing(packages):
         raise UserError(f"{what} needs {', '.join(missing)}, which is not installed. Type {format_install(extra)}")
+
+
+def find_missing(packages: tuple[str, ...]) -> list[str]:
+    """Return those of the packages that are not installed."""
+    return [package for package in packages if find_spec(package) is None]

@@ -21,6 +21,7 @@ from compress.runtimes.runtime import Loading
 from compress.tasks.kinds import KINDS
 
 STAGE = None
+EXTRA = None
 DEVICES = ("cpu", "cuda")
 PACKAGES = ()
 LIBRARY = "transformers"

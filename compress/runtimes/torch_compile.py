@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 STAGE = None
+EXTRA = None
 DEVICES = ("cpu", "cuda")
 
 

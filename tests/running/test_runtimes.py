@@ -26,6 +26,7 @@ THEIRS = """
 from compress.runtimes.runtime import Loading
 
 STAGE = "onnx"
+EXTRA = "onnx"
 DEVICES = ("cpu",)
 PACKAGES = ()
 LIBRARY = "abacus"
