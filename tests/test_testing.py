@@ -20,6 +20,7 @@ NAMES = sorted(path.stem for path in (CONF / "technique/stage").glob("[!_]*.yaml
 SETTINGS = {
     "autoround": {"group_size": 16, "iterations": 4},
     "awq": {"group_size": 16, "grid": 3},
+    "gguf": {"runtime": "torch", "vocabulary": False},
     "gptq": {"group_size": 16},
     "mixed": {"group_size": 16, "measured": 4, "average_bits": 5},
     "nf4": {"blocksize": 32},
@@ -45,7 +46,7 @@ def test_a_stage_keeps_its_contract(name, check):
     check(Case(get_class(config["_target_"]), SETTINGS.get(name, {}), training, config, models))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gguf"])  # it writes language models
 def test_a_stage_keeps_its_promises_on_models_that_answer_at_every_token(name):
     config = read_config(name)
     training = Training(epochs=1, learning_rate=1e-2) if name in TRAINED else Training()

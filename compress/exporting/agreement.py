@@ -101,9 +101,17 @@ def drop_padding(logits: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.inference_mode()
-def require_kept(key: str, trainer: pl.Trainer, model: Any, exported: Any, integers: Collection[str]) -> None:
+def require_kept(
+    key: str,
+    trainer: pl.Trainer,
+    model: Any,
+    exported: Any,
+    integers: Collection[str],
+    negligible: float = NEGLIGIBLE,
+) -> None:
     """Raise PostconditionError if the export ``key``, which has kept all integers of an earlier stage, answers texts of
-    the validation split otherwise than the model. ``integers`` are the layers whose inputs are rounded too.
+    the validation split otherwise than the model. ``integers`` are the layers whose inputs are rounded too;
+    ``negligible`` is the difference that needs no explanation, as a fraction of the logits.
 
     Differences are root mean squares over the logits. Without a validation split nothing is compared.
     """
@@ -120,7 +128,7 @@ def require_kept(key: str, trainer: pl.Trainer, model: Any, exported: Any, integ
         parts = compute_logits(exported, batch) - theirs, floats - theirs, theirs
         squares += torch.stack([part.double().square().sum() for part in parts])
     difference, rounding, size = squares.sqrt().tolist()
-    if difference > (limit := max(ROUNDED * rounding, NEGLIGIBLE * size)):
+    if difference > (limit := max(ROUNDED * rounding, negligible * size)):
         raise PostconditionError(
             f"`{key.rpartition('.')[2]}` should answer as the model whose integers it keeps, within {limit / size:.0%} "
             f"of the logits, but its answers differ by {difference / size:.0%}. Use another export or another version "

@@ -52,6 +52,8 @@ LIBRARIES = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "gguf",
+    "llama-cpp-python",
 )
 
 

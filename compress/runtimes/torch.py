@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from compress.errors import UserError
+from compress.formats.gguf import FILE
 from compress.formats.gptq import load_model
 from compress.formats.packed import describe_layer
 from compress.models.backbone import find_auto_class
@@ -25,7 +26,7 @@ EXTRA = None
 DEVICES = ("cpu", "cuda")
 PACKAGES = ()
 LIBRARY = "transformers"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", FILE)
 FORMATS = {
     "compressed-tensors": ("compressed-tensors",),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
@@ -37,6 +38,13 @@ CODE = """\
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("."{attention})
+tokenizer = AutoTokenizer.from_pretrained(".")
+{lines}{reading}"""
+CODE_GGUF = """\
+from transformers import AutoConfig, {auto}, AutoTokenizer
+
+config = AutoConfig.from_pretrained(".")
+model = {auto}.from_pretrained(".", gguf_file="{file}", config=config)
 tokenizer = AutoTokenizer.from_pretrained(".")
 {lines}{reading}"""
 CODE_OURS = """\
@@ -54,6 +62,9 @@ UNREADABLE = (
     "transformers alone cannot load it: its code for this architecture initialises layers by their float weights, and "
     "these are packed."
 )
+READS_GGUF = (
+    "transformers reads its weights as floats: `pip install gguf accelerate`. llama.cpp runs the file as it is."
+)
 CAPPED = "Its attention scores are capped, which of transformers' implementations only `eager` does."
 
 
@@ -65,7 +76,9 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
         UserError: ``folder`` holds no model, or one in a format whose library is not installed.
     """
     config = from_pretrained(AutoConfig, str(folder), "Artifact", "artifact")
-    options: dict[str, Any] = {"dtype": "auto"}
+    path, options = folder, dict[str, Any](dtype="auto")
+    if (folder / FILE).is_file():
+        path, options = folder / FILE, {"dtype": torch.float32, "config": config}
     packed: Any = getattr(config, "quantization_config", {}).get("quant_method")
     if packed == "gptq":
         return load_model(find_auto_class(kind, config), config, folder).eval()
@@ -84,7 +97,7 @@ def load(folder: Path, kind: str) -> PreTrainedModel:
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with hide_progress_bars():
-        model, missing = load_weights(find_auto_class(kind, config), str(folder), "Artifact", "artifact", **options)
+        model, missing = load_weights(find_auto_class(kind, config), str(path), "Artifact", "artifact", **options)
     if missing:
         raise UserError(
             f"{folder} holds no weights for {', '.join(missing[:4])}, so its answers would be random. Name a folder "
@@ -107,6 +120,9 @@ def describe_loading(folder: Path, kind: str) -> Loading:
     if packed in FORMATS:
         notes = (f"Its weights are in the {packed} format: `pip install {' '.join(FORMATS[packed])}`.",)
     task = KINDS[kind]
+    if (folder / FILE).is_file():
+        code = CODE_GGUF.format(auto=task.auto_class, file=FILE, lines=task.lines, reading=task.reading)
+        return Loading(code, (READS_GGUF,))
     ours = CODE_OURS.format(example=task.example, reading=task.reading)
     if own := config.get("compress"):
         why = [UNEVEN] * bool(own.keys() - {"linear"}) + [REPLACED] * ("linear" in own)

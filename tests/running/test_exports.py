@@ -65,6 +65,24 @@ def test_exports_load_without_us_and_without_a_model_in_pytorch(carry_out, tmp_p
         assert torch.allclose(answer, logits, atol=1e-6)
 
 
+@pytest.mark.parametrize("runtime", ["torch", "llama_cpp"])
+def test_a_file_of_llama_cpp_loads_without_us(carry_out, tmp_path, runtime):
+    pytest.importorskip("llama_cpp" if runtime == "llama_cpp" else "gguf")
+    settings = ["technique.gptq.group_size=32", "technique.gguf.precision=q8_0", f"technique.gguf.runtime={runtime}"]
+    outcome = carry_out("technique=gptq+gguf", *settings, model="tiny_llama", task="toy_lm")
+    none, exported = outcome.measurements.values()
+    assert exported.parameters == none.parameters and exported.size_bytes < 0.3 * none.size_bytes
+    assert exported.runtime == runtime and exported.generation.per_token.median_ms > 0
+    assert (exported.speedup_same_runtime is None) == (runtime == "torch")
+    assert exported.quality == pytest.approx(none.quality, rel=0.2)
+    loaded = compress.load(tmp_path / "artifact")
+    logits = loaded.model(**loaded.tokenizer("A text.", return_tensors="pt")).logits
+    (answer,) = answer_without_us([tmp_path / "artifact"])
+    assert torch.allclose(answer, logits, atol=1e-5)
+    *_, description = outcome.descriptions.values()
+    assert "float16" in description.limits[-1] and "no space before a text" in description.limits[-1]
+
+
 @pytest.mark.parametrize(
     ("chain", "stage", "model", "settings"),
     [

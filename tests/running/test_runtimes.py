@@ -18,10 +18,11 @@ from compress.measuring.effects import describe_effects
 from compress.planning.settings import Hardware
 from compress.reporting.card import write_card
 from compress.runtimes.runtime import import_runtime, iterate_runtimes
+from compress.techniques.gguf import GGUF
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO
 
-OURS = ["onnxruntime", "openvino", "torch", "torch_compile"]
+OURS = ["llama_cpp", "onnxruntime", "openvino", "torch", "torch_compile"]
 THEIRS = """
 from compress.runtimes.runtime import Loading
 
@@ -76,11 +77,11 @@ def test_its_module_may_explain_speed(abacus):
 
 def test_a_name_of_no_module_is_refused():
     assert list(iterate_runtimes()) == OURS
-    with pytest.raises(UserError, match=r"hardware.runtime is 'decoder'; input should be 'onnxruntime', "):
+    with pytest.raises(UserError, match=r"hardware.runtime is 'decoder'; input should be 'llama_cpp', "):
         Hardware(runtime="decoder")
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", OURS[:3])
 def test_its_text_is_read_without_its_library(name, tmp_path):
     script = (
         "import sys; from pathlib import Path; from compress.runtimes.runtime import import_runtime\n"
@@ -91,11 +92,11 @@ def test_its_text_is_read_without_its_library(name, tmp_path):
     assert done.returncode == 0 and f"import {name}" in done.stdout
 
 
-@pytest.mark.parametrize("stage", [Onnx, OpenVINO])
+@pytest.mark.parametrize("stage", [GGUF, Onnx, OpenVINO])
 def test_a_stage_and_its_runtime_name_each_other(stage):
     assert stage.__module__.rpartition(".")[2] == import_runtime(stage.runtime).STAGE
 
 
 def test_no_module_asks_for_a_runtime_by_its_name():
-    asked = re.compile(rf'runtime\w*(\[\w+\])? (==|!=|in) [("{{\[]+({"|".join(OURS[:2])})"|runtime.startswith')
+    asked = re.compile(rf'runtime\w*(\[\w+\])? (==|!=|in) [("{{\[]+({"|".join(OURS[:3])})"|runtime.startswith')
     assert not [path for path in Path(compress.__file__).parent.rglob("*.py") if asked.search(path.read_text())]
