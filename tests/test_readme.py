@@ -14,7 +14,6 @@ from test_conf import hydra, jobs  # noqa: F401
 from test_kills import FORK, run_script
 
 from compress.models import families
-from compress.planning.chain import drop_unused_settings, read_stages
 from compress.planning.settings import parse_values, to_plain
 from compress.runtimes import onnxruntime
 from compress.runtimes.runtime import Runtime
@@ -111,42 +110,16 @@ def test_a_run_then_its_artifact_again(tmp_path):
     assert rows(tmp_path / "again")[method]["accuracy"] == rows(tmp_path / "run")[method]["accuracy"]
 
 
-def test_what_the_readme_names_is_there():
-    for choice in ("experiment", "hardware", "model", "scale", "search", "task"):
-        for file in (ROOT / "conf" / choice).glob("[!_]*.yaml"):
-            assert re.search(rf"\b{file.stem}\b", README), f"{choice}={file.stem} is not in the README"
-    for file in (ROOT / "conf" / "technique" / "stage").glob("[!_]*.yaml"):
-        assert f"`{file.stem}`" in README
+def test_contributing_names_every_package():
     packages = {path.parent.name for path in (ROOT / "compress").glob("*/__init__.py")}
-    (named,) = re.findall(r"^compress/\n(.+?)^train\.py", README, re.MULTILINE | re.DOTALL)
+    (named,) = re.findall(r"^compress/\n(.+?)^train\.py", CONTRIBUTING, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"^  (\w+)/", named, re.MULTILINE)) == packages
 
 
-def printed():
-    """Yield the commands in the README and the documents that train."""
-    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"```bash\n(.+?)```", file.read_text(), re.DOTALL):
-            lines = block.replace("\\\n", "").splitlines()
-            yield from (line for line in lines if line.startswith("python train.py"))
-
-
-@pytest.mark.parametrize("line", sorted(set(printed())))
-def test_every_printed_command_can_be_composed(line):
-    _, _, *words = shlex.split(line, comments=True)
-    for config in jobs("train", [word for word in words if "=" in word], every=False):
-        drop_unused_settings(config.technique, config.hydra.overrides.task)
-        read_stages(config.technique)
-
-
-def test_the_snippet_for_anybodys_lightning_script(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # where Lightning writes its logs
-    (snippet,) = re.findall(r"```python\n(import pytorch_lightning.+?)```", README, re.DOTALL)
-    import tiny
-
-    from compress.techniques.finetune import FineTune
-
-    names = {"your_module": FineTune(tiny.bert()), "your_loader": tiny.loader()}
-    exec(snippet.replace("bits=4", "bits=4, group_size=16, samples=8"), names)
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 120
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)|(?:src|srcset)=\"([^\"]+)\"", README):
+        assert (ROOT / "".join(link)).is_file(), link
 
 
 def block_with(language, text):
