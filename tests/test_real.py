@@ -25,18 +25,18 @@ def test_minilm_on_sst2_keeps_its_accuracy_through_prune_and_gptq(
         f"model.path={shared_models('minilm-l6')}",
         f"task.path={shared_data('glue-sst2')}",
         *FULL_TEST,
-        "task.limit.train=12000",
+        "task.limit.train=4000",
         "technique.gptq.samples=128",
         model="minilm",
         task="sst2",
     )
     none, both = outcome.measurements.values()
-    assert none.examples == 872 and none.quality["accuracy"] > 0.86  # one epoch of a sixth of the training text
+    assert none.examples == 872 and none.quality["accuracy"] > 0.8  # one epoch of 4,000 texts
     assert both.quality["accuracy"] > none.quality["accuracy"] - 0.02
     assert both.size_bytes < 0.65 * none.size_bytes
-    assert sum(
-        int(zero.sum()) for zero in find_zeros(compress.load(tmp_path / "artifact").model).values()
-    ) >= 0.2 * sum(linear.weight.numel() for linear in matrices(compress.load(tmp_path / "artifact").model).values())
+    model = compress.load(tmp_path / "artifact").model
+    zeros = sum(int(zero.sum()) for zero in find_zeros(model).values())
+    assert zeros >= 0.2 * sum(linear.weight.numel() for linear in matrices(model).values())
 
 
 def test_stories260k_on_tinystories(carry_out, shared_models, shared_data):
@@ -109,7 +109,7 @@ def test_minilm_recovers_on_sst2(carry_out, shared_models, shared_data):
         f"model.path={shared_models('minilm-l6')}",
         f"task.path={shared_data('glue-sst2')}",
         *FULL_TEST,
-        "task.limit.train=12000",
+        "task.limit.train=4000",
         model="minilm",
         task="sst2",
     )
