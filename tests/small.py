@@ -8,6 +8,8 @@ SMALL = [
     "baseline.epochs=1",
     "hardware.latency.seconds=0.01",  # on a busy machine it takes three times as long for every artifact
     "hardware.latency.block_s=0.002",
+    "hardware.latency.warmup=1",
+    "hardware.latency.texts=2",
     "hardware.latency.batch_sizes=[1,4]",
     "hardware.latency.memory=false",
 ]
