@@ -1,8 +1,10 @@
 """What tests of several folders share: real data and weights, and whole runs on the built-in ones."""
 
+import copy
 import gc
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,16 @@ from small import SMALL
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks select tests
-def pytest_collection_modifyitems(items):
-    """Mark the tests of real data and weights as slow."""
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests of real data and weights as slow. With ``--no-loadscope-reorder`` files with slow tests come
+    first, and then those with many: at the end no worker waits for a long file."""
     for item in items:
         if {"shared_data", "shared_models"} & set(item.fixturenames):
             item.add_marker("slow")
+    if not getattr(config.option, "loadscopereorder", True):
+        counts = Counter(item.path for item in items)
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
 
 
 def pytest_collection_finish():
@@ -24,6 +31,25 @@ def pytest_collection_finish():
         sys.modules["test_kills"].start_server()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_yaml():
+    """Parse every YAML of Hydra's once, which is a fifth of composing a config."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    load, known = FileConfigSource.load_config, {}
+
+    def load_config(source, config_path):
+        file = Path(source.path, source._normalize_file_name(config_path))
+        key = (source.provider, file, file.is_file() and file.stat().st_mtime_ns)
+        if key not in known:
+            known[key] = load(source, config_path)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileConfigSource, "load_config", load_config)
+        yield
 
 
 BESIDE = Path(__file__).parents[2] / "shared"
