@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from compress.models.backbone import Backbone
 from compress.planning.chain import PACKAGE, drop_unused_settings, expand_jobs, read_stages
 from compress.planning.settings import to_plain
+from compress.sweeping import sweeper as _sweeper  # noqa: F401  (whose sweepers the configs name)
 from compress.tasks.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"
