@@ -33,6 +33,8 @@ STAGES: dict[str, tuple[str, dict[str, Any], Training]] = {
     "prune (sparsegpt)": ("prune.Prune", {"sparsity": 0.6, "criterion": "sparsegpt", "samples": 8}, SHOT),
     "gptq": ("gptq.GPTQ", {"group_size": 16, "samples": 8}, SHOT),
     "gptq (format=gptq)": ("gptq.GPTQ", {"group_size": 16, "samples": 8, "format": "gptq"}, SHOT),
+    "autoround": ("autoround.AutoRound", {"group_size": 16, "samples": 8, "iterations": 4}, SHOT),
+    "rotate": ("rotate.Rotate", {}, SHOT),
     "awq": ("awq.AWQ", {"group_size": 16, "grid": 4, "samples": 8}, SHOT),
     "mixed": ("mixed.Mixed", {"group_size": 16, "samples": 8, "measured": 4, "average_bits": 5.5}, SHOT),
     "w8a8": ("w8a8.W8A8", {}, SHOT),
