@@ -245,6 +245,47 @@ def test_what_does_not_fit_the_model_is_reported_before_anything_is_loaded(build
         W8A8(**settings).check(skeleton, [])
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"weight_bits": 4, "activation_bits": 4, "group_size": 16, "rounding": "gptq"},
+        {"weight_bits": 4, "dynamic": False, "rounding": "gptq"},
+        {"activation_bits": 4},
+    ],
+)
+def test_four_bits_are_stored_and_computed_as_when_loaded(how, tmp_path):
+    model, sizes = tiny.llama_lm(), measure_matrices(tiny.llama_lm())
+    stage = W8A8(samples=8, **how)
+    fit(model, stage)
+    expected = logits(model)
+    bits = how.get("weight_bits", 8)
+    for layer in matrices(model).values():
+        groups = layer.weight.unflatten(1, (-1, how.get("group_size", layer.inputs)))
+        assert all(len(group.unique()) <= 2**bits for group in groups.flatten(0, 1))
+    stage.save(model, tmp_path)
+    check_bits("w8a8", stage.average_bits, sizes, tmp_path)
+    for again in reloaded(tiny.llama_lm, tmp_path):
+        assert torch.allclose(logits(again), expected, atol=1e-6)
+
+
+def test_compensated_weights_lose_less():
+    expected = logits(tiny.llama_lm())
+
+    def lost(rounding):
+        model = tiny.llama_lm()
+        fit(model, W8A8(weight_bits=4, group_size=16, rounding=rounding, samples=16))
+        return (logits(model) - expected).square().mean()
+
+    assert lost("gptq") < 0.9 * lost("nearest")
+
+
+def test_four_bits_with_one_range_for_all_tokens_are_refused():
+    with pytest.raises(UserError, match=r"w8a8.activation_bits is 4, .* too coarse. Set technique.w8a8.dynamic=true"):
+        W8A8(activation_bits=4, dynamic=False)
+    with pytest.raises(UserError, match=r"w8a8.rounding=gptq needs calibration. Set technique.w8a8.samples=128"):
+        W8A8(rounding="gptq", samples=0)
+
+
 def test_it_works_alone_in_a_script_whose_module_is_not_ours():
     theirs = tiny.Theirs(tiny.bert())
     tiny.trainer(W8A8(dynamic=False, samples=8), epochs=1).fit(theirs, tiny.loader())
