@@ -62,6 +62,8 @@ def main() -> None:
     for bits in options.bits:
         for name in options.methods:
             key = f"{name}, {bits} bits"
+            if "inputs" in name and bits != 4:
+                continue
             if key not in json.loads(options.results.read_text()):
                 torch.manual_seed(0)
                 model, start = copy.deepcopy(dense), time.perf_counter()
@@ -82,8 +84,8 @@ def print_table(results: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"float: {results['float']['perplexity']:.2f}")
     table = Table("perplexity (seconds)", *(f"{bits} bits" for bits in options.bits))
     for name in options.methods:
-        figures = [results[f"{name}, {bits} bits"] for bits in options.bits]
-        table.add_row(name, *(f"{row['perplexity']:.2f} ({row['seconds']:.0f})" for row in figures))
+        figures = [results.get(f"{name}, {bits} bits") for bits in options.bits]
+        table.add_row(name, *(row and f"{row['perplexity']:.2f} ({row['seconds']:.0f})" for row in figures))
     Console(width=110).print(table)
 
 
@@ -101,7 +103,12 @@ def ours(
     """Apply a chain of our stages."""
     common = {"samples": len(calibration), "batch_size": options.batch_size}
     rounding = {"bits": scheme.bits, "group_size": scheme.group_size, **common}
-    settings = {"gptq": rounding, "autoround": {**rounding, "iterations": options.iterations}}
+    inputs = {"weight_bits": scheme.bits, "activation_bits": 4, "group_size": scheme.group_size, "rounding": "gptq"}
+    settings = {
+        "gptq": rounding,
+        "autoround": {**rounding, "iterations": options.iterations},
+        "w8a8": {**inputs, **common},
+    }
     for name in stages.split("+"):
         stage = get_class(CLASSES[name])(**settings.get(name, {}))
         model = carry_out(model, join(calibration, options.batch_size), stage)
@@ -162,6 +169,7 @@ CLASSES = {
     "rotate": "compress.techniques.rotate.Rotate",
     "gptq": "compress.techniques.gptq.GPTQ",
     "autoround": "compress.techniques.autoround.AutoRound",
+    "w8a8": "compress.techniques.w8a8.W8A8",
 }
 METHODS: dict[str, Method] = {
     "nearest": nearest,
@@ -171,6 +179,8 @@ METHODS: dict[str, Method] = {
     "AutoRound's library": auto_round,
     "autoround": partial(ours, stages="autoround"),
     "rotate+autoround": partial(ours, stages="rotate+autoround"),
+    "gptq, inputs of 4 bits": partial(ours, stages="w8a8"),
+    "rotate+gptq, inputs of 4 bits": partial(ours, stages="rotate+w8a8"),
 }
 
 if __name__ == "__main__":
