@@ -137,6 +137,13 @@ def perplexity(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> 
         return np.exp(sum_weighted(outputs[:, 0], weights) / sum_weighted(tokens, weights))
 
 
+def word_perplexity(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the exponential of the loss of a word, which models with different tokenizers can be compared by; the
+    third column of ``outputs`` counts a block's words."""
+    with np.errstate(over="ignore"):
+        return np.exp(sum_weighted(outputs[:, 0], weights) / sum_weighted(outputs[:, 2], weights))
+
+
 def token_accuracy(outputs: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the share of correct tokens; the second column of ``outputs`` counts a block's correct tokens."""
     return sum_weighted(outputs[:, 1], weights) / sum_weighted(tokens, weights)

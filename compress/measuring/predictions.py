@@ -33,8 +33,9 @@ class Predictions:
     """Predictions for a split, a row for each example, in the order of the split.
 
     Attributes:
-        outputs: logits. For a language model an example is a block: the sum of its tokens' losses in nats, and the
-            number of tokens predicted correctly. For ``tokens``, the found tags and entities of a text
+        outputs: logits. For a language model an example is a block: the sum of its tokens' losses in nats, the number
+            of tokens predicted correctly, and the number of words that the predicted tokens are. For ``tokens``, the
+            found tags and entities of a text
             (:func:`compress.maths.entities.mark_entities`). For ``span``, where an answer begins and ends in its
             context, -1 for none, its exact match and its F1. For a task of the harness, see
             :class:`compress.tasks.kinds.harness`.

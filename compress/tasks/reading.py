@@ -19,6 +19,7 @@ from compress.tasks.sources import (
     File,
     Rows,
     choose_layout,
+    join_rows,
     parse_dialogues,
     parse_squad,
     read_files,
@@ -150,7 +151,7 @@ def _check_holdout(task: Task, present: dict[str, Any], where: str, expected: di
             )
 
 
-ROWS = {"dialogues": parse_dialogues, "articles": split_articles, "squad": parse_squad}
+ROWS = {"dialogues": parse_dialogues, "articles": split_articles, "joined": join_rows, "squad": parse_squad}
 """What makes a plain table of the other forms of rows."""
 
 

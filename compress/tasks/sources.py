@@ -217,6 +217,22 @@ def split_articles(table: Table) -> Table:
     return {"text": _drop_empty_texts(re.split(r"^(?= = (?!=).+(?<!=) = *\n\s*\n)", text, flags=re.MULTILINE))}
 
 
+def join_rows(table: Table) -> Table:
+    """Return the rows that are not blank, each with the line breaks that follow it where all rows are joined by two, as
+    in ``"\\n\\n".join(rows)``. A blank row is empty. Rows without line
+    breaks, such as a file's lines, get one each."""
+    texts = table["text"]
+    if texts and not any(text.endswith("\n") for text in texts):
+        texts = [f"{text}\n" for text in texts[: -1 if not texts[-1] else None]]
+    pieces = [""]
+    for text in texts:
+        if text.strip() and pieces[-1].strip():
+            pieces.append("")
+        pieces[-1] += f"{text if text.strip() else ''}\n\n"
+    pieces[-1] = pieces[-1].removesuffix("\n\n")
+    return {"text": pieces}
+
+
 def split_documents(table: Table, piece_chars: int = 2000) -> Table:
     """Return the documents, which end at ``<|endoftext|>``.
 

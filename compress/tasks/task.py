@@ -65,7 +65,8 @@ class Task:
 
     Its rows are generated (``generate``), read from a local folder (``path``, in one of the layouts of ``files``) or
     from the Hugging Face ``hub``. ``rows`` is the form of the data: a plain table, dialogues of utterances,
-    WikiText's articles, or SQuAD's. ``labels`` are the names of the labels in the order of their indices; null finds
+    WikiText's articles, SQuAD's, or ``joined``: a language model's text in one, with two line breaks between its rows,
+    as papers measure on WikiText. ``labels`` are the names of the labels in the order of their indices; null finds
     them in train.
 
     For conversations, ``messages`` describes the data, ``template`` replaces the tokenizer's chat template (``simple``
@@ -84,7 +85,7 @@ class Task:
     hub: Hub | None = None
     path: str | None = None
     files: tuple[Layout, ...] = ()
-    rows: Literal["table", "dialogues", "articles", "collection", "questions", "squad"] = "table"
+    rows: Literal["table", "dialogues", "articles", "collection", "questions", "squad", "joined"] = "table"
     columns: Columns = Columns()
     embedding: Embedding = Embedding()
     candidates: Annotated[int, Field(ge=2)] | None = None
@@ -95,6 +96,9 @@ class Task:
     holdout: Holdout = Holdout()
     limit: Limit = Limit()
     max_length: Annotated[int, Field(ge=2)] = 128
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """For a language model, the tokens of validation and test that a block scores after those of the block before it,
+    which it reads as context. None: blocks do not overlap."""
     epochs: Annotated[int, Field(ge=0)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 32
     tasks: Annotated[tuple[str, ...], BeforeValidator(make_list)] = ()
@@ -124,6 +128,17 @@ class Task:
                 f"task.primary to one of {', '.join(self.metrics)}."
             )
         kind.check(self)
+        if not kind.in_blocks and (self.stride or self.rows == "joined"):
+            setting, value = ("stride", self.stride) if self.stride else ("rows", "joined")
+            raise UserError(
+                f"task.{setting} is {value}, and task `{self.name}` is {self.kind}, whose texts are not cut into "
+                f"blocks. Leave task.{setting} at its default."
+            )
+        if self.stride and self.stride > self.max_length:
+            raise UserError(
+                f"task.stride is {self.stride}, and a block has {self.max_length} tokens, so some would not be scored. "
+                f"Set task.stride={self.max_length} or less."
+            )
         if self.pack and type(kind).pack is Kind.pack:
             raise UserError(
                 f"task.pack is true and task `{self.name}` is {self.kind}, whose rows are not packed. Set "

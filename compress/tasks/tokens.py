@@ -225,7 +225,10 @@ class TaskData(pl.LightningDataModule):
             UserError: the split makes no block of tokens.
         """
         if split not in self._tokenised:
-            rows = self._known(self.expanded(split), split)
+            task, texts = self.splits.task, self.expanded(split)
+            if task.rows == "joined":
+                texts = Dataset.from_dict({"text": ["".join(texts["text"])]})
+            rows = self._known(texts, split, task.stride if split != "train" else None)
             if not len(rows):
                 raise UserError(
                     f"Task `{self.splits.task.name}` has too little text in {split} for one {self.kind.unit[:-1]} of "
@@ -273,13 +276,13 @@ class TaskData(pl.LightningDataModule):
             return list(range(len(rows)))
         return [int(first) for first in np.unique(rows["row"], return_index=True)[1]]
 
-    def _known(self, texts: Dataset, where: str) -> Dataset:
-        """Return the tokens of texts.
+    def _known(self, texts: Dataset, where: str, stride: int | None = None) -> Dataset:
+        """Return the tokens of texts, in blocks that begin a ``stride`` apart.
 
         Raises:
             UserError: one of them has no embedding.
         """
-        rows, known = self._kept(texts), self.known_tokens
+        rows, known = self._kept(texts, stride), self.known_tokens
         if known is None:
             return rows
         chunks = rows.data.column("input_ids").chunks
@@ -289,29 +292,29 @@ class TaskData(pl.LightningDataModule):
             raise UserError(f"Task `{self.splits.task.name}` has a text in {where} with {token}")
         return rows
 
-    def _kept(self, rows: Dataset) -> Dataset:
+    def _kept(self, rows: Dataset, stride: int | None) -> Dataset:
         if self.tokens is None:
-            return self._tokenise(rows)
+            return self._tokenise(rows, stride)
         own = self.tokenizer
         outputs = [type(own).__name__, own.model_input_names, own.truncation_side]
         settings = [own.init_kwargs.get("prompts"), getattr(own, "chat_template", None)]
-        key = [hash_rows(rows), describe_rules(own), outputs, settings, self.kind.name, self.max_length]
+        key = [hash_rows(rows), describe_rules(own), outputs, settings, self.kind.name, self.max_length, stride]
         key += [digest_environment(), digest_source(__name__)]
         folder = Path(self.tokens) / compute_digest(key)
-        self._uses.append(make_once(folder, lambda into: self._write_tokens(rows, into)))
+        self._uses.append(make_once(folder, lambda into: self._write_tokens(rows, into, stride)))
         return load_from_disk(str(folder))
 
-    def _write_tokens(self, rows: Dataset, folder: Path) -> None:
-        tokenised = self._tokenise(rows)
+    def _write_tokens(self, rows: Dataset, folder: Path, stride: int | None) -> None:
+        tokenised = self._tokenise(rows, stride)
         disable_progress_bars()
         tokenised.save_to_disk(folder)
 
-    def _tokenise(self, rows: Dataset) -> Dataset:
+    def _tokenise(self, rows: Dataset, stride: int | None) -> Dataset:
         (enable_progress_bars if len(rows) >= LONG and sys.stderr.isatty() else disable_progress_bars)()
         encode = partial(tokenise_batch, kind=self.kind, tokenizer=self.tokenizer, max_length=self.max_length)
         names = rows.column_names
         tokenised = rows.map(encode, with_indices=True, batched=True, remove_columns=names, desc="tokenising")
-        return cut_blocks(tokenised, self.max_length) if self.kind.in_blocks else tokenised
+        return cut_blocks(tokenised, self.max_length, stride) if self.kind.in_blocks else tokenised
 
 
 def tokenise_batch(
@@ -321,13 +324,18 @@ def tokenise_batch(
     return kind.tokenise({**rows, "row": numbers}, tokenizer, max_length)
 
 
-def cut_blocks(documents: Dataset, max_length: int) -> Dataset:
+def cut_blocks(documents: Dataset, max_length: int, stride: int | None = None) -> Dataset:
     """Return the documents' tokens, joined and cut into blocks of ``max_length`` tokens with their masks.
 
     The tokens stay in Arrow's buffers: as Python lists, those of a large split would need ten times the memory.
+
+    With a ``stride`` below the length blocks overlap: each begins that many tokens after the one before it. ``labels``
+    then counts its first tokens, which an earlier block scores. (Hugging Face, "Perplexity of fixed-length models".)
     """
     column = documents.data.column("input_ids").cast(pa.list_(pa.int32())).combine_chunks()
     ids = column.flatten()
+    if stride and stride < max_length:
+        return cut_windows(ids.to_numpy(), max_length, stride)
     starts = list(range(0, len(ids), max_length))
     if len(ids) % max_length == 1:  # one token predicts nothing
         ids = ids[:-1]
@@ -342,3 +350,16 @@ def cut_blocks(documents: Dataset, max_length: int) -> Dataset:
             }
         )
     )
+
+
+def cut_windows(ids: np.ndarray, max_length: int, stride: int) -> Dataset:
+    """Return blocks of ``max_length`` tokens that begin a ``stride`` apart, until one reaches the last of ``ids``."""
+    starts = [*range(0, max(len(ids) - max_length, 0), stride)]
+    starts.append(stride * len(starts))
+    ends = [min(start + max_length, len(ids)) for start in starts]
+    cuts = pa.array(np.cumsum([0, *(end - start for start, end in zip(starts, ends))]), pa.int32())
+    tokens = np.concatenate([ids[start:end] for start, end in zip(starts, ends)])
+    seen = [0, *(end - start for start, end in zip(starts[1:], ends))]
+    columns = {"input_ids": tokens, "attention_mask": np.ones(len(tokens), np.int8)}
+    blocks = {name: pa.ListArray.from_arrays(cuts, pa.array(column)) for name, column in columns.items()}
+    return Dataset(pa.table({**blocks, "labels": seen}))

@@ -217,7 +217,7 @@ class OpenVINO(Export):
         return {
             "validation_dataset": nncf.Dataset(read_validation_batches(trainer), read),
             "validation_fn": judge,
-            "max_drop": self.max_drop if primary == "perplexity" else self.max_drop / 100,
+            "max_drop": self.max_drop if primary.endswith("perplexity") else self.max_drop / 100,
         }
 
     def save(self, model: nn.Module, folder: Path) -> None:

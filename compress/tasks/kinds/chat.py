@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UserError
@@ -34,6 +35,7 @@ class Chat(LanguageModel):
     """
 
     name = "chat"
+    metrics = MappingProxyType({k: v for k, v in LanguageModel.metrics.items() if k != "word_perplexity"})
     in_blocks = False
     txt: Format = "jsonl"
     cuts = "lose their last turns, to have at most"
