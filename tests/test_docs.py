@@ -37,8 +37,8 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 BLOCK = re.compile(r"^(?: *<!-- (?P<mark>.+?) -->\n)?(?P<body> *```(?P<language>bash|python)\n.*?^ *```$)", re.M | re.S)
 PROGRAMS = ("tensorboard --logdir ", "lm_eval --model hf ", "cut -f1 ", "pip install --no-deps textpruner")
 """What the pages start beside this project."""
-MARKS = ("main job", "test command")
-"""Blocks of the README that tests/test_readme.py runs."""
+MARKS = ("main job", "test command", "run by tests/test_examples.py")
+"""Blocks that other tests run: tests/test_readme.py the first two."""
 
 
 class Block(NamedTuple):
