@@ -9,7 +9,9 @@ order of activations on both sides. Seconds are those of the processor, so that 
 the same call on a narrow block, which is that of the machinery around the mathematics, is subtracted.
 
 The error of the layers is the mean of tr(dW H dW') / tr(W H W') over the layers of the block; H is the second moment of
-the dense model's inputs. AWQ scales weights and inputs, so that only the outputs of the block can be compared.
+the dense model's inputs. The error of the block is that of its outputs, both blocks reading the same: the inputs of the
+calibration, and as many others, which count more, because any method fits a few tokens well. AWQ scales weights and
+inputs, so that only the outputs of the block can be compared.
 """
 
 from __future__ import annotations
@@ -61,14 +63,14 @@ def main() -> None:
     logger.remove()  # llm-compressor's own
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    windows = torch.randint(VOCABULARY, (options.samples, options.length))
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(options.batch_size)]
+    batches, others = (draw_batches(options.samples, options.length, options.batch_size) for _ in range(2))
     model, narrow = one_block(TINYLLAMA), one_block(NARROW)
-    dense = Dense(model, batches)
+    dense = Dense(model, batches, others)
     tokens, processor = options.samples * options.length, read_processor()["model name"]
     print(f"{processor}, {options.threads} threads, {tokens} tokens, PyTorch {torch.__version__}")
     for name in options.methods:
-        table = Table("", "", "s a block", "ratio", "error of the layers", "ratio", "error of the block", "ratio")
+        errors = ("error of the layers", "ratio", "error of the block", "ratio", "on other text", "ratio")
+        table = Table("", "", "s a block", "ratio", *errors)
         seconds, results = {}, {}
         for method in methods[name].values():  # what is imported and compiled on first use is not timed
             timed(method, narrow, batches)
@@ -78,7 +80,12 @@ def main() -> None:
                 whole, results[side] = timed(method, model, batches)
                 seconds[side] = min(whole - machinery, seconds.get(side, float("inf")))
         add_rows(table, name, seconds, {side: dense.compare(result) for side, result in results.items()})
-        Console(width=130).print(table)  # at once: a run takes minutes
+        Console(width=150).print(table)  # at once: a run takes minutes
+
+
+def draw_batches(samples: int, length: int, size: int) -> Batches:
+    windows = torch.randint(VOCABULARY, (samples, length))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(size)]
 
 
 def compared_methods(bits: int, group_size: int) -> dict[str, dict[str, Method]]:
@@ -143,49 +150,51 @@ class Dense:
     """The weights of a dense model, the second moments of its inputs and the outputs of its block."""
 
     @torch.inference_mode()
-    def __init__(self, model: LlamaForCausalLM, batches: Batches) -> None:
+    def __init__(self, model: LlamaForCausalLM, batches: Batches, others: Batches) -> None:
         layers = {name: one for name, one in model.model.layers.named_modules() if isinstance(one, nn.Linear)}
         self.weights = {name: layer.weight.data for name, layer in layers.items()}
         self.moments: dict[str, torch.Tensor] = {}
-        self.batches = batches[:1]
+        self.texts = batches[:1], others[:1]
         hooks = [layer.register_forward_pre_hook(partial(self._add_moment, name)) for name, layer in layers.items()]
         for batch in batches:
             model(**batch)
         for hook in hooks:
             hook.remove()
-        self.outputs = self._run(model)
+        self.outputs = [self._run(model, text) for text in self.texts]
 
     def _add_moment(self, name: str, _: nn.Module, args: tuple) -> None:
         moment = second_moment(args[0].flatten(0, 1))
         self.moments[name] = self.moments[name].add_(moment) if name in self.moments else moment
 
-    def _run(self, model: LlamaForCausalLM) -> torch.Tensor:
+    def _run(self, model: LlamaForCausalLM, batches: Batches) -> torch.Tensor:
         seen: list[torch.Tensor] = []
         block = model.model.layers[0]
         hook = block.register_forward_hook(lambda _, args, output: seen.append(output - args[0]))
-        for batch in self.batches:
+        for batch in batches:
             model(**batch)
         hook.remove()
         return torch.cat(seen)
 
     @torch.inference_mode()
-    def compare(self, model: LlamaForCausalLM) -> tuple[float, float]:
-        """Return the relative squared errors of the layers and of what the block adds to its inputs."""
+    def compare(self, model: LlamaForCausalLM) -> tuple[float, ...]:
+        """Return the relative squared errors of the layers, and of what the block adds to its inputs: those of the
+        calibration, and others."""
         errors = []
         for name, weight in self.weights.items():
             change, moment = model.model.layers.get_submodule(name).weight.data - weight, self.moments[name]
             errors.append(((change @ moment) * change).sum() / ((weight @ moment) * weight).sum())
-        block = (self._run(model) - self.outputs).square().sum() / self.outputs.square().sum()
-        return torch.stack(errors).mean().item(), block.item()
+        pairs = [(self._run(model, text), outputs) for text, outputs in zip(self.texts, self.outputs)]
+        blocks = [((found - outputs).square().sum() / outputs.square().sum()).item() for found, outputs in pairs]
+        return torch.stack(errors).mean().item(), *blocks
 
 
-def add_rows(table: Table, name: str, seconds: dict[str, float], errors: dict[str, tuple[float, float]]) -> None:
-    layers, block = ({side: pair[i] for side, pair in errors.items()} for i in (0, 1))
+def add_rows(table: Table, name: str, seconds: dict[str, float], errors: dict[str, tuple[float, ...]]) -> None:
+    layers, block, other = ({side: found[i] for side, found in errors.items()} for i in range(3))
     if name == "awq":
         layers = {}
     for side in seconds:
         cells = [name, side]
-        for values, shape in ((seconds, ".2f"), (layers, ".3e"), (block, ".3e")):
+        for values, shape in ((seconds, ".2f"), (layers, ".3e"), (block, ".3e"), (other, ".3e")):
             if values:
                 cells += [f"{values[side]:{shape}}", f"{values['llm-compressor'] / values[side]:.2f}"]
             else:

@@ -162,28 +162,46 @@ def sparsegpt(
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
     arXiv:2301.00774. A layer's goal is its sparsity, or a pattern (pruned, group). In every ``block`` of inputs that
     fraction of the layer, or in every group that many, with the lowest ``w^2 / [H^-1]_jj`` are chosen. Later columns
-    compensate the error of each column. The Hessian is factorized once.
+    compensate the error of each column. The groups of a pattern are visited from large inputs to small ones, as GPTQ
+    visits columns: the paper keeps their order, and leaves a tenth more error. The Hessian is factorized once for each
+    pattern.
 
     Raises:
         UserError: no damping makes the Hessian positive definite.
     """
-    factor = factorize(hessian, damping)
     segments = [goal[1] if isinstance(goal, tuple) else block for goal in goals]
     updated: dict[int, Tensor] = {}
     for segment in dict.fromkeys(segments):
         members = [i for i, other in enumerate(segments) if other == segment]
         rows = [len(weights[i]) for i in members]
+        order = order_groups(hessian, segment) if isinstance(goals[members[0]], tuple) else None
+        factor = factorize(hessian if order is None else hessian[order][:, order], damping)
         joined = torch.cat([weights[i] for i in members])
-        pruned = prune_columns(joined, factor, rows, [goals[i] for i in members], segment)
+        pruned = prune_columns(joined, factor, rows, [goals[i] for i in members], segment, order)
         updated |= {i: part.to(weights[i].dtype) for i, part in zip(members, pruned.split(rows))}
     return [updated[i] for i in range(len(weights))]
 
 
+def order_groups(hessian: Tensor, group: int) -> Tensor:
+    """Return the indices ``[inputs]`` of groups of consecutive inputs, those with the largest inputs first."""
+    sizes = hessian.diagonal().view(-1, group).sum(1)
+    members = torch.arange(len(hessian), device=hessian.device).view(-1, group)
+    return members[sizes.argsort(descending=True, stable=True)].flatten()
+
+
 def prune_columns(
-    weight: Tensor, factor: Factor, rows: list[int], goals: list[float | tuple[int, int]], segment: int
+    weight: Tensor,
+    factor: Factor,
+    rows: list[int],
+    goals: list[float | tuple[int, int]],
+    segment: int,
+    order: Tensor | None,
 ) -> Tensor:
-    """Return ``weight`` ``[sum of rows, inputs]`` in floats, with each layer's ``rows`` pruned to its goal."""
+    """Return ``weight`` ``[sum of rows, inputs]`` in floats, with each layer's ``rows`` pruned to its goal. Columns are
+    visited in ``order``, that of ``factor``."""
     original = weight.float().T.contiguous()  # [inputs, rows]: a column is contiguous
+    if order is not None:
+        original = original[order]
     result = torch.empty_like(original)
     kept = original.ne(0).float()
     sparse = not kept.all()
@@ -205,7 +223,8 @@ def prune_columns(
         return torch.mul(column, kept[j], out=result[j])  # many times as fast as `where`
 
     Sweep(original, factor, segment, prepare, choose).run()
-    return result.add_(0).T  # no zero is negative
+    result.add_(0)  # no zero is negative
+    return (result if order is None else result[order.argsort()]).T
 
 
 def gradual_schedule(steps: int, begin: float = 0.0, end: float = 1.0, every: int = 1) -> dict[int, float]:

@@ -110,10 +110,21 @@ def plain_sparsegpt(
     weight: Tensor, hessian: Tensor, goal: float | tuple[int, int], block: int
 ) -> tuple[Tensor, Tensor]:
     """Return the mask and the weights, column by column."""
+    if isinstance(goal, tuple):  # groups of large inputs first
+        sizes = hessian.diagonal().view(-1, goal[1]).sum(1)
+        order = torch.arange(COLUMNS).view(-1, goal[1])[sizes.argsort(descending=True, stable=True)].flatten()
+        mask, result = prune_in_order(weight[:, order], hessian[order][:, order], goal, goal[1])
+        return mask[:, order.argsort()], result[:, order.argsort()]
+    return prune_in_order(weight, hessian, goal, block)
+
+
+def prune_in_order(
+    weight: Tensor, hessian: Tensor, goal: float | tuple[int, int], segment: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mask and the weights, column by column in the given order."""
     damped, before = damp(hessian), weight == 0
     weight, mask = weight.double(), before.clone()
     factor = torch.linalg.cholesky(damped.inverse(), upper=True)
-    segment = goal[1] if isinstance(goal, tuple) else block
     result = torch.zeros_like(weight)
     for j in range(COLUMNS):
         continued = continue_weights(weight, damped, (weight - result)[:, :j])
