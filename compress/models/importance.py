@@ -70,8 +70,8 @@ def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     loss with respect to a factor on the unit. This is the second-order change of the loss without the unit, in the same
     unit for heads and channels of all blocks (Kwon et al., "A Fast Post-Training Pruning Framework for Transformers",
     2022, arXiv:2204.09656)."""
-    readers = find_unit_readers(read_blocks(model))
-    readers = {part: readers[part] for part in ("groups", "ffn")}
+    blocks = read_blocks(model)
+    readers = {part: each for part, each in find_unit_readers(blocks).items() if part in ("groups", "ffn")}
     counts = {matrix.module: units for each in readers.values() for ((matrix, units),) in each}
     device = next(model.parameters()).device
     scores = {module: torch.zeros(units, device=device) for module, units in counts.items()}
@@ -106,7 +106,8 @@ def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
             hook.remove()
         for parameter, required in learned.items():
             parameter.requires_grad_(required)
-    return {part: [scores[matrix.module] / texts for ((matrix, _),) in each] for part, each in readers.items()}
+    means = {part: [scores[matrix.module] / texts for ((matrix, _),) in each] for part, each in readers.items()}
+    return share_scores(blocks, means)
 
 
 def score_by_activation(model: Any, batches: list[Batch]) -> dict[str, Scores]:

@@ -63,12 +63,18 @@ def cut_heads(block: Block, kept: Tensor) -> None:
 
 
 def cut_head_biases(blocks: list[Block], masks: list[Tensor]) -> None:
-    """Remove the columns of the heads that are not kept from every table of biases that ``blocks`` share."""
-    tables = {id(block.biases): (block.biases, kept) for block, kept in zip(blocks, masks, strict=True)}
-    for table, kept in tables.values():
-        if table is not None:
-            select(table, "weight", 1, kept)
-            table.embedding_dim = int(kept.sum())
+    """Remove the columns of the heads that are not kept from every table of biases that ``blocks`` share.
+
+    Raises:
+        ValueError: these blocks do not keep the same heads.
+    """
+    tables: dict[nn.Embedding, Tensor] = {}
+    for block, kept in zip(blocks, masks, strict=True):
+        if block.biases is not None and not torch.equal(tables.setdefault(block.biases, kept), kept):
+            raise ValueError("blocks that share the biases of their heads have to keep the same heads")
+    for table, kept in tables.items():
+        select(table, "weight", 1, kept)
+        table.embedding_dim = int(kept.sum())
 
 
 def cut_ffn(block: Block, kept: Tensor) -> None:

@@ -278,13 +278,13 @@ def test_every_expert_keeps_its_own_channels_and_the_router_stays(importance):
     assert all(torch.equal(block.get("mlp.gate").weight, router) for block, router in zip(blocks, routers))
 
 
-@pytest.mark.parametrize("name", ["t5", "mpnet"])
-def test_heads_with_shared_biases_are_removed_together(name):
+@pytest.mark.parametrize(("name", "importance"), [("t5", "fisher"), ("t5", "loss"), ("mpnet", "activation")])
+def test_heads_with_shared_biases_are_removed_together(name, importance):
     model = architectures.build(name)
     shared = [block for block in read_blocks(model) if block.biases is not None]
     outs = [block.attention_out.weight.clone() for block in shared]
     columns = [block.biases.weight.clone() for block in shared]
-    train(model, Structured(target_heads=2, importance="activation", samples=8))
+    train(model, Structured(target_heads=2, importance=importance, samples=8))
     for block, out, column in zip(shared, outs, columns):
         heads = [h for h in range(4) if any((column[:, h] == kept).all() for kept in block.biases.weight.T)]
         assert len(heads) == 2 and block.biases.weight.shape[1] == 2
@@ -459,7 +459,9 @@ def test_an_even_target_must_suit_the_narrowest_block(textpruner):
 
 
 def test_nothing_asked_and_values_out_of_range_are_refused():
-    with pytest.raises(UserError, match=r"nothing to remove\. Set one of them: sizes by technique.structured.target_heads"):
+    with pytest.raises(
+        UserError, match=r"nothing to remove\. Set one of them: sizes by technique.structured.target_heads"
+    ):
         Structured()
     for wrong in ({"target_heads": 0}, {"iterations": 0}, {"importance": "luck"}, {"head_mask": [[2]]}):
         with pytest.raises(ValidationError):
