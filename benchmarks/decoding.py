@@ -1,5 +1,5 @@
 """Time each next token of a causal language model of TinyLlama's shape: PyTorch in float32 against the exports of the
-stages `onnx` and `openvino`, in turns in one process.
+stages `onnx`, `openvino` and, if llama-cpp-python is installed, `gguf`, in turns in one process.
 
     python benchmarks/decoding.py [--blocks 22] [--context 64] [--tokens 16] [--repeats 5]
 
@@ -26,16 +26,20 @@ from yaml import safe_load
 
 from compress.measuring.timing import estimate_speedup
 from compress.quiet import silence_libraries
-from compress.runtimes import onnxruntime, openvino
+from compress.runtimes import llama_cpp, onnxruntime, openvino
+from compress.runtimes.runtime import find_missing
+from compress.techniques.gguf import GGUF
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO
 
 MODEL = Path(__file__).parents[1] / "conf" / "model" / "tinyllama.yaml"
-STAGES = {
+STAGES: dict[str, Any] = {
     "ONNX Runtime int4": (Onnx("int4", block_size=128, skip=()), onnxruntime),
     "OpenVINO int8_weights": (OpenVINO("int8_weights", skip=()), openvino),
     "OpenVINO int4_weights": (OpenVINO("int4_weights", skip=()), openvino),
 }
+if not find_missing(llama_cpp.PACKAGES):
+    STAGES |= {f"llama.cpp {kind}": (GGUF(kind), llama_cpp) for kind in ("q4_0", "q8_0")}
 Step = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 
 
@@ -78,7 +82,7 @@ def built(config: Any) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def exported(model: LlamaForCausalLM, stage: Onnx | OpenVINO, ids: torch.Tensor) -> Path:
+def exported(model: LlamaForCausalLM, stage: Any, ids: torch.Tensor) -> Path:
     folder = Path(mkdtemp())
     stage.save(carry_out(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], stage), folder)
     return folder
