@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def find_stream(model: Any) -> Stream:
     Raises:
         UserError: it cannot be rotated.
     """
-    width, modules = model.get_input_embeddings().embedding_dim, dict(model.named_modules())
+    width, modules = read_width(model), dict(model.named_modules())
     norms, found = find_norms(modules), find_readers(modules)
     trace = Origins(found.values())
     inputs = trace_model(model, trace, norms)
@@ -99,19 +99,31 @@ def find_stream(model: Any) -> Stream:
 
 def check_norms(model: Any) -> None:
     """Raise UserError if the model has two stacks of blocks, or norms that do not commute with rotations."""
+    width = read_width(model)
     if len(find_stacks(model)) > 1:
         refuse(model, "it has two stacks of blocks, an encoder and a decoder")
-    width = model.get_input_embeddings().embedding_dim
     for name, norm in find_norms(dict(model.named_modules())).items():
         if norm.weight.numel() == width and not is_equivariant(norm):  # type: ignore[union-attr,operator]
             refuse(model, f"the norm `{name}` subtracts their mean or adds a bias to them")
+
+
+def read_width(model: Any) -> int:
+    """Return the width of the hidden states.
+
+    Raises:
+        UserError: the model has no table of tokens.
+    """
+    try:
+        return int(model.get_input_embeddings().embedding_dim)
+    except (AttributeError, NotImplementedError):
+        refuse(model, "it has no table of tokens")
 
 
 def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if is_norm(module)}
 
 
-def refuse(model: Any, reason: str) -> None:
+def refuse(model: Any, reason: str) -> NoReturn:
     raise UserError(
         f"The hidden states of `{name_family(model)}` cannot be rotated: {reason}. Choose a decoder such as Llama, "
         "Mistral, Qwen or Phi, or leave `rotate` out."

@@ -21,6 +21,7 @@ from compress.models.rotation import (
     in_single_precision,
     is_tied,
     measure_change,
+    read_width,
     rotate_heads,
     rotate_stream,
     run_probe,
@@ -78,16 +79,15 @@ class Rotate(Technique, pl.Callback):
                 f"`{ours}` fills in the zeros of `{theirs}` before it: a rotated weight is a sum of many. Set "
                 "technique=rotate+prune."
             )
-        model: Any = skeleton
-        width = model.get_input_embeddings().embedding_dim
+        check_norms(skeleton)
+        width = read_width(skeleton)
         if self.rotation == "hadamard" and not has_hadamard(width):
             raise UserError(
-                f"{self.key}.rotation is hadamard, and no Hadamard matrix of the width of `{name_family(model)}`, "
+                f"{self.key}.rotation is hadamard, and no Hadamard matrix of the width of `{name_family(skeleton)}`, "
                 f"{width}, is known. Set {self.key}.rotation=random."
             )
-        check_norms(model)
-        if can_trace(model):
-            find_stream(model)
+        if can_trace(skeleton):
+            find_stream(skeleton)
 
     def preview(self, skeleton: nn.Module) -> nn.Module:
         if is_tied(skeleton):

@@ -114,6 +114,8 @@ def test_others_are_refused_in_a_sentence_before_anything_is_loaded(name):
 def test_hidden_states_as_the_answer_are_refused():
     with pytest.raises(UserError, match="no matrix reads the norm `norm`, so hidden states are its answer"):
         Rotate().check(tiny.llama_lm().model, [])
+    with pytest.raises(UserError, match="it has no table of tokens"):
+        Rotate().check(tiny.llama_lm().model.layers, [])
 
 
 def test_a_run_shows_what_reads_and_writes_the_hidden_states():
