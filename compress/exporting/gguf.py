@@ -179,7 +179,7 @@ def add_settings(writer: Any, config: Any, types: Any) -> None:
     """Add what llama.cpp needs to know of the architecture."""
     import gguf
 
-    writer.add_name(config.model_type if config.model_type == LAYOUTS[config.model_type].name else "llama")
+    writer.add_name(LAYOUTS[config.model_type].name)
     common = max([*types], key=list(types).count, default="F32")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if common == "F32" else f"MOSTLY_{common}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
