@@ -443,7 +443,7 @@ def test_the_rows_of_a_datamodule_are_read_and_no_other_split(made):
     def split(text):
         return Dataset.from_dict({"text": [text], "label": [0]})
 
-    task = SimpleNamespace(kind="multiclass", name="none", rows=None)
+    task = SimpleNamespace(kind="multiclass", name="none", rows=None, stride=None)
     splits = SimpleNamespace(train=split("the model"), validation=split("task"), test=split("task"), task=task)
     data = TaskData(splits, tokenizer, max_length=16)
     stage = PruneVocab(tokenizer=tokenizer)
