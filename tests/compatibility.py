@@ -55,6 +55,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], Training]] = {
     "prune_vocab": ("prune_vocab.PruneVocab", {"min_count": 4}, SHOT),
     "onnx": ("onnx.Onnx", {}, SHOT),
     "openvino": ("openvino.OpenVINO", {}, SHOT),
+    "gguf": ("gguf.GGUF", {"runtime": "torch", "vocabulary": False}, SHOT),
 }
 """Class, settings and training of every column."""
 OTHERS = ("deberta", "deberta-v2-conv", "xlnet", "t5-short", "gemma2", "cohere", "starcoder2", "bloom", "gptj")
