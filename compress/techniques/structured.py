@@ -104,7 +104,6 @@ class Structured(Technique, pl.Callback):
         >>> pl.Trainer(max_epochs=1, callbacks=[Structured(target_heads=2, target_ffn_size=32)]).fit(module, loader)
     """
 
-    resumes = True
     files = ("head_mask", "ffn_mask")
     versions = ("textpruner",)
     timed = ("target.latency", "target.latency_ms")
@@ -135,6 +134,7 @@ class Structured(Technique, pl.Callback):
         self.target_ffn_size = target_ffn_size
         self.target_experts = target_experts
         self.target = target
+        self.resumes = target is None or not target.timed  # other times would choose other units
         self.iterations = iterations
         self.importance = importance
         self.even_heads = even_heads

@@ -109,6 +109,11 @@ def test_a_budget_of_latency_is_met_as_measured_and_its_table_kept(monkeypatch, 
     assert machine.compare(heads=heads, ffn=ffn) == pytest.approx(0.8, rel=0.05)
 
 
+def test_a_training_after_a_timed_cut_is_not_resumed():
+    assert Structured(target={"macs": 0.5}).resumes and Structured(target_heads=2).resumes
+    assert not Structured(target={"latency": 0.5}).resumes
+
+
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
 def test_shapes_are_timed_on_the_runtime_that_is_named(runtime, monkeypatch):
     monkeypatch.setattr(latency, "BLOCK_S", 0.001)
