@@ -34,8 +34,7 @@ def check_stages(key: str, precision: str | None, before: list[Any]) -> None:
     """Raise UserError if the export ``key`` cannot keep the integers and input ranges of a stage ``before``."""
     for stage in before:
         if stage.leaves == "integer":
-            scheme, dynamic = getattr(stage, "scheme", Scheme(8)), getattr(stage, "dynamic", False)
-            check_support(key, precision, f"{stage.key}.", scheme, dynamic)
+            check_support(key, precision, f"{stage.key}.", stage.scheme, getattr(stage, "dynamic", False))
 
 
 def check_support(key: str, precision: str | None, stage: str, scheme: Scheme, dynamic: bool) -> None:

@@ -99,7 +99,8 @@ def load_splits(task: Task, seed: int = 0) -> Splits:
         shared, own = list_shared(tables[split])
         limit, size = getattr(task.limit, split), len(own)
         if limit and limit < size:
-            tables[split] = take_rows(tables[split], [*shared, *sorted(random.Random(draw).sample(own, limit))])
+            drawn = own[:limit] if task.rows == "joined" else sorted(random.Random(draw).sample(own, limit))
+            tables[split] = take_rows(tables[split], [*shared, *drawn])
             notes.append(f"{split}: {limit:,} of {size:,} rows (task.limit.{split})")
 
     # 4) Report what bounds the figures, and make the splits

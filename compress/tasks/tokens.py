@@ -226,7 +226,7 @@ class TaskData(pl.LightningDataModule):
         """
         if split not in self._tokenised:
             task, texts = self.splits.task, self.expanded(split)
-            if task.rows == "joined":
+            if task.rows == "joined" and split != "train":
                 texts = Dataset.from_dict({"text": ["".join(texts["text"])]})
             rows = self._known(texts, split, task.stride if split != "train" else None)
             if not len(rows):
@@ -354,6 +354,8 @@ def cut_blocks(documents: Dataset, max_length: int, stride: int | None = None) -
 
 def cut_windows(ids: np.ndarray, max_length: int, stride: int) -> Dataset:
     """Return blocks of ``max_length`` tokens that begin a ``stride`` apart, until one reaches the last of ``ids``."""
+    if len(ids) < 2:  # one token predicts nothing
+        return Dataset.from_dict({name: [] for name in ("input_ids", "attention_mask", "labels")})
     starts = [*range(0, max(len(ids) - max_length, 0), stride)]
     starts.append(stride * len(starts))
     ends = [min(start + max_length, len(ids)) for start in starts]

@@ -251,7 +251,8 @@ def descend(
             write_rounded(layers, roundings)
             with torch.enable_grad():
                 loss = objective.loss(number)
-                loss.backward()  # type: ignore[no-untyped-call]
+                # Only signs count, and the gradient of a mean is 0 in float16.
+                loss.backward(torch.full_like(loss, objective.targets[number].numel()))  # type: ignore[no-untyped-call]
             if (share := loss.item() / max(nearest[number], torch.finfo(torch.float32).tiny)) < least:
                 least, best = share, {name: rounding.learnt.copy() for name, rounding in roundings.items()}
             size = descent.step * (1 - iteration / descent.iterations)

@@ -27,6 +27,7 @@ from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_mod
 from compress.models.matrices import Matrix, count_inputs, find_all_matrices
 from compress.runtimes.runtime import find_missing, import_runtime
 from compress.tasks.kinds import KINDS
+from compress.techniques.prune import Prune
 
 READ_AS_FLOATS = "PyTorch reads the weights as floats to measure them: less to store, no speed there"
 NO_TOKENIZER = "the file has no tokenizer, so programs must give tokens"
@@ -116,6 +117,11 @@ class GGUF(Export):
             if stage.leaves == "packed":
                 for scheme in getattr(stage, "schemes", [getattr(stage, "scheme", Scheme())]):
                     check_scheme(self.key, stage.key, scheme, inside)
+        if self.precision == "q4_1" and any(isinstance(stage, Prune) for stage in before):
+            raise UserError(
+                f"{self.key}.precision is q4_1, whose integers begin at the lowest weight of a block, so that zeros of "
+                f"the earlier `prune` would become small numbers. Set {self.key}.precision=q4_0 or q8_0."
+            )
         if self.lowers_precision:
             layers = self.chosen(skeleton)
             check_blocks(self.key, str(self.precision), layers if self.rounds_weights else {})

@@ -33,6 +33,11 @@ from compress.models.skeletons import find_flat_inputs
 from compress.technique import Technique
 from compress.techniques.gptq import quantize_layers
 
+OTHER_BITS = (
+    "PyTorch multiplies floats in place of the integers: less to store, no speed there; vLLM multiplies integers only "
+    "of 8 bits with a scale for every row"
+)
+
 
 class W8A8(Technique, pl.Callback):
     """Round the weights of the transformer blocks to eight or four bits, with a scale for every row or group. Round the
@@ -97,7 +102,7 @@ class W8A8(Technique, pl.Callback):
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
         self.dynamic = dynamic
-        self.weights = Scheme(weight_bits, group_size)
+        self.scheme = Scheme(weight_bits, group_size)
         self.inputs = Scheme(activation_bits, symmetric=symmetric)
         self.rounding = rounding
         self.percentile = percentile
@@ -106,6 +111,8 @@ class W8A8(Technique, pl.Callback):
         self.batch_size = batch_size
         self.skip = skip
         compensated, smoothed = rounding == "gptq", smoothing is not None
+        if (weight_bits, activation_bits, group_size) != (8, 8, -1):
+            self.limits = OTHER_BITS
         calibrated = {"smoothing": smoothed, "rounding=gptq": compensated, "dynamic=false": not dynamic}
         self.train_samples = samples if any(calibrated.values()) else 0
         self.keeps_head = "head" in skip
@@ -139,7 +146,7 @@ class W8A8(Technique, pl.Callback):
             )
         skeleton = copy_with_linear_layers(skeleton)
         wanted = select_storable(skeleton, self.skip, self.key)
-        self.weights.check(self.key, count_inputs(wanted))
+        self.scheme.check(self.key, count_inputs(wanted))
         if self.dynamic and (flat := find_flat_inputs(skeleton, wanted)):
             raise UserError(
                 f"{self.key}.dynamic=true needs a scale for every token, and `{flat[0]}` of `{family}` reads texts and "
@@ -190,13 +197,13 @@ class W8A8(Technique, pl.Callback):
     def _round_weights(self, model: nn.Module, layers: dict[str, Matrix], batches: list[Batch]) -> dict[str, Integers]:
         """Round the weights of the layers and return the integers."""
         if self.rounding == "gptq":
-            schemes = dict.fromkeys(layers, self.weights)
+            schemes = dict.fromkeys(layers, self.scheme)
             outcomes = quantize_layers(model, layers, batches, schemes, damping=0.01, act_order=True)
             return {name: outcome.quantized.weight for name, outcome in outcomes.items()}
         integers = {}
         for name, matrix in layers.items():
-            grid = minmax_grid(matrix.weight, self.weights, matrix.dtype)
-            integers[name] = round_to_nearest(matrix.weight, grid, self.weights)
+            grid = minmax_grid(matrix.weight, self.scheme, matrix.dtype)
+            integers[name] = round_to_nearest(matrix.weight, grid, self.scheme)
             matrix.weight.copy_(integers[name].dequantize(matrix.dtype))
         return integers
 

@@ -48,6 +48,13 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
     assert first != address("[[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]")
 
 
+@pytest.mark.parametrize("export", ["onnx", "openvino"])
+def test_an_export_refuses_groups_of_weights_whose_inputs_are_rounded(export):
+    settings = ("technique.w8a8.dynamic=false", "technique.w8a8.group_size=32")
+    with pytest.raises(UserError, match=r"technique.w8a8.group_size is 32.* Set technique.w8a8.group_size=-1"):
+        check(f"technique=w8a8+{export}", *settings)
+
+
 def test_only_a_latency_makes_a_result_depend_on_the_machine(monkeypatch):
     def address(target):
         return check("technique=structured", f"technique.structured.target={target}").steps[0].address

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ from compress.tasks.kinds.language import LanguageModel
 from compress.tasks.sources import join_rows
 from compress.tasks.splits import Splits, load_splits
 from compress.tasks.task import Task
-from compress.tasks.tokens import TaskData
+from compress.tasks.tokens import TaskData, cut_windows
 
 METRICS = ("perplexity", "word_perplexity", "accuracy")
 LINES = ["", " = Title = ", "", " a b c w1 ", " w2 x y z", "", " = Other = ", "", " a w3 b w4 c w5 " * 9, ""]
@@ -92,6 +93,20 @@ def test_blocks_overlap_in_what_is_measured_and_not_in_training():
     assert (batch["labels"] != -100).sum(1).tolist() == [16, 4]
     scored = sum((data.collate([row])["labels"] != -100).sum().item() for row in test)
     assert scored == count
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_text_that_predicts_nothing_makes_no_window(count):
+    assert len(cut_windows(np.arange(count), 16, 4)) == 0 and len(cut_windows(np.arange(2), 16, 4)) == 1
+
+
+def test_a_limit_leaves_a_joined_text_whole(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(f"{split} {number}" for number in range(40)))
+    files = ({split: {"file": f"{split}.txt"} for split in ("train", "validation", "test")},)
+    kept = load_splits(make_task(rows="joined", path=str(tmp_path), files=files, limit={"test": 6}), 0).test["text"]
+    whole = load_splits(make_task(rows="joined", path=str(tmp_path), files=files), 0).test["text"]
+    assert list(kept) == list(whole)[:6]
 
 
 def test_without_the_split_a_token_counts_as_a_word():

@@ -23,6 +23,7 @@ from compress.techniques.finetune import FineTune
 from compress.techniques.gguf import GGUF
 from compress.techniques.gptq import GPTQ, quantize_layers
 from compress.techniques.mixed import Mixed
+from compress.techniques.prune import Prune
 
 gguf = pytest.importorskip("gguf")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -279,6 +280,12 @@ def test_what_it_cannot_write_is_refused_on_the_shapes_alone():
         UserError, match=r"blocks of 32 do not divide the 40 inputs of `.*down_proj`\. Add '\*down_proj'"
     ):
         GGUF("q4_0", runtime="torch").check(architectures.build("llama", lm=True, intermediate_size=40), [])
+
+
+def test_zeros_that_a_type_cannot_hold_are_refused():
+    with pytest.raises(UserError, match=r"zeros of the earlier `prune` .* Set technique.gguf.precision=q4_0 or q8_0"):
+        GGUF("q4_1", runtime="torch").check(tiny.llama_lm(), [Prune(sparsity=0.5)])
+    GGUF("q4_0", runtime="torch", vocabulary=False).check(tiny.llama_lm(), [Prune(sparsity=0.5)])
 
 
 @pytest.mark.parametrize(
