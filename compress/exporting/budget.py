@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -24,7 +24,7 @@ from compress.models.calibration import strip_padding
 from compress.models.costs import Costs, count_parameters, count_unit_macs
 from compress.models.families import name_family
 from compress.runtimes.processor import describe_machine
-from compress.runtimes.runtime import check_runtime, import_runtime, require_packages
+from compress.runtimes.runtime import import_runtime, require_packages
 
 LEVELS = 48
 """Number of FFN sizes of a block to choose from."""
@@ -32,6 +32,8 @@ TIMED = 10
 """Number of sizes of heads, and of FFNs, that are timed; those between are interpolated."""
 NEAR = 0.02
 """How close the measured latency has to come to the budget before the search ends, as a fraction of it."""
+FAR = 1.05
+"""The largest measured latency that is accepted, as a multiple of the budget."""
 TEXTS = 8
 """Number of texts, from short to long, that are timed."""
 TURNS = 5
@@ -50,7 +52,7 @@ class Budget:
         size_mb: megabytes of the weights, as this stage saves them.
         parameters: parameters of the whole model.
         macs: multiply-accumulates of a text of median length.
-        runtime: what runs the model, for the latency: a module of ``compress.runtimes``. Its setting is ``for``.
+        runtime: what runs the model on the CPU, for the latency. Its setting is ``for``.
     """
 
     latency: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -58,7 +60,7 @@ class Budget:
     size_mb: Amount = None
     parameters: Amount = None
     macs: Amount = None
-    runtime: Annotated[str, Field(alias="for")] = "torch"
+    runtime: Annotated[Literal["torch", "onnxruntime", "openvino"], Field(alias="for")] = "torch"
 
     @property
     def given(self) -> dict[str, float]:
@@ -70,7 +72,7 @@ class Budget:
     def timed(self) -> bool:
         return bool({"latency", "latency_ms"} & self.given.keys())
 
-    def check(self, key: str, skeleton: Any) -> None:
+    def check(self, key: str, skeleton: Any, multiple_of: int) -> None:
         """Raise UserError if there is not one amount, or if the model cannot reach it or is within it already."""
         if len(self.given) != 1:
             found = ", ".join(self.given) or "nothing"
@@ -78,7 +80,6 @@ class Budget:
                 f"{key} sets {found}; exactly one of latency, latency_ms, size_mb, parameters and macs is expected. "
                 f"Set {key}={{latency: 0.5}}."
             )
-        check_runtime(self.runtime, f"{key}.for", stored=True)
         target = import_runtime(self.runtime)
         if self.timed and target.STAGE:
             require_packages(target.STAGE, f"{key}.for={self.runtime}", target.PACKAGES)
@@ -89,7 +90,12 @@ class Budget:
                 "experts, blocks without an FFN, or heads that all blocks share. Set target_heads, target_ffn_size or "
                 "target_experts."
             )
-        ((name, amount),) = self.given.items()
+        if (least := min(block.ffn for block in blocks)) < multiple_of:
+            raise UserError(
+                f"{key.rpartition('.')[0]}.ffn_multiple_of is {multiple_of}, and a block has {least} FFN channels. Set "
+                f"it to {least} or less."
+            )
+        ((name, _),) = self.given.items()
         if name in ("parameters", "size_mb"):
             costs = self.count_costs(skeleton, [])
             removable = sum(
@@ -196,7 +202,7 @@ class BudgetSearch:
         self.timer = ShapeTimer(model, self.texts, self.budget.runtime)
         kept = keep_in and keep_in / f"latency-{self.digest(model)}.csv"
         if kept and kept.is_file():
-            self.table = LatencyTable.read(kept)
+            self.table = LatencyTable.read(kept, self.timer.sizes)
         else:
             blocks = read_blocks(model)
             heads = [self.group * level for level in spread_levels(max(block.groups for block in blocks), TIMED)]
@@ -223,8 +229,10 @@ class BudgetSearch:
         """
         goal = self.start - progress * (self.start - self.budget.to_amount(self.start))
         scores = {part: scores[part] for part in ("groups", "ffn")}
+        if self.now <= goal and self.now < self.start:  # the turn before went further than it had to
+            return {part: [torch.ones_like(score, dtype=torch.bool) for score in each] for part, each in scores.items()}
         if self.table and self.timer:
-            return self.fit_latency(self.timer, self.table, scores, goal)
+            return self.fit_latency(self.timer, self.table, scores, goal, last=progress == 1)
         costs = self.budget.count_costs(model, self.texts)
         units = {"groups": costs.groups, "ffn": costs.ffn}
 
@@ -233,13 +241,18 @@ class BudgetSearch:
 
         slots = list_slots(scores, self.multiple_of)
         check_amount(self.key, goal, costs.total, costs.total - sum(max(saving(slot)) for slot in slots))
+        self.now = goal
         return choose_masks(scores, self.multiple_of, saving, costs.total, goal)
 
     def fit_latency(
-        self, timer: ShapeTimer, table: LatencyTable, scores: dict[str, Scores], goal: float
+        self, timer: ShapeTimer, table: LatencyTable, scores: dict[str, Scores], goal: float, last: bool
     ) -> dict[str, Masks]:
         """Return the masks with which the model takes ``goal`` milliseconds. Where the sum over the table differs from
-        what is then measured, the next choice aims lower or higher."""
+        what is then measured, the next choice aims lower or higher.
+
+        Raises:
+            UserError: nothing that was chosen comes close to the goal of the ``last`` turn.
+        """
 
         def saving(slot: Slot) -> list[float]:
             if slot.part == "groups":
@@ -257,7 +270,12 @@ class BudgetSearch:
             if abs(found[-1][1] - goal) <= NEAR * goal:
                 break
             aim *= goal / found[-1][1]
-        masks, self.now = min(found, key=lambda each: abs(each[1] - goal))
+        masks, self.now = min(found, key=lambda each: (each[1] > FAR * goal, abs(each[1] - goal)))
+        if last and self.now > FAR * goal:
+            raise UserError(
+                f"{self.key} asks for {goal:.4g} ms, and the closest of {len(found)} shapes takes {self.now:.4g} ms. "
+                "Set a higher value, or run it while the machine has nothing else to do."
+            )
         return masks
 
     def check_result(self, model: Any) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import importlib
+import io
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from compress.cache.files import write_atomically
 from compress.exporting.tracing import select_inputs
 from compress.maths.budgets import interpolate
 from compress.models.batches import Batch
@@ -25,7 +28,6 @@ from compress.models.shapes import record_shapes, shape_blocks
 from compress.quiet import hide_progress_bars
 from compress.runtimes.runtime import import_runtime
 
-COLUMNS = ("part", "size", "share", "ms")
 Call = Callable[[int], Any]
 ROUNDS = 9
 """Number of turns of two models; the median of their ratios counts."""
@@ -35,40 +37,46 @@ BLOCK_S = 0.05
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """The time of a model with so many ``heads`` or ``ffn`` channels in each of its ``blocks``, as a share of its time
-    before. ``whole_ms`` is that time: the mean of a text alone, in milliseconds."""
+    """The time of a model with at most so many ``heads`` or ``ffn`` channels in each block, as a share of its time
+    before. ``whole_ms`` is that time: the mean of a text alone, in milliseconds; ``sizes`` are those of the blocks
+    before, of each part."""
 
-    blocks: int
     whole_ms: float
     heads: Mapping[int, float]
     ffn: Mapping[int, float]
+    sizes: Mapping[str, Sequence[int]]
 
     def estimate_savings(self, part: str, levels: Sequence[int]) -> list[float]:
         """Return the milliseconds that the model takes less if one block has each of the ``levels`` of a ``part``,
         ``heads`` or ``ffn``, and not the last of them."""
         table = getattr(self, part)
-        shares = [interpolate(table, level) for level in levels]
-        return [self.whole_ms * (shares[-1] - share) / self.blocks for share in shares]
+        sizes, block = sorted(table), {min(table): 0.0}
+        for low, high in pairwise(sizes):  # only larger blocks were cut from the one size to the other
+            larger = sum(size > low for size in self.sizes[part]) or 1
+            block[high] = block[low] + (table[high] - table[low]) / larger
+        shares = [interpolate(block, level) for level in levels]
+        return [self.whole_ms * (shares[-1] - share) for share in shares]
 
     def write(self, path: Path) -> None:
-        """Write the table as csv."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerow(("blocks", self.blocks, 1.0, self.whole_ms))
-            for part in ("heads", "ffn"):
-                rows = sorted(getattr(self, part).items())
-                writer.writerows((part, size, share, share * self.whole_ms) for size, share in rows)
+        """Write the table as csv, all of it or nothing."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("part", "size", "share", "ms"))
+        writer.writerow(("whole", "", 1.0, self.whole_ms))
+        for part in ("heads", "ffn"):
+            rows = sorted(getattr(self, part).items())
+            writer.writerows((part, size, share, share * self.whole_ms) for size, share in rows)
+        write_atomically(path, text.getvalue())
 
     @classmethod
-    def read(cls, path: Path) -> LatencyTable:
-        """Return the table that :meth:`write` wrote."""
+    def read(cls, path: Path, sizes: Mapping[str, Sequence[int]]) -> LatencyTable:
+        """Return the table that :meth:`write` wrote of a model with these ``sizes``."""
         with path.open(newline="", encoding="utf-8") as file:
             first, *rows = csv.DictReader(file)
         heads, ffn = (
             {int(row["size"]): float(row["share"]) for row in rows if row["part"] == part} for part in ("heads", "ffn")
         )
-        return cls(int(first["size"]), float(first["ms"]), heads, ffn)
+        return cls(float(first["ms"]), heads, ffn, sizes)
 
 
 class ShapeTimer:
@@ -82,20 +90,21 @@ class ShapeTimer:
 
     def __init__(self, model: Any, texts: list[Batch], runtime: str) -> None:
         self.model, self.texts, self.runtime = model, texts, runtime
+        blocks = read_blocks(model)
+        self.sizes = {"heads": [block.heads for block in blocks], "ffn": [block.ffn for block in blocks]}
         self.whole = serve_model(copy.deepcopy(model), texts, runtime)
 
     def measure_table(self, heads: Sequence[int], ffn: Sequence[int]) -> LatencyTable:
         """Measure the model with each number of query ``heads`` in every block and, with all heads, each number of
         ``ffn`` channels; blocks with fewer keep theirs. Kurtic et al., "ZipLM", 2023, arXiv:2302.04089, choose
         structures by such a table."""
-        blocks = read_blocks(self.model)
-        had = {"heads": [block.heads for block in blocks], "ffn": [block.ffn for block in blocks]}
+        had = self.sizes
         shares: dict[str, dict[int, float]] = {"heads": {}, "ffn": {}}
         levels = [("heads", level) for level in heads] + [("ffn", level) for level in ffn]
         for part, level in tqdm(levels, desc=f"timing shapes in {self.runtime}", leave=False, disable=None):
             sizes = [min(level, size) for size in had[part]]
             shares[part][level] = 1.0 if sizes == had[part] else self.compare(**{part: sizes})
-        return LatencyTable(len(blocks), time_call(self.whole, len(self.texts)), **shares)
+        return LatencyTable(time_call(self.whole, len(self.texts)), **shares, sizes=had)
 
     def compare(self, **sizes: list[int]) -> float:
         """Return the time with ``heads`` and ``ffn`` of every block as a share of that of the model as it is."""

@@ -61,6 +61,7 @@ def fit_kept(matrix: Matrix, kept: Tensor, moment: Tensor) -> None:
     # What the removed inputs add, as a combination of the used ones.
     lost = joined[:, ~used] @ moment[~used][:, used]
     change = torch.linalg.solve(square, lost.T).T.to(matrix.dtype)
-    matrix.weight[:, kept] += change[:, : int(kept.sum())]
+    before = matrix.weight[:, kept]
+    matrix.weight[:, kept] = before + change[:, : int(kept.sum())].masked_fill(before == 0, 0)  # pruned weights stay
     if bias is not None:
         bias += change[:, -1]

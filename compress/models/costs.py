@@ -48,9 +48,10 @@ def count_unit_macs(model: Any, text: dict[str, Tensor]) -> Costs:
     attention by every value. A block that the model repeats counts every time.
     """
     blocks, length = read_blocks(model), text["input_ids"].shape[1]
+    device = next(model.parameters()).device
     calls: Counter[nn.Module] = Counter()
     hooks = [block.attention_out.register_forward_hook(lambda layer, *_: calls.update([layer])) for block in blocks]
-    total = count_macs(model, text)
+    total = count_macs(model, {name: tensor.to(device) for name, tensor in text.items()})
     for hook in hooks:
         hook.remove()
 

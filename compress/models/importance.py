@@ -79,16 +79,16 @@ def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
 
     def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (x,) = args
-        rows = len(x) if x.ndim > 2 else 1  # the tokens of all texts in one dimension
-        factor = x.new_ones(rows, *[1] * (x.ndim - 2), counts[module], 1, requires_grad=True)
+        by_text = x if x.ndim > 2 else x.view(rows if len(x) % rows == 0 else 1, -1, x.shape[-1])
+        factor = x.new_ones(len(by_text), *[1] * (by_text.ndim - 2), counts[module], 1, requires_grad=True)
         factors.append((module, factor))
-        return ((x.unflatten(-1, (counts[module], -1)) * factor).flatten(-2),)
+        return ((by_text.unflatten(-1, (counts[module], -1)) * factor).view(x.shape),)
 
     learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in learned:
         parameter.requires_grad_(False)
     hooks = [module.register_forward_pre_hook(multiply) for module in counts]
-    texts = 0
+    texts = rows = 0
     try:
         for batch in batches:
             factors.clear()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import platform
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -40,11 +42,14 @@ def read_instructions(cpuinfo: Path = CPUINFO) -> frozenset[str]:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the times of a model on this machine depend on: its processor and PyTorch's threads."""
+    """Return what the times of a model on this machine depend on: its processor, PyTorch's threads, and the versions of
+    the other runtimes."""
     import torch
 
+    runtimes = {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)}
+
     name = read_processor().get("model name") or platform.processor() or platform.machine()
-    return {"processor": name, "threads": str(torch.get_num_threads())}
+    return {"processor": name, "threads": str(torch.get_num_threads()), **runtimes}
 
 
 def adds_exactly() -> bool:

@@ -168,13 +168,18 @@ class Structured(Technique, pl.Callback):
                     f"{self.key}.{setting} is {getattr(self, setting)}, which is for blocks with one FFN, and those of "
                     f"`{name_family(skeleton)}` have experts. Remove {self.key}.{setting}."
                 )
+        if any(isinstance(stage, Prune) and stage.pattern for stage in before):
+            raise UserError(
+                "`structured` removes columns, which breaks up the groups of the earlier `prune`'s N:M pattern. Set "
+                "technique=structured+prune."
+            )
         if self.masked:
             if all(mask.all() for masks in self.read_masks(each).values() for mask in masks):
                 raise UserError(f"The masks of {self.key} keep everything. Set 0 for the units to remove.")
             return
-        self.check_scores(skeleton, before)
+        self.check_scores(skeleton)
         if self.target:
-            self.target.check(f"{self.key}.target", skeleton)
+            self.target.check(f"{self.key}.target", skeleton, self.ffn_multiple_of)
             return
         heads, ffn, experts = (count_sizes(each, part) for part in ("heads", "ffn", "experts"))
         group, multiple = each[0].group_size, self.find_multiple(each)
@@ -196,13 +201,15 @@ class Structured(Technique, pl.Callback):
                 "stage."
             )
 
-    def check_scores(self, skeleton: Any, before: list[Any]) -> None:
-        """Raise UserError if units of such a model cannot be scored, or not removed after the stages ``before``."""
+    def check_scores(self, skeleton: Any) -> None:
+        """Raise UserError if units of such a model cannot be scored."""
         if self.importance == "logits" and getattr(skeleton.config, "num_labels", 0) == 1:
             raise UserError(
                 f"{self.key}.importance is logits, which compares the probabilities of labels, and this model predicts "
                 f"one number. Set {self.key}.importance=loss or activation."
             )
+        if self.target and self.order:
+            raise UserError(f"{self.key}.order is for sizes, and {self.key}.target has no order. Set it to null.")
         if self.target and self.importance == "activation":
             raise UserError(
                 f"{self.key}.importance is activation, which ranks units of a block and does not compare heads with "
@@ -210,11 +217,6 @@ class Structured(Technique, pl.Callback):
             )
         if self.by_textpruner(skeleton):
             require_textpruner()
-        if any(isinstance(stage, Prune) and stage.pattern for stage in before):
-            raise UserError(
-                "`structured` removes columns, which breaks up the groups of the earlier `prune`'s N:M pattern. Set "
-                "technique=structured+prune."
-            )
 
     @property
     def parts(self) -> list[str]:
