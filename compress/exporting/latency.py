@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib
 import io
 import statistics
 import time
@@ -126,10 +125,13 @@ def serve_model(model: Any, texts: list[Batch], runtime: str) -> Call:
     inputs = [select_inputs(text, model) for text in texts]
     served = model.cpu().float().eval()
     if runtime != "torch":
-        stage = importlib.import_module(f"compress.exporting.{import_runtime(runtime).STAGE}")
+        if runtime == "onnxruntime":
+            from compress.exporting.onnx import export
+        else:
+            from compress.exporting.openvino import export
         longest = max(inputs, key=lambda text: text["input_ids"].shape[1])
         with TemporaryDirectory() as folder, hide_progress_bars():
-            stage.export(model, longest, Path(folder))
+            export(model, longest, Path(folder))
             served = import_runtime(runtime).load(Path(folder), detect_task_kind(model))
 
     @torch.inference_mode()

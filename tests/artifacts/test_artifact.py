@@ -40,7 +40,7 @@ def test_a_description_is_read_as_it_was_written(tmp_path):
         ({"history": [{**STEP, "later": 2}]}, "history.0.later is 2; unexpected keyword argument"),
         ({"history": 3}, "history is 3; input should be a valid tuple"),
         ({"kind": "poem"}, "kind is 'poem'; expected one of multiclass, "),
-        ({"runtime": "this"}, "runtime is 'this'; input should be 'onnxruntime', 'openvino' or 'torch'"),
+        ({"runtime": "this"}, "runtime is 'this'; input should be 'llama_cpp', 'onnxruntime', 'openvino' or 'torch'"),
         ({"runtime": "processor"}, "runtime is 'processor'; input should be"),
         ({"runtime": "torch_compile"}, "runtime is 'torch_compile'; input should be"),
     ],

@@ -23,7 +23,7 @@ def test_a_chat_is_pruned_quantized_compared_and_reported(carry_out, tmp_path):
     none, both = outcome.measurements.values()
     assert none.examples == 128 and both.size_bytes < 0.6 * none.size_bytes
     before, after = outcome.predictions.values()
-    assert before.outputs.shape == (128, 2) and (before.labels > 0).all()  # a conversation each
+    assert before.outputs.shape == (128, 3) and (before.labels > 0).all()  # a conversation each
     assert both.comparison.p_value is not None and both.comparison.change.low <= both.comparison.change.high
     slices = {regression.name for regression in measure_regressions(before, after, "perplexity")}
     assert {"short texts", "with negation", "without negation"} <= slices

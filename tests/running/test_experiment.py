@@ -110,7 +110,7 @@ def test_a_causal_model_is_timed_as_it_writes_and_its_blocks_are_kept(carry_out,
     assert pruned.generation.per_token.repeats == 3 * pruned.generation.first_token.repeats
     kept = Predictions.load(tmp_path / "artifact" / "predictions.npz")
     assert kept.score("perplexity") == pytest.approx(pruned.quality["perplexity"], rel=1e-5)
-    assert kept.outputs.shape == (pruned.examples, 2) and pruned.macs > 0 and pruned.tokenizer_ms > 0
+    assert kept.outputs.shape == (pruned.examples, 3) and pruned.macs > 0 and pruned.tokenizer_ms > 0
     assert set(pruned.batches) == {1, 4} and pruned.measuring_time_s > 0
 
 
