@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from compress.cache.files import write_atomically
+from compress.exporting import onnx, openvino
 from compress.exporting.tracing import select_inputs
 from compress.maths.budgets import interpolate
 from compress.models.batches import Batch
@@ -27,6 +28,8 @@ from compress.models.shapes import record_shapes, shape_blocks
 from compress.quiet import hide_progress_bars
 from compress.runtimes.runtime import import_runtime
 
+EXPORTS = {"onnx": onnx.export, "openvino": openvino.export}
+"""Functions that export a model in floats, by stage."""
 Call = Callable[[int], Any]
 ROUNDS = 9
 """Number of turns of two models; the median of their ratios counts."""
@@ -124,14 +127,10 @@ def serve_model(model: Any, texts: list[Batch], runtime: str) -> Call:
     itself, which is put into eval mode."""
     inputs = [select_inputs(text, model) for text in texts]
     served = model.cpu().float().eval()
-    if runtime != "torch":
-        if runtime == "onnxruntime":
-            from compress.exporting.onnx import export
-        else:
-            from compress.exporting.openvino import export
+    if stage := import_runtime(runtime).STAGE:
         longest = max(inputs, key=lambda text: text["input_ids"].shape[1])
         with TemporaryDirectory() as folder, hide_progress_bars():
-            export(model, longest, Path(folder))
+            EXPORTS[stage](model, longest, Path(folder))
             served = import_runtime(runtime).load(Path(folder), detect_task_kind(model))
 
     @torch.inference_mode()
