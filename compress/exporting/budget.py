@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +10,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
-from compress.cache.digests import compute_digest
+from compress.cache.digests import compute_digest, digest_environment
 from compress.errors import UserError
 from compress.exporting.latency import LatencyTable, ShapeTimer
 from compress.exporting.tracing import select_inputs
@@ -156,17 +154,15 @@ def list_slots(scores: dict[str, Scores], multiple_of: int) -> list[Slot]:
 
 
 def choose_masks(
-    scores: dict[str, Scores], multiple_of: int, saving: Callable[[Slot], list[float]], total: float, amount: float
+    scores: dict[str, Scores], slots: list[Slot], savings: list[list[float]], least: float
 ) -> dict[str, Masks]:
-    """Return the masks of the units that stay. The model costs ``total`` now, each level ``saving(slot)`` less, and
-    ``amount`` at most afterwards.
+    """Return the masks of the units that stay: the levels of the ``slots`` that lose least and save ``least`` or more.
 
     Raises:
         ValueError: no choice saves enough.
     """
-    slots = list_slots(scores, multiple_of)
-    costs = [[-saved for saved in saving(slot)] for slot in slots]
-    chosen = choose_levels([slot.losses for slot in slots], costs, amount - total)
+    costs = [[-saved for saved in levels] for levels in savings]
+    chosen = choose_levels([slot.losses for slot in slots], costs, -least)
     masks: dict[str, Masks] = {part: [] for part in scores}
     for slot, level in zip(slots, chosen):
         masks[slot.part].append(mask_top(scores[slot.part][slot.block], slot.levels[level]))
@@ -204,10 +200,11 @@ class BudgetSearch:
         if kept and kept.is_file():
             self.table = LatencyTable.read(kept, self.timer.sizes)
         else:
-            blocks = read_blocks(model)
-            heads = [self.group * level for level in spread_levels(max(block.groups for block in blocks), TIMED)]
-            ffn = spread_levels(max(block.ffn for block in blocks), TIMED, self.multiple_of)
-            self.table = self.timer.measure_table(heads, ffn)
+            heads, ffn = (max(sizes) for sizes in self.timer.sizes.values())
+            self.table = self.timer.measure_table(
+                [self.group * level for level in spread_levels(heads // self.group, TIMED)],
+                spread_levels(ffn, TIMED, self.multiple_of),
+            )
         if kept and not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
             self.table.write(kept)
@@ -215,11 +212,9 @@ class BudgetSearch:
 
     def digest(self, model: Any) -> str:
         """Return the address of the times: all that they depend on."""
-        target = import_runtime(self.budget.runtime)
-        versions = {name: version(name) for name in ("torch", *target.PACKAGES)}
         lengths = [text["input_ids"].shape[1] for text in self.texts]
-        config = model.config.to_dict()
-        return compute_digest([config, self.budget.runtime, versions, lengths, self.multiple_of, describe_machine()])
+        shapes = model.config.to_dict(), self.multiple_of
+        return compute_digest([shapes, lengths, self.budget.runtime, describe_machine(), digest_environment()])
 
     def choose(self, model: Any, scores: dict[str, Scores], progress: float = 1.0) -> dict[str, Masks]:
         """Return the masks with which the model has gone the share ``progress`` of its way to the budget.
@@ -231,21 +226,26 @@ class BudgetSearch:
         scores = {part: scores[part] for part in ("groups", "ffn")}
         if self.now <= goal and self.now < self.start:  # the turn before went further than it had to
             return {part: [torch.ones_like(score, dtype=torch.bool) for score in each] for part, each in scores.items()}
+        slots = list_slots(scores, self.multiple_of)
         if self.table and self.timer:
-            return self.fit_latency(self.timer, self.table, scores, goal, last=progress == 1)
+            return self.fit_latency(self.timer, self.table, scores, slots, goal, last=progress == 1)
         costs = self.budget.count_costs(model, self.texts)
         units = {"groups": costs.groups, "ffn": costs.ffn}
-
-        def saving(slot: Slot) -> list[float]:
-            return [(slot.levels[-1] - level) * units[slot.part][slot.block] for level in slot.levels]
-
-        slots = list_slots(scores, self.multiple_of)
-        check_amount(self.key, goal, costs.total, costs.total - sum(max(saving(slot)) for slot in slots))
+        savings = [
+            [(slot.levels[-1] - level) * units[slot.part][slot.block] for level in slot.levels] for slot in slots
+        ]
+        check_amount(self.key, goal, costs.total, costs.total - sum(map(max, savings)))
         self.now = goal
-        return choose_masks(scores, self.multiple_of, saving, costs.total, goal)
+        return choose_masks(scores, slots, savings, costs.total - goal)
 
     def fit_latency(
-        self, timer: ShapeTimer, table: LatencyTable, scores: dict[str, Scores], goal: float, last: bool
+        self,
+        timer: ShapeTimer,
+        table: LatencyTable,
+        scores: dict[str, Scores],
+        slots: list[Slot],
+        goal: float,
+        last: bool,
     ) -> dict[str, Masks]:
         """Return the masks with which the model takes ``goal`` milliseconds. Where the sum over the table differs from
         what is then measured, the next choice aims lower or higher.
@@ -253,17 +253,17 @@ class BudgetSearch:
         Raises:
             UserError: nothing that was chosen comes close to the goal of the ``last`` turn.
         """
-
-        def saving(slot: Slot) -> list[float]:
-            if slot.part == "groups":
-                return table.estimate_savings("heads", [level * self.group for level in slot.levels])
-            return table.estimate_savings("ffn", slot.levels)
-
-        least = 1.0001 * (self.now - sum(max(saving(slot)) for slot in list_slots(scores, self.multiple_of)))
+        savings = [
+            table.estimate_savings("heads", [level * self.group for level in slot.levels])
+            if slot.part == "groups"
+            else table.estimate_savings("ffn", slot.levels)
+            for slot in slots
+        ]
+        least = 1.0001 * (self.now - sum(map(max, savings)))
         check_amount(f"{self.key} in ms", goal, self.now, least)
         aim, found = goal, []
         for _ in range(TURNS):
-            masks = choose_masks(scores, self.multiple_of, saving, self.now, max(aim, least))
+            masks = choose_masks(scores, slots, savings, self.now - max(aim, least))
             left = {part: [int(mask.sum()) for mask in each] for part, each in masks.items()}
             share = timer.compare(heads=[self.group * count for count in left["groups"]], ffn=left["ffn"])
             found.append((masks, share * table.whole_ms))
