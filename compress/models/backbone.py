@@ -13,7 +13,7 @@ import torch
 import transformers
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -259,11 +259,17 @@ def count_tokens(model: Any) -> int | None:
     """Return the number of tokens that the model has embeddings for; None if it has no table of tokens."""
     if not isinstance(model, nn.Module):
         return getattr(model.config, "vocab_size", None)
+    table = find_token_table(model)
+    return None if table is None else len(table)
+
+
+def find_token_table(model: Any) -> Tensor | None:
+    """Return the embeddings of tokens, ``[tokens, width]``; None if the model has no such table: CANINE hashes
+    characters."""
     try:
-        table = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):  # CANINE's are hashed
+        return model.get_input_embeddings().weight  # type: ignore[no-any-return]
+    except (AttributeError, NotImplementedError):
         return None
-    return len(table)
 
 
 def check_added_tokens(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.maths.rotations import has_hadamard, make_rotation, rotate_columns, rotate_rows
+from compress.models.backbone import find_token_table
 from compress.models.calibration import run_model
 from compress.models.families import name_family
 from compress.models.folding import find_head_sizes, match_rows
@@ -113,10 +114,10 @@ def read_width(model: Any) -> int:
     Raises:
         UserError: the model has no table of tokens.
     """
-    try:
-        return int(model.get_input_embeddings().embedding_dim)
-    except (AttributeError, NotImplementedError):
+    table = find_token_table(model)
+    if table is None:
         refuse(model, "it has no table of tokens")
+    return table.shape[1]
 
 
 def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
