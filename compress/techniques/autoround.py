@@ -15,22 +15,21 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats import gptq as gptq_format
-from compress.formats import packed
+from compress.formats.gptq import SCALE
 from compress.formats.packed import Quantized
+from compress.formats.stage import WeightOnly
 from compress.maths.rounding import Integers, Scheme
 from compress.maths.signround import Learnt, Rounding, search_shares
 from compress.maths.sparsity import squared_norms
 from compress.models.batches import draw_calibration_batches
 from compress.models.calibration import Section, select_tokens, split_sections
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.matrices import Matrix, count_inputs
-from compress.technique import Technique
+from compress.models.matrices import Matrix
 
 GPTQ_BITS = (2, 3, 4, 8)
 
 
-class AutoRound(Technique, pl.Callback):
+class AutoRound(WeightOnly):
     """Round the weights of the transformer blocks to a few bits, and learn for every weight whether it is rounded up or
     down, and for every group how far its range is clipped.
 
@@ -72,11 +71,6 @@ class AutoRound(Technique, pl.Callback):
         >>> pl.Trainer(max_epochs=1, callbacks=[AutoRound(bits=4, group_size=32, iterations=4)]).fit(module, loader)
     """
 
-    leaves = "packed"
-    packages = ("compressed_tensors",)
-    shrinks = True
-    limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
-
     @validate_call
     def __init__(
         self,
@@ -92,53 +86,29 @@ class AutoRound(Technique, pl.Callback):
         format: Literal["compressed-tensors", "gptq"] = "compressed-tensors",
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
-        self.scheme = Scheme(bits, group_size, symmetric)
+        super().__init__(Scheme(bits, group_size, symmetric), samples, batch_size, skip, format)
         self.descent = Descent(iterations, step or 1 / iterations, clip)
         self.inputs = inputs
-        self.samples = self.train_samples = samples
-        self.batch_size = batch_size
-        self.format = format
-        self.skip = skip
-        self.keeps_head = "head" in skip
         self.outcomes: list[Outcome] = []
-        self.quantized: dict[str, Quantized] = {}
-        self.average_bits: dict[str, float] = {}
         if format == "gptq" and bits not in GPTQ_BITS:
             raise UserError(
                 f"{self.key}.bits is {bits}; readers of {self.key}.format=gptq know 2, 3, 4 and 8. Set one "
                 f"of these, or {self.key}.format=compressed-tensors."
             )
 
-    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = self.select(skeleton)
-        self.scheme.check(self.key, count_inputs(layers))
-        if self.format == "gptq":
-            gptq_format.check_format(self.key, skeleton, layers, self.scheme, self.skip)
-
-    def select(self, model: nn.Module) -> dict[str, Matrix]:
-        """Return the matrices that the stage quantizes, by name."""
-        storage = gptq_format if self.format == "gptq" else packed
-        return storage.select_storable(model, self.skip, self.key)
-
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # a script without the chain has not checked the model
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
-        own = self.format == "gptq"
-        scale = gptq_format.SCALE if own else None
+        scale = SCALE if self.format == "gptq" else None
         with evaluation_mode(model), frozen_parameters(model):
             sections = split_sections(model, batches, self.select(model), floats=True)
             self.outcomes = [
                 learn_section(section, self.scheme, self.descent, self.inputs == "float", scale) for section in sections
             ]
-        self.quantized = {
-            name: Quantized(integers) for outcome in self.outcomes for name, integers in outcome.integers.items()
-        }
-        self.average_bits = (gptq_format if own else packed).average_bits(self.quantized)
+        integers = (pair for outcome in self.outcomes for pair in outcome.integers.items())
+        self.keep({name: Quantized(weight) for name, weight in integers})
         model.cpu()
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        (gptq_format if self.format == "gptq" else packed).save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
         """Write ``losses.csv``: the mean squared error of every block's outputs, beside that of rounding to nearest."""

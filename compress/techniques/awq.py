@@ -12,7 +12,7 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats.packed import Quantized, average_bits, save_model, select_storable
+from compress.formats.stage import WeightOnly
 from compress.maths.hessian import row_errors, second_moment
 from compress.maths.rounding import Scheme, fit_grid, minmax_grid, round_to_grid, round_to_nearest
 from compress.maths.scales import mean_per_source, raise_smallest
@@ -21,15 +21,13 @@ from compress.models.calibration import Section, sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.matrices import count_inputs
-from compress.technique import Technique
 from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
 
 MOST_ROWS = 128
 """Rows of the matrices that share an input, on which scales are compared: their errors rank the scales as all would."""
 
 
-class AWQ(Technique, pl.Callback):
+class AWQ(WeightOnly):
     """Round the weights of the transformer blocks to a few bits. The inputs of each layer are scaled first, so that the
     channels of large activations lose least. The widest weights of a group are clipped if that reduces the error.
 
@@ -63,11 +61,6 @@ class AWQ(Technique, pl.Callback):
         >>> pl.Trainer(max_epochs=1, callbacks=[AWQ(bits=4, group_size=32)]).fit(module, loader)
     """
 
-    leaves = "packed"
-    packages = ("compressed_tensors",)
-    shrinks = True
-    limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
-
     @validate_call
     def __init__(
         self,
@@ -80,29 +73,22 @@ class AWQ(Technique, pl.Callback):
         batch_size: Annotated[int, Field(ge=1)] = 8,
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
-        self.scheme = Scheme(bits, group_size, symmetric)
+        super().__init__(Scheme(bits, group_size, symmetric), samples, batch_size, skip)
         self.grid = grid
         self.clip = clip
-        self.samples = samples
-        self.batch_size = batch_size
-        self.skip = skip
-        self.train_samples = samples
-        self.keeps_head = "head" in skip
         self.outcomes: dict[str, Outcome] = {}
-        self.quantized: dict[str, Quantized] = {}
-        self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
         if not find_conventions(skeleton).folds:
             raise UserError(describe_unfoldable(skeleton))
-        self.scheme.check(self.key, count_inputs(select_storable(skeleton, self.skip, self.key)))
+        super().check(skeleton, before)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check(unwrap_model(pl_module), [])  # before training: a script without the chain has not checked
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = select_storable(model, self.skip, self.key)
+        wanted = self.select(model)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         outcomes: dict[str, int] = {}
         scaled: set[str] = set()
@@ -124,13 +110,9 @@ class AWQ(Technique, pl.Callback):
                     outcome = compare_with_nearest(weight, clipped, shared.statistic)
                     matrix.weight.copy_(outcome.quantized.weight.dequantize(matrix.dtype))
                     self.outcomes[name] = outcome
-        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
-        self.average_bits = average_bits(self.quantized)
+        self.keep({name: outcome.quantized for name, outcome in self.outcomes.items()})
         self.limits = f"{len(scaled & wanted.keys())} of {len(wanted)} matrices have scaled inputs; {AWQ.limits}"
         model.cpu()
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
         """Write ``errors.csv``: the error of every scaled layer's outputs, beside that without clipping."""

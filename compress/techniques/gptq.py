@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from pydantic import Field, validate_call
 from torch import Tensor, nn
 
-from compress.formats import gptq as gptq_format
-from compress.formats import packed
-from compress.formats.gptq import check_format, save_model
+from compress.formats.gptq import SCALE, save_model
 from compress.formats.packed import Quantized
+from compress.formats.stage import WeightOnly
 from compress.maths.gptq import gptq
 from compress.maths.hessian import output_error, second_moment
 from compress.maths.rounding import Integers, Scheme, minmax_grid, round_to_nearest
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import sequential
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.models.matrices import Matrix, count_inputs
-from compress.technique import Technique
+from compress.models.matrices import Matrix
 
 
-class GPTQ(Technique, pl.Callback):
+class GPTQ(WeightOnly):
     """Round the weights of the transformer blocks to a few bits, column by column. The columns still to come compensate
     the error of each column, weighted by the inputs in calibration.
 
@@ -61,11 +59,6 @@ class GPTQ(Technique, pl.Callback):
         >>> pl.Trainer(max_epochs=1, callbacks=[GPTQ(bits=4, group_size=32)]).fit(module, loader)
     """
 
-    leaves = "packed"
-    packages = ("compressed_tensors",)
-    shrinks = True
-    limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
-
     @validate_call
     def __init__(
         self,
@@ -79,48 +72,27 @@ class GPTQ(Technique, pl.Callback):
         format: Literal["compressed-tensors", "gptq"] = "compressed-tensors",
         skip: tuple[str, ...] = ("embeddings", "head"),
     ) -> None:
-        self.scheme = Scheme(bits, group_size, symmetric)
+        super().__init__(Scheme(bits, group_size, symmetric), samples, batch_size, skip, format)
         self.act_order = act_order
         self.damping = damping
-        self.samples = samples
-        self.batch_size = batch_size
-        self.format = format
-        self.skip = skip
-        self.train_samples = samples
-        self.keeps_head = "head" in skip
         self.outcomes: dict[str, Outcome] = {}
-        self.quantized: dict[str, Quantized] = {}
-        self.average_bits: dict[str, float] = {}
-
-    def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = self.select(skeleton)
-        self.scheme.check(self.key, count_inputs(layers))
-        if self.format == "gptq":
-            check_format(self.key, skeleton, layers, self.scheme, self.skip)
-
-    def select(self, model: nn.Module) -> dict[str, Matrix]:
-        """Return the matrices that the stage quantizes, by name."""
-        storage = gptq_format if self.format == "gptq" else packed
-        return storage.select_storable(model, self.skip, self.key)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
         self.check(model, [])  # a script without the chain has not checked the model
         layers = self.select(model)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
-        own = self.format == "gptq"
-        scale = gptq_format.SCALE if own else None
+        scale = SCALE if self.format == "gptq" else None
         schemes = dict.fromkeys(layers, self.scheme)
         self.outcomes = quantize_layers(model, layers, batches, schemes, self.damping, self.act_order, scale)
-        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
-        self.average_bits = (gptq_format if own else packed).average_bits(self.quantized)
+        self.keep({name: outcome.quantized for name, outcome in self.outcomes.items()})
         model.cpu()
 
     def save(self, model: nn.Module, folder: Path) -> None:
         if self.format == "gptq":
             save_model(model, self.quantized, folder, damp_percent=self.damping)
         else:
-            packed.save_model(model, self.quantized, folder)
+            super().save(model, folder)
 
     def report(self, folder: Path) -> None:
         """Write ``errors.csv``: the error of every layer's outputs, beside that of rounding to nearest."""

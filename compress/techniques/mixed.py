@@ -15,17 +15,15 @@ from pydantic import Field, validate_call
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.formats import packed
-from compress.formats.packed import Quantized, save_model, select_storable
+from compress.formats.stage import WeightOnly
 from compress.maths.losses import soft_loss
 from compress.maths.rounding import Scheme, fit_grid, round_to_grid
 from compress.maths.sparsity import squared_norms
 from compress.models.batches import Batch, draw_calibration_batches
 from compress.models.calibration import Section, Shared, split_sections
 from compress.models.layers import detect_task_kind, evaluation_mode, unwrap_model
-from compress.models.matrices import Matrix, count_inputs
+from compress.models.matrices import Matrix
 from compress.tasks.kinds import KINDS, Probabilities
-from compress.technique import Technique
 from compress.techniques.gptq import Outcome, quantize_layers, write_errors
 
 
@@ -40,7 +38,7 @@ class Choice:
     divergence: float
 
 
-class Mixed(Technique, pl.Callback):
+class Mixed(WeightOnly):
     """Measure how far the model's answers move if one set of layers at a time is rounded, choose the bits of every set
     within a budget, and quantize with GPTQ.
 
@@ -68,11 +66,6 @@ class Mixed(Technique, pl.Callback):
         >>> pl.Trainer(max_epochs=1, callbacks=[Mixed(average_bits=4.5, group_size=32)]).fit(module, loader)
     """
 
-    leaves = "packed"
-    packages = ("compressed_tensors",)
-    shrinks = True
-    limits = "weights are decompressed to floats when transformers loads them: less to store, no speed there"
-
     @validate_call
     def __init__(
         self,
@@ -94,22 +87,17 @@ class Mixed(Technique, pl.Callback):
             )
         self.budget = average_bits
         self.schemes = [Scheme(bits, group_size, symmetric) for bits in sorted(set(choices))]
+        super().__init__(self.schemes[0], samples, batch_size, skip)
         self.act_order = act_order
         self.damping = damping
-        self.samples = self.train_samples = samples
         self.measured = measured
-        self.batch_size = batch_size
-        self.skip = skip
-        self.keeps_head = "head" in skip
         self.options: list[list[Choice]] = []
         self.chosen: list[Choice] = []
         self.outcomes: dict[str, Outcome] = {}
-        self.quantized: dict[str, Quantized] = {}
-        self.average_bits: dict[str, float] = {}
 
     def check(self, skeleton: nn.Module, before: list[Any]) -> None:
-        layers = select_storable(skeleton, self.skip, self.key)
-        self.schemes[0].check(self.key, count_inputs(layers))
+        super().check(skeleton, before)
+        layers = self.select(skeleton)
         weights = sum(matrix.size for matrix in layers.values())
         least, most = (
             sum(count_stored_bits(scheme, matrix) for matrix in layers.values()) / weights
@@ -125,7 +113,7 @@ class Mixed(Technique, pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # 1) Measure the divergence of every set of layers at every number of bits
         model = unwrap_model(pl_module).to(trainer.strategy.root_device)
-        wanted = select_storable(model, self.skip, self.key)
+        wanted = self.select(model)
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         few = batches[: -(-self.measured // len(batches[0]["input_ids"]))]
         with evaluation_mode(model):
@@ -136,12 +124,8 @@ class Mixed(Technique, pl.Callback):
         of_bits = {scheme.bits: scheme for scheme in self.schemes}
         schemes = {name: of_bits[choice.bits] for choice in self.chosen for name in choice.layers}
         self.outcomes = quantize_layers(model, wanted, batches, schemes, self.damping, self.act_order)
-        self.quantized = {name: outcome.quantized for name, outcome in self.outcomes.items()}
-        self.average_bits = packed.average_bits(self.quantized)
+        self.keep({name: outcome.quantized for name, outcome in self.outcomes.items()})
         model.cpu()
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        save_model(model, self.quantized, folder)
 
     def report(self, folder: Path) -> None:
         """Write ``bits.csv``, the bits of every layer and the measured divergence of every choice, and ``errors.csv``,
