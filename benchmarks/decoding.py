@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from untrained import carry_out
 from yaml import safe_load
 
-from compress.measuring.timing import estimate_speedup
 from compress.quiet import silence_libraries
 from compress.runtimes import llama_cpp, onnxruntime, openvino
 from compress.runtimes.runtime import find_missing
+from compress.runtimes.timing import estimate_speedup
 from compress.techniques.gguf import GGUF
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO

@@ -27,11 +27,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from untrained import Batch, carry_out
 from yaml import safe_load
 
-from compress.measuring.timing import estimate_speedup, summarise_times, time_in_turns
-from compress.planning.settings import Latency
 from compress.quiet import silence_libraries
 from compress.runtimes import onnxruntime as ours_onnxruntime
 from compress.runtimes import openvino as ours_openvino
+from compress.runtimes.timing import Latency, estimate_speedup, summarise_times, time_in_turns
 from compress.techniques.onnx import Onnx
 from compress.techniques.openvino import OpenVINO
 from compress.techniques.structured import Structured

@@ -18,11 +18,10 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress.measuring.timing import estimate_speedup, time_in_turns
 from compress.models.students import Student, build_student
 from compress.models.teachers import KeptLogits
-from compress.planning.settings import Latency
 from compress.quiet import silence_libraries
+from compress.runtimes.timing import Latency, estimate_speedup, time_in_turns
 from compress.techniques.distill import Distill
 
 TEACHER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -45,7 +45,7 @@ class Budget:
     of what the model costs before.
 
     Args:
-        latency: mean time of a text alone, as a share.
+        latency: median time of a text alone, as a share.
         latency_ms: the same in milliseconds.
         size_mb: megabytes of the weights, as this stage saves them.
         parameters: parameters of the whole model.

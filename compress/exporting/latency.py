@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -27,20 +26,18 @@ from compress.models.layers import detect_task_kind
 from compress.models.shapes import record_shapes, shape_blocks
 from compress.quiet import hide_progress_bars
 from compress.runtimes.runtime import import_runtime
+from compress.runtimes.timing import Latency, build_model_call, estimate_speedup, time_in_turns
 
 EXPORTS = {"onnx": onnx.export, "openvino": openvino.export}
 """Functions that export a model in floats, by stage."""
-Call = Callable[[int], Any]
-ROUNDS = 9
-"""Number of turns of two models; the median of their ratios counts."""
-BLOCK_S = 0.05
-"""The least seconds of a turn."""
+TIMING = Latency(seconds=0.3, block_s=0.05, warmup=1)
+"""How long each shape is timed."""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
     """The time of a model with at most so many ``heads`` or ``ffn`` channels in each block, as a share of its time
-    before. ``whole_ms`` is that time: the mean of a text alone, in milliseconds; ``sizes`` are those of the blocks
+    before. ``whole_ms`` is that time: the median of a text alone, in milliseconds; ``sizes`` are those of the blocks
     before, of each part."""
 
     whole_ms: float
@@ -106,25 +103,26 @@ class ShapeTimer:
         for part, level in tqdm(levels, desc=f"timing shapes in {self.runtime}", leave=False, disable=None):
             sizes = [min(level, size) for size in had[part]]
             shares[part][level] = 1.0 if sizes == had[part] else self.compare(**{part: sizes})
-        return LatencyTable(time_call(self.whole, len(self.texts)), **shares, sizes=had)
+        return LatencyTable(self.measure_whole(), **shares, sizes=had)
+
+    def measure_whole(self) -> float:
+        """Return the median time of a text in the model as it is, in milliseconds."""
+        (blocks,) = time_in_turns({"whole": self.whole}, TIMING, len(self.texts)).blocks.values()
+        return float(np.median(np.concatenate(blocks)))
 
     def compare(self, **sizes: list[int]) -> float:
         """Return the time with ``heads`` and ``ffn`` of every block as a share of that of the model as it is."""
         smaller = copy.deepcopy(self.model)
         shape_blocks(smaller, **sizes)
         record_shapes(smaller)
-        call = serve_model(smaller, self.texts, self.runtime)
-        ratios = []
-        for turn in range(ROUNDS):
-            order = (self.whole, call) if turn % 2 else (call, self.whole)
-            times = {each: time_call(each, len(self.texts)) for each in order}
-            ratios.append(times[call] / times[self.whole])
-        return statistics.median(ratios)
+        calls = {"whole": self.whole, "smaller": serve_model(smaller, self.texts, self.runtime)}
+        blocks = time_in_turns(calls, TIMING, len(self.texts)).blocks
+        return 1 / estimate_speedup(blocks["whole"], blocks["smaller"]).value
 
 
-def serve_model(model: Any, texts: list[Batch], runtime: str) -> Call:
-    """Return ``call(i)``, which runs text ``i`` in the runtime, after a first run of all texts. PyTorch runs the model
-    itself, which is put into eval mode."""
+def serve_model(model: Any, texts: list[Batch], runtime: str) -> Callable[[int], None]:
+    """Return ``call(i)``, which runs text ``i`` in the runtime. PyTorch runs the model itself, which is put into eval
+    mode."""
     inputs = [select_inputs(text, model) for text in texts]
     served = model.cpu().float().eval()
     if stage := import_runtime(runtime).STAGE:
@@ -132,21 +130,4 @@ def serve_model(model: Any, texts: list[Batch], runtime: str) -> Call:
         with TemporaryDirectory() as folder, hide_progress_bars():
             EXPORTS[stage](model, longest, Path(folder))
             served = import_runtime(runtime).load(Path(folder), detect_task_kind(model))
-
-    @torch.inference_mode()
-    def call(i: int) -> None:
-        served(**inputs[i])
-
-    for i in range(len(inputs)):
-        call(i)
-    return call
-
-
-def time_call(call: Call, cycle: int) -> float:
-    """Return the mean milliseconds of a call in whole cycles, for :data:`BLOCK_S` or longer."""
-    begin, runs = time.perf_counter(), 0
-    while time.perf_counter() - begin < BLOCK_S:
-        for i in range(cycle):
-            call(i)
-        runs += cycle
-    return 1000 * (time.perf_counter() - begin) / runs
+    return build_model_call(served, inputs, torch.device("cpu"))

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from compress.artifacts.artifact import Artifact
-from compress.measuring.timing import Batch
-from compress.planning.settings import Latency
+from compress.runtimes.timing import Batch, Latency
 from compress.tasks.tokens import TaskData
 
 

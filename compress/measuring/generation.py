@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.measuring.bench import Bench
-from compress.measuring.timing import Batch, Spread, Turns, move_batch, summarise_times, time_in_turns
-from compress.planning.settings import Latency
+from compress.runtimes.timing import Batch, Latency, Spread, Turns, move_batch, summarise_times, time_in_turns
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 

@@ -18,9 +18,13 @@ from compress.measuring.bench import Bench
 from compress.measuring.generation import Generation, build_tokenising_call, measure_generation
 from compress.measuring.meters import Memory, Work, find_energy_meter, measure_memory, measure_work
 from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare_predictions
-from compress.measuring.timing import (
+from compress.models.costs import count_macs
+from compress.models.matrices import dequantize_weight
+from compress.runtimes.runtime import import_runtime
+from compress.runtimes.timing import (
     BUSY,
     Batch,
+    Latency,
     Spread,
     build_model_call,
     estimate_speedup,
@@ -28,10 +32,6 @@ from compress.measuring.timing import (
     summarise_times,
     time_in_turns,
 )
-from compress.models.costs import count_macs
-from compress.models.matrices import dequantize_weight
-from compress.planning.settings import Latency
-from compress.runtimes.runtime import import_runtime
 from compress.tasks.harness import answer_questions
 from compress.tasks.kinds import KINDS, Answers
 from compress.tasks.task import Task
@@ -122,9 +122,11 @@ def measure_artifacts(
     first, last = latency.batch_sizes[0], latency.batch_sizes[-1]
     turns = {}
     for size in latency.batch_sizes:
-        calls = {name: build_model_call(bench.artifact, bench.batches[size], device) for name, bench in benches.items()}
+        calls = {
+            name: build_model_call(bench.artifact.model, bench.batches[size], device) for name, bench in benches.items()
+        }
         if exported and size == first:
-            calls[""] = build_model_call(exported, benches[baseline].batches[size], device)
+            calls[""] = build_model_call(exported.model, benches[baseline].batches[size], device)
         cycle = len(benches[baseline].batches[size])
         turns[size] = time_in_turns(calls, latency, cycle, label=f"batches of {size}")
     times = {size: turn.blocks for size, turn in turns.items()}
@@ -133,7 +135,7 @@ def measure_artifacts(
     seconds = latency.seconds if joules else latency.block_s
     work = {}
     for name, bench in benches.items():
-        call, cycle = build_model_call(bench.artifact, bench.batches[first], device), len(bench.batches[first])
+        call, cycle = build_model_call(bench.artifact.model, bench.batches[first], device), len(bench.batches[first])
         work[name] = measure_work(call, cycle, first, seconds, device, joules)
     reading = {name: build_tokenising_call(bench) for name, bench in benches.items()}
     read = time_in_turns(reading, replace(latency, seconds=latency.block_s), latency.texts, label="tokenizing")

@@ -14,27 +14,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from compress.errors import UserError
 from compress.runtimes.runtime import check_runtime
-
-
-@validated(frozen=True, config=ConfigDict(extra="forbid"))
-class Latency:
-    """The settings of measuring the cost of running an artifact.
-
-    ``texts`` real texts of the test split, from short to long, run in batches of each of ``batch_sizes``; a larger
-    batch is filled. The first size gives the latency, the last the throughput. Artifacts take turns in blocks of at
-    least ``block_s`` seconds and one round of the batches. A size ends when each artifact has had ``seconds`` and four
-    blocks while the machine was quiet, or three times as long. A causal language model gets the same budget again to
-    generate ``new_tokens``. ``memory``: whether to measure the peak memory of each artifact in its own process.
-    """
-
-    seconds: Annotated[float, Field(gt=0)] = 2.0
-    block_s: Annotated[float, Field(gt=0)] = 0.1
-    warmup: Annotated[int, Field(ge=1)] = 3
-    texts: Annotated[int, Field(ge=1)] = 8
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 32)
-    new_tokens: Annotated[int, Field(ge=1)] = 16
-    memory: bool = True
-
+from compress.runtimes.timing import Latency
 
 T = TypeVar("T")
 

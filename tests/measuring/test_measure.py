@@ -15,8 +15,9 @@ from compress.measuring import measure
 from compress.measuring.bench import Bench
 from compress.measuring.generation import build_decoding_call, find_decoder
 from compress.measuring.measure import count_parameters, predict_split
-from compress.measuring.timing import (
+from compress.runtimes.timing import (
     PATIENCE,
+    Latency,
     Others,
     Turns,
     estimate_speedup,
@@ -24,7 +25,6 @@ from compress.measuring.timing import (
     summarise_times,
     time_in_turns,
 )
-from compress.planning.settings import Latency
 from compress.tasks.kinds import KINDS
 from compress.tasks.task import Task
 from compress.techniques.int8 import Int8
@@ -74,7 +74,7 @@ def test_calls_take_turns_in_whole_cycles(monkeypatch):
 def test_rounds_that_others_disturb_are_repeated_while_there_is_time(monkeypatch, patience, rounds, others):
     shares = iter([0.5, 0.0, 0.3, 0.0, 0.0, 0.05])
     monkeypatch.setattr(Others, "__call__", lambda self: next(shares))
-    monkeypatch.setattr("compress.measuring.timing.PATIENCE", patience)
+    monkeypatch.setattr("compress.runtimes.timing.PATIENCE", patience)
     turns = time_in_turns({"one": lambda i: None}, Latency(seconds=1e-9, block_s=1e-3, warmup=1), cycle=1)
     assert len(turns.blocks["one"]) == rounds and turns.others == pytest.approx(others)
     assert len(list(shares)) == (0 if patience else 2)
@@ -95,7 +95,7 @@ def test_the_load_of_others_is_a_share_of_the_cpus_on_which_we_may_run(monkeypat
     process = SimpleNamespace(cpu_affinity=lambda: [0, 1], cpu_times=lambda: next(own))
     monkeypatch.setattr("psutil.Process", lambda: process)
     monkeypatch.setattr("psutil.cpu_times", lambda percpu: next(moments))
-    monkeypatch.setattr("compress.measuring.timing.read_throttled_seconds", lambda: 0.0)
+    monkeypatch.setattr("compress.runtimes.timing.read_throttled_seconds", lambda: 0.0)
     assert Others()() == pytest.approx(0.5)
 
 
@@ -107,7 +107,7 @@ def test_load_on_other_cpus_and_a_limit_on_our_own(monkeypatch):
     process = SimpleNamespace(cpu_affinity=lambda: [0, 1], cpu_times=lambda: next(own))
     monkeypatch.setattr("psutil.Process", lambda: process)
     monkeypatch.setattr("psutil.cpu_times", lambda percpu: next(moments))
-    monkeypatch.setattr("compress.measuring.timing.read_throttled_seconds", lambda: next(stopped))
+    monkeypatch.setattr("compress.runtimes.timing.read_throttled_seconds", lambda: next(stopped))
     others = Others()
     assert [others(), others()] == pytest.approx([0.0, 0.3])
 
@@ -199,7 +199,7 @@ class Clock:
 @pytest.mark.parametrize(("busy", "budgets"), [(0.0, 1), (0.5, PATIENCE)])
 def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monkeypatch, busy, budgets):
     clock, calls = Clock(), []
-    monkeypatch.setattr("compress.measuring.timing.time", clock)
+    monkeypatch.setattr("compress.runtimes.timing.time", clock)
     monkeypatch.setattr(Others, "__call__", lambda self: busy)
     latency = Latency(seconds=2.0, block_s=0.1, warmup=3)
     both = {name: lambda i, name=name: (calls.append(name), clock.sleep(0.01)) for name in ("baseline", "variant")}

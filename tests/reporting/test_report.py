@@ -23,7 +23,6 @@ from compress.artifacts.artifact import Description, Done
 from compress.maths.statistics import SMALLEST_P, pareto_indices
 from compress.measuring.measure import Interval, Measurement
 from compress.measuring.predictions import Predictions, compare_predictions
-from compress.measuring.timing import Spread
 from compress.reporting import report
 from compress.reporting.card import write_card
 from compress.reporting.findings import format_markdown, list_notes, recommend_rows
@@ -49,6 +48,7 @@ from compress.reporting.tables import (
     summarise_seeds,
 )
 from compress.reporting.tensorboard import differing_settings, write_overlay
+from compress.runtimes.timing import Spread
 from compress.sweeping.callbacks import SweepReport
 
 

@@ -13,6 +13,7 @@ from compress.exporting import latency
 from compress.models.blocks import read_blocks
 from compress.models.costs import count_macs, count_parameters
 from compress.models.importance import score_by_fisher
+from compress.runtimes.timing import Latency
 from compress.technique import Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.structured import Structured
@@ -75,7 +76,6 @@ class Machine:
     def __init__(self, monkeypatch):
         self.asked = []
         monkeypatch.setattr(budgets, "ShapeTimer", self.start)
-        monkeypatch.setattr(latency, "time_call", lambda call, cycle: 20.0)
 
     def start(self, model, texts, runtime):
         timer = object.__new__(latency.ShapeTimer)
@@ -84,6 +84,7 @@ class Machine:
         blocks = read_blocks(model)
         self.whole = {"heads": [block.heads for block in blocks], "ffn": [block.ffn for block in blocks]}
         timer.sizes = self.whole
+        timer.measure_whole = lambda: 20.0
         return timer
 
     def compare(self, **changed):
@@ -163,7 +164,7 @@ def test_a_training_after_a_timed_cut_is_not_resumed():
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
 def test_shapes_are_timed_on_the_runtime_that_is_named(runtime, monkeypatch):
-    monkeypatch.setattr(latency, "BLOCK_S", 0.001)
+    monkeypatch.setattr(latency, "TIMING", Latency(seconds=0.004, block_s=0.001, warmup=1))
     model = tiny.bert()
     texts = [
         {"input_ids": torch.arange(length)[None] + 5, "attention_mask": torch.ones(1, length).long()}

@@ -1,4 +1,4 @@
-"""Time artifacts in turns with the baseline, and compute speed-ups with their intervals."""
+"""Time models in turns, and compute speed-ups with their intervals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
 from tqdm.auto import tqdm
 
-from compress.artifacts.artifact import Artifact
 from compress.maths.statistics import Interval, mean_interval
-from compress.planning.settings import Latency
 
 Batch = dict[str, torch.Tensor]
 BUSY = 0.1
@@ -27,6 +27,26 @@ PAUSE_S = 0.04
 """The seconds in which the threads of the call before go idle."""
 FEWEST = 4
 """The minimum number of rounds."""
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class Latency:
+    """The settings of measuring the cost of running an artifact.
+
+    ``texts`` real texts of the test split, from short to long, run in batches of each of ``batch_sizes``; a larger
+    batch is filled. The first size gives the latency, the last the throughput. Artifacts take turns in blocks of at
+    least ``block_s`` seconds and one round of the batches. A size ends when each artifact has had ``seconds`` and four
+    blocks while the machine was quiet, or three times as long. A causal language model gets the same budget again to
+    generate ``new_tokens``. ``memory``: whether to measure the peak memory of each artifact in its own process.
+    """
+
+    seconds: Annotated[float, Field(gt=0)] = 2.0
+    block_s: Annotated[float, Field(gt=0)] = 0.1
+    warmup: Annotated[int, Field(ge=1)] = 3
+    texts: Annotated[int, Field(ge=1)] = 8
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 32)
+    new_tokens: Annotated[int, Field(ge=1)] = 16
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -220,13 +240,13 @@ def summarise_times(blocks: list[np.ndarray]) -> Spread:
     )
 
 
-def build_model_call(artifact: Artifact, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
+def build_model_call(model: Any, batches: list[Batch], device: torch.device) -> Callable[[int], None]:
     """Return ``call(i)``, which runs batch ``i`` and waits for the device."""
     batches = [move_batch(batch, device) for batch in batches]
 
     @torch.inference_mode()
     def call(i: int) -> None:
-        artifact.model(**batches[i % len(batches)])
+        model(**batches[i % len(batches)])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
