@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.models.blocks import Block, Part, read_blocks, see_matrix
+from compress.models.layers import limit_gradients
 from compress.models.products import separate_experts
 
 
@@ -76,14 +77,9 @@ def count_macs(model: Any, text: dict[str, Tensor]) -> int | None:
         return None
     if any(hasattr(weight, "quant_state") or hasattr(weight, "CB") for weight in model.parameters()):
         return None
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:  # the counter looks for the gradient of a weight that a module gets as its input (DeBERTa)
-        weight.requires_grad_(False)
-    try:
-        # Neither fused attention nor products of several experts at once are counted.
-        with separate_experts(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**text)
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)
+    # The counter looks for the gradient of a weight that a module gets as its input (DeBERTa). It counts neither fused
+    # attention nor products of several experts at once.
+    counter = FlopCounterMode(display=False)
+    with limit_gradients(model), separate_experts(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**text)
     return counter.get_total_flops() // 2

@@ -12,7 +12,7 @@ from compress.maths.units import Scores, activation_score, standardise_score, ta
 from compress.models.batches import Batch
 from compress.models.blocks import Block, read_blocks, select_blocks
 from compress.models.calibration import observe
-from compress.models.layers import detect_task_kind
+from compress.models.layers import detect_task_kind, limit_gradients
 from compress.models.matrices import Matrix
 from compress.tasks.kinds import KINDS
 
@@ -52,16 +52,12 @@ def score_by_gradient(model: Any, batches: list[Batch]) -> dict[str, Scores]:
             score += taylor_score(matrix.weight, matrix.grad, units)  # type: ignore[arg-type]
         weight.grad = None
 
-    learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in learned:
-        parameter.requires_grad_(parameter in of_weight)
-    hooks = [weight.register_post_accumulate_grad_hook(add) for weight in of_weight]
-    for batch in batches:
-        model(**batch).loss.backward()
-    for hook in hooks:
-        hook.remove()
-    for parameter, required in learned.items():
-        parameter.requires_grad_(required)
+    with limit_gradients(model, of_weight):
+        hooks = [weight.register_post_accumulate_grad_hook(add) for weight in of_weight]
+        for batch in batches:
+            model(**batch).loss.backward()
+        for hook in hooks:
+            hook.remove()
     return share_scores(blocks, join_scores(blocks, scores))
 
 
@@ -84,17 +80,15 @@ def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
         factors.append((module, factor))
         return ((by_text.unflatten(-1, (counts[module], -1)) * factor).view(x.shape),)
 
-    learned = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    hooks = [module.register_forward_pre_hook(multiply) for module in counts]
     texts = rows = 0
+    hooks = [module.register_forward_pre_hook(multiply) for module in counts]
     try:
         for batch in batches:
             factors.clear()
             rows = len(batch["input_ids"])
-            loss = model(**batch).loss * rows  # the mean over texts, so each text's gradient is its own
-            gradients = torch.autograd.grad(loss, [factor for _, factor in factors])
+            with limit_gradients(model):
+                loss = model(**batch).loss * rows  # the mean over texts, so each text's gradient is its own
+                gradients = torch.autograd.grad(loss, [factor for _, factor in factors])
             of_module: dict[nn.Module, Tensor] = {}
             for (module, _), gradient in zip(factors, gradients):  # a module that is called twice has two factors
                 of_module[module] = of_module.get(module, 0) + gradient.flatten(1).float()
@@ -104,8 +98,6 @@ def score_by_fisher(model: Any, batches: list[Batch]) -> dict[str, Scores]:
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, required in learned.items():
-            parameter.requires_grad_(required)
     means = {part: [scores[matrix.module] / texts for ((matrix, _),) in each] for part, each in readers.items()}
     return share_scores(blocks, means)
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pydantic import Field, validate_call
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import UserError
 from compress.formats.gptq import SCALE
@@ -23,7 +23,7 @@ from compress.maths.signround import Learnt, Rounding, search_shares
 from compress.maths.sparsity import squared_norms
 from compress.models.batches import draw_calibration_batches
 from compress.models.calibration import Section, select_tokens, split_sections
-from compress.models.layers import evaluation_mode, unwrap_model
+from compress.models.layers import evaluation_mode, limit_gradients, unwrap_model
 from compress.models.matrices import Matrix
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -101,7 +101,7 @@ class AutoRound(WeightOnly):
         self.check(model, [])  # a script without the chain has not checked the model
         batches = list(draw_calibration_batches(trainer, self.samples, self.batch_size))
         scale = SCALE if self.format == "gptq" else None
-        with evaluation_mode(model), frozen_parameters(model):
+        with evaluation_mode(model), limit_gradients(model):
             sections = split_sections(model, batches, self.select(model), floats=True)
             self.outcomes = [
                 learn_section(section, self.scheme, self.descent, self.inputs == "float", scale) for section in sections
@@ -249,19 +249,6 @@ def cycle_batches(count: int, iterations: int) -> Iterator[int]:
     for _ in range(iterations):
         order = order or torch.randperm(count, generator=generator, device="cpu").tolist()
         yield order.pop()
-
-
-@contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Exclude all parameters of a model from gradients, and restore their settings afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from compress.errors import UserError
 from compress.maths.rounding import Scheme, minmax_grid, round_to_grid
 from compress.models.calibration import split_sections
+from compress.models.layers import limit_gradients
 from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import capture_state, check_bits, check_model
 from compress.runtimes.torch import load
-from compress.techniques.autoround import AutoRound, Descent, Objective, frozen_parameters, learn_section
+from compress.techniques.autoround import AutoRound, Descent, Objective, learn_section
 from compress.techniques.gptq import GPTQ
 from compress.techniques.prune import Prune
 
@@ -62,7 +63,7 @@ def test_it_beats_gptq_on_the_outputs_of_blocks():
 def test_the_target_is_the_output_of_the_unchanged_model(inputs):
     model, batches = tiny.llama_lm(), [one(seed=seed) for seed in range(2)]
     hidden = model(**batches[0], output_hidden_states=True).hidden_states
-    with frozen_parameters(model):
+    with limit_gradients(model):
         for place, section in enumerate(split_sections(model, batches, matrices(model), floats=True)):
             objective = Objective(section, inputs == "float")
             kept = batches[0]["attention_mask"].bool()
