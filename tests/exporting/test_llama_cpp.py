@@ -5,12 +5,11 @@ import pytest
 import tiny
 import torch
 from test_gguf_export import FAMILIES, SCHEMES, TEXTS, TOKENIZERS, packed  # noqa: F401
-from test_onnx import every_shape, make_distinct, tied
+from test_onnx import check_decoding, every_shape, make_distinct, tied
 
 from compress.errors import UserError
 from compress.exporting.agreement import measure_agreement
 from compress.exporting.gguf import describe_config, write_file
-from compress.exporting.tracing import select_inputs
 from compress.exporting.vocabulary import NONE, describe_tokenizer
 from compress.formats.gguf import FILE
 from compress.models.matrices import find_all_matrices, matrices
@@ -62,13 +61,7 @@ def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(pa
     monkeypatch.setattr(llama_cpp, "PART", part)  # 4: the state grows while tokens are added
     model = make_distinct(tied())
     exported = write(model, tmp_path)
-    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False), model)
-    for row in range(3):
-        batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
-    expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(exported.generate(**batch, max_new_tokens=6), expected)
-    alone = [exported(**batch).logits for _ in range(2)]  # scoring leaves no state
-    assert torch.equal(*alone)
+    check_decoding(model, exported)
 
 
 def test_a_state_that_a_later_call_replaced_is_refused(tmp_path):

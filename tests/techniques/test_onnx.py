@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from compress.errors import UserError
 from compress.exporting.agreement import Agreement, measure_agreement
+from compress.exporting.tracing import select_inputs
 from compress.formats import onnx as onnx_format
 from compress.formats.nbits import round_weight
 from compress.formats.packed import read_integers
@@ -36,6 +37,17 @@ needs_vnni = pytest.mark.skipif(
 )
 NEAR = {"fp32": 1e-5, "fp16": 0.01, "int8_dynamic": 0.2, "int8_static": 0.2, "int4": 0.4}
 """Largest difference as a fraction of the largest logit, for weights as large as here."""
+
+
+def check_decoding(model, exported):
+    """Check that a graph that keeps a state decodes as transformers does, and scores without one."""
+    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False), model)
+    for row in range(3):
+        batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
+    expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(exported.generate(**batch, max_new_tokens=6), expected)
+    alone = [exported(**batch).logits for _ in range(2)]  # scoring leaves no state
+    assert torch.equal(*alone)
 
 
 def make_distinct(model):

@@ -7,7 +7,7 @@ import tiny
 import torch
 from pydantic import ValidationError
 from test_kills import FORK
-from test_onnx import every_shape, make_distinct, tied, uneven
+from test_onnx import check_decoding, every_shape, make_distinct, tied, uneven
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -152,13 +152,7 @@ def test_what_a_pattern_names_stays_in_floats_and_zeros_stay_zeros(tmp_path):
 def test_it_decodes_with_what_it_keeps_of_earlier_tokens_as_transformers_does(tmp_path):
     model = make_distinct(uneven(tied()))
     _, exported = export(model, tmp_path, lm=True)
-    batch = select_inputs(tiny.batch(rows=3, length=9, padded=False), model)
-    for row in range(3):
-        batch["attention_mask"][row, : 2 * row] = 0  # texts of a batch end together
-    expected = model.eval().generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(exported.generate(**batch, max_new_tokens=6), expected)
-    alone = [exported(**batch).logits for _ in range(2)]  # scoring leaves no state
-    assert torch.equal(*alone)
+    check_decoding(model, exported)
 
 
 @pytest.mark.parametrize("max_drop", [0, 100])
