@@ -88,8 +88,8 @@ def carry_out(cache, tmp_path, monkeypatch):
     from hydra import compose, initialize_config_dir
 
     from compress.install import CONF
-    from compress.measuring import timing
     from compress.running import experiment
+    from compress.runtimes import timing
 
     monkeypatch.setattr(timing, "PAUSE_S", 0)  # no test depends on exact times
 

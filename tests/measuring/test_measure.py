@@ -23,6 +23,7 @@ from compress.runtimes.timing import (
     estimate_speedup,
     read_throttled_seconds,
     summarise_times,
+    time_block,
     time_in_turns,
 )
 from compress.tasks.kinds import KINDS
@@ -209,6 +210,14 @@ def test_the_budget_is_kept_and_on_a_disturbed_machine_three_times_as_much(monke
         assert budget / 1.5 - in_a_block <= calls.count(name) - warm <= budget + in_a_block
         assert sum(map(len, blocks[name])) == calls.count(name) - warm
     assert clock.now <= (2 * budgets * 2.0 + 0.1) * 1.5
+
+
+def test_a_block_has_a_cycle_although_the_process_was_stopped_for_longer_than_the_block(monkeypatch):
+    clock, calls = Clock(), []
+    monkeypatch.setattr(clock, "perf_counter", lambda: clock.sleep(1.0) or clock.now)
+    monkeypatch.setattr("compress.runtimes.timing.time", clock)
+    assert time_block(calls.append, block_s=0.1, cycle=3).tolist() == [1000.0] * 3
+    assert calls == [0, 1, 2]
 
 
 def test_a_causal_model_generates_the_same_with_and_without_a_cache():
