@@ -11,10 +11,13 @@ from pytorch_lightning import LightningModule
 from compress.artifacts.artifact import Description, load_artifact, write_artifact
 from compress.errors import UserError
 from compress.maths.hessian import second_moment
+from compress.maths.rounding import Scheme
 from compress.models.calibration import sequential
 from compress.models.layers import detect_task_kind, unwrap_model
 from compress.models.matrices import matrices
+from compress.models.placement import run_blocks_on
 from compress.techniques.finetune import FineTune
+from compress.techniques.gptq import quantize_layers
 from compress.testing import Case
 from compress.tiny_models import make_tokenizer
 
@@ -69,3 +72,15 @@ def test_a_gpu_calibrates_to_the_moments_of_the_cpu():
     assert set(here) == set(there) == set(matrices(model))
     for name, moment in here.items():
         assert torch.allclose(there[name].cpu(), moment, rtol=1e-2, atol=1e-3 * moment.abs().max()), name
+
+
+def test_a_model_that_does_not_fit_on_a_gpu_is_quantized_there_block_by_block():
+    model = build("llama", lm=True, num_hidden_layers=24, hidden_size=256, intermediate_size=1024)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    layers = matrices(model)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with run_blocks_on(torch.device("cuda")):
+        outcomes = quantize_layers(model, layers, [inputs(lm=True)], dict.fromkeys(layers, Scheme(4)), 0.01, True)
+    assert torch.cuda.max_memory_allocated() - before < size / 3
+    assert set(outcomes) == set(layers) and {matrix.weight.device.type for matrix in layers.values()} == {"cpu"}

@@ -80,6 +80,10 @@ class Integers(NamedTuple):
         groups = self.integers.short().unflatten(1, (scale.shape[1], -1))  # a difference of bytes can exceed a byte
         return ((groups - zero).to(scale.dtype) * scale).to(dtype).flatten(1)
 
+    def cpu(self) -> Integers:
+        """Return the integers in the CPU's memory."""
+        return Integers(self.scheme, self.integers.cpu(), Grid(*(part.cpu() for part in self.grid)))
+
 
 def minmax_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: float | Tensor = 1.0) -> Grid:
     """Return a grid for every group of ``weight`` ``[rows, inputs]``, from its smallest to its largest value and with

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from compress.errors import UserError
 from compress.models.blocks import Block, read_blocks, select_blocks
-from compress.models.calibration import Seen, run_model
 from compress.models.families import Family, name_family
 from compress.models.layers import evaluation_mode
 from compress.models.products import flatten_tensors, locate, separate_experts
+from compress.models.replay import Seen, run_model
 from compress.models.shapes import CUTS, cut_head_biases
 
 TOLERANCE = 1e-5

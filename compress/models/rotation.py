@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.maths.rotations import has_hadamard, make_rotation, rotate_columns, rotate_rows
 from compress.models.backbone import find_token_table
-from compress.models.calibration import run_model
 from compress.models.families import name_family
 from compress.models.folding import find_head_sizes, match_rows
 from compress.models.layers import evaluation_mode, find_stacks, is_inside, keep_unstored_buffers
 from compress.models.matrices import Matrix
 from compress.models.origins import Origins, find_readers, is_norm
 from compress.models.products import flatten_tensors, separate_experts
+from compress.models.replay import run_model
 from compress.models.skeletons import AssumeTrue
 
 CLOSE = 1e-4

@@ -33,6 +33,9 @@ class Hardware:
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of everything that the process does; None: PyTorch's choice. A baseline or stage in the cache serves
     any number of them: like the processor, it changes a training only by the order of sums. Both are recorded."""
+    offload: bool = False
+    """Whether a stage that does not train keeps the model in the CPU's memory and moves one block at a time to the GPU,
+    for models that do not fit there. They are measured on the CPU then."""
     runtime: str | None = None
     """Module of ``compress.runtimes`` that runs artifacts; None: the runtime that each was exported for."""
     latency: Latency = field(default_factory=Latency)
@@ -42,6 +45,11 @@ class Hardware:
             check_runtime(self.runtime, "hardware.runtime")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise UserError("hardware.accelerator is gpu and PyTorch sees no CUDA GPU here. Set hardware=cpu or auto.")
+        if self.offload and self.device.type == "cpu":
+            raise UserError(
+                "hardware.offload is true, which moves blocks to a CUDA GPU, and everything is on the CPU here. Set "
+                "hardware.offload=false."
+            )
         if self.precision == "auto":
             object.__setattr__(self, "precision", "bf16-mixed" if self.device.type == "cuda" else "32-true")
         if self.precision == "16-mixed" and self.device.type == "cpu":
@@ -66,6 +74,11 @@ class Hardware:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def serving_device(self) -> torch.device:
+        """Return the device on which artifacts are measured."""
+        return torch.device("cpu") if self.offload else self.device
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))

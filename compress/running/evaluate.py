@@ -192,7 +192,7 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
             benches[name] = replace(ready, artifact=moved)
         # Memory is measured in a process that loads the folder itself, on its own runtime.
         latency = replace(hardware.latency, memory=False) if hardware.runtime else hardware.latency
-        measurements, predictions = measure_artifacts(benches, splits.task, latency, hardware.device)
+        measurements, predictions = measure_artifacts(benches, splits.task, latency, hardware.serving_device)
 
     # 4) Collect their rows
     descriptions = {name: each.description for name, each in zip(names, loaded)}

@@ -140,7 +140,7 @@ def run_chain(
         benches,
         splits.measured.task,
         planned.settings.hardware.latency,
-        planned.settings.hardware.device,
+        planned.settings.hardware.serving_device,
         exported,
     )
     outcome = Outcome(

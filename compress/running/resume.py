@@ -232,18 +232,20 @@ class Half(HalfPrecision):
 
 def make_trainer_options(hardware: Hardware, together: bool, trains: bool = True) -> dict[str, Any]:
     """Return the Trainer's arguments for one device, or for all devices of the hardware. A Trainer that does not train
-    leaves the model in its own precision."""
+    leaves the model in its own precision, and with ``hardware.offload`` in the CPU's memory."""
     slurm = SLURMEnvironment.detect() and (together or hardware.processes == 1)
     # On SLURM the launcher requeues, so Lightning must not.
     environment = SLURMEnvironment(auto_requeue=False) if slurm else LightningEnvironment()
-    cuda = hardware.device.type == "cuda"
+    device = torch.device("cpu") if hardware.offload and not trains else hardware.device
     precision = hardware.precision if trains else "32-true"
     half = precision == "bf16-true"
     return {
-        "accelerator": hardware.device.type,
+        "accelerator": device.type,
         "devices": hardware.devices if together else 1,
         "num_nodes": hardware.nodes if together else 1,
-        "strategy": RestoredTogether() if together else RestoredAlone(torch.device("cuda", 0) if cuda else "cpu"),
+        "strategy": RestoredTogether()
+        if together
+        else RestoredAlone(torch.device("cuda", 0) if device.type == "cuda" else "cpu"),
         "plugins": [Whole(), environment, *([Half("bf16-true")] if half else [])],
         "precision": None if half else precision,
         "use_distributed_sampler": False,  # our data loader already splits the batches

@@ -25,6 +25,7 @@ from compress.models.backbone import count_tokens, limit_length
 from compress.models.layers import unwrap_model
 from compress.models.matrices import Matrix, apply_masks, find_all_matrices, find_zeros, measure_share
 from compress.models.packing import keeps_boundaries
+from compress.models.placement import run_blocks_on
 from compress.planning.plan import Plan, Step
 from compress.planning.settings import Settings
 from compress.running.batch_size import fit_batch_size
@@ -260,7 +261,8 @@ def fit_module(
     )
     begin = time.perf_counter()
     try:
-        with team.training(hardware) if team else nullcontext():
+        blocks = hardware.device if hardware.offload and not training.epochs else None
+        with team.training(hardware) if team else nullcontext(), run_blocks_on(blocks):
             trainer.fit(module, datamodule=data, ckpt_path=last)
     finally:
         hide_events(logs)  # the cache is below multirun/, and every job has a copy of them

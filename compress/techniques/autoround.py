@@ -202,7 +202,8 @@ def learn_section(
     chosen = min(range(len(losses)), key=losses.__getitem__)
     for name, integers in candidates[chosen].items():
         layers[name].weight.copy_(integers.dequantize(layers[name].dtype))
-    return Outcome(section.name, candidates[chosen], losses[chosen], losses[0])
+    learnt_integers = {name: each.cpu() for name, each in candidates[chosen].items()}
+    return Outcome(section.name, learnt_integers, losses[chosen], losses[0])
 
 
 def descend(

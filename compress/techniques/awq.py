@@ -21,7 +21,7 @@ from compress.models.calibration import Section, sequential
 from compress.models.families import find_conventions, name_family
 from compress.models.folding import Fold, find_folds
 from compress.models.layers import evaluation_mode, unwrap_model
-from compress.techniques.gptq import Outcome, compare_with_nearest, write_errors
+from compress.techniques.gptq import Outcome, write_better, write_errors
 
 MOST_ROWS = 128
 """Rows of the matrices that share an input, on which scales are compared: their errors rank the scales as all would."""
@@ -107,9 +107,7 @@ class AWQ(WeightOnly):
                     points = self.grid if self.clip else 1
                     grid = fit_grid(weight, self.scheme, weight.dtype, shared.statistic, points)
                     clipped = round_to_nearest(weight, grid, self.scheme)
-                    outcome = compare_with_nearest(weight, clipped, shared.statistic)
-                    matrix.weight.copy_(outcome.quantized.weight.dequantize(matrix.dtype))
-                    self.outcomes[name] = outcome
+                    self.outcomes[name] = write_better(weight, clipped, shared.statistic)
         self.keep({name: outcome.quantized for name, outcome in self.outcomes.items()})
         self.limits = f"{len(scaled & wanted.keys())} of {len(wanted)} matrices have scaled inputs; {AWQ.limits}"
         model.cpu()

@@ -127,19 +127,20 @@ def quantize_layers(
         for matrices, moment in sequential(model, batches, second_moment, layers):
             weights = [matrix.weight for matrix in matrices.values()]
             rounded = gptq(weights, moment, [schemes[name] for name in matrices], damping, act_order, scale)
-            for (name, matrix), weight, ours in zip(matrices.items(), weights, rounded):
-                outcomes[name] = compare_with_nearest(weight, ours, moment)
-                matrix.weight.copy_(outcomes[name].quantized.weight.dequantize(matrix.dtype))
+            for name, weight, ours in zip(matrices, weights, rounded):
+                outcomes[name] = write_better(weight, ours, moment)
     return outcomes
 
 
-def compare_with_nearest(weight: Tensor, ours: Integers, moment: Tensor) -> Outcome:
-    """Return the better of ``ours`` and the integers nearest to ``weight`` ``[rows, inputs]``, by the error of the
-    outputs on inputs of the second ``moment`` ``[inputs, inputs]``."""
+def write_better(weight: Tensor, ours: Integers, moment: Tensor) -> Outcome:
+    """Write the better of ``ours`` and the integers nearest to ``weight`` ``[rows, inputs]`` into it, by the error of
+    the outputs on inputs of the second ``moment`` ``[inputs, inputs]``. Return the better in the CPU's memory."""
     grid = minmax_grid(weight, ours.scheme, ours.grid.scale.dtype)
     both = ours, round_to_nearest(weight, grid, ours.scheme)
     errors = [output_error(rounded.dequantize(torch.float32) - weight, moment) for rounded in both]
-    return Outcome(Quantized(both[errors[1] < errors[0]]), min(errors), errors[1])
+    better = both[errors[1] < errors[0]]
+    weight.copy_(better.dequantize(weight.dtype))
+    return Outcome(Quantized(better.cpu()), min(errors), errors[1])
 
 
 def write_errors(outcomes: dict[str, Outcome], path: Path) -> None:

@@ -14,7 +14,7 @@ from compress.maths.rounding import Scheme, minmax_grid, round_to_grid, round_to
 from compress.models.matrices import find_zeros, matrices, measure_matrices
 from compress.running.promises import check_bits
 from compress.runtimes.torch import load
-from compress.techniques.gptq import GPTQ, compare_with_nearest
+from compress.techniques.gptq import GPTQ, write_better
 from compress.techniques.prune import Prune
 
 
@@ -229,6 +229,6 @@ def test_the_better_of_two_roundings_is_kept():
     nearest = round_to_nearest(weight, grid, Scheme(4))
     worse = nearest._replace(integers=nearest.integers - 1)
     for ours in (nearest, worse):
-        outcome = compare_with_nearest(weight, ours, moment)
+        outcome = write_better(weight, ours, moment)
         assert torch.equal(outcome.quantized.weight.integers, nearest.integers)
         assert outcome.error == pytest.approx(outcome.nearest)
