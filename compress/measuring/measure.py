@@ -20,6 +20,7 @@ from compress.measuring.meters import Memory, Work, find_energy_meter, measure_m
 from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare_predictions
 from compress.models.costs import count_macs
 from compress.models.matrices import dequantize_weight
+from compress.runtimes.processor import name_processor
 from compress.runtimes.runtime import import_runtime
 from compress.runtimes.timing import (
     BUSY,
@@ -160,7 +161,7 @@ def measure_artifacts(
             if exported and exported.description.runtime == bench.artifact.description.runtime
             else None,
             runtime=bench.artifact.description.runtime,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else name_processor(),
             threads=torch.get_num_threads(),
             batches=spreads[name],
             comparison=None

@@ -71,6 +71,15 @@ def list_notes(rows: list[Row]) -> list[str]:
         for row in done
         if row.get("speedup_same_runtime")
     ]
+    if slow := [row for row in done if (row.get("speedup_same_runtime_high") or 1.0) < 1]:
+        notes.append(
+            f"{join_methods(slow)}: slower on this processor than the baseline in float32 in the same runtime; "
+            "precision=fp32, or fewer operations (structured, drop_layers), is faster"
+        )
+    devices = group_by_device(done)
+    if len(devices) > 1:
+        listed = "; ".join(f"{device}: {join_methods(group)}" for device, group in devices.items())
+        notes.append(f"measured on several devices, so factors compare and times do not ({listed})")
     if disturbed := [row for row in done if row.get("disturbed")]:
         most = max(row["others_cpu"] for row in disturbed)
         notes.append(
@@ -129,6 +138,14 @@ def format_task_changes(row: Row) -> str:
         for task in tasks
     )
     return ", ".join(changes) + " (*: p < 0.05, corrected for its tasks)" * bool(tasks)
+
+
+def group_by_device(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the rows by the processor or card on which they were measured, and its threads."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[f"{row['device']}, {row['threads']} threads"].append(row)
+    return groups
 
 
 def describe_lengths(rows: list[Row], what: str) -> str:

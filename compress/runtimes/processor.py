@@ -47,9 +47,15 @@ def describe_machine() -> dict[str, str]:
     import torch
 
     runtimes = {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)}
+    return {"processor": name_processor(), "threads": str(torch.get_num_threads()), **runtimes}
+
+
+def name_processor() -> str:
+    """Return the processor's name, and the widest instructions that PyTorch uses there: ``AMD EPYC (AVX2)``."""
+    import torch
 
     name = read_processor().get("model name") or platform.processor() or platform.machine()
-    return {"processor": name, "threads": str(torch.get_num_threads()), **runtimes}
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def adds_exactly() -> bool:

@@ -304,6 +304,20 @@ def test_a_report_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
         sweep(tmp_path, rows("a"))
 
 
+def test_a_note_names_rows_that_are_slower_than_floats_in_their_runtime():
+    fast, slow = ({**row, "method": name, "speedup_same_runtime": 1.0, "speedup_same_runtime_high": high}
+                  for row, name, high in zip(rows("a"), ("onnx", "openvino"), (1.1, 0.8)))  # fmt: skip
+    (note,) = [note for note in list_notes([fast, slow]) if "slower on this processor" in note]
+    assert note.startswith("openvino: ") and "precision=fp32" in note
+
+
+def test_a_note_tells_rows_of_several_devices_apart():
+    here, there = rows("a"), [{**row, "device": "AMD EPYC (AVX2)"} for row in rows("b")]
+    assert not [note for note in list_notes(here) if "several devices" in note]
+    (note,) = [note for note in list_notes(here + there) if "several devices" in note]
+    assert "cpu, 2 threads: " in note and "AMD EPYC (AVX2), 2 threads: " in note
+
+
 def test_the_title_names_only_facts_that_all_rows_share():
     some, others = rows("a"), [{**row, "examples": 7} for row in rows("b")]
     assert format_title(some) == "tiny on toy: 100 test examples, cpu, 2 threads"
