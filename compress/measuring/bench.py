@@ -35,3 +35,8 @@ def build_bench(folder: Path, loaded: Artifact, data: TaskData, latency: Latency
     batches = {size: data.texts(max(1, latency.texts // size), split, size) for size in latency.batch_sizes}
     singles, words = data.texts(latency.texts, split), data.words(split, latency.texts)
     return Bench(folder, loaded, split, data.in_batches(split), singles, data, words, batches)
+
+
+def list_texts(bench: Bench) -> list[str]:
+    """Return the texts of the split in its order, a pair as one text; none if documents are cut into blocks."""
+    return [] if bench.data.kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]

@@ -14,7 +14,7 @@ from compress.artifacts.artifact import Artifact, measure_size_bytes
 from compress.errors import PostconditionError
 from compress.formats.bnb import move_model
 from compress.maths.statistics import Interval
-from compress.measuring.bench import Bench
+from compress.measuring.bench import Bench, list_texts
 from compress.measuring.generation import Generation, build_tokenising_call, measure_generation
 from compress.measuring.meters import Memory, Work, find_energy_meter, measure_memory, measure_work
 from compress.measuring.predictions import NEGATION, Comparison, Predictions, compare_predictions
@@ -241,7 +241,7 @@ def keep_predictions(
         )
     if kind.reads_windows:
         tokens = np.bincount(bench.data.tokenised(bench.split)["row"], weights=tokens).astype(int)
-    texts = [] if kind.in_blocks else [" ".join(row) for row in bench.data.words(bench.split)]
+    texts = list_texts(bench)
     if answers.rows is not None:
         owners = answers.rows.reshape(examples, -1)
         tokens, texts = tokens[owners].sum(1), [" ".join(texts[row] for row in rows) for rows in owners]

@@ -5,11 +5,14 @@ Imports of heavy libraries are local, because Hydra imports this module before e
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from compress.cache.files import write_atomically
 
 if TYPE_CHECKING:
     from compress.artifacts.artifact import Description
@@ -35,6 +38,7 @@ class Outcome:
 
     ``baseline`` is the address of the baseline's artifact; rows with the same address measure the same artifact.
     ``data`` is the fingerprint of the task's splits. ``agreements`` compare each export with the model before it.
+    ``texts`` are those of the measured split, of which examples with changed answers are quoted.
     """
 
     primary: str
@@ -44,9 +48,12 @@ class Outcome:
     predictions: dict[str, Predictions] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
     data: str = ""
+    texts: list[str] = field(default_factory=list)
 
 
 Row = dict[str, Any]
+TEXTS = "predictions/texts.json"
+"""The file of the quoted texts in a job's folder, by their numbers in the split."""
 
 
 def collect_rows(folder: Path, job: Job, outcome: Outcome, home: Path | None = None) -> list[Row]:
@@ -62,7 +69,18 @@ def collect_rows(folder: Path, job: Job, outcome: Outcome, home: Path | None = N
             row["predictions"] = f"predictions/{number}.npz"
             outcome.predictions[method].save(folder / row["predictions"])
         rows.append(row)
+    quote_texts(folder / TEXTS, outcome)
     return rows
+
+
+def quote_texts(file: Path, outcome: Outcome) -> None:
+    """Write the texts of the examples whose changed answers the page shows; nothing if there are none."""
+    from compress.measuring.changes import quote_changed_texts
+
+    if outcome.texts and outcome.predictions:
+        before, *variants = outcome.predictions.values()
+        if quoted := quote_changed_texts(before, variants, outcome.texts):
+            write_atomically(file, json.dumps(quoted, indent=2, ensure_ascii=False))
 
 
 def build_row(job: Job, method: str, outcome: Outcome) -> Row:

@@ -21,6 +21,7 @@ from compress.artifacts.artifact import Artifact, load_artifact, read_descriptio
 from compress.artifacts.moving import move_artifact
 from compress.cache.files import write_atomically
 from compress.errors import UserError
+from compress.measuring.bench import list_texts
 from compress.measuring.measure import measure_artifacts
 from compress.models.backbone import has_task_labels, is_decoder
 from compress.models.loading import from_pretrained
@@ -196,7 +197,14 @@ def evaluate_artifact(cfg: DictConfig, folder: Path, home: Path | None = None) -
 
     # 4) Collect their rows
     descriptions = {name: each.description for name, each in zip(names, loaded)}
-    outcome = Outcome(splits.task.primary, descriptions, measurements, predictions=predictions, data=splits.fingerprint)
+    outcome = Outcome(
+        splits.task.primary,
+        descriptions,
+        measurements,
+        predictions=predictions,
+        data=splits.fingerprint,
+        texts=list_texts(next(iter(benches.values()))),
+    )
     model = loaded[-1].description.model
     return collect_rows(folder, Job("", model, task.name, settings.seed), outcome, home)
 

@@ -21,7 +21,7 @@ from compress.cache.files import remove_path, write_atomically
 from compress.cache.sources import digest_source
 from compress.cache.store import MANIFEST, Cache, prune_cache
 from compress.exporting.agreement import read_agreement
-from compress.measuring.bench import Bench, build_bench
+from compress.measuring.bench import Bench, build_bench, list_texts
 from compress.measuring.measure import measure_artifacts
 from compress.measuring.predictions import FILE
 from compress.planning.plan import Plan, check_data, make_plan
@@ -151,6 +151,7 @@ def run_chain(
         predictions=predictions,
         agreements={planned.method: agreement} if (agreement := read_agreement(source / "report")) else {},
         data=splits.measured.fingerprint,
+        texts=list_texts(benches["none"]),
     )
     predictions[planned.method].save(into / FILE)
     (into / "measurement.json").write_text(json.dumps(asdict(measurements[planned.method]), indent=2), encoding="utf-8")
