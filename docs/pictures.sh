@@ -10,9 +10,10 @@ shoot() { # name, address, width, height
 Image.open(sys.argv[1]).convert('RGB').quantize(128).save(sys.argv[1], optimize=True)"
 }
 
-shoot report "file://$sweep/report.html" 1360 720
-plots=$(mktemp --suffix .html) # the same page without its tables
-sed 's/<\/style>/h1, .best, .wide, h2:not(#pictures) { display: none; }&/' "$sweep/report.html" > "$plots"
+shoot report "file://$sweep/report.html" 1360 1240
+plots=$(mktemp --suffix .html) # the same page with nothing but its static plots
+sed 's/^<\/style>/main > :not(.pictures, #pictures) { display: none; }&/; s/<details class="pictures"/& open/' \
+    "$sweep/report.html" > "$plots"
 shoot plots "file://$plots" 1360 1240
 rm "$plots"
 tensorboard --logdir "$sweep/tensorboard" --port "$port" --reload_interval 0 &

@@ -1,4 +1,4 @@
-"""Write ``report.html``: a single file with all results of a run or a sweep, readable without a network."""
+"""Write ``report.html``: a single file with all results of a run or a sweep, to explore without a network."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cache.files import write_atomically
-from compress.planning.recorded import format_repeat_command
 from compress.reporting import jobs
+from compress.reporting.budgets import find_budget_lines
+from compress.reporting.columns import DETAILS, QUALITY_AND_COST, Column, list_metrics, read_metric
 from compress.reporting.curves import draw_curves
+from compress.reporting.details import describe_row
 from compress.reporting.escaping import make_printable, make_rows_printable, plain_figures
 from compress.reporting.findings import list_notes, read_conclusions
 from compress.reporting.plots import Picture, draw_figures
-from compress.reporting.rows import is_bound, is_perplexity, is_significant
-from compress.reporting.tables import format_rate, format_title, label_rows, summarise_seeds
+from compress.reporting.rows import is_perplexity
+from compress.reporting.tables import format_title, label_rows, summarise_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,91 +28,23 @@ if TYPE_CHECKING:
     from compress.reporting.rows import Row
 
 
-SHARES = ("change", "churn", "against_teacher", "worst_slice_change")
-"""Columns of fractions that are shown as percent or points."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    ``name`` is the heading, ``form`` the format of a cell and ``key`` the row's value to show and sort by. ``ends`` are
-    the keys of its interval.
-    """
-
-    name: str
-    form: str | Callable[[Any], str]
-    key: str
-    ends: tuple[str, str] | None = None
-
-    def text(self, row: Row) -> str:
-        if row.get(self.key) is None:
-            return ""
-        if self.key in ("value", "change") and math.isnan(row[self.key]):
-            return "undefined"
-        show = self.form.format if isinstance(self.form, str) else self.form
-        shown = show(self.scale_value(row, self.key))
-        if self.ends and row.get(self.ends[0]) is not None:
-            low, high = (show(self.scale_value(row, end)) for end in self.ends)
-            shown += f" [{low}, {high}]"
-        less = "< " * (self.key == "p_holm" and is_bound(row))
-        return less + shown + "*" * (self.key == "change" and is_significant(row))
-
-    def scale_value(self, row: Row, key: str) -> Any:
-        return row[key] * 100 if self.key in SHARES and not is_perplexity(row["metric"]) else row[key]
-
-
-QUALITY_AND_COST = (
-    Column("change [95%]", "{:+.2f}", "change", ("change_low", "change_high")),
-    Column("p (Holm)", "{:.2g}", "p_holm"),
-    Column("churn, %", "{:.1f}", "churn"),
-    Column("to teacher", "{:+.2f}", "against_teacher"),
-    Column("MB", "{:.2f}", "size_mb"),
-    Column("smaller", "{:.2f}x", "compression_ratio"),
-    Column("ms [95%]", "{:.2f}", "latency_ms", ("latency_low_ms", "latency_high_ms")),
-    Column("faster [95%]", "{:.2f}", "speedup", ("speedup_low", "speedup_high")),
-    Column("texts/s", format_rate, "throughput_per_s"),
-    Column("memory, MB", "{:,.1f}", "model_memory_mb"),
-    Column("compress s", "{:.1f}", "compression_time_s"),
-)
-DETAILS = (
-    Column("mean ms", "{:.2f}", "latency_mean_ms"),
-    Column("sd", "{:.2f}", "latency_sd_ms"),
-    Column("p95", "{:.2f}", "latency_p95_ms"),
-    Column("p99", "{:.2f}", "latency_p99_ms"),
-    Column("CPU ms", "{:.2f}", "cpu_ms"),
-    Column("GPU ms", "{:.2f}", "gpu_ms"),
-    Column("tokenizer ms", "{:.3f}", "tokenizer_ms"),
-    Column("first token ms", "{:.2f}", "first_token_ms"),
-    Column("per token ms", "{:.2f}", "per_token_ms"),
-    Column("process peak, MB", "{:,.0f}", "peak_memory_mb"),
-    Column("GPU peak, MB", "{:,.0f}", "gpu_memory_mb"),
-    Column("MACs, 10⁶", "{:,.1f}", "mmacs"),
-    Column("J/text", "{:.3g}", "energy_j"),
-    Column("export agrees", "{:.1%}", "label_agreement"),
-    Column("logits differ by", "{:.2g}", "max_logit_difference"),
-    Column("parameters", "{:,}", "parameters"),
-    Column("non-zeros", "{:,}", "nonzeros"),
-    Column("train s", "{:.1f}", "training_time_s"),
-    Column("measure s", "{:.1f}", "measuring_time_s"),
-    Column("worst slice", "{}", "worst_slice"),
-    Column("slice change", "{:+.1f}", "worst_slice_change"),
-)
+WEB = Path(__file__).parent / "web"
+"""The page's template, style and scripts."""
+SCRIPTS = ("elements.js", "details.js", "table.js", "labels.js", "plot.js", "explore.js")
 
 
 @plain_figures()
 def write_page(folder: Path, rows: list[Row]) -> Path:
     """Write ``report.html`` of ``rows`` into ``folder``, and return its path."""
     from jinja2 import Environment, FileSystemLoader
+    from plotly.offline import get_plotlyjs
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment = Environment(loader=FileSystemLoader(WEB), autoescape=True, trim_blocks=True)
     rows = [{**row, "mmacs": row["macs"] / 1e6 if row.get("macs") else None} for row in make_rows_printable(rows)]
-    labels = label_rows(rows)
     content = environment.get_template("page.html.j2").render(
         title=format_title(rows),
         recommendations=read_conclusions(folder, rows),
-        tables=[format_table(rows, labels, QUALITY_AND_COST, value=True), format_table(rows, labels, DETAILS)],
-        effects=[(number, label, row) for number, (label, row) in enumerate(zip(labels, rows), 1) if row.get("effect")],
+        sweep=make_plain(collect_sweep(folder, rows)),
         seeds=summarise_seeds(rows),
         is_perplexity=is_perplexity,
         pictures=[
@@ -122,36 +55,76 @@ def write_page(folder: Path, rows: list[Row]) -> Path:
             )
         ],
         notes=list_notes(rows),
-        repeat=list_commands(rows),
         environments=list_environments(rows),
+        style=(WEB / "page.css").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        script="\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS),
     )
     write_atomically(folder / "report.html", content)
     return folder / "report.html"
 
 
-def format_table(
-    rows: list[Row], labels: list[str], columns: tuple[Column, ...], value: bool = False
-) -> dict[str, Any]:
-    """Return the headings and the lines of a table, each cell as its text and its sort value.
+def collect_sweep(folder: Path, rows: list[Row]) -> dict[str, Any]:
+    """Return what the page's scripts show: columns, axes, budget lines, and the rows with their details."""
+    from compress.tasks.kinds import higher_is_better
 
-    Columns without values are left out. The cells of a failed row are empty.
-    """
-    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["status"] == "completed"))
-    if value and metrics:
-        columns = (Column(" / ".join(metrics), "{:.4f}", "value"), *columns)
-    columns = tuple(column for column in columns if any(row.get(column.key) is not None for row in rows))
-    lines = []
-    for number, (row, label) in enumerate(zip(rows, labels), 1):
-        failed = row["status"] == "failed"
-        compared = row["method"] != "none"
-        cells = [
-            ("", "")
-            if failed or (column.key in ("change", "compression_ratio", "compression_time_s") and not compared)
-            else (column.text(row), row.get(column.key))
-            for column in columns
-        ]
-        lines.append({"number": number, "label": label, "cells": cells, "failed": failed, "reason": row.get("reason")})
-    return {"headings": [column.name for column in columns], "lines": lines}
+    # 1) List the columns and axes that have values
+    done = [row for row in rows if row["status"] == "completed"]
+    primary = list(dict.fromkeys(row["metric"] for row in done))
+    metrics = list(dict.fromkeys(metric for row in done for metric in list_metrics(row)))
+    value = Column(" / ".join(primary), "{:.4f}", "value")
+    main, others = (
+        [column for column in columns if any(column.format_cell(row) for row in done)]
+        for columns in ((value, *QUALITY_AND_COST), DETAILS)
+    )
+    axes = [
+        *({"key": name, "title": name, "more": higher_is_better(name), "metric": True} for name in metrics),
+        *(
+            {"key": column.key, "title": column.axis, "more": column.more, "metric": False}
+            for column in (*main, *others)
+            if column.axis
+        ),
+    ]
+    # 2) Describe every row
+    last = {row["folder"]: id(row) for row in rows if row.get("folder")}
+    described = []
+    for number, (row, label) in enumerate(zip(rows, label_rows(rows)), 1):
+        finished = row["status"] == "completed"
+        points = {column.key: column.read_point(row) for column in (*main, *others) if column.axis and finished}
+        points |= {name: read_metric(row, name) for name in metrics if finished}
+        described.append(
+            {
+                "number": number,
+                "label": label,
+                "baseline": row["method"] == "none",
+                "stages": row["method"].split("+"),
+                **{key: str(row.get(key) or "") for key in ("model", "task", "seed", "status", "runtime", "metric")},
+                "cells": [column.format_cell(row) if finished else "" for column in (*main, *others)],
+                "values": [row.get(column.key) if finished else None for column in (*main, *others)],
+                "points": {key: point for key, point in points.items() if point},
+                "details": describe_row(row, last.get(row.get("folder")) == id(row)),
+            }
+        )
+    return {
+        "columns": [{"key": c.key, "name": c.name, "main": c in main} for c in (*main, *others)],
+        "axes": axes,
+        "primary": primary,
+        "budgets": [asdict(line) for line in find_budget_lines(folder, rows)],
+        "rows": described,
+    }
+
+
+def make_plain(value: Any) -> Any:
+    """Return nested values as JSON can hold them: printable texts, and no number that is not finite."""
+    if isinstance(value, dict):
+        return {key: make_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    if isinstance(value, str):
+        return "\n".join(map(make_printable, value.split("\n")))
+    return value
 
 
 def encode_figure(figure: Figure) -> str:
@@ -159,20 +132,6 @@ def encode_figure(figure: Figure) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def list_commands(rows: list[Row]) -> list[dict[str, str]]:
-    """Return the command, the full config and the data fingerprint of each job that has a Hydra config."""
-    commands = {}
-    for row in rows:
-        job = Path(row.get("folder") or ".")
-        if row.get("folder") and row["folder"] not in commands and (job / jobs.CONFIG).is_file():
-            commands[row["folder"]] = {
-                "command": make_printable(format_repeat_command(job)),
-                "config": (job / jobs.CONFIG).read_text(encoding="utf-8"),
-                "data": row.get("data", ""),
-            }
-    return list(commands.values())
 
 
 def list_environments(rows: list[Row]) -> list[dict[str, str]]:

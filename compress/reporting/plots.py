@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.maths.statistics import pareto_indices
 from compress.reporting.escaping import shorten_label
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LINE = 0.24  # inches for each row of a plot
 GREY = "0.55"
+MOST_ROWS = 48
+"""Rows that a plot has room for. Of more, it shows the baseline and the rows on a front."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ def draw_figures(rows: list[Row]) -> list[tuple[str, Figure]]:
     numbers = {id(row): number for number, row in enumerate(rows, 1)}
     figures = []
     groups = group_rows(rows)
-    for (model, task, _), group in groups.items():
+    for (model, task, _), whole in groups.items():
+        group = whole if len(whole) <= MOST_ROWS else choose_best_rows(whole)
         names = [shorten_label(f"{numbers[id(row)]} {label}") for row, label in zip(group, label_rows(group))]
         where = f"{model} on {task}: " if len(groups) > 1 else ""
+        where += f"the best {len(group)} of {len(whole)} rows, " if len(group) < len(whole) else ""
         defined = [i for i, row in enumerate(group) if not is_undefined(row)]
         if len(defined) > 1:
             fronts = draw_pareto_fronts([group[i] for i in defined], [names[i] for i in defined])
@@ -52,25 +56,43 @@ def draw_figures(rows: list[Row]) -> list[tuple[str, Figure]]:
     return figures
 
 
+def choose_best_rows(rows: list[Row]) -> list[Row]:
+    """Return the baselines and the rows that no other beats in quality and one of latency, size and memory."""
+    from compress.tasks.kinds import higher_is_better
+
+    defined = [row for row in rows if not is_undefined(row)]
+    better = 1 if higher_is_better(common_metric(rows)) else -1
+    chosen = {id(row) for row in rows if row["method"] == "none"}
+    for _, places in list_costs(defined).values():
+        if all(place[0] is not None for place in places):
+            best = pareto_indices([place[0] for place in places], [better * row["value"] for row in defined])
+            chosen |= {id(defined[i]) for i in best}
+    return [row for row in rows if id(row) in chosen][:MOST_ROWS]
+
+
 def common_metric(rows: list[Row]) -> str:
     return str(rows[0]["metric"])
 
 
 def draw_pareto_fronts(rows: list[Row], names: list[str]) -> list[tuple[str, Figure]]:
-    """Draw quality against latency, size and memory, with intervals.
+    """Draw quality against latency, size and memory, with intervals."""
+    return [
+        (what, draw_front(rows, names, label, places))
+        for what, (label, places) in list_costs(rows).items()
+        if all(place[0] is not None for place in places)
+    ]
+
+
+def list_costs(rows: list[Row]) -> dict[str, tuple[str, list[tuple[Any, Any, Any]]]]:
+    """Return the label of each cost, and the cost of every row with the ends of its interval.
 
     The latency is relative to the baseline's, which was timed in turns with it.
     """
-    axes = {
+    return {
         "latency": ("latency / latency of the baseline", [relative_latency(row) for row in rows]),
         "size": ("size, MB", [(row["size_mb"],) * 3 for row in rows]),
         "memory": ("memory to load and run, MB", [(row.get("model_memory_mb"),) * 3 for row in rows]),
     }
-    return [
-        (what, draw_front(rows, names, label, places))
-        for what, (label, places) in axes.items()
-        if all(place[0] is not None for place in places)
-    ]
 
 
 def relative_latency(row: Row) -> tuple[float, float, float]:

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,11 +24,12 @@ from compress.maths.statistics import SMALLEST_P, pareto_indices
 from compress.measuring.measure import Interval, Measurement
 from compress.measuring.predictions import Predictions, compare_predictions
 from compress.reporting import report
+from compress.reporting.budgets import find_budget_lines
 from compress.reporting.card import write_card
 from compress.reporting.findings import format_markdown, list_notes, recommend_rows
 from compress.reporting.jobs import gather_rows
 from compress.reporting.page import write_page
-from compress.reporting.plots import spread_positions
+from compress.reporting.plots import choose_best_rows, draw_figures, spread_positions
 from compress.reporting.rows import (
     Job,
     Outcome,
@@ -176,7 +177,7 @@ def test_a_model_slower_than_a_text_a_second_has_a_rate(tmp_path):
     slow = {name: replace(one, throughput_per_s=0.131) for name, one in OUTCOME.measurements.items()}
     rows = [build_row(JOB, name, replace(OUTCOME, measurements=slow)) for name in slow]
     assert figure_columns(rows)["texts/s"] == ["0.13", "0.13"]
-    assert '<td data-value="0.131">0.13</td>' in write_page(tmp_path, rows).read_text()
+    assert read_cells(write_page(tmp_path, rows), "throughput_per_s") == ["0.13", "0.13"]
 
 
 def test_against_another_teacher_the_table_says_how_far_the_student_is_from_it(tmp_path):
@@ -381,6 +382,18 @@ def many(folder):
     return correct_p_values(drop_repeated_baselines(gather_rows(folder)))
 
 
+def read_sweep(page):
+    """Return what the scripts of a page show."""
+    (text,) = re.findall(r'<script id="sweep" type="application/json">(.*)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON, so that a browser could not read it
+
+
+def read_cells(page, key):
+    sweep = read_sweep(page)
+    (at,) = (at for at, column in enumerate(sweep["columns"]) if column["key"] == key)
+    return [row["cells"][at] for row in sweep["rows"]]
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -395,7 +408,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_has_everything_and_needs_no_network(tmp_path):
-    text = write_page(tmp_path, many(tmp_path)).read_text()
+    path = write_page(tmp_path, many(tmp_path))
+    text, sweep = path.read_text(), read_sweep(path)
     page = Page(text)
     assert not page.outside
     assert page.pictures == [
@@ -405,13 +419,27 @@ def test_the_page_has_everything_and_needs_no_network(tmp_path):
         "change by slice of the test split, in points",
         "against prune.sparsity",
     ]
-    assert text.count("<tr><td data-value") + text.count('<tr class="failed"><td data-value') == 2 * 21
-    for said in ("&lt;no such&gt; thing", "fingerprint-of-the-data", "python train.py technique=prune", "torch",
-                 "smallest within 1 point of the baseline: none is smaller"):  # fmt: skip
+    assert [row["number"] for row in sweep["rows"]] == list(range(1, 22))
+    *_, pruned, failed = (row["details"] for row in sweep["rows"])
+    assert failed["reason"] == "<no such> thing" and "<no such>" not in text
+    assert pruned["data"] == "fingerprint-of-the-data" and pruned["command"].endswith(" technique=prune")
+    assert pruned["config"] == "seed: 0\n" and pruned["limits"] == ["prune: no speed"]
+    assert pruned["answers"]["changed"] == 10 and pruned["slices"][0]["name"] == "with negation"
+    for said in ("torch", "smallest within 1 point of the baseline: none is smaller"):
         assert said in text
-    assert re.search(r"-10\.00 \[-1[56]\.\d\d, -[34]\.\d\d\]\*", text)  # 10 of 100: 1.98 times 3 points
-    images = [base64.b64decode(uri).decode() for uri in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert re.fullmatch(
+        r"-10\.00 \[-1[56]\.\d\d, -[34]\.\d\d\]\*", read_cells(path, "change")[1]
+    )  # 1.98 times 3 points
+    images = [base64.b64decode(uri).decode() for uri in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)', text)]
     assert len(images) == 5 and all(image.rstrip().endswith("</svg>") for image in images)
+
+
+def test_of_many_rows_a_static_plot_shows_the_best(tmp_path):
+    rows = many(tmp_path)[:20]
+    more = [{**row, "size_mb": row["size_mb"] + number} for number in range(3) for row in rows[1:]]
+    assert [title for title, _ in draw_figures(rows[:1] + more)][1].startswith("the best ")
+    sizes = {row["size_mb"] for row in choose_best_rows(rows[:1] + more)}
+    assert min(row["size_mb"] for row in more) in sizes and len(sizes) < 10
 
 
 def test_every_point_that_no_other_beats_is_on_the_front():
@@ -491,8 +519,9 @@ def test_an_undefined_metric_has_no_star_and_the_other_rows_are_reported(tmp_pat
     assert (figures["value"], figures["change"]) == ("undefined", "undefined")
     notes = "\n".join(list_notes(rows))
     assert "roc_auc of prune is undefined on the test split" in notes and "*: p < 0.05" in notes
-    text = (tmp_path / "report.html").read_text()
-    assert ">undefined<" in text and "roc_auc against size" in text and ">nan<" not in text
+    page = tmp_path / "report.html"
+    assert read_cells(page, "value")[1] == "undefined" and "roc_auc against size" in page.read_text()
+    assert "roc_auc" not in read_sweep(page)["rows"][1]["points"]
     assert "prune, " not in "".join(recommend_rows(rows))
     write_overlay(tmp_path, [{**row, "folder": str(tmp_path)} for row in rows])
     (tmp_path / "config.json").write_text("{}")
@@ -509,7 +538,7 @@ def test_p_values_below_what_is_resolved_are_shown_as_a_bound(tmp_path):
     assert "significant (p < 2e-06)" in format_significance(bound, "x") and "(p = 0.5)" in format_significance(
         other, "x"
     )
-    assert ">&lt; 2e-06<" in (tmp_path / "report.html").read_text()
+    assert read_cells(tmp_path / "report.html", "p_holm")[1] == "< 2e-06"
 
 
 def test_the_card_reports_the_figures_to_the_hub(tmp_path):
@@ -539,3 +568,32 @@ def test_the_card_names_the_model_and_the_data_of_the_hub(tmp_path, path):
     theirs = ("nyu-mll/glue", "sst2", "validation") if path == "null" else ("toy", None, "test")
     assert (result.dataset_type, result.dataset_config, result.dataset_split) == theirs
     assert data.datasets == (["nyu-mll/glue"] if path == "null" else None)
+
+
+@pytest.mark.parametrize("typed, drop", [(["search=size"], 1.0), (["search=latency", "search.max_drop=0.5"], 0.5)])
+def test_the_loss_that_a_search_allowed_is_a_line_of_the_plot(tmp_path, typed, drop):
+    rows = rows_of_seed(0)
+    assert find_budget_lines(tmp_path, rows) == []
+    record = {"job": {"config_name": "train"}, "runtime": {"config_sources": []}, "overrides": {"task": typed}}
+    OmegaConf.save({"hydra": record}, tmp_path / "multirun.yaml")
+    quality, change = find_budget_lines(tmp_path, rows)
+    assert (quality.axis, quality.value) == ("accuracy", pytest.approx(0.9 - drop / 100))
+    assert (change.axis, change.value, change.label) == ("change", -drop, f"search.max_drop={drop:g}")
+
+
+@pytest.mark.parametrize(
+    "target, line",
+    [
+        ({"latency": 0.25, "for": "onnxruntime"}, ("speedup_same_runtime", 4.0)),
+        ({"latency": 0.5}, ("speedup", 2.0)),
+        ({"size_mb": 1.5}, ("size_mb", 1.5)),
+        ({"parameters": 0.5}, ("parameters", 5.0)),
+        ({"macs": 3e6}, ("mmacs", 3.0)),
+    ],
+)
+def test_the_target_of_a_stage_is_a_line_of_the_plot(tmp_path, target, line):
+    (tmp_path / "artifact").mkdir()
+    stages = [asdict(BASELINE), asdict(Done("structured", {"target": target}, 1.0, trained=False))]
+    (tmp_path / "artifact" / "compress.json").write_text(json.dumps({"history": stages}))
+    (budget,) = find_budget_lines(tmp_path, [{**row, "folder": str(tmp_path)} for row in rows_of_seed(0)])
+    assert (budget.axis, budget.value) == line
