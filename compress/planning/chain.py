@@ -119,7 +119,7 @@ def expand_jobs(overrides: list[Override], chain: str) -> list[list[str]]:
     """
     for override in overrides:
         _make_exact(override.value())
-        if override.is_discrete_sweep() and next(override.sweep_iterator(), None) is None:
+        if override.is_discrete_sweep() and not any(True for _ in override.sweep_iterator()):  # null is a value
             raise UserError(f"`{override.input_line}` has no value; expected one or more. Type --help for the choices.")
     jobs = BasicSweeper.split_arguments(overrides, None)[0]
     chains = [_find_chain(words, chain) for words in jobs]

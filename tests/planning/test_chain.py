@@ -251,6 +251,10 @@ def test_a_sweep_over_nothing_is_refused():
         split(["seed=range(2,2)"])
 
 
+def test_a_sweep_may_begin_with_null():
+    assert split(["cache.max_gb=null,1"]) == [["cache.max_gb=null"], ["cache.max_gb=1"]]
+
+
 def test_a_setting_of_a_stage_that_no_chain_of_a_sweep_has_is_refused():
     with pytest.raises(
         UserError, match="the chain `none` has no stage `awq`. Remove the setting, or .* `technique=awq`"
