@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -30,6 +30,33 @@ class Training:
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are summed for one optimizer step."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Adapter:
+    """The settings of a training of few parameters in place of all.
+
+    ``lora`` (Hu et al., 2021, arXiv:2106.09685) and ``dora`` (Liu et al., 2024, arXiv:2402.09353) add a product of two
+    small matrices to every matrix, which peft trains and which is merged at the end. ``perp`` (Zimmer et al., 2023,
+    arXiv:2312.15230) trains norms and biases. All train a classifier's head too.
+    """
+
+    kind: Literal["lora", "dora", "perp"]
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The product is multiplied by ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of an input of the product to be dropped."""
+    targets: Literal["all", "attention"] | tuple[str, ...] = "all"
+    """Matrices of the transformer blocks that get a product: ``all``, those of ``attention``, or patterns of names."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Baseline(Training):
+    """The settings of the baseline's training."""
+
+    adapter: Adapter | None = None
+    """Trained in place of all parameters, and merged at the end; None: all parameters are trained."""
 
 
 METHODS = ("check", "preview", "save", "report")
