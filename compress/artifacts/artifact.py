@@ -31,7 +31,8 @@ class Done:
     """A finished step of a chain.
 
     ``seconds`` is the time of the step's Trainer. ``shrinks`` is True if the step promises fewer bytes on disk.
-    ``losses`` holds the mean loss of the epoch that was kept by split, if the step trained.
+    ``losses`` holds the mean loss of the epoch that was kept by split, if the step trained. ``trained_parameters`` is
+    their number if an adapter was trained.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Done:
     trained: bool
     shrinks: bool = False
     losses: dict[str, float] = field(default_factory=dict)
+    trained_parameters: int | None = None
 
 
 @dataclass(frozen=True, config=CHECKED)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import time
+from collections.abc import Iterable
 from functools import cache as memoised
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,11 @@ def compute_digest(content: Any) -> str:
 def digest_environment() -> dict[str, str]:
     """Return the versions of the libraries that every result depends on."""
     return {name: version(name) for name in LIBRARIES}
+
+
+def read_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of the ``packages`` that are installed."""
+    return {package: version(package) for package in packages if importlib.util.find_spec(package)}
 
 
 def describe_environment() -> dict[str, str]:

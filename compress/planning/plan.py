@@ -7,18 +7,18 @@ import importlib.util
 import inspect
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
-from compress.cache.digests import fingerprint_files
+from compress.cache.digests import fingerprint_files, read_versions
 from compress.cache.files import expand_path
 from compress.cache.sources import digest_source
 from compress.errors import UserError
 from compress.install import format_command, format_install
+from compress.models.adapters import check_adapter, list_packages
 from compress.models.backbone import Backbone, check_added_tokens
 from compress.planning.chain import Stage, list_choices, list_config_folders, read_stages
 from compress.planning.settings import Settings, parse_values, read_settings, to_plain
@@ -30,7 +30,7 @@ from compress.tasks.splits import Splits, load_splits
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import SPLITS, Task
 from compress.tasks.tokens import TaskData
-from compress.technique import Technique, Training
+from compress.technique import Baseline, Technique, Training
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Step:
 
     def compute_address(self, known: Path | None = None) -> dict[str, Any]:
         """Return the :attr:`address`; the folder ``known`` keeps the checksums of files."""
-        used = [*self.technique.packages, *self.technique.versions]
-        libraries = {package: version(package) for package in used if importlib.util.find_spec(package)}
+        used = [*self.technique.packages, *self.technique.versions, *list_packages(self.arguments.get("adapter"))]
         named = (OmegaConf.select(OmegaConf.create(self.arguments), setting) for setting in self.technique.files)
         paths = [expand_path(value) for value in named if isinstance(value, str)]
         return {
@@ -90,7 +89,7 @@ class Step:
             "source": digest_source(self.technique.__module__, f"compress.runtimes.{self.technique.runtime}"),
             "files": [fingerprint_files(path, known) for path in paths if path.exists()],
             "calibration": self.calibration and content(self.calibration.rows),
-            "libraries": libraries,
+            "libraries": read_versions(used),
             **(describe_machine() if any(map(self.is_set, self.technique.timed)) else {}),
         }
 
@@ -120,7 +119,7 @@ class Plan:
     method: str
     backbone: Backbone
     task: Task
-    training: Training
+    training: Baseline
     steps: tuple[Step, ...]
     settings: Settings
     harness: Task | None = None
@@ -139,7 +138,9 @@ class Plan:
         caching = self.settings.cache
         known = Path(caching.dir) / "checksums" if caching.mode != "off" else None
         steps = (step.compute_address(known) for step in self.steps)
-        return [self.address(data, known), to_plain(self.training), *steps]
+        training = to_plain(self.training)
+        libraries = read_versions(list_packages(training["adapter"]))
+        return [self.address(data, known), {**training, "libraries": libraries}, *steps]
 
     def address(self, data: str, known: Path | None = None) -> dict[str, Any]:
         """Return everything that decides the baseline except its training, for the fingerprint of the rows that
@@ -195,7 +196,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     backbone = parse_values(Backbone, to_plain(cfg.model), "model")
     steps = tuple(make_step(stage) for stage in read_stages(cfg.technique))
     check_stage_order(cfg.technique.name, steps)
-    training = parse_values(Training, to_plain(cfg.baseline), "baseline")
+    training = parse_values(Baseline, to_plain(cfg.baseline), "baseline")
     planned = Plan(cfg.technique.name, backbone, task, training, steps, read_settings(cfg), harness)
     if planned.settings.hardware.runtime:
         raise UserError(
@@ -207,6 +208,7 @@ def make_plan(cfg: DictConfig) -> Plan:
 
     # 2) Check every stage on the shapes that the stages before it leave
     skeleton = backbone.skeleton(task)
+    check_adapter(training.adapter, skeleton, "baseline.adapter", training.epochs)
     tokenizer = backbone.tokenizer() if backbone.path else None
     if tokenizer:
         KINDS[task.kind].set_template(tokenizer, task.template)

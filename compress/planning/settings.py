@@ -133,7 +133,11 @@ def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) 
         if wrong["type"] in ("unexpected_keyword_argument", "unexpected_keyword_arguments"):
             names = f"; expected one of {', '.join(inspect.signature(schema).parameters)}" if len(path) == 2 else ""
             raise UserError(f"{where} is no setting of `{'.'.join(path[:-1])}`{names}.") from None
+        if wrong["type"] == "missing":
+            raise UserError(f"{where} is not set, and `{'.'.join(path[:-1])}` needs it. Set {where}.") from None
         reason, value = wrong["msg"][:1].lower() + wrong["msg"][1:], wrong.get("input")
+        if wrong["type"] == "dataclass_type":
+            reason = "a group of settings is expected, {key: value}"
         sweep = f" For a sweep type -m {where}={','.join(map(str, value))}" if isinstance(value, list) and value else ""
         raise UserError(f"{where} is {value!r}; {reason}.{sweep}") from None
     except TypeError as error:

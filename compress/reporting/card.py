@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
-from compress.artifacts.artifact import Description
+from compress.artifacts.artifact import Description, Done
 from compress.cache.files import write_atomically
 from compress.measuring.measure import Measurement
 from compress.reporting.escaping import escape_markdown, make_rows_printable
@@ -48,7 +48,7 @@ def write_card(folder: Path, outcome: Outcome, method: str) -> None:
         "| step | time, s | settings |",
         "|---|---|---|",
         *(
-            f"| {escape_markdown(done.name)} | {done.seconds:.1f} | {escape_markdown(format_settings(done.settings))} |"
+            f"| {escape_markdown(done.name)} | {done.seconds:.1f} | {escape_markdown(format_settings(done))} |"
             for done in description.history
         ),
         "",
@@ -126,5 +126,8 @@ def describe_cost(measured: Measurement) -> Iterator[str]:
         yield f"Loading and running it took {measured.memory.model_bytes / 1e6:.1f} MB of memory besides the libraries."
 
 
-def format_settings(values: dict) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items() if key not in ("stage", "train"))
+def format_settings(done: Done) -> str:
+    settings = {key: value for key, value in done.settings.items() if key not in ("stage", "train")}
+    if done.trained_parameters is not None:
+        settings["trained_parameters"] = done.trained_parameters
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -22,6 +22,7 @@ from compress.planning.settings import Hardware
 from compress.running.resume import get_random_state, make_trainer_options, set_random_state
 from compress.tasks.tokens import Batch, TaskData
 from compress.technique import Training
+from compress.techniques.finetune import FineTune
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def find_largest_batch(
     """
     before = get_random_state()
     module, callbacks = copy.deepcopy((module, callbacks))
+    if type(module) is FineTune and module.adapter:
+        module.add_adapter()  # what is frozen has neither gradients nor moments
     unwrap_model(module).train()  # dropout keeps its masks in memory
     longest = Longest(
         data.splits, data.tokenizer, data.max_length, requested, data.seed, data.tokens, data.calibration_text

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 
 from compress.artifacts.artifact import Description, Done, load_artifact, write_artifact
 from compress.formats.packed import freeze_weights, list_packed_layers
+from compress.models.adapters import Trained
 from compress.models.layers import unwrap_model
 from compress.models.matrices import find_pruned_layers, measure_matrices
 from compress.planning.plan import Plan, Step, check_blocks
@@ -50,18 +51,21 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     pl.seed_everything(planned.settings.seed, workers=True, verbose=False)
     texts = [text for name in ("text", "text_pair") if name in splits.train.column_names for text in splits.train[name]]
     model, tokenizer, trained = planned.backbone.build(planned.task, texts)
-    training = planned.training
+    training: Training = planned.training
     data = make_task_data(splits, model, tokenizer, training.batch_size, planned.settings)
     if data.max_length < planned.task.max_length:
         log.info(f"  texts are cut to {data.max_length} tokens because the model has no more positions")
     check_blocks(planned, data)
     for note in filter(None, map(data.describe_cut, SPLITS)):
         log.info(f"  {note}")
-    seconds, losses, limits = 0.0, dict[str, float](), []
+    seconds, losses, limits, module = 0.0, dict[str, float](), list[str](), None
     if not trained and not training.epochs:
         limits.append("baseline: some weights are random and were not trained, so the quality is meaningless")
+    if training.epochs and planned.training.adapter and planned.backbone.path is None:
+        limits.append("baseline: its random weights stay as they are, because only an adapter was trained")
     if training.epochs:
-        module = FineTune(model, TaskMetrics(planned.task, splits.validation), training)
+        module = FineTune(model, TaskMetrics(planned.task, splits.validation), training, planned.training.adapter)
+        module.key = "baseline"
         callbacks: list[pl.Callback] = []
         if pruned := find_pruned_layers(model):
             callbacks.append(HoldZeros(pruned))
@@ -73,14 +77,17 @@ def write_baseline(planned: Plan, splits: Splits, into: Path) -> None:
     if is_follower(planned):
         return
     (into / "tensorboard").mkdir(exist_ok=True)
+    done = Done("baseline", to_plain(training), seconds, training.epochs > 0, False, losses, count_trained(module))
     description = Description(
         kind=planned.task.kind,
         model=planned.backbone.name,
         task=planned.task.name,
         limits=tuple(limits),
-        history=(Done("baseline", to_plain(training), seconds, trained=training.epochs > 0, losses=losses),),
+        history=(done,),
     )
     write_artifact(into, model, tokenizer, description)
+    if module:
+        write_stage_report(module, into / "report")
 
 
 @free_memory_after
@@ -133,7 +140,7 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
 
     # 4) Write the artifact, and check what was written
     settings = {**step.settings, "train": to_plain(training)}
-    done = Done(step.name, settings, seconds, step.training.epochs > 0, stage.shrinks, losses)
+    done = Done(step.name, settings, seconds, step.training.epochs > 0, stage.shrinks, losses, count_trained(module))
     description = replace(
         description,
         runtime=stage.runtime,
@@ -146,6 +153,12 @@ def apply_stage(planned: Plan, splits: Splits, step: Step, baseline: Path, sourc
     check_folder(step.key, stage, source, into, expected, compute_logits(load_artifact(into).model, probe))
     if bits := stage.average_bits:
         check_bits(step.key, bits, sizes, into)
+
+
+def count_trained(module: Any) -> int | None:
+    """Return the number of parameters that an adapter trained; None if all were trained or none."""
+    trained = getattr(module, "trained", None)
+    return trained.count if isinstance(trained, Trained) else None
 
 
 def write_stage_report(stage: Technique, folder: Path) -> None:

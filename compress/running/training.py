@@ -22,7 +22,7 @@ from compress.cache.events import hide_events
 from compress.cache.files import remove_path
 from compress.errors import UserError
 from compress.models.backbone import count_tokens, limit_length
-from compress.models.layers import unwrap_model
+from compress.models.layers import is_inside, unwrap_model
 from compress.models.matrices import Matrix, apply_masks, find_all_matrices, find_zeros, measure_share
 from compress.models.packing import keeps_boundaries
 from compress.models.placement import run_blocks_on
@@ -92,6 +92,7 @@ class KeepBest(ModelCheckpoint):
         if not self.best_model_path:
             return
         best = torch.load(self.best_model_path, map_location=pl_module.device, weights_only=True)
+        pl_module.on_load_checkpoint(best)
         pl_module.load_state_dict(best["state_dict"])
         self.kept = best["epoch"]
 
@@ -275,7 +276,8 @@ def fit_module(
 
 
 class HoldZeros(pl.Callback):
-    """Keeps weights at zero that are zero when the training starts: no stage may fill in pruned weights.
+    """Keeps weights at zero that are zero when the training starts: no stage may fill in pruned weights. An adapter
+    does the same for the matrices that it changes.
 
     Args:
         layers: names of the layers whose zeros are kept; by default all.
@@ -291,10 +293,12 @@ class HoldZeros(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = unwrap_model(pl_module)
         self.matrices = find_all_matrices(model, embeddings=True, head=True)
+        adaptation = getattr(pl_module, "adaptation", None)
+        own = adaptation.adapted if adaptation else ()
         self.masks = {
             name: ~zero
             for name, zero in find_zeros(model, trainable=True).items()
-            if self.layers is None or name in self.layers
+            if (self.layers is None or name in self.layers) and not is_inside(name, own)
         }
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

@@ -34,11 +34,9 @@ from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.splits import hash_rows as content
 from compress.tasks.task import Task
-from compress.technique import Training
+from compress.technique import Adapter, Training
 from compress.techniques.finetune import FineTune
 from compress.techniques.prune_vocab import PruneVocab
-
-"""Losses between vectors."""
 
 
 class Distill(FineTune):
@@ -55,6 +53,7 @@ class Distill(FineTune):
         model: the student, or the model that it is cut from.
         student: a student other than the model itself.
         teacher: a model, or the folder of an artifact or a model; null for the chain's fine-tuned baseline.
+        adapter: trained in place of all of the student's parameters, an :class:`~compress.technique.Adapter`.
         loss: the loss between the logits: ``ce``, ``kl``, ``mse``, ``reverse_kl``, ``js``; null for ``mse`` for a
             regression and ``ce`` for other tasks. Labels of a multi-label task are compared one by one. Vectors have
             losses of their own: ``vectors`` (null), one minus the cosine to the teacher's vector, by a learnt
@@ -95,6 +94,7 @@ class Distill(FineTune):
         metrics: TaskMetrics | None = None,
         training: Training | None = None,
         student: Student = Student(),  # noqa: B008  (frozen)
+        adapter: Adapter | None = None,
         teacher: str | nn.Module | None = None,
         loss: Literal["ce", "kl", "mse", "reverse_kl", "js", "vectors", "similarities", "uld", "common"] | None = None,
         temperature: Annotated[float, Field(gt=0)] | None = None,
@@ -117,7 +117,7 @@ class Distill(FineTune):
         keep_in: Path | None = None,
         baseline_config: Any = None,  # a PretrainedConfig, which pydantic would convert
     ) -> None:
-        super().__init__(model, metrics, training)
+        super().__init__(model, metrics, training, adapter)
         self.student = student
         self.kind = KINDS[task.kind if task else detect_task_kind(model)]
         self.labels_known = task is None or task.labels is not None
@@ -129,15 +129,11 @@ class Distill(FineTune):
         self.soft_weight, self.soft_schedule = soft_weight, soft_schedule
         self.hard_weight, self.hard_schedule = hard_weight, hard_schedule
         self.matches = intermediate_matches
-        self.kept_logits = kept_logits
-        self.teacher_dtype = teacher_dtype
-        self.written_tokens = written_tokens
-        self.masking = masking
+        self.kept_logits, self.written_tokens = kept_logits, written_tokens
+        self.teacher_dtype, self.masking = teacher_dtype, masking
         self.packs, self.template = (task.pack, task.template) if task else (False, None)
         self.extra_text = extra_text
-        self.tokenizer = tokenizer
-        self.baseline = baseline
-        self.keep_in = keep_in
+        self.tokenizer, self.baseline, self.keep_in = tokenizer, baseline, keep_in
         self.resumes = extra_text is None  # the reader's position is neither saved nor shared
         self.together = extra_text is None and written_tokens is None
         self.baseline_config = baseline_config
@@ -196,6 +192,9 @@ class Distill(FineTune):
             )
         self.alone = not before and not self.teacher
         student = self.preview(skeleton)
+        if self.adapter and self.student.hidden_size:
+            raise UserError(f"{self.key}.student.hidden_size makes random weights. Set {self.key}.adapter=null.")
+        super().check(student, before)
         teacher = self._teacher_config() or self.baseline_config or skeleton.config
         if self.labels_known and self.kind.num_labels != 0:
             check_same_labels(teacher, skeleton.config, f"{self.key}.teacher")
@@ -263,6 +262,7 @@ class Distill(FineTune):
         )
         if any(match.feature == "attention" for match in self.matches):
             expose_attention(self.model, self._teacher[0])
+        super().configure_model()
 
     def _locate(self, setting: str, data: Any) -> tuple[Path, Path]:
         """Return the folders of the teacher and of what is kept of its answers."""

@@ -20,7 +20,7 @@ from compress.planning.plan import make_step
 from compress.planning.settings import Hardware, Settings
 from compress.sweeping.space import Settings as Search
 from compress.tasks.task import Task
-from compress.technique import Training
+from compress.technique import Baseline, Training
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -61,7 +61,7 @@ def build_schemas() -> dict[str, Any]:
     """Return the schemas by the names of their files: `train` has all of them, the others point into it."""
     names = sorted(path.stem for path in (CONF / "technique/stage").glob("[a-z]*.yaml") if path.stem != "none")
     stages = {name: (describe_stage(name), None) for name in names}
-    own = {"model": Backbone, "task": Task, "hardware": Hardware, "baseline": Training, "search": Search}
+    own = {"model": Backbone, "task": Task, "hardware": Hardware, "baseline": Baseline, "search": Search}
     shared = {key: hint for key, hint in get_type_hints(Settings, include_extras=True).items() if key not in own}
     free = {"defaults": list, "hydra": dict, "scale": Literal["full", "small"]}
     technique = create_model("Technique", __config__=STRICT, name=(str, None), **stages)

@@ -48,6 +48,22 @@ def test_what_is_in_a_file_that_a_stage_names_decides_its_result(tmp_path):
     assert first != address("[[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]]")
 
 
+def test_an_adapter_and_the_version_of_its_library_decide_a_result(monkeypatch):
+    pytest.importorskip("peft", reason="pip install -e '.[peft]'")
+
+    def address(adapter):
+        settings = [f"{key}.adapter={adapter}" for key in ("baseline", "technique.finetune")]
+        return check("technique=finetune", *settings).compute_addresses("data")[1:]
+
+    adapters = ("null", "{kind: perp}", "{kind: lora}", "{kind: lora, rank: 8}")
+    before = {adapter: address(adapter) for adapter in adapters}
+    for place in zip(*before.values()):
+        assert all(place.count(each) == 1 for each in place)
+    monkeypatch.setattr("compress.cache.digests.version", lambda package: "0")
+    assert address("{kind: perp}") == before["{kind: perp}"]
+    assert all(new != old for new, old in zip(address("{kind: lora}"), before["{kind: lora}"]))
+
+
 @pytest.mark.parametrize("export", ["onnx", "openvino"])
 def test_an_export_refuses_groups_of_weights_whose_inputs_are_rounded(export):
     settings = ("technique.w8a8.dynamic=false", "technique.w8a8.group_size=32")
@@ -71,6 +87,28 @@ def test_only_a_latency_makes_a_result_depend_on_the_machine(monkeypatch):
         (
             ["technique=gptq+distill", "technique.distill.student.layers=1"],
             r"student sets another model and the chain's model is quantized already. Distil first",
+        ),
+        (
+            ["technique=gptq+finetune", "technique.finetune.adapter={kind: lora}"],
+            r"adapter is lora, which is merged into floats, .* Set .*=\{kind: perp\}, or move `finetune` before",
+        ),
+        (["technique=nf4+finetune", "technique.finetune.adapter={kind: lora}"], r"nf4.* Set technique=finetune\+nf4"),
+        (
+            ["technique=finetune", "technique.finetune.adapter={kind: loar}"],
+            r"adapter.kind is 'loar'; .*'dora' or 'perp'",
+        ),
+        (["technique=finetune", "technique.finetune.adapter={kind: lora, r: 8}"], r"adapter.r is no setting"),
+        (["baseline.adapter={kind: dora, rank: 0}"], r"baseline.adapter.rank is 0; .* greater than or equal to 1"),
+        (["baseline.adapter={kind: dora, rank: 500}"], r"baseline.adapter.rank is 500 and `.*` has 128 outputs"),
+        (["baseline.adapter=lora"], r"baseline.adapter is 'lora'; a group of settings is expected, {key: value}"),
+        (["baseline.adapter={rank: 8}"], r"baseline.adapter.kind is not set, and `baseline.adapter` needs it"),
+        (
+            ["baseline.adapter={kind: lora}", "baseline.epochs=0"],
+            r"baseline.adapter is set and baseline.epochs is 0, .*",
+        ),
+        (
+            ["technique=distill", "technique.distill.adapter={kind: lora}", "technique.distill.student.hidden_size=64"],
+            r"distill.student.hidden_size makes random weights. Set technique.distill.adapter=null",
         ),
         (["technique=nf4+distill"], r"`distill` works on float or packed weights.*distill\+nf4"),
         (

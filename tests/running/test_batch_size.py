@@ -16,7 +16,7 @@ from compress.running import batch_size
 from compress.running.batch_size import estimate_capacity, find_largest_batch
 from compress.running.experiment import run_experiment
 from compress.tasks.splits import load_splits
-from compress.technique import Training
+from compress.technique import Adapter, Training
 from compress.techniques.distill import Distill
 from compress.techniques.finetune import FineTune
 
@@ -76,6 +76,15 @@ def test_on_a_cpu_free_memory_is_the_bound_before_anything_is_tried(data, monkey
         batch_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free + 9.5 * per_text))
     )
     assert find_largest_batch(64, FineTune(model), [], texts, hardware) == 8
+
+
+def test_what_an_adapter_leaves_out_needs_no_gradients(data, monkeypatch):
+    model, texts, hardware = data
+    free = int(0.9 * 3 * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert find_largest_batch(16, FineTune(model), [], texts, hardware) == 1
+    assert find_largest_batch(16, FineTune(model, adapter=Adapter("perp")), [], texts, hardware) > 1
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_text_that_does_not_fit_is_reported(data, monkeypatch):

@@ -18,7 +18,7 @@ from compress.running import resume
 from compress.running.training import Finite, HoldZeros, KeepBest, fit_module
 from compress.tasks.metrics import TaskMetrics
 from compress.tasks.tokens import TaskData
-from compress.technique import Technique, Training
+from compress.technique import Adapter, Technique, Training
 from compress.techniques.distill import Distill
 from compress.techniques.drop_layers import DropLayers
 from compress.techniques.finetune import FineTune
@@ -35,6 +35,7 @@ CALLBACKS = {
     "learnt": lambda: [QAT(samples=8)],
     "moving_average": lambda: [QAT(samples=8, ranges="moving_average")],
 }
+ADAPTERS = {"lora": Adapter("lora", rank=4, dropout=0.1), "perp": Adapter("perp")}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def fit(tokenizer, tmp_path):  # noqa: F811
         if kind == "distill":
             module = Distill(tiny.bert(2), scores, training, teacher=tiny.bert(2), teacher_dtype="float32")
         else:
-            module = FineTune(tiny.bert(2), scores, training)
+            module = FineTune(tiny.bert(2), scores, training, ADAPTERS.get(kind))
         planned = SimpleNamespace(task=task, team=None, settings=SimpleNamespace(hardware=Hardware(accelerator="cpu")))
         data = TaskData(splits(), tokenizer, max_length=16, batch_size=8)
         callbacks = CALLBACKS.get(kind, list)()
@@ -64,11 +65,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("kind", "minutes"),
     [
-        *(pytest.param(kind, 0, id=f"{kind} within an epoch") for kind in (*CALLBACKS, "distill")),
-        *(pytest.param(kind, 10, id=f"{kind} at an epoch's end") for kind in ("nothing", "gradual")),
+        *(pytest.param(kind, 0, id=f"{kind} within an epoch") for kind in (*CALLBACKS, *ADAPTERS, "distill")),
+        *(pytest.param(kind, 10, id=f"{kind} at an epoch's end") for kind in ("nothing", "gradual", "lora")),
     ],
 )
 def test_it_ends_bit_equal_to_an_uninterrupted_training(fit, monkeypatch, kind, minutes):
+    if kind == "lora":
+        pytest.importorskip("peft", reason="pip install -e '.[peft]'")
     whole = fit(kind, "whole")
     save = resume.Checkpoints.save
 
