@@ -44,6 +44,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], Training]] = {
     "int8": ("int8.Int8", {}, SHOT),
     "nf4": ("nf4.NF4", {"blocksize": 32}, SHOT),
     "finetune": ("finetune.FineTune", {}, EPOCH),
+    "finetune (lora)": ("finetune.FineTune", {"adapter": {"kind": "lora", "rank": 4}}, EPOCH),
     "distill (layers)": ("distill.Distill", {"student": {"layers": 2}}, EPOCH),
     "distill (width)": ("distill.Distill", {"student": {"hidden_size": 32}}, EPOCH),
     "structured": (
