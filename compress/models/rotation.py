@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -22,15 +21,10 @@ from compress.maths.rotations import has_hadamard, make_rotation, rotate_columns
 from compress.models.backbone import find_token_table
 from compress.models.families import name_family
 from compress.models.folding import find_head_sizes, match_rows
-from compress.models.layers import evaluation_mode, find_stacks, is_inside, keep_unstored_buffers
+from compress.models.layers import find_stacks, is_inside
 from compress.models.matrices import Matrix
-from compress.models.origins import Origins, find_readers, is_norm
-from compress.models.products import flatten_tensors, separate_experts
-from compress.models.replay import run_model
-from compress.models.skeletons import AssumeTrue
-
-CLOSE = 1e-4
-"""Largest change of a logit, as a fraction of the largest logit, that comes from rounding in 32 bits."""
+from compress.models.origins import Origins, find_readers
+from compress.models.probes import CLOSE, find_norms, measure_change, run_probe, trace_model
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ def find_stream(model: Any) -> Stream:
     width, modules = read_width(model), dict(model.named_modules())
     norms, found = find_norms(modules), find_readers(modules)
     trace = Origins(found.values())
-    inputs = trace_model(model, trace, norms)
+    inputs, _ = trace_model(model, trace, norms)
 
     # 1) Find what the stream is the sum of
     embeddings = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -120,10 +114,6 @@ def read_width(model: Any) -> int:
     return table.shape[1]
 
 
-def find_norms(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in modules.items() if is_norm(module)}
-
-
 def refuse(model: Any, reason: str) -> NoReturn:
     raise UserError(
         f"The hidden states of `{name_family(model)}` cannot be rotated: {reason}. Choose a decoder such as Llama, "
@@ -156,56 +146,6 @@ def find_offset(norm: Any) -> float:
         return float(plain(torch.ones_like(plain.weight)[None]).any())
 
 
-@torch.no_grad()
-def trace_model(model: Any, trace: Origins, norms: dict[str, nn.Module]) -> dict[str, set[str]]:
-    """Return the origins of the inputs of every norm that a run enters; those of matrices are in ``trace``."""
-    inputs: dict[str, set[str]] = {}
-
-    def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> None:
-        inputs.setdefault(name, set()).update(trace.find([args, kwargs]))
-
-    hooks = []
-    for name, module in model.named_modules():
-        if name in norms:
-            hooks.append(
-                module.register_forward_pre_hook(
-                    lambda module, args, kwargs, name=name: enter(module, args, kwargs, name), with_kwargs=True
-                )
-            )
-        if name in norms or isinstance(module, nn.Embedding):
-            hooks.append(module.register_forward_hook(lambda _, __, output, name=name: trace.mark(output, {name})))
-    try:
-        with trace:
-            run_probe(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs
-
-
-def can_trace(model: Any) -> bool:
-    """Return whether a run of the model, maybe on the meta device, reaches its end. A few need the values of tensors,
-    such as those that choose experts."""
-    with suppress(Exception):
-        run_probe(model)
-        return True
-    return False
-
-
-@torch.no_grad()
-def run_probe(model: Any) -> Tensor:
-    """Return the model's logits for a few random tokens, or the hidden states that are its answer."""
-    table = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(table.num_embeddings, (2, 12), generator=generator, device="cpu").to(table.weight.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    meta = (torch.device("meta"), AssumeTrue()) if ids.device.type == "meta" else ()
-    with ExitStack() as contexts:
-        for context in (evaluation_mode(model), separate_experts(model), *meta):
-            contexts.enter_context(context)
-        return next(flatten_tensors(run_model(model, batch))).float()
-
-
 def complete_experts(matrices: dict[str, Matrix], found: dict[str, Matrix]) -> dict[str, Matrix]:
     """Return the matrices, and the other experts that are stored with one of them."""
     stored = {id(matrix.stored) for matrix in matrices.values() if matrix.expert is not None}
@@ -227,19 +167,6 @@ def untie(model: Any) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-
-
-@contextmanager
-def in_single_precision(model: Any) -> Iterator[None]:
-    """Let a model compute in 32 bits, and round its weights to their own dtype again at the end."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    with keep_unstored_buffers(model):
-        model.float()
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
 
 
 @torch.no_grad()
@@ -318,8 +245,3 @@ def match_blocks(
         ways = match_rows(before.rows, after.inputs, [size])
         if number < len(ways) and len(ways[number][0]) % size == 0:
             yield Values(before, after, ways[number][0].to(before.stored.device), size)
-
-
-def measure_change(expected: Tensor, logits: Tensor) -> float:
-    """Return the largest change of a logit as a fraction of the largest logit."""
-    return float((logits - expected).abs().max() / expected.abs().max())

@@ -13,18 +13,14 @@ from compress.maths.rotations import has_hadamard, make_rotation
 from compress.models.families import name_family
 from compress.models.layers import unwrap_model
 from compress.models.matrices import find_pruned_layers
+from compress.models.probes import CLOSE, can_trace, in_single_precision, measure_change, run_probe
 from compress.models.rotation import (
-    CLOSE,
-    can_trace,
     check_norms,
     find_stream,
-    in_single_precision,
     is_tied,
-    measure_change,
     read_width,
     rotate_heads,
     rotate_stream,
-    run_probe,
     untie,
 )
 from compress.technique import Technique
