@@ -54,7 +54,7 @@ def check_layout(key: str, model: nn.Module) -> None:
         reason = f"llama.cpp's files are written of language models of the families {known}; this is a"
         reason += f" {type(model).__name__}"
     elif hasattr(config, "compress"):
-        reason = "blocks of different shapes do not fit llama.cpp's layout"
+        reason = "blocks of different shapes, or a width that the config cannot say, do not fit llama.cpp's layout"
     elif getattr(config, "hidden_act", "silu") != "silu":
         reason = f"llama.cpp's layout has the activation silu, and this model {config.hidden_act}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or slides(config):

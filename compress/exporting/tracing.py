@@ -244,9 +244,13 @@ def is_float32(model: Any) -> bool:
 
 
 def strip_config(model: Any) -> PretrainedConfig:
-    """Return the model's config without the entries on its weights in PyTorch."""
+    """Return the model's config without the entries on its weights in PyTorch. The width of the hidden states, which is
+    that of an embedding, stays."""
     config = copy.deepcopy(model.config)
+    width = getattr(config, "compress", {}).get("width")
     for name in ("quantization_config", "compress"):
         if hasattr(config, name):
             delattr(config, name)
+    if width is not None:
+        config.compress = {"width": width}
     return config

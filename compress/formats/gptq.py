@@ -47,7 +47,7 @@ def check_format(
             f"{key}.format is gptq, whose readers know language models only, without a classification head. {instead}"
         )
     if hasattr(model.config, "compress"):
-        raise UserError(f"{key}.format is gptq, which cannot store blocks of different shapes. {instead}")
+        raise UserError(f"{key}.format is gptq, which cannot store shapes that a plain config cannot say. {instead}")
     if set(skip) != {"embeddings", "head"}:
         raise UserError(
             f"{key}.skip is {list(skip)}; {key}.format=gptq stores all layers of the blocks and no others. Set "

@@ -14,6 +14,7 @@ from compress.errors import UserError
 from compress.maths import losses
 from compress.models.blocks import read_blocks
 from compress.models.families import FAMILIES, name_family
+from compress.tasks.embedding import read_width
 
 LOSSES = {
     "hidden": ("hidden_mse", "cos", "pkd", *losses.PAIRS),
@@ -94,7 +95,7 @@ class Match:
                     f"{key}: block {self.layer_S} of the student has {heads[0]} heads and block {self.layer_T} of the "
                     f"teacher {heads[1]}, and `{self.loss}` compares them one by one. Set loss={other}."
                 )
-        widths = student.hidden_size, teacher.hidden_size
+        widths = read_width(student), read_width(teacher)
         narrower = widths[0] != widths[1] and not self.proj
         if self.feature == "hidden" and self.loss not in ("mmd", "nst") and narrower:
             raise UserError(

@@ -1,9 +1,9 @@
 """Cut heads and FFN channels out of models, and save and load the smaller models.
 
 A plain transformers config describes one shape for all blocks, and computes BERT's head size from width and heads. Its
-entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``, and
-``linear`` what :mod:`compress.models.linears` has replaced. Such a model is built by a subclass of its transformers
-class (:func:`build_cut_class`), which serves ``from_pretrained`` in every format.
+entry ``compress`` describes other shapes: ``{"heads": [of every block], "ffn": [of every block]}``, ``width`` the
+dimensions of the hidden states, and ``linear`` what :mod:`compress.models.linears` has replaced. Such a model is built
+by a subclass of its transformers class (:func:`build_cut_class`), which serves ``from_pretrained`` in every format.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from compress.models.blocks import Block, Part, read_blocks, see_matrix, select_
 from compress.models.families import find_family
 from compress.models.linears import use_linear_layers
 from compress.models.matrices import read_matrices
+from compress.models.width import cut_width
 
 
 def remove_units(
@@ -163,7 +164,7 @@ def record_shapes(model: PreTrainedModel) -> None:
     ``compress``."""
     family, config, blocks = find_family(model), model.config, read_blocks(model)
     first, heads = blocks[0], [block.heads for block in blocks]
-    extra: dict[str, list[Any]] = {}
+    extra: dict[str, Any] = {}
     if family.experts_count:
         setattr(config, family.experts_count, first.experts)
     channels = [(block.family.ffn_size, block.ffn) for block in select_blocks(blocks, "ffn")]
@@ -178,8 +179,7 @@ def record_shapes(model: PreTrainedModel) -> None:
         config.update(plain)
     elif any(block.heads != getattr(config, block.family.heads_count) for block in blocks):
         extra["heads"] = heads
-    if replaced := getattr(config, "compress", {}).get("linear"):
-        extra["linear"] = replaced
+    extra |= {key: value for key, value in getattr(config, "compress", {}).items() if key in ("width", "linear")}
     if extra:
         config.compress = extra
     elif hasattr(config, "compress"):
@@ -202,9 +202,12 @@ def build_cut_class(base: type[PreTrainedModel]) -> Any:
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         shapes = dict(config.compress)
-        replaced = shapes.pop("linear", ())
+        width, replaced = shapes.pop("width", None), shapes.pop("linear", ())
         if shapes:
             shape_blocks(self, **shapes)
+        if width is not None:
+            self.tie_weights()  # as the trace needs them
+            cut_width(self, width)
         use_linear_layers(self, replaced)
         self.__class__ = base  # only the config still shows the difference
 

@@ -53,7 +53,7 @@ import compress
 model, tokenizer, _ = compress.load(".")
 logits = model(**tokenizer({example}, return_tensors="pt")).logits
 {reading}"""
-UNEVEN = "A plain transformers config cannot describe its blocks: config.json has their shapes under `compress`."
+UNEVEN = "A plain transformers config cannot describe its shapes: config.json has them under `compress`."
 REPLACED = (
     "transformers stores layers of this architecture transposed (Conv1D) or several experts in one parameter, and the "
     "format of its weights knows Linear layers only, which are in their place."

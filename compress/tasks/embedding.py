@@ -173,6 +173,11 @@ def settle(config: PretrainedConfig, wanted: Embedding | None = None, exported: 
     return settings
 
 
+def read_width(config: Any) -> int:
+    """Return the dimensions of the hidden states of a model, which may be fewer than a plain config can say."""
+    return int(getattr(config, "compress", {}).get("width") or config.hidden_size)
+
+
 def read_prompts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the prompts by the role of a text: ``text``, ``query`` or ``document``."""
     return dict(tokenizer.init_kwargs.get("prompts") or {})
@@ -180,7 +185,7 @@ def read_prompts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def write_sentence_transformers(folder: Path, config: PretrainedConfig) -> None:
     """Write beside a model of transformers what sentence-transformers needs to compute the same vectors."""
-    settings, width = getattr(config, KEY), config.hidden_size
+    settings, width = getattr(config, KEY), read_width(config)
     parts = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] * settings["normalise"])]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}

@@ -29,6 +29,7 @@ from compress.models.packing import keeps_boundaries
 from compress.models.students import Student, build_student, check_same_labels, check_same_vocabulary, load_student
 from compress.models.teachers import Batch, KeptLogits, cast_teacher, round_teacher
 from compress.models.writing import Writer
+from compress.tasks.embedding import read_width
 from compress.tasks.formats import read_lines
 from compress.tasks.kinds import KINDS
 from compress.tasks.metrics import TaskMetrics
@@ -205,8 +206,7 @@ class Distill(FineTune):
         """Raise UserError if the teacher's tokenizer does not suit the comparison of the two models."""
         if self.written_tokens or self.across:
             self.kind.set_template(theirs, self.template)
-        words_alone = not (self.soft_weight or self.matches)
-        if not self.across and not words_alone and self.tokenizer is not None:
+        if not self.across and (self.soft_weight or self.matches) and self.tokenizer is not None:
             advice = f" Decoders: set {self.key}.loss=common." if self.kind.generates else ""
             check_same_vocabulary(self.tokenizer.get_vocab(), theirs.get_vocab(), f"{self.key}.teacher", advice)
 
@@ -254,7 +254,7 @@ class Distill(FineTune):
         if self.kind.num_labels != 0:
             check_same_labels(theirs, model.config, f"{self.key}.teacher")
         # 3) Prepare the matching of vectors and of inner features
-        widths = cast(PreTrainedModel, self.model).config.hidden_size, theirs.hidden_size
+        widths = read_width(cast(PreTrainedModel, self.model).config), read_width(theirs)
         if self.loss == "vectors" and widths[0] != widths[1]:
             self.widen = nn.Linear(*widths, bias=False)
         self.projections = nn.ModuleList(

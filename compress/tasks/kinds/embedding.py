@@ -111,7 +111,7 @@ class Vector(Kind):
         write_sentence_transformers(folder, config)
 
     def describe_outputs(self, config: dict[str, Any]) -> tuple[str, ...]:
-        settings, width = config[KEY], config["hidden_size"]
+        settings, width = config[KEY], config.get("compress", {}).get("width") or config["hidden_size"]
         prompts = [f"`{text}` before a {role}" for role, text in settings["prompts"].items()]
         length = " of length 1" if settings["normalise"] else ""
         asked = f" Write {' and '.join(prompts)}." if prompts else ""
