@@ -134,7 +134,7 @@ def parse_values(schema: Callable[..., T], values: Any, key: str, **given: Any) 
             names = f"; expected one of {', '.join(inspect.signature(schema).parameters)}" if len(path) == 2 else ""
             raise UserError(f"{where} is no setting of `{'.'.join(path[:-1])}`{names}.") from None
         if wrong["type"] == "missing":
-            raise UserError(f"{where} is not set, and `{'.'.join(path[:-1])}` needs it. Set {where}.") from None
+            raise UserError(f"{where} is not set; a value is expected. Set {where}=VALUE.") from None
         reason, value = wrong["msg"][:1].lower() + wrong["msg"][1:], wrong.get("input")
         if wrong["type"] == "dataclass_type":
             reason = "a group of settings is expected, {key: value}"

@@ -101,7 +101,7 @@ def test_only_a_latency_makes_a_result_depend_on_the_machine(monkeypatch):
         (["baseline.adapter={kind: dora, rank: 0}"], r"baseline.adapter.rank is 0; .* greater than or equal to 1"),
         (["baseline.adapter={kind: dora, rank: 500}"], r"baseline.adapter.rank is 500 and `.*` has 128 outputs"),
         (["baseline.adapter=lora"], r"baseline.adapter is 'lora'; a group of settings is expected, {key: value}"),
-        (["baseline.adapter={rank: 8}"], r"baseline.adapter.kind is not set, and `baseline.adapter` needs it"),
+        (["baseline.adapter={rank: 8}"], r"baseline.adapter.kind is not set; a value is expected"),
         (
             ["baseline.adapter={kind: lora}", "baseline.epochs=0"],
             r"baseline.adapter is set and baseline.epochs is 0, .*",
