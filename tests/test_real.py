@@ -155,18 +155,17 @@ def test_a_narrower_minilm_compares_sentences_as_well(carry_out, shared_models, 
         f"model.path={shared_models('minilm-l6')}",
         f"task.path={shared_data('glue-stsb')}",
         "task.limit.train=500",
-        "task.limit.test=200",
+        "task.limit.test=500",
         "baseline.epochs=0",
-        "technique.narrow.hidden_size=256",
-        "technique.narrow.samples=64",
+        "technique.narrow.hidden_size=320",
         model="minilm",
         task="stsb_embedding",
     )
     none, narrow = outcome.measurements.values()
-    assert narrow.quality["spearman"] > none.quality["spearman"] - 0.04
-    assert narrow.size_bytes < 0.7 * none.size_bytes
+    assert narrow.quality["spearman"] > none.quality["spearman"] - 0.02
+    assert narrow.size_bytes < 0.84 * none.size_bytes
     model = compress.load(tmp_path / "artifact").model
-    assert model.config.compress == {"width": 256} and model.get_input_embeddings().weight.shape[1] == 256
+    assert model.config.compress == {"width": 320} and model.get_input_embeddings().weight.shape[1] == 320
 
 
 EXPORT = ["technique=onnx", "technique.onnx.precision=int8_dynamic"]
