@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from compress.models.batches import Batch
 from compress.models.matrices import Matrix
 from compress.models.placement import place_block
 from compress.models.products import Products, flatten_tensors
+
+if TYPE_CHECKING:  # it imports Lightning, which a program that only loads an artifact does without
+    from compress.models.batches import Batch
 
 
 class Seen(Exception):

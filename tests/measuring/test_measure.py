@@ -141,7 +141,13 @@ def answering(logits):
     ]
     count = len(logits)
     splits, texts = SimpleNamespace(test=None), [("text",)] * count
-    data = SimpleNamespace(splits=splits, in_order=lambda split: range(count), words=lambda split: texts, max_length=8)
+    data = SimpleNamespace(
+        splits=splits,
+        in_order=lambda split: range(count),
+        words=lambda split: texts,
+        max_length=8,
+        kind=KINDS["multiclass"],
+    )
     description = Description("multiclass", "tiny", "toy")
     artifact = Artifact(lambda input_ids, **_: SimpleNamespace(logits=logits[input_ids[:, 0]]), None, description)
     texts = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
