@@ -197,15 +197,20 @@ def measure_regressions(baseline: Predictions, variant: Predictions, metric: str
     return regressions
 
 
-def find_worst_slice(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
-    """Return the slice that lost most, its p-value corrected over all slices (Holm); None if no slice lost."""
+def list_losing_slices(baseline: Predictions, variant: Predictions, metric: str) -> list[Regression]:
+    """Return the slices that lost quality, the worst first, with p-values corrected over all slices (Holm)."""
     regressions = measure_regressions(baseline, variant, metric)
     corrected = holm([1.0 if regression.p_value is None else regression.p_value for regression in regressions])
     shares = baseline.correct_examples is not None  # a change of the share of correct examples, whatever the metric
     better = 1 if shares or higher_is_better(metric) else -1
-    losing = [i for i, regression in enumerate(regressions) if better * regression.change < 0]  # not where undefined
-    if not losing:
-        return None
-    worst = min(losing, key=lambda i: better * regressions[i].change)
-    p_value = None if regressions[worst].p_value is None else corrected[worst]
-    return replace(regressions[worst], p_value=p_value)
+    losing = [
+        replace(regression, p_value=None if regression.p_value is None else p_value)
+        for regression, p_value in zip(regressions, corrected)
+        if better * regression.change < 0  # not where undefined
+    ]
+    return sorted(losing, key=lambda regression: better * regression.change)
+
+
+def find_worst_slice(baseline: Predictions, variant: Predictions, metric: str) -> Regression | None:
+    """Return the first of :func:`list_losing_slices`; None if no slice lost."""
+    return next(iter(list_losing_slices(baseline, variant, metric)), None)

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.maths.statistics import holm
 from compress.planning.recorded import format_repeat_command
 from compress.reporting import jobs
 from compress.reporting.folder import ARTIFACT
 from compress.reporting.rows import TEXTS
 
 if TYPE_CHECKING:
-    from compress.measuring.predictions import Predictions, Regression
+    from compress.measuring.predictions import Predictions
     from compress.reporting.rows import Row
 
 
@@ -30,8 +29,6 @@ def describe_row(row: Row, last: bool) -> dict[str, Any]:
     Args:
         last: whether the row is the last of its job, whose chain the job's artifact and curves are of.
     """
-    from compress.measuring.predictions import measure_regressions
-
     job = Path(row.get("folder") or ".")
     done = row["status"] == "completed"
     pair = load_predictions(job, row) if done and row.get("folder") else None
@@ -41,7 +38,7 @@ def describe_row(row: Row, last: bool) -> dict[str, Any]:
         "effect": row.get("effect") or "",
         "limits": [part for part in (row.get("limits") or "").split(" | ") if part],
         "stages": list_stages(job, row["method"] == "none") if own else [],
-        "slices": list_worst_slices(measure_regressions(*pair, row["metric"])) if pair else [],
+        "slices": list_worst_slices(*pair, row["metric"]) if pair else [],
         "answers": describe_changed_answers(job, *pair) if pair else None,
         "settings": list(row["overrides"]),
         "command": format_repeat_command(job) if row.get("folder") else "",
@@ -112,13 +109,12 @@ def thin_points(points: list[list[float]]) -> list[list[float]]:
     return [points[round(i * (len(points) - 1) / steps)] for i in range(steps + 1)]
 
 
-def list_worst_slices(regressions: list[Regression]) -> list[dict[str, Any]]:
-    """Return the slices that changed most for the worse, with p-values corrected over all slices of the row (Holm)."""
-    tested = [i for i, each in enumerate(regressions) if each.p_value is not None]
-    corrected = dict(zip(tested, holm([p for each in regressions if (p := each.p_value) is not None])))
-    slices = [{**asdict(each), "p_value": corrected.get(i)} for i, each in enumerate(regressions)]
-    losing = [each for each in slices if each["p_value"] is not None and each["change"] < 0]
-    return sorted(losing, key=lambda each: each["change"])[:MOST_SLICES]
+def list_worst_slices(before: Predictions, after: Predictions, metric: str) -> list[dict[str, Any]]:
+    """Return the slices that lost most, of those with a p-value."""
+    from compress.measuring.predictions import list_losing_slices
+
+    tested = [each for each in list_losing_slices(before, after, metric) if each.p_value is not None]
+    return [asdict(each) for each in tested[:MOST_SLICES]]
 
 
 def load_predictions(job: Path, row: Row) -> tuple[Predictions, Predictions] | None:
