@@ -27,16 +27,16 @@ from compress.models.width import Space, find_spaces
 
 @torch.no_grad()
 def watch_norms(
-    model: Any, batches: list[Batch], norms: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]
+    model: Any, batches: list[Batch], norms: dict[str, nn.Module], see: Callable[[str, Tensor], None]
 ) -> None:
-    """Call ``see(name, inputs, outputs)``, both ``[tokens, width]`` without padding, for the norms of every batch."""
+    """Call ``see(name, outputs)``, ``[tokens, width]`` without padding, for the norms of every batch."""
     batch: Batch = {}
 
-    def enter(_: nn.Module, args: tuple, output: Tensor, name: str) -> None:
-        if args[0].shape[:-1] == batch["input_ids"].shape:  # others normalise a table of positions
-            see(name, *(select_tokens(x, batch.get("attention_mask")).float() for x in (args[0], output)))
+    def leave(_: nn.Module, __: tuple, output: Tensor, name: str) -> None:
+        if output.shape[:-1] == batch["input_ids"].shape:  # others normalise a table of positions
+            see(name, select_tokens(output, batch.get("attention_mask")).float())
 
-    hooks = [norm.register_forward_hook(partial(enter, name=name)) for name, norm in norms.items()]
+    hooks = [norm.register_forward_hook(partial(leave, name=name)) for name, norm in norms.items()]
     try:
         for batch in batches:
             run_model(model, batch)
@@ -52,12 +52,12 @@ def score_dimensions(model: Any, space: Space, batches: list[Batch]) -> Tensor:
     matrices read."""
     totals: dict[str, Tensor] = {}
 
-    def see(name: str, _: Tensor, outputs: Tensor) -> None:
+    def see(name: str, outputs: Tensor) -> None:
         totals[name] = totals.get(name, 0) + outputs.abs().sum(0).double()
 
     watch_norms(model, batches, space.norms, see)
     if not totals:
-        with Products(space.readers.values(), lambda matrix, x: see(matrix.name, x, x.float().flatten(0, -2))):
+        with Products(space.readers.values(), lambda matrix, x: see(matrix.name, x.float().flatten(0, -2))):
             for batch in batches:
                 run_model(model, batch)
     return torch.stack([total / total.sum() for total in totals.values()]).sum(0).cpu()
