@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import platform
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from compress.cache.digests import read_versions
 from compress.errors import UserError
 
 Processor = Literal["any", "vnni"]
@@ -46,7 +45,7 @@ def describe_machine() -> dict[str, str]:
     the other runtimes."""
     import torch
 
-    runtimes = {name: version(name) for name in ("onnxruntime", "openvino") if find_spec(name)}
+    runtimes = read_versions(("onnxruntime", "openvino"))
     return {"processor": name_processor(), "threads": str(torch.get_num_threads()), **runtimes}
 
 
